@@ -1,0 +1,143 @@
+"""Every setting of bgen, typed, defined once, with its meaning and unit.
+
+A configuration is read by :func:`bgen.config.load.load_config` from YAML files and ``a.b=c`` overrides. Constructors
+take the section that concerns them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A section of the configuration: unknown keys are errors, values are validated also when defaults apply."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+class DataConfig(Section):
+    """Which cells are read, and in what order (DESIGN, section 7)."""
+
+    store: Path = Field(description="Folder of the store that `bgen data build` wrote.")
+    split: str = Field("train", description="Split to train on.")
+    valid: str = Field("valid", description="Split for the held-out loss.")
+    lanes: PositiveInt = Field(8, description="Lanes the epoch is dealt to; at least the largest number of ranks planned.")
+    window: PositiveInt = Field(16, description="Chunks of each lane among which rows are shuffled.")
+    prefetch: PositiveInt = Field(4, description="Steps read ahead of the training loop.")
+    verify: bool = Field(True, description="Check every shard's checksum the first time that it is read.")
+
+
+class VAEConfig(Section):
+    """The variational autoencoder of counts (DESIGN, section 9)."""
+
+    latent: PositiveInt = Field(16, description="Size of the latent, D.")
+    hidden: PositiveInt = Field(256, description="Width of the encoder's and decoder's hidden layers.")
+    blocks: NonNegativeInt = Field(2, description="Residual blocks in the encoder, and as many in the decoder.")
+    dropout: Fraction = Field(0.1, description="Dropout in the residual blocks.")
+    likelihood: Literal["nb", "zinb"] = Field("nb", description="Negative binomial, or its zero-inflated form.")
+    covariates: list[str] = Field(
+        default_factory=list, description="obs columns (roles or names) given to encoder and decoder, such as batch."
+    )
+    kl_weight: NonNegativeFloat = Field(1.0, description="Weight of the KL term after warm-up.")
+    kl_warmup: NonNegativeInt = Field(400, description="Steps over which the KL weight rises from 0.")
+    free_bits: NonNegativeFloat = Field(0.0, description="KL per latent dimension, in nats, that is not penalised.")
+    thinning: Fraction = Field(
+        0.5, description="Share of cells whose counts are thinned for the encoder; the kept fraction is uniform in (0.3, 1)."
+    )
+
+
+class FlowConfig(Section):
+    """The rectified flow in the latent space (DESIGN, section 4)."""
+
+    vae: Path | None = Field(None, description="Run folder or exported directory of the VAE; needed by stage flow.")
+    backbone: Literal["mlp"] = Field("mlp", description="Velocity network.")
+    width: PositiveInt = Field(256, description="Width of the backbone.")
+    blocks: PositiveInt = Field(4, description="Residual blocks of the backbone.")
+    conditions: list[str] = Field(
+        default_factory=list, description="obs columns (roles or names) that generation can be asked for."
+    )
+    condition_dropout: Fraction = Field(0.15, description="Probability that a cell's conditions are hidden in training.")
+    t_sampling: Literal["uniform", "stratified", "logit_normal"] = Field(
+        "stratified", description="Distribution of the flow time t in training."
+    )
+    prediction: Literal["velocity", "data"] = Field("velocity", description="What the network's output means.")
+
+
+class SampleConfig(Section):
+    """Defaults of generation; `bgen generate` can override each."""
+
+    solver: Literal["euler", "heun", "midpoint"] = Field("heun", description="ODE solver.")
+    steps: PositiveInt = Field(20, description="Solver steps from t = 1 (noise) to t = 0 (data).")
+    guidance: NonNegativeFloat = Field(1.0, description="Guidance scale; 1 is the conditional model itself.")
+    guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Range of t in which guidance acts.")
+
+
+class TrainConfig(Section):
+    """The training loop and its DeepSpeed engine (DESIGN, section 10)."""
+
+    steps: PositiveInt = Field(2000, description="Optimiser steps.")
+    global_batch: PositiveInt = Field(512, description="Cells per optimiser step over all ranks.")
+    micro_batch: PositiveInt | None = Field(
+        None, description="Cells per forward pass on one rank; default: all of the rank's share."
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: NonNegativeFloat = Field(0.01, description="AdamW's; norms, biases and embeddings get none.")
+    warmup: NonNegativeInt = Field(100, description="Steps of linear warm-up.")
+    schedule: Literal["constant", "cosine"] = Field("cosine", description="Learning rate after warm-up.")
+    final_lr: Fraction = Field(0.05, description="Learning rate at the last step, as a fraction of the peak (cosine).")
+    clip: NonNegativeFloat = Field(1.0, description="Maximum gradient norm; 0 switches clipping off.")
+    zero: Literal[0, 1] = Field(1, description="ZeRO stage of DeepSpeed.")
+    precision: Literal["float32", "bf16"] = Field(
+        "float32", description="bf16 is torch autocast: parameters and optimiser stay float32."
+    )
+    ema: Fraction = Field(0.0, description="Decay of the moving average of the weights; 0 keeps none.")
+    log_every: PositiveInt = Field(10, description="Steps between records.")
+    eval_every: NonNegativeInt = Field(200, description="Steps between held-out losses; 0 never.")
+    eval_cells: PositiveInt = Field(4096, description="Held-out cells per evaluation, at most.")
+    patience: NonNegativeInt = Field(
+        0, description="Stop after so many evaluations without a better held-out loss and keep the best weights; 0 never."
+    )
+    checkpoint_every: PositiveInt = Field(500, description="Steps between checkpoints.")
+    keep: Annotated[int, Field(ge=2)] = Field(2, description="Checkpoints kept.")
+    max_skipped: PositiveInt = Field(10, description="Steps in a row with a non-finite loss or gradient before stopping.")
+    start_timeout: Annotated[float, Field(gt=0)] = Field(600.0, description="Seconds for all ranks to meet at start-up.")
+    step_timeout: Annotated[float, Field(gt=0)] = Field(600.0, description="Seconds that a collective may take.")
+
+
+class TrackConfig(Section):
+    """Where metrics go. The JSONL record in the run folder is always written; MLflow mirrors it."""
+
+    mlflow: bool = Field(True, description="Mirror the record to MLflow.")
+    uri: str | None = Field(None, description="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite beside the run folder.")
+    experiment: str = "bgen"
+    run_name: str | None = Field(None, description="Default: the run folder's name.")
+    progress: bool = Field(True, description="Show a progress bar on rank 0.")
+
+
+class Config(Section):
+    """One training run."""
+
+    stage: Literal["vae", "flow"]
+    out: Path = Field(description="Run folder: checkpoints, record, resolved configuration.")
+    seed: NonNegativeInt = 0
+    data: DataConfig
+    vae: VAEConfig = VAEConfig()  # type: ignore[call-arg]
+    flow: FlowConfig = FlowConfig()  # type: ignore[call-arg]
+    sample: SampleConfig = SampleConfig()  # type: ignore[call-arg]
+    train: TrainConfig = TrainConfig()  # type: ignore[call-arg]
+    track: TrackConfig = TrackConfig()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _flow_needs_a_vae(self) -> Config:
+        if self.stage == "flow" and self.flow.vae is None:
+            raise ValueError("flow.vae: stage 'flow' needs the run folder or exported directory of a trained VAE")
+        return self

@@ -1,0 +1,70 @@
+"""A batch of cells as the models take it: sparse counts, columns of obs, and one random key per cell.
+
+Axes: B cells of the batch, G genes of the store, NNZ stored counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class CellBatch:
+    """Counts of B cells in CSR form.
+
+    Attributes
+    ----------
+    indptr
+        int64 ``[B + 1]``: cell ``i`` owns entries ``indptr[i]:indptr[i + 1]``.
+    indices
+        int32 ``[NNZ]``: gene numbers in the store's order, ascending within a cell.
+    counts
+        float32 ``[NNZ]``: raw counts, all positive integers.
+    n_genes
+        G.
+    obs
+        Column name to ``[B]``: int64 codes of categories (-1 = unknown) or float32 numbers.
+    keys
+        int64 ``[B]``: a random key per cell, a pure function of (seed, step, slot in the global batch). Everything
+        random that a model draws for a cell is derived from it (:mod:`bgen.nn.random`), so that the draw does not
+        depend on the number of ranks.
+    cells
+        int64 ``[B]``: numbers of the cells in the store.
+    step
+        Optimiser step that the batch belongs to (0-based); in evaluation the number of steps done.
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    counts: Tensor
+    n_genes: int
+    keys: Tensor
+    cells: Tensor
+    step: int = 0
+    obs: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+    @property
+    def library(self) -> Tensor:
+        """float32 ``[B]``: total counts of each cell."""
+        return torch.segment_reduce(self.counts, "sum", offsets=self.indptr, initial=0.0)
+
+    @property
+    def rows(self) -> Tensor:
+        """int64 ``[NNZ]``: the cell that each entry belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self), device=self.indptr.device), self.indptr.diff())
+
+    def to(self, device: torch.device | str) -> CellBatch:
+        """Copy to a device (no copy where it is there already)."""
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        obs = {name: column.to(device, non_blocking=True) for name, column in self.obs.items()}
+        return CellBatch(**moved, n_genes=self.n_genes, step=self.step, obs=obs)
