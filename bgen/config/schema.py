@@ -29,7 +29,7 @@ class DataConfig(Section):
     store: Path = Field(description="Folder of the store that `bgen data build` wrote.")
     split: str = Field("train", description="Split to train on.")
     valid: str = Field("valid", description="Split for the held-out loss.")
-    lanes: PositiveInt = Field(8, description="Lanes the epoch is dealt to; at least the largest number of ranks planned.")
+    lanes: PositiveInt = Field(8, description="Lanes that an epoch is dealt to; at least the most ranks planned.")
     window: PositiveInt = Field(16, description="Chunks of each lane among which rows are shuffled.")
     prefetch: PositiveInt = Field(4, description="Steps read ahead of the training loop.")
     verify: bool = Field(True, description="Check every shard's checksum the first time that it is read.")
@@ -50,7 +50,8 @@ class VAEConfig(Section):
     kl_warmup: NonNegativeInt = Field(400, description="Steps over which the KL weight rises from 0.")
     free_bits: NonNegativeFloat = Field(0.0, description="KL per latent dimension, in nats, that is not penalised.")
     thinning: Fraction = Field(
-        0.5, description="Share of cells whose counts are thinned for the encoder; the kept fraction is uniform in (0.3, 1)."
+        0.5,
+        description="Share of cells thinned for the encoder; the kept fraction is uniform in (0.3, 1).",
     )
 
 
@@ -64,7 +65,7 @@ class FlowConfig(Section):
     conditions: list[str] = Field(
         default_factory=list, description="obs columns (roles or names) that generation can be asked for."
     )
-    condition_dropout: Fraction = Field(0.15, description="Probability that a cell's conditions are hidden in training.")
+    condition_dropout: Fraction = Field(0.15, description="Probability that training hides a cell's conditions.")
     t_sampling: Literal["uniform", "stratified", "logit_normal"] = Field(
         "stratified", description="Distribution of the flow time t in training."
     )
@@ -104,12 +105,15 @@ class TrainConfig(Section):
     eval_every: NonNegativeInt = Field(200, description="Steps between held-out losses; 0 never.")
     eval_cells: PositiveInt = Field(4096, description="Held-out cells per evaluation, at most.")
     patience: NonNegativeInt = Field(
-        0, description="Stop after so many evaluations without a better held-out loss and keep the best weights; 0 never."
+        0,
+        description="Stop after so many evaluations without a better one, keep the best weights; 0 never.",
     )
     checkpoint_every: PositiveInt = Field(500, description="Steps between checkpoints.")
     keep: Annotated[int, Field(ge=2)] = Field(2, description="Checkpoints kept.")
-    max_skipped: PositiveInt = Field(10, description="Steps in a row with a non-finite loss or gradient before stopping.")
-    start_timeout: Annotated[float, Field(gt=0)] = Field(600.0, description="Seconds for all ranks to meet at start-up.")
+    max_skipped: PositiveInt = Field(10, description="Non-finite steps in a row before stopping.")
+    start_timeout: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="Seconds for the ranks to meet at start-up."
+    )
     step_timeout: Annotated[float, Field(gt=0)] = Field(600.0, description="Seconds that a collective may take.")
 
 
@@ -117,7 +121,7 @@ class TrackConfig(Section):
     """Where metrics go. The JSONL record in the run folder is always written; MLflow mirrors it."""
 
     mlflow: bool = Field(True, description="Mirror the record to MLflow.")
-    uri: str | None = Field(None, description="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else sqlite beside the run folder.")
+    uri: str | None = Field(None, description="Default: MLFLOW_TRACKING_URI, else sqlite beside the run folder.")
     experiment: str = "bgen"
     run_name: str | None = Field(None, description="Default: the run folder's name.")
     progress: bool = Field(True, description="Show a progress bar on rank 0.")
@@ -130,11 +134,11 @@ class Config(Section):
     out: Path = Field(description="Run folder: checkpoints, record, resolved configuration.")
     seed: NonNegativeInt = 0
     data: DataConfig
-    vae: VAEConfig = VAEConfig()  # type: ignore[call-arg]
-    flow: FlowConfig = FlowConfig()  # type: ignore[call-arg]
-    sample: SampleConfig = SampleConfig()  # type: ignore[call-arg]
-    train: TrainConfig = TrainConfig()  # type: ignore[call-arg]
-    track: TrackConfig = TrackConfig()  # type: ignore[call-arg]
+    vae: VAEConfig = VAEConfig()
+    flow: FlowConfig = FlowConfig()
+    sample: SampleConfig = SampleConfig()
+    train: TrainConfig = TrainConfig()
+    track: TrackConfig = TrackConfig()
 
     @model_validator(mode="after")
     def _flow_needs_a_vae(self) -> Config:

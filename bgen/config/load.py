@@ -1,0 +1,151 @@
+"""Read a configuration: YAML files with ``extends:``, then ``a.b=c`` overrides, then validation with kind errors."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from bgen.config.errors import UserError, nearest
+from bgen.config.schema import Config
+
+PACKAGED = Path(__file__).resolve().parent.parent / "configs"
+"""Where an installed bgen keeps its configurations; a source checkout has them at its top level."""
+
+
+def packaged_configs() -> Path:
+    """Return the folder of the configurations that come with bgen."""
+    return PACKAGED if PACKAGED.is_dir() else PACKAGED.parent.parent / "configs"
+
+
+def find_config(name: str | Path, beside: Path | None = None) -> Path:
+    """Return the YAML file called ``name``: a path, a path relative to ``beside``, or one of bgen's own.
+
+    Raises
+    ------
+    UserError
+        If there is no such file.
+    """
+    path = Path(name)
+    places = [folder / path for folder in (beside, Path.cwd(), packaged_configs()) if folder is not None]
+    for place in places:
+        for candidate in (place, place.with_name(place.name + ".yaml")):
+            if candidate.is_file():
+                return candidate
+    own = sorted(str(file.relative_to(packaged_configs()))[:-5] for file in packaged_configs().rglob("*.yaml"))
+    raise UserError(f"There is no configuration file '{name}'.{nearest(str(name), own)}")
+
+
+def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Load, extend, override and validate a configuration.
+
+    Parameters
+    ----------
+    name
+        YAML file, or the name of one that comes with bgen (``demo/vae``). Its key ``extends`` names one file or a list
+        of files that it builds on; later ones win, mappings are merged, everything else is replaced.
+    overrides
+        ``section.key=value``; the value is read as YAML.
+
+    Raises
+    ------
+    UserError
+        Naming the path of each wrong key or value and the nearest key.
+    """
+    tree = _read(find_config(name), ())
+    for override in overrides:
+        tree = _merge(tree, _parse_override(override))
+    return validate(tree, source=str(name))
+
+
+def validate(tree: Mapping[str, Any], source: str) -> Config:
+    """Turn a mapping into a :class:`Config`, collecting all mistakes in one :class:`UserError`."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"  {_explain(item)}" for item in error.errors()]
+        raise UserError(f"The configuration {source} is not valid:\n" + "\n".join(lines)) from None
+
+
+def to_yaml(config: Config) -> str:
+    """Return the resolved configuration as YAML, which :func:`load_config` reads back to the same."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UserError(f"{path} extends itself: {' -> '.join(str(p) for p in (*seen, path.resolve()))}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold 'key: value' pairs, not a {type(tree).__name__}.")
+    bases = tree.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = _merge(merged, _read(find_config(base, path.parent), (*seen, path.resolve())))
+    return _merge(merged, tree)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    path, sign, value = text.partition("=")
+    if not sign or not path.strip():
+        raise UserError(f"'{text}' is not an override: write section.key=value, such as train.steps=500.")
+    try:
+        tree: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"The value of '{text}' is not valid YAML: {error}") from None
+    for key in reversed(path.strip().split(".")):
+        tree = {key: tree}
+    return typing.cast("dict[str, Any]", tree)
+
+
+def _explain(item: Any) -> str:
+    """Say in one line what is wrong at which path of the configuration."""
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        section = _section(item["loc"][:-1])
+        hint = nearest(str(item["loc"][-1]), section.model_fields) if section else ""
+        return f"{path}: unknown key.{hint}"
+    if item["type"] == "missing":
+        return f"{path}: is needed and not set."
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{path}: {message} (it is {item['input']!r})" if path else message
+
+
+def _section(loc: Sequence[int | str]) -> type[BaseModel] | None:
+    """Return the section of the tree at ``loc``."""
+    section: Any = Config
+    for part in loc:
+        field = (
+            section.model_fields.get(str(part))
+            if isinstance(section, type) and issubclass(section, BaseModel)
+            else None
+        )
+        if field is None:
+            return None
+        section = _model_of(field.annotation)
+    return section if isinstance(section, type) and issubclass(section, BaseModel) else None
+
+
+def _model_of(annotation: Any) -> Any:
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        models = [a for a in typing.get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+        return models[0] if models else None
+    return annotation
