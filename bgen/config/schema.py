@@ -32,7 +32,6 @@ class DataConfig(Section):
     lanes: PositiveInt = Field(8, description="Lanes that an epoch is dealt to; at least the most ranks planned.")
     window: PositiveInt = Field(16, description="Chunks of each lane among which rows are shuffled.")
     prefetch: PositiveInt = Field(4, description="Steps read ahead of the training loop.")
-    verify: bool = Field(True, description="Check every shard's checksum the first time that it is read.")
 
 
 class VAEConfig(Section):
