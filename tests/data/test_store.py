@@ -12,6 +12,7 @@ from bgen.config.errors import UserError
 from bgen.data.batch import CellBatch
 from bgen.data.loader import CountReader, TrainLoader, valid_batches
 from bgen.data.store import Store
+from bgen.data.to_anndata import read_split
 from data_tools.write import Contents
 
 
@@ -154,3 +155,15 @@ def edit(folder: Path, key: str, value: object) -> None:
     tree = json.loads((folder / "manifest.json").read_text())
     tree[key] = value
     (folder / "manifest.json").write_text(json.dumps(tree))
+
+
+def test_cells_become_anndata(store: Store, contents: Contents) -> None:
+    cells = store.cells_of_split("test")
+    adata = read_split(store, "test")
+    _, rows = store.source_of(cells)
+    assert same(adata.X, expected(store, contents, cells))
+    assert adata.obs["celltype"].tolist() == contents.obs["celltype"].iloc[rows].tolist()
+    assert adata.obs_names.tolist() == contents.obs.index[rows].tolist()
+    assert adata.var_names.tolist() == store.genes["id"].tolist()
+    assert adata.uns["bgen"]["roles"]["cell_type"] == "celltype"
+    assert read_split(store, "train", limit=70, seed=1).n_obs == 70
