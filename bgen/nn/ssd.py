@@ -106,9 +106,10 @@ def ssd_chunked(
             run_BCQ = _runs(sequence_BT, padding).view(B, C, Q)
             other_BCQQ = run_BCQ[..., :, None] != run_BCQ[..., None, :]
             forbidden = (other_BCQQ | future_QQ)[:, :, None, None]
-        # In place, since none of these steps needs its own input to be differentiated.
+        # Added rather than filled in, and in place: then the only work left for the gradient is that of exp.
+        bar = torch.zeros_like(forbidden, dtype=wide).masked_fill_(forbidden, -torch.inf)
         apart_BCKRQQ = total_BCKRQ[..., :, None] - total_BCKRQ[..., None, :]
-        decay_BCKRQQ = apart_BCKRQQ.masked_fill_(forbidden, -torch.inf).exp_()
+        decay_BCKRQQ = apart_BCKRQQ.add_(bar).exp_()
         weight_BCKRQQ = decay_BCKRQQ * (c_BCKQS @ b_BCKQS.transpose(-1, -2))[:, :, :, None]
         y_BCQKRP = (weight_BCKRQQ @ x_BCQKRP.permute(0, 1, 3, 4, 2, 5)).permute(0, 1, 4, 2, 3, 5)
 
