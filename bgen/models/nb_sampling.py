@@ -1,0 +1,49 @@
+"""Negative-binomial counts from keyed uniform numbers, by inversion: exact, and the same for the same key.
+
+Axes: B cells, G genes.
+"""
+
+from __future__ import annotations
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from bgen.nn.random import Stream, uniform64
+
+_SEARCHED = 200
+"""Means up to here are inverted by searching upwards from zero; above, by scipy on the CPU (few entries, slow)."""
+
+
+def sample_negative_binomial(mu: Tensor, theta: Tensor, keys: Tensor) -> Tensor:
+    """Draw int32 ``[B, G]`` with means ``mu [B, G]`` and inverse dispersions ``theta [G]``, keyed by ``keys [B]``.
+
+    ``x`` is the smallest integer with F(x) >= u. Most entries are zero and leave after one comparison; the others walk
+    up the distribution, ``p(x + 1) = p(x) * (x + theta) / (x + 1) * mu / (mu + theta)``, in float64.
+    """
+    uniforms = uniform64(keys, Stream.COUNTS, mu.shape[1])
+    mu, theta = mu.double(), theta.double().expand_as(mu)
+    probability = torch.exp(-theta * torch.log1p(mu / theta))
+    counts = torch.zeros(mu.shape, dtype=torch.int32, device=mu.device).view(-1)
+
+    large = mu > _SEARCHED
+    if large.any():
+        m, t, u = (values[large].cpu().numpy() for values in (mu, theta, uniforms))
+        drawn = torch.from_numpy(stats.nbinom.ppf(u, t, t / (t + m)))
+        counts[large.view(-1)] = drawn.to(counts)
+
+    entry = ((uniforms > probability) & ~large).view(-1).nonzero().squeeze(1)
+    u, p, t = (values.reshape(-1)[entry] for values in (uniforms, probability, theta))
+    step = (mu.view(-1)[entry] / (mu.view(-1)[entry] + t)).contiguous()
+    cumulative = p.clone()
+    x = 0
+    while len(entry):
+        p = p * ((x + t) / (x + 1) * step)
+        x += 1
+        cumulative = cumulative + p
+        # The second test ends the walk where rounding keeps F just below a u next to 1.
+        done = (u <= cumulative) | ((p < 1e-18) & (cumulative > 0.5))
+        counts[entry[done]] = x
+        keep = ~done
+        entry, u, p, t, step, cumulative = (values[keep] for values in (entry, u, p, t, step, cumulative))
+    return counts.view(mu.shape)

@@ -1,0 +1,71 @@
+"""Binomial thinning: a cell as it would have looked, had it been sequenced less deeply.
+
+Shown to the encoder in training while the decoder still explains the full counts, so the latent state depends less on
+depth and the encoder does not memorise single counts.
+
+Axes: B cells, NNZ non-zero counts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bgen.data.batch import CellBatch
+from bgen.nn.random import Stream, at, row_state, uniform, unit_from_bits
+
+KEPT = (0.3, 1.0)
+"""Range of the fraction of counts that a thinned cell keeps."""
+
+_EXACT = 32
+"""Counts up to here are thinned by the exact binomial, larger ones by its normal approximation."""
+
+
+def thin(batch: CellBatch, share: float) -> Tensor:
+    """Thin a ``share`` of the cells; return counts float32 ``[NNZ]`` (zeros included), a pure function of the keys.
+
+    A cell chosen with probability ``share`` keeps each of its counts with probability ``p``, uniform in ``KEPT``.
+    """
+    choice = uniform(batch.keys, Stream.THIN_CELL, 2)
+    chosen = choice[:, 0] < share
+    keep = KEPT[0] + (KEPT[1] - KEPT[0]) * choice[:, 1]
+    rows = batch.rows
+    entries = chosen.index_select(0, rows).nonzero().squeeze(1)
+    rows = rows.index_select(0, entries)
+    counts = batch.counts.index_select(0, entries)
+    # The position in the key's sequence is the gene, so a draw does not depend on which other genes are present.
+    genes = batch.indices.index_select(0, entries)
+    bits = at(row_state(batch.keys, Stream.THIN_COUNT).index_select(0, rows), genes)
+    thinned = counts - binomial(counts, 1 - keep.index_select(0, rows), unit_from_bits(bits))
+    return batch.counts.index_copy(0, entries, thinned)
+
+
+def binomial(n: Tensor, p: Tensor, u: Tensor) -> Tensor:
+    """Binomial numbers with ``n`` trials of probability ``p`` (0 < p < 1) from uniform ``u``: all ``[NNZ]``, by inversion.
+
+    Exact for n <= 32, by walking up ``P(k + 1) = P(k) * (n - k) / (k + 1) * p / (1 - p)``; most counts are 1 or 2, so
+    few entries walk far. Above, the rounded normal quantile, clipped to 0..n.
+    """
+    normal = torch.special.ndtri(u).mul_((n * p * (1 - p)).sqrt_()).addcmul_(n, p).round_()
+    result = torch.minimum(normal.clamp_min_(0), n)
+
+    probability = torch.exp(n * torch.log1p(-p))
+    small = n <= _EXACT
+    result[small] = 0
+    entry = (small & (u > probability)).nonzero().squeeze(1)
+    odds = p / (1 - p)
+    n, odds, u, probability = (values.index_select(0, entry) for values in (n, odds, u, probability))
+    cumulative = probability
+    k = 0
+    while len(entry):
+        probability = probability * ((n - k) / (k + 1) * odds)
+        k += 1
+        cumulative = cumulative + probability
+        going = (u > cumulative) & (n > k)
+        result[entry[~going]] = k
+        keep = going.nonzero().squeeze(1)
+        entry = entry.index_select(0, keep)
+        n, odds, u, probability, cumulative = (
+            values.index_select(0, keep) for values in (n, odds, u, probability, cumulative)
+        )
+    return result

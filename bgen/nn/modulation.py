@@ -1,0 +1,51 @@
+"""AdaLN-zero: a block's normalisation, shifted and scaled by a conditioning vector, with a gate that starts at zero.
+
+    y = LayerNorm(x) * (1 + scale(c)) + shift(c),    x <- x + gate(c) * block(y)
+
+(Peebles and Xie, "Scalable diffusion models with transformers", 2023; the shift and scale are FiLM, Perez et al. 2018).
+The three maps start at zero, so every block starts as the identity and the condition enters as fast as it helps.
+
+Axes: B trajectories, T time points, N cells per time point, D width of the block, C width of the condition.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class AdaLNZero(nn.Module):
+    """Modulated normalisation in front of a residual branch, and the gate behind it.
+
+    The condition has one vector per time point, ``[B, T, C]`` (flow time, which may differ per time point, plus the
+    embedded conditions); all N cells of a time point share it. A block of any mixer uses it so::
+
+        y, gate = self.modulation(x, condition)  # x, y [B, T, N, D]; gate [B, T, 1, D]
+        x = x + gate * self.mixer(y)
+
+    For tensors with other axes in between, the condition needs only to broadcast: the axes that it lacks between its
+    leading ones and its last are filled with ones. So ``x [B, T, D]`` with ``condition [B, T, C]`` or ``x [B, D]`` with
+    ``[B, C]`` work as well.
+
+    Parameters
+    ----------
+    width
+        D.
+    condition
+        C.
+    """
+
+    def __init__(self, width: int, condition: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.project = nn.Linear(condition, 3 * width)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the modulated, normalised ``x`` (its shape) and the gate, which broadcasts to it."""
+        parameters = self.project(F.silu(condition))
+        missing = x.dim() - parameters.dim()
+        parameters = parameters.view(*parameters.shape[:-1], *([1] * missing), parameters.shape[-1])
+        shift, scale, gate = parameters.chunk(3, dim=-1)
+        return self.norm(x) * (1 + scale) + shift, gate

@@ -1,0 +1,50 @@
+"""Residual feed-forward block whose dropout is keyed per cell.
+
+torch's dropout draws from a generator, so what one cell gets would depend on the cells before it, hence on the number
+of ranks. Here the mask comes from the cell's key (:mod:`bgen.nn.random`).
+
+Axes: B cells, D width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bgen.nn.random import Stream, keep_mask
+
+
+def keyed_dropout(x: Tensor, keys: Tensor, number: int, probability: float) -> Tensor:
+    """Dropout of ``x [B, D]`` with a mask that depends on ``keys [B]`` and on the layer's ``number`` alone."""
+    keep = 1.0 - probability
+    return x * keep_mask(keys, Stream.DROPOUT + number, x.shape[1], keep).to(x.dtype).div_(keep)
+
+
+class ResidualBlock(nn.Module):
+    """``x + W2 dropout(silu(W1 LayerNorm(x)))`` for ``x [B, D]``.
+
+    Parameters
+    ----------
+    width
+        D.
+    dropout
+        Probability that a hidden unit is dropped in training.
+    number
+        Number of this dropout layer in the model; layers of one model take different numbers.
+    """
+
+    def __init__(self, width: int, dropout: float, number: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inner = nn.Linear(width, width)
+        self.outer = nn.Linear(width, width)
+        self.dropout = dropout
+        self.number = number
+
+    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        """Apply the block; ``keys`` int64 ``[B]`` are needed in training with dropout."""
+        hidden = F.silu(self.inner(self.norm(x)))
+        if self.training and self.dropout > 0:
+            assert keys is not None, "dropout in training needs the cells' keys"
+            hidden = keyed_dropout(hidden, keys, self.number, self.dropout)
+        return x + self.outer(hidden)
