@@ -77,7 +77,7 @@ class CountReader:
         return Bytes(gaps.reshape(-1), counts.reshape(-1), rows, cells, pick)
 
     def assemble(
-        self, pieces: Sequence[tuple[Bytes, int, int]], keys: NDArray[np.integer[Any]], step: int
+        self, pieces: Sequence[tuple[Bytes, int, int]], keys: NDArray[np.integer[Any]], step: int, first_slot: int = 0
     ) -> CellBatch:
         """Decode pieces ``(bytes, start, stop)``, each cells ``start:stop`` in its order, into one batch."""
         cells = np.concatenate([piece.cells[start:stop] for piece, start, stop in pieces])
@@ -109,6 +109,7 @@ class CountReader:
             keys=torch.from_numpy(np.asarray(keys).astype(np.uint64).view(np.int64)),
             cells=torch.from_numpy(cells),
             step=step,
+            first_slot=first_slot,
             obs={name: self._pick_obs(values, cells) for name, values in self._columns.items()},
         )
 
@@ -203,7 +204,8 @@ class TrainLoader:
                 lane = run.window[1]
                 used[lane] = max(used.get(lane, run.window), run.window)
             keys = hash_keys(self.seed, _TRAIN, step, np.arange(low, high))
-            batches.append(self.reader.assemble(pieces, keys, step))
+            batches.append(self.reader.assemble(pieces, keys, step, low))
+            batches[-1].first_slot = low
         for key in [key for key in self._windows if key[1] not in used or key < used[key[1]]]:
             del self._windows[key]
         return batches
@@ -240,5 +242,7 @@ def valid_batches(
         at = start + np.arange(rank * per_step // world, (rank + 1) * per_step // world)
         weight = torch.from_numpy((at < len(members)).astype(np.float32))
         picked = members[np.minimum(at, len(members) - 1)]
-        batches.append((reader.read_cells(picked, hash_keys(seed, _VALID, picked)), weight))
+        batch = reader.read_cells(picked, hash_keys(seed, _VALID, picked))
+        batch.first_slot = int(at[0])
+        batches.append((batch, weight))
     return batches
