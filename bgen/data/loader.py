@@ -205,7 +205,6 @@ class TrainLoader:
                 used[lane] = max(used.get(lane, run.window), run.window)
             keys = hash_keys(self.seed, _TRAIN, step, np.arange(low, high))
             batches.append(self.reader.assemble(pieces, keys, step, low))
-            batches[-1].first_slot = low
         for key in [key for key in self._windows if key[1] not in used or key < used[key[1]]]:
             del self._windows[key]
         return batches
