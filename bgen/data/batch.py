@@ -35,6 +35,8 @@ class CellBatch:
         int64 ``[B]``: numbers of the cells in the store.
     step
         Optimiser step that the batch belongs to (0-based); in evaluation the number of steps done.
+    first_slot
+        Place of the first cell in the global batch of the step, of which this is a contiguous slice.
     """
 
     indptr: Tensor
@@ -44,6 +46,7 @@ class CellBatch:
     keys: Tensor
     cells: Tensor
     step: int = 0
+    first_slot: int = 0
     obs: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -53,6 +56,11 @@ class CellBatch:
     def library(self) -> Tensor:
         """float32 ``[B]``: total counts of each cell."""
         return torch.segment_reduce(self.counts, "sum", offsets=self.indptr, initial=0.0)
+
+    @property
+    def slots(self) -> Tensor:
+        """int64 ``[B]``: places of the cells in the global batch."""
+        return torch.arange(self.first_slot, self.first_slot + len(self), device=self.indptr.device)
 
     @property
     def rows(self) -> Tensor:
@@ -67,4 +75,4 @@ class CellBatch:
             if isinstance(value := getattr(self, f.name), Tensor)
         }
         obs = {name: column.to(device, non_blocking=True) for name, column in self.obs.items()}
-        return CellBatch(**moved, n_genes=self.n_genes, step=self.step, obs=obs)
+        return CellBatch(**moved, n_genes=self.n_genes, step=self.step, first_slot=self.first_slot, obs=obs)

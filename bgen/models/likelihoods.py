@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bgen.data.batch import CellBatch
-from bgen.models.nb_sparse import SparseNB, log_softmax_at, nonzero_term
 from bgen.models.nb_sampling import sample_negative_binomial
+from bgen.models.nb_sparse import SparseNB, log_softmax_at, nonzero_term
 from bgen.nn.random import Stream, uniform
 
 LOG_THETA_RANGE = (-9.0, 14.0)

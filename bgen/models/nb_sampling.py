@@ -28,13 +28,14 @@ def sample_negative_binomial(mu: Tensor, theta: Tensor, keys: Tensor) -> Tensor:
 
     large = mu > _SEARCHED
     if large.any():
-        m, t, u = (values[large].cpu().numpy() for values in (mu, theta, uniforms))
-        drawn = torch.from_numpy(stats.nbinom.ppf(u, t, t / (t + m)))
+        mean, size, quantile = (values[large].cpu().numpy() for values in (mu, theta, uniforms))
+        drawn = torch.from_numpy(stats.nbinom.ppf(quantile, size, size / (size + mean)))
         counts[large.view(-1)] = drawn.to(counts)
 
     entry = ((uniforms > probability) & ~large).view(-1).nonzero().squeeze(1)
     u, p, t = (values.reshape(-1)[entry] for values in (uniforms, probability, theta))
-    step = (mu.view(-1)[entry] / (mu.view(-1)[entry] + t)).contiguous()
+    m = mu.reshape(-1)[entry]
+    step = m / (m + t)
     cumulative = p.clone()
     x = 0
     while len(entry):

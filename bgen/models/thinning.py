@@ -41,7 +41,7 @@ def thin(batch: CellBatch, share: float) -> Tensor:
 
 
 def binomial(n: Tensor, p: Tensor, u: Tensor) -> Tensor:
-    """Binomial numbers with ``n`` trials of probability ``p`` (0 < p < 1) from uniform ``u``: all ``[NNZ]``, by inversion.
+    """Binomial numbers of ``n`` trials with probability ``p`` (0 < p < 1), by inverting uniform ``u``: all ``[NNZ]``.
 
     Exact for n <= 32, by walking up ``P(k + 1) = P(k) * (n - k) / (k + 1) * p / (1 - p)``; most counts are 1 or 2, so
     few entries walk far. Above, the rounded normal quantile, clipped to 0..n.

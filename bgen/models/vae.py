@@ -103,9 +103,7 @@ class Decoder(nn.Module):
         hidden = self.norm(hidden)
         if self.dropout_logits is None:
             return NegativeBinomial(self.logits(hidden), library, self.log_theta)
-        return ZeroInflatedNegativeBinomial(
-            self.logits(hidden), library, self.log_theta, self.dropout_logits(hidden)
-        )
+        return ZeroInflatedNegativeBinomial(self.logits(hidden), library, self.log_theta, self.dropout_logits(hidden))
 
 
 class VAE(nn.Module):
@@ -214,7 +212,7 @@ class VAE(nn.Module):
         self.log_library_range.copy_(bounds)
 
     def whiten(self, z: Tensor, log_library: Tensor) -> Tensor:
-        """``z [B, D]`` and log total counts ``[B]`` to ``[B, D + 1]`` with mean 0 and variance 1 over training cells."""
+        """Standardise ``z [B, D]`` and log total counts ``[B]`` by the training cells' statistics: ``[B, D + 1]``."""
         return (torch.cat((z, log_library[:, None]), dim=1) - self.latent_mean) / self.latent_std
 
     def unwhiten(self, whitened: Tensor) -> tuple[Tensor, Tensor]:

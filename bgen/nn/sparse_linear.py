@@ -42,17 +42,27 @@ class _SparseMatmul(torch.autograd.Function):
         indptr, indices, values = ctx.saved_tensors
         n_cells = len(indptr) - 1
         # scipy's counting sort transposes 200,000 entries in 1 ms; torch's sort takes several.
-        transposed = sparse.csr_matrix(
+        csc = sparse.csr_matrix(
             (values.numpy(), indices.numpy(), indptr.numpy().astype(np.int32)), shape=(n_cells, ctx.n_genes)
         ).tocsc()
-        parts = (torch.from_numpy(part) for part in (transposed.indptr, transposed.indices, transposed.data))
-        return _csr(*parts, (ctx.n_genes, n_cells)) @ grad, None, None, None
+        transposed = _csr(
+            torch.from_numpy(csc.indptr),
+            torch.from_numpy(csc.indices),
+            torch.from_numpy(csc.data),
+            (ctx.n_genes, n_cells),
+        )
+        with torch.autocast("cpu", enabled=False):  # MKL's sparse product has no bf16
+            return transposed @ grad, None, None, None
 
 
 def sparse_matmul(weight: Tensor, indptr: Tensor, indices: Tensor, values: Tensor, rows: Tensor) -> Tensor:
     """``X @ W``, ``[B, H]``, for ``X [B, G]`` in CSR form and a dense ``weight [G, H]``.
 
     Sparse on a CPU with MKL, dense elsewhere (on a GPU a dense product is cheaper than gathering).
+
+    Measured at B = 1,024, H = 128, 10 % non-zeros, forward and backward, in milliseconds for this, for densifying and
+    multiplying, and for ``embedding_bag``: one thread, G = 500: 1.8, 3.1, 3.2; G = 2,000: 8, 12 to 17, 12 to 14; two
+    threads, G = 2,000: 4.9, 7 to 8, 10 to 17; G = 16,791: 45, 83, 144. It also won at B = 512 and at H = 256.
     """
     if weight.device.type == "cpu" and torch.backends.mkl.is_available():
         with torch.autocast("cpu", enabled=False):

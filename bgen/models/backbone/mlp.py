@@ -1,0 +1,81 @@
+"""Velocity network without mixing: every cell by itself, through residual blocks modulated by AdaLN-zero.
+
+Axes: B trajectories, T time points, N cells per time point, D latent size, C width of the condition and the blocks.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bgen.nn.embedding import TimeEmbedding
+from bgen.nn.modulation import AdaLNZero
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.modulation = AdaLNZero(width, width)
+        self.inner = nn.Linear(width, 2 * width)
+        self.outer = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        y, gate = self.modulation(x, condition)
+        return x + gate * self.outer(F.silu(self.inner(y)))
+
+
+class MLPBackbone(nn.Module):
+    """``[B, T, N, D]`` to ``[B, T, N, D]``, cell by cell.
+
+    Parameters
+    ----------
+    size
+        D, with the library size counted in.
+    width
+        Width of the blocks, and C.
+    blocks
+        Number of residual blocks.
+    """
+
+    def __init__(self, size: int, width: int, blocks: int) -> None:
+        super().__init__()
+        self.time = TimeEmbedding(width)
+        self.stem = nn.Linear(size, width)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, size)
+        # Zero at the start: the first losses are those of predicting nothing, and no direction is preferred.
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(
+        self,
+        z: Tensor,
+        t: Tensor,
+        condition: Tensor,
+        mask: Tensor | None = None,
+        time: Tensor | None = None,
+    ) -> Tensor:
+        """Apply the network.
+
+        Parameters
+        ----------
+        z
+            ``[B, T, N, D]``: noisy latents.
+        t
+            ``[B, T]``: flow times.
+        condition
+            ``[B, T, C]``: embedded conditions.
+        mask, time
+            ``[B, T, N]`` and ``[B, T]``: the signature that all backbones share. Cells do not see each other here, so
+            neither padding nor real time can reach another cell's output.
+
+        Returns
+        -------
+        ``[B, T, N, D]``
+        """
+        condition = condition + self.time(t)
+        x = self.stem(z)
+        for block in self.blocks:
+            x = block(x, condition)
+        return self.head(self.norm(x))
