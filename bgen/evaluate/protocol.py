@@ -251,17 +251,18 @@ def _notes(cells: dict[str, Cells], n: int, components: int) -> list[str]:
         notes.append(f"The data allow {components} principal components instead of {COMPONENTS}.")
     train, test, generated = (cells[name].types for name in ("train", "test", "generated"))
     if test is not None and generated is not None:
-        moved = _total_variation(test, generated)
-        if moved > 0.1:
+        short = _shortage(test, generated, n)
+        if short > 0.02:
             notes.append(
-                f"{moved:.0%} of the generated cells would have to change type to match the proportions of the test "
-                "cells. That counts against the model; generate with the proportions of the test cells to exclude it."
+                f"Generated cells are too few of some types: {short:.0%} of the {n} compared cells had to be of "
+                "another type, which counts against the model. Generate as many of each type as test holds."
             )
     if train is not None and test is not None and (unseen := sorted(set(test.tolist()) - set(train.tolist()))):
         notes.append(f"Types in test that training does not hold, so the baseline draws any cell: {', '.join(unseen)}.")
     return notes
 
 
-def _total_variation(a: NDArray[np.str_], b: NDArray[np.str_]) -> float:
-    of_a, of_b = Counter(a.tolist()), Counter(b.tolist())
-    return 0.5 * sum(abs(of_a[name] / len(a) - of_b[name] / len(b)) for name in of_a.keys() | of_b.keys())
+def _shortage(test: NDArray[np.str_], generated: NDArray[np.str_], n: int) -> float:
+    """Return the share of n cells with the types of test that the generated cells cannot provide."""
+    wanted, there = Counter(test.tolist()), Counter(generated.tolist())
+    return sum(max(0.0, count * n / len(test) - there[name]) for name, count in wanted.items()) / n

@@ -1,0 +1,205 @@
+"""One self-contained HTML page that says how good generated cells are: sentence, table, pictures."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from anndata import AnnData
+from matplotlib.figure import Figure
+
+from bgen.evaluate import pictures
+from bgen.evaluate.scores import ARROWS, ROWS, Score, Scores
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light; }}
+body {{ font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: #222;
+  background: #fff; max-width: 1000px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }}
+h1 {{ font-size: 1.75rem; line-height: 1.25; margin: 0 0 .75rem; }}
+h2 {{ font-size: 1.2rem; margin: 2.75rem 0 .5rem; }}
+p {{ margin: .5rem 0; max-width: 46rem; }}
+.headline {{ font-size: 1.2rem; }}
+.note {{ border-left: 3px solid #E69F00; padding-left: .8rem; }}
+.small, figcaption {{ color: #595959; font-size: .875rem; }}
+figure {{ margin: .75rem 0 0; }}
+figure img {{ display: block; width: 100%; height: auto; }}
+figure.narrow img {{ width: 62%; }}
+figcaption {{ max-width: 46rem; margin-top: .4rem; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: .9rem; width: 100%; margin-top: .75rem; }}
+th {{ text-align: left; font-weight: 600; border-bottom: 2px solid #222; padding: .35rem .6rem .35rem 0; }}
+td {{ border-bottom: 1px solid #e5e5e5; padding: .4rem .6rem .4rem 0; vertical-align: top; }}
+td.number, th.number {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
+td.verdict {{ white-space: nowrap; }}
+td .meaning {{ color: #595959; font-size: .8rem; display: block; line-height: 1.35; }}
+.sd {{ color: #767676; font-size: .8em; }}
+.key {{ display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .3em; }}
+.best {{ color: #00664b; font-weight: 600; }} .good {{ color: #00664b; }} .even {{ color: #7a4f00; }}
+.bad {{ color: #a31515; font-weight: 600; }}
+table.facts {{ width: auto; }} table.facts td:first-child {{ color: #595959; padding-right: 1.5rem; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p class="headline">{headline}</p>
+{body}
+</body>
+</html>
+"""
+_CLASSES = {
+    "at the ceiling": "best",
+    "better than the baseline": "good",
+    "no better than the baseline": "even",
+    "worse than the baseline": "bad",
+}
+_MARKS = {"model": pictures.COLOURS["generated"], "baseline": pictures.COLOURS["baseline"], "ceiling": "#222222"}
+_TITLES = {"real": "real cells, held out", "generated": "generated", "baseline": "baseline"}
+
+
+def write_report(
+    path: str | Path,
+    scores: Scores,
+    train: AnnData,
+    test: AnnData,
+    generated: AnnData,
+    baseline: AnnData,
+    *,
+    losses: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    title: str = "How good are the generated cells?",
+    provenance: Mapping[str, object] | None = None,
+) -> Path:
+    """Write the page, whole or not at all, and return its path.
+
+    Parameters
+    ----------
+    scores
+        From :func:`bgen.evaluate.protocol.evaluate`; its ``cell_type`` names the column that colours the cells.
+    train, test, generated, baseline
+        Raw counts over the same genes; ``baseline`` from :func:`bgen.evaluate.protocol.baseline_cells`.
+    losses
+        Rows of each training record by the name of the stage, in order.
+    provenance
+        Facts for the foot of the page, such as model, data and version.
+    """
+    column = scores.setting.get("cell_type")
+    cell_type = column if isinstance(column, str) else None
+    sets = pictures.read_sets({"train": train, "real": test, "generated": generated, "baseline": baseline}, cell_type)
+    panels = pictures.joint_layout(sets)
+    parts = [f'<p class="note">{escape(note)}</p>' for note in scores.notes]
+    parts += [_score_section(scores)]
+    coloured = f"Colour is {cell_type}. " if cell_type else ""
+    parts += [
+        "<h2>The cells, side by side</h2>",
+        _figure(
+            pictures.embedding_figure(panels, _TITLES),
+            "Real, generated and baseline cells in one map",
+            f"{coloured}{len(panels[0].xy):,} cells each, on one map: t-SNE of all of them together, from the "
+            "principal components of the training cells. Behind generated and baseline cells the real ones are light grey: "
+            "grey without colour is missed, colour without grey is invented. Distances between islands mean little.",
+        ),
+        "<h2>Noise of each gene</h2>",
+        _figure(
+            pictures.mean_variance_figure(sets),
+            "Variance against mean of each gene",
+            "One dot a gene, over equally many cells; real ones grey. Lines are medians. Counting alone would give the "
+            "dotted line; what lies above it is variation between cells.",
+        ),
+        "<h2>Library size and zeros</h2>",
+        _figure(
+            pictures.histogram_figure(sets),
+            "Histograms of counts per cell, genes per cell and zeros per gene",
+            "Grey is real. The share of zeros is per gene, with a logarithmic axis.",
+        ),
+    ]
+    curves = pictures.loss_figure(losses) if losses else None
+    if curves is not None:
+        caption = "Mean over the steps between records (train), and over held-out cells. The first tenth may lie above."
+        parts += ["<h2>Training</h2>", _figure(curves, "Loss against step", caption)]
+    parts += [_facts(scores, provenance or {})]
+    page = _PAGE.format(title=escape(title), headline=escape(scores.headline()), body="\n".join(parts))
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(target)
+    return target
+
+
+def _score_section(scores: Scores) -> str:
+    keys = {
+        "model": "the generated cells",
+        "baseline": "cells drawn from a negative binomial per cell type, genes independent: what is easy",
+        "ceiling": "other real cells in place of generated ones: what is possible",
+    }
+    legend = "; ".join(f"{_dot(row)}<b>{row}</b>: {meaning}" for row, meaning in keys.items())
+    head = "".join(f'<th class="number">{_dot(row)}{row}</th>' for row in ROWS)
+    rows = "\n".join(_score_row(score) for score in scores.scores)
+    return f"""<h2>Scores</h2>
+<p>Every row compares {scores.cells:,} cells with {scores.cells:,} held-out real cells. {legend}.</p>
+<div class="wide"><table>
+<thead><tr><th>measure</th>{head}<th>worse … better</th><th>verdict</th></tr></thead>
+<tbody>
+{rows}
+</tbody>
+</table></div>
+<p class="small">Mean <span class="sd">± standard deviation</span> of {scores.subsamples} subsamples. ↓ lower is better,
+↑ higher is better, →½ one half is best. A difference counts if it exceeds the noise of the subsamples.</p>"""
+
+
+def _score_row(score: Score) -> str:
+    digits = score.metric.digits
+    numbers = "".join(
+        f'<td class="number">{getattr(score, row).mean:.{digits}f} '
+        f'<span class="sd">±{getattr(score, row).sd:.{digits}f}</span></td>'
+        for row in ROWS
+    )
+    name = f"{escape(score.metric.title)} {ARROWS[score.metric.better]}"
+    verdict = score.verdict
+    return (
+        f'<tr><td>{name}<span class="meaning">{escape(score.metric.meaning)}</span></td>{numbers}'
+        f'<td>{_strip(score)}</td><td class="verdict {_CLASSES[verdict]}">{verdict}</td></tr>'
+    )
+
+
+def _strip(score: Score) -> str:
+    """Return a small drawing of the three figures on one line, the best at the right end."""
+    shortfalls = {row: getattr(score, row).shortfall(score.metric.better).mean for row in ROWS}
+    worst, best = max(shortfalls.values()), min(shortfalls.values())
+    width = (worst - best) or 1.0
+    x = {row: 8 + 94 * (worst - value) / width for row, value in shortfalls.items()}
+    return (
+        '<svg width="110" height="18" role="img" aria-label="position of model between baseline and ceiling">'
+        '<line x1="8" y1="9" x2="102" y2="9" stroke="#dddddd" stroke-width="2"/>'
+        f'<rect x="{x["ceiling"] - 1.5:.1f}" y="1" width="3" height="16" fill="{_MARKS["ceiling"]}"/>'
+        f'<circle cx="{x["baseline"]:.1f}" cy="9" r="5.5" fill="{_MARKS["baseline"]}"/>'
+        f'<circle cx="{x["model"]:.1f}" cy="9" r="4.5" fill="{_MARKS["model"]}" stroke="#fff"/></svg>'
+    )
+
+
+def _facts(scores: Scores, provenance: Mapping[str, object]) -> str:
+    facts: dict[str, object] = {"protocol": scores.protocol, "cells on each side": scores.cells}
+    facts |= {key.replace("_", " "): value for key, value in scores.setting.items() if value is not None}
+    facts |= provenance
+    rows = "\n".join(
+        f"<tr><td>{escape(str(name))}</td><td>{escape(str(value))}</td></tr>" for name, value in facts.items()
+    )
+    return f'<h2>How this was made</h2>\n<table class="facts"><tbody>\n{rows}\n</tbody></table>'
+
+
+def _figure(figure: Figure, alternative: str, caption: str) -> str:
+    encoded = base64.b64encode(pictures.png(figure, dpi=160)).decode("ascii")
+    narrow = ' class="narrow"' if figure.get_figwidth() < 8 else ""
+    image = f'<img alt="{escape(alternative)}" src="data:image/png;base64,{encoded}">'
+    return f"<figure{narrow}>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _dot(row: str) -> str:
+    return f'<span class="key" style="background:{_MARKS[row]}"></span>'
