@@ -1,0 +1,1 @@
+"""Checkpoints: commit, verify, find the newest, keep the last few."""

@@ -1,0 +1,118 @@
+"""What a committed checkpoint looks like on disk, and how its files are checked.
+
+::
+
+    checkpoints/step_00000500/
+        engine/                 weights and optimiser, as DeepSpeed wrote them, a file or two per rank
+        model.safetensors       the weights to export if training ended here (the moving average, where there is one)
+        best.safetensors        the best weights by the held-out loss, with early stopping
+        state.json              step, early stopping, configuration, fingerprint of the data
+        manifest.json           size and SHA-256 of each file above, number of ranks, versions
+        COMMITTED               SHA-256 of manifest.json; written last: without it the folder is not a checkpoint
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+MARKER = "COMMITTED"
+STATE = "state.json"
+MODEL = "model.safetensors"
+BEST = "best.safetensors"
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+def folder_name(step: int) -> str:
+    """Name of the checkpoint after ``step`` optimiser steps."""
+    return f"step_{step:08d}"
+
+
+def committed(root: Path) -> list[Path]:
+    """The committed checkpoints below ``root``, newest first; says nothing about damage since."""
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and (path / MARKER).is_file()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """Optimiser steps done at a checkpoint, from its name."""
+    match = _NAME.fullmatch(folder.name)
+    assert match is not None, folder
+    return int(match[1])
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a small text file and wait until it is on the disk."""
+    path.write_text(text, encoding="utf-8")
+    sync(path)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a committed checkpoint.
+
+    Raises
+    ------
+    ValueError
+        If it is missing, damaged, or of a later format.
+    """
+    try:
+        marker = (folder / MARKER).read_text(encoding="utf-8").strip()
+        if sha256(folder / MANIFEST) != marker:
+            raise ValueError(f"{MANIFEST}: checksum differs")
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{MANIFEST}: {error.strerror}") from error
+    if manifest["format"] > FORMAT:
+        raise ValueError(f"format {manifest['format']} is newer than this bgen reads ({FORMAT})")
+    return manifest
+
+
+def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a committed checkpoint, or None.
+
+    Every file's size is checked, and the contents of each ``parts``-th file starting with number ``part``, so that
+    ranks share the reading.
+    """
+    try:
+        files: dict[str, dict[str, Any]] = read_manifest(folder)["files"]
+    except ValueError as error:
+        return str(error)
+    for number, (name, entry) in enumerate(sorted(files.items())):
+        path = folder / name
+        if not path.is_file():
+            return f"{name}: missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name}: {path.stat().st_size} bytes instead of {entry['bytes']}"
+        if number % parts == part and sha256(path) != entry["sha256"]:
+            return f"{name}: checksum differs"
+    return None
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, its marker first, so that one half deleted is not taken for a whole one."""
+    (folder / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,29 @@
+"""One message for a mistake that every rank found."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from bgen.config.errors import UserError
+
+# The launcher ends the other ranks as soon as one has ended, so the others leave rank 0 this many seconds to speak.
+PATIENCE = 3.0
+
+
+def report_user_error(error: UserError) -> int:
+    """Print ``error: ...`` once for all ranks and return the exit code, 2.
+
+    Works before the ranks have met. Rank 0 prints and returns. Another rank waits; a launcher has ended it by then if
+    rank 0 found the mistake too; if not, the mistake is this rank's alone (a missing file on its host) and it speaks.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE)
+        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+    return 2

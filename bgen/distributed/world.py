@@ -1,0 +1,202 @@
+"""The ranks of a run: start-up, time-outs, and the few collectives that the rest of bgen uses.
+
+A process learns its place from the environment that `torchrun` and the `deepspeed` launcher both set (RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without it, the run is one process and opens no port.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bgen.config.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them.
+
+    Attributes
+    ----------
+    rank, size
+        Number of this process, and of processes in all.
+    local_rank, local_size
+        The same on this host.
+    device
+        Where this rank computes.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, the one that writes and speaks."""
+        return self.rank == 0
+
+
+T = TypeVar("T")
+_world: World | None = None
+
+
+def read_world() -> World:
+    """Read the launcher's environment variables; starts nothing.
+
+    Raises
+    ------
+    UserError
+        If only some of them are set, or a rank is not below the number of ranks.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if "RANK" in missing and "WORLD_SIZE" in missing:
+        rank, size, local_rank, local_size = 0, 1, 0, 1
+    elif missing:
+        raise UserError(
+            f"the launcher's environment is incomplete: {', '.join(missing)} not set. Start with torchrun or "
+            "deepspeed, or unset RANK and WORLD_SIZE for a single process."
+        )
+    else:
+        rank, size, local_rank = (int(os.environ[name]) for name in names[:3])
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
+        if not 0 <= rank < size:
+            raise UserError(f"RANK is {rank}, but WORLD_SIZE is {size}: ranks count from 0 to {size - 1}.")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU: this host shows {torch.cuda.device_count()}. Start as many "
+                "processes per host as there are GPUs, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on CPUs."
+            )
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+    return World(rank, size, local_rank, local_size, device)
+
+
+def start(timeout: float = 600.0) -> World:
+    """Meet the other ranks and return this process's place; a second call returns the same.
+
+    Parameters
+    ----------
+    timeout
+        Seconds that the ranks have to meet, and for each collective until :func:`set_timeout` says otherwise.
+
+    Raises
+    ------
+    UserError
+        If the environment is incomplete, or the ranks did not meet in time.
+    """
+    global _world
+    if _world is not None:
+        return _world
+    world = read_world()
+    backend = "gloo"
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+        backend = "cpu:gloo,cuda:nccl"
+    limit = timedelta(seconds=timeout)
+    if world.size == 1 and "RANK" not in os.environ:
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it; the others would make later children think otherwise
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+    else:
+        if world.local_size == world.size:
+            # One host: the loopback interface always works, the one that the host's name resolves to may not.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
+        try:
+            dist.init_process_group(backend, timeout=limit)
+        except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
+            raise UserError(
+                f"rank {world.rank} did not meet the other {world.size - 1} at {os.environ['MASTER_ADDR']}:"
+                f"{os.environ['MASTER_PORT']} within {timeout:g} s. Check that all were started, with the same "
+                f"address, and that the port is open. ({str(error).splitlines()[0]})"
+            ) from error
+    _share_cores(world)
+    _world = world
+    return world
+
+
+def _loopback() -> str:
+    import socket
+
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in ("lo", "lo0") if name in names), names[0])
+
+
+def _share_cores(world: World) -> None:
+    """Divide a CPU host's cores among its ranks, unless the user set OMP_NUM_THREADS (torchrun sets 1 unasked)."""
+    if world.device.type == "cpu" and world.local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // world.local_size))
+
+
+def current() -> World:
+    """The place of this process; :func:`start` must have run."""
+    assert _world is not None, "bgen.distributed.world.start() has not run"
+    return _world
+
+
+def stop() -> None:
+    """Leave the group; harmless when there is none."""
+    global _world
+    if _world is not None:
+        dist.destroy_process_group()
+        _world = None
+
+
+def set_timeout(seconds: float) -> None:
+    """Change how long a collective may take from now on: start-up is slow, a step is not."""
+    from torch.distributed import distributed_c10d
+
+    if current().size > 1:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if current().size > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """Sum a CPU tensor over ranks; returns a new tensor, bitwise the same on each rank."""
+    total = values.clone()
+    if current().size > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def agree_max(flag: int | bool) -> int:
+    """The largest flag of all ranks."""
+    if current().size == 1:
+        return int(flag)
+    value = torch.tensor([int(flag)])
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value)
+
+
+def agree_min(flag: int | bool) -> int:
+    """The smallest flag of all ranks."""
+    return -agree_max(-int(flag))
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, in rank order, on every rank. For small things that pickle."""
+    if current().size == 1:
+        return [value]
+    values: list[T | None] = [None] * current().size
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def from_main(value: T) -> T:
+    """Rank 0's value on every rank. For small things that pickle."""
+    return gather(value)[0]

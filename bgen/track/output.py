@@ -1,0 +1,108 @@
+"""Everything that a run writes about itself: the record, its MLflow mirror, and what is shown on the terminal.
+
+Only rank 0 writes; on the other ranks every call does nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from typing import Any
+
+from bgen.config.load import to_yaml
+from bgen.config.schema import Config
+from bgen.track import record as records
+from bgen.track.mlflow import MlflowMirror, flatten, tracking_uri
+from bgen.track.progress import ProgressLine
+
+RECORD = "record.jsonl"
+CONFIG = "config.yaml"
+
+
+def run_identifier(config: Config) -> str:
+    """A new identifier for the run in ``config.out``, or its own if it was killed before its first checkpoint."""
+    path = config.out / RECORD
+    if path.exists() and (rows := records.read(path)):
+        return str(rows[0]["run"])
+    return uuid.uuid4().hex
+
+
+class RunOutput:
+    """The output of one process of a run.
+
+    Parameters
+    ----------
+    config
+        Settings; written to ``config.yaml`` in the run folder.
+    run
+        The run's identifier.
+    step
+        Step that the run goes on from; rows of the record after it are dropped. None for a run that starts.
+    main
+        Whether this is rank 0.
+    """
+
+    def __init__(self, config: Config, run: str, step: int | None, main: bool) -> None:
+        self.main = main
+        self._record: records.Record | None = None
+        self._mirror: MlflowMirror | None = None
+        self._progress: ProgressLine | None = None
+        if not main:
+            return
+        config.out.mkdir(parents=True, exist_ok=True)
+        path = config.out / RECORD
+        (config.out / CONFIG).write_text(to_yaml(config), encoding="utf-8")
+        records.truncate(path, -1 if step is None else step)
+        self._record = records.Record(path)
+        self._progress = ProgressLine(config.stage, step or 0, config.train.steps, config.track.progress)
+        if config.track.mlflow:
+            self._mirror = MlflowMirror(
+                path,
+                tracking_uri(config.track.uri, config.out),
+                config.track.experiment,
+                config.track.run_name or config.out.resolve().name,
+                run,
+                flatten(config.model_dump(mode="json")),
+                config.out / CONFIG,
+            )
+            self._mirror.start()
+
+    def row(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Add a row to the record; floats that are not finite become null."""
+        if self._record is not None:
+            finite = {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in values.items()
+            }
+            self._record.append(kind, step, finite)
+        if self._mirror is not None:
+            self._mirror.wake()
+
+    def event(self, event: str, step: int, values: dict[str, Any]) -> None:
+        """Add a row that says what happened."""
+        self.row("event", step, {"event": event, **values})
+
+    def progress(self, step: int, figures: str = "") -> None:
+        """Show the step, and ``figures`` if there are new ones."""
+        if self._progress is not None:
+            self._progress.update(step, figures)
+
+    def say(self, message: str) -> None:
+        """Print a line."""
+        if self._progress is not None:
+            self._progress.say(message)
+
+    def sync(self) -> None:
+        """Wait until the record is on the disk."""
+        if self._record is not None:
+            self._record.sync()
+
+    def close(self, status: str) -> None:
+        """Close all, with MLflow's ``status``: FINISHED, KILLED or FAILED."""
+        if self._progress is not None:
+            self._progress.close()
+        if self._record is not None:
+            self._record.sync()
+            self._record.close()
+        if self._mirror is not None and (complaint := self._mirror.close(status)):
+            self.say(f"warning: {complaint}")

@@ -1,0 +1,57 @@
+"""The progress bar of a terminal, and plain lines where there is none (batch jobs, pipes). Written to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Without a terminal: at most a line in so many seconds.
+SECONDS_PER_LINE = 10.0
+
+
+class ProgressLine:
+    """Shows steps done, the loss and the speed.
+
+    Parameters
+    ----------
+    title
+        What is running.
+    done, total
+        Steps.
+    shown
+        False shows nothing but messages.
+    """
+
+    def __init__(self, title: str, done: int, total: int, shown: bool) -> None:
+        self._title, self._total, self._shown = title, total, shown
+        self._console = Console(file=sys.stderr, highlight=False)
+        self._bar: Progress | None = None
+        self._spoke = 0.0
+        if shown and self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[figures]}"), console=self._console)
+            self._task = self._bar.add_task(title, total=total, completed=done, figures="")
+            self._bar.start()
+
+    def update(self, step: int, figures: str = "") -> None:
+        """Show ``step``; ``figures`` (loss, speed) replace those shown before."""
+        if self._bar is not None:
+            if figures:
+                self._bar.update(self._task, completed=step, figures=figures)
+            else:
+                self._bar.update(self._task, completed=step)
+        elif self._shown and figures and (step >= self._total or time.monotonic() - self._spoke >= SECONDS_PER_LINE):
+            self._spoke = time.monotonic()
+            self.say(f"{self._title} {step}/{self._total} {figures}")
+
+    def say(self, message: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(message, soft_wrap=True, markup=False)
+
+    def close(self) -> None:
+        """Leave the bar as it is and end it."""
+        if self._bar is not None:
+            self._bar.stop()

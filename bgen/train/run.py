@@ -1,0 +1,95 @@
+"""``bgen train`` and ``bgen export``: from a configuration to a run folder, and from that to a model directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bgen.config.errors import UserError
+from bgen.config.schema import Config
+from bgen.data.store import Store
+from bgen.distributed import world as ranks
+from bgen.hub.directory import ColumnInfo, SavedModel, count_combinations, save_model
+from bgen.models.latent_flow import LatentFlow
+from bgen.models.vae import VAE
+from bgen.train.stages import StoreStage, make_stage, mean_and_std, rebuild
+from bgen.train.trainer import Trainer, TrainResult, check
+
+MODEL = "model"
+"""Folder of the exported model in a run folder."""
+
+
+def train(config: Config, *, resume: bool = False) -> TrainResult:
+    """Train the stage that the configuration names, and export the result to ``out/model``.
+
+    Raises
+    ------
+    UserError
+        If the configuration, the store and the run folder do not fit together.
+    """
+    world = check(config)
+    stage = make_stage(config, Store(config.data.store), world)
+    result = Trainer(config, stage).fit(resume=resume)
+    if not result.interrupted and world.is_main:
+        folder = config.out / MODEL
+        if not folder.exists():
+            save_model(exported(config, stage, result.step), folder)
+    ranks.barrier()
+    return result
+
+
+def export(run: Path, out: Path) -> None:
+    """Write the newest verified checkpoint of a run as a model directory.
+
+    Raises
+    ------
+    UserError
+        If ``run`` is no run folder, has no usable checkpoint, or ``out`` is not empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is there already and not empty. Choose another --out, or remove it first.")
+    config, stage, checkpoint = rebuild(run, ranks.start())
+    stage.finish(stage.module)
+    save_model(exported(config, stage, int(checkpoint.name.rsplit("_", 1)[-1])), out)
+
+
+def exported(config: Config, stage: StoreStage, step: int) -> SavedModel:
+    """Return what a model directory holds for a trained stage."""
+    store, module = stage.store, stage.module
+    assert isinstance(module, VAE | LatentFlow)
+    conditions = module.conditions.names if isinstance(module, LatentFlow) else []
+    vae = module.vae if isinstance(module, LatentFlow) else module
+    names = list(dict.fromkeys([*conditions, *vae.covariates]))
+    roles = {column: role for role, column in store.manifest.roles.items() if role not in ("population", "condition")}
+    cells = store.cells_of_split(config.data.split)
+    columns: dict[str, ColumnInfo] = {}
+    values: dict[str, Any] = {}
+    for name in names:
+        column, everywhere = store.column(name)
+        values[name] = everywhere[cells]
+        role = roles.get(name, name)
+        if column.kind == "category":
+            columns[name] = ColumnInfo(role, "category", column.categories)
+        else:
+            columns[name] = ColumnInfo(role, "number", [], *mean_and_std(values[name]))
+    manifest = store.manifest
+    return SavedModel(
+        module=module,
+        genes=store.genes,
+        columns=columns,
+        combinations=count_combinations(values),
+        sample=config.sample,
+        about={
+            "name": config.out.resolve().name,
+            "organism": manifest.organism,
+            "units": manifest.units,
+            "control": manifest.control,
+            "roles": manifest.roles,
+            "store": manifest.fingerprint,
+            "sources": [source.name for source in manifest.sources],
+            "split": config.data.split,
+            "cells": len(cells),
+            "steps": step,
+            "seed": config.seed,
+        },
+    )

@@ -1,0 +1,48 @@
+"""What the trainer needs to know of a training stage (VAE, flow): a module, its batches, and what to do at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from bgen.data.batch import CellBatch
+
+
+class Stage(Protocol):
+    """One stage of training.
+
+    Attributes
+    ----------
+    module
+        ``forward(batch)`` returns per-cell losses ``{name: [B]}``, the same names at every call; the mean of ``"loss"``
+        over the global batch is minimised, the others are recorded.
+    monitor
+        Name of the held-out loss that early stopping watches.
+    fingerprint
+        JSON values that must be the same when a run is resumed, such as the store's fingerprint and the hash of the
+        gene vocabulary.
+    """
+
+    module: nn.Module
+    monitor: str
+    fingerprint: dict[str, Any]
+
+    def train_batches(self, start_step: int) -> Iterator[Sequence[CellBatch]]:
+        """Per step, from ``start_step`` on and without end: this rank's micro batches, on the CPU.
+
+        Every rank yields as many, of the same size; the cells are a pure function of the step.
+        """
+        ...
+
+    def valid_batches(self) -> Iterator[tuple[CellBatch, Tensor]]:
+        """This rank's share of the held-out cells, with a float32 weight ``[B]`` per cell (0 for padding).
+
+        Every rank yields as many batches.
+        """
+        ...
+
+    def finish(self, module: nn.Module) -> None:
+        """Called once on every rank after training, with the weights to be exported loaded into ``module``."""
+        ...
