@@ -105,7 +105,7 @@ def simulate(
     groups = obs.groupby(CONDITION, observed=True, sort=True)
     conditions = groups.size().index.to_frame(index=False)
     proportions = expected_proportions(truth, conditions, names)
-    code = groups.ngroup().to_numpy(np.int64)
+    code = np.asarray(groups.ngroup(), dtype=np.int64)
     latent[:, 0] *= _library_for_zeros(truth, obs, latent, proportions, code)
     counts, gene_mean = _draw_counts(sampling, truth, obs, latent, proportions, code)
 
