@@ -306,9 +306,9 @@ def _check_cells(checked: list[_Checked], report: Report) -> None:
         groups = list(duplicate_groups([found.fingerprint for found in statistics], nonempty))
         if groups:
             names = np.concatenate([c.source.obs.index.to_numpy(object) for c in checked if c.statistics is not None])
-            extra = sum(len(group) - 1 for group in groups)
-            report.add("B02", "warning", f"{plural(extra, 'cell has', 'cells have')} exactly the counts of another, such "
-                f"as {listed(names[groups[0]].tolist(), 3)}. Across a split they leak; remove the copies.")  # fmt: skip
+            extra, example = sum(len(group) - 1 for group in groups), listed(names[groups[0]].tolist(), 3)
+            report.add("B02", "warning", f"{plural(extra, 'cell has', 'cells have')} exactly the counts of another, "
+                f"such as {example}. Across a split they leak; remove the copies.")  # fmt: skip
     if all(not one.report.keep.any() for one in checked):
         report.add("B01", "error", "no cell is left.")
 
@@ -346,5 +346,5 @@ def _check_common_units(checked: list[_Checked], given: Roles, report: Report) -
         units = {one.source.uns.get(f"{role}_unit") for one in checked}
         if len(units) > 1 and getattr(report.roles, role) and not getattr(given, f"{role}_unit"):
             each = ", ".join(f"{one.source.path.name}: {one.source.uns.get(f'{role}_unit')}" for one in checked)
-            report.add("O01", "error", f"the files do not declare the same {role} unit ({each}). Convert them to one and "
-                f"say it with --{role}-unit.")  # fmt: skip
+            report.add("O01", "error", f"the files do not declare the same {role} unit ({each}). Convert them to one "
+                f"and say it with --{role}-unit.")  # fmt: skip

@@ -238,9 +238,9 @@ def saturated(found: MatrixStatistics) -> str:
             "no value is above 1: the counts look binarised. Dispersion cannot be learned from them; use the raw file."
         )
     top = int(min(np.rint(found.maximum), CAP))
-    at_top = int(found.histogram[top])
-    below = int(found.histogram[max(1, int(0.8 * top)) : top].sum())
-    if top < CAP and at_top >= 10 and at_top > 3 * below:
+    at_top, next_to_it = int(found.histogram[top]), int(found.histogram[top - 1])
+    # Counts thin out towards the maximum; a pile on it is what clipping leaves.
+    if top < CAP and at_top >= 10 and at_top > 2 * next_to_it:
         return f"{at_top:,} values equal the maximum, {top}: the counts look clipped there. Use the raw file."
     return ""
 
