@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bgen.config.errors import UserError
@@ -66,6 +67,11 @@ class Points:
         if self.valid_BL is None:
             return x_BLD
         return torch.where(self.valid_BL[..., None], x_BLD, x_BLD.new_zeros(()))
+
+
+def continues(sequence_BL: Tensor) -> Tensor:
+    """Whether each point belongs to the sequence of the point before it, bool ``[B, L]``; true at the first point."""
+    return F.pad(sequence_BL[:, 1:] == sequence_BL[:, :-1], (1, 0), value=True)
 
 
 def previous_valid(points: Points, length: int, device: torch.device) -> Tensor:

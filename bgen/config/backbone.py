@@ -1,0 +1,173 @@
+"""Settings of the backbones: which mixers stand along which axis, and their sizes (DESIGN, sections 3 and 8)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from bgen.config.schema import NonNegativeFloat, PositiveInt, Section
+
+PositiveFloat = Annotated[float, Field(gt=0)]
+BackboneName = Literal["mlp", "transformer", "set_transformer", "ssm", "hybrid"]
+Axis = Literal["none", "cells", "time"]
+TimeMixerName = Literal["mamba2", "mamba1", "s4d", "hyena", "attention"]
+CellMixerName = Literal["attention", "set_attention"]
+
+PATTERNS: dict[str, tuple[Axis, ...]] = {
+    "transformer": ("cells", "none"),
+    "set_transformer": ("cells", "none"),
+    "ssm": ("time", "none"),
+    "hybrid": ("time", "cells", "none"),
+}
+"""Axes along which the blocks of one layer mix, in order."""
+
+
+class TimeConfig(Section):
+    """Mixing over time points, whatever the mixer."""
+
+    mixer: TimeMixerName = Field("mamba2", description="What mixes along time.")
+    direction: Literal["causal", "bidirectional"] = Field(
+        "bidirectional", description="causal: a time point sees only itself and the past."
+    )
+    real_time: bool = Field(
+        True, description="Step sizes and angles come from real time gaps; false: from places in a regular grid."
+    )
+    scale: PositiveFloat = Field(
+        1.0, description="Time, in the store's unit, that counts as 1: a typical gap, or the spacing of a regular grid."
+    )
+    tracked: bool = Field(
+        False,
+        description="Slot i is the same cell (or bulk sample) at every time point, so mix each slot over time; "
+        "false: populations, summarised by state tokens.",
+    )
+    tokens: PositiveInt = Field(8, description="State tokens, M, that summarise one population.")
+
+
+class CellsConfig(Section):
+    """Mixing over the cells of one time point."""
+
+    mixer: CellMixerName = Field("attention", description="attention: N^2; set_attention: N times inducing points.")
+    inducing: PositiveInt = Field(32, description="Inducing points of set_attention.")
+
+
+class MLPConfig(Section):
+    """The mixer along no axis: each cell by itself."""
+
+    expand: PositiveInt = Field(4, description="Hidden width over width.")
+
+
+class AttentionConfig(Section):
+    """Softmax attention, over cells, over time, and between cells and tokens."""
+
+    heads: PositiveInt = Field(4, description="Heads, H; the width must be a multiple of 2 H.")
+    qk_norm: bool = Field(True, description="Normalise queries and keys, which bounds the logits.")
+    shortest_period: PositiveFloat = Field(
+        1.0, description="Shortest period of the rotary angles over time, in units of time.scale."
+    )
+    longest_period: PositiveFloat = Field(1000.0, description="Longest period, in the same unit.")
+
+
+class Mamba2Config(Section):
+    """Mamba-2 (SSD)."""
+
+    expand: PositiveInt = Field(2, description="Inner width over width.")
+    head_width: PositiveInt = Field(64, description="Channels per head; must divide the inner width.")
+    state: PositiveInt = Field(64, description="Size of the state per channel.")
+    groups: PositiveInt = Field(1, description="Groups of heads that share the maps into and out of the state.")
+    rate: Literal["selective", "fixed"] = Field(
+        "selective", description="Rate of decay: depends on the input, or one learned constant per head."
+    )
+    convolution: PositiveInt = Field(4, description="Width of the short convolution; unused with real_time.")
+    backend: Literal["auto", "torch", "fused"] = Field(
+        "auto", description="auto: mamba-ssm's kernels on CUDA, torch elsewhere; torch: also on CUDA, slow."
+    )
+
+
+class Mamba1Config(Section):
+    """Mamba (selective scan)."""
+
+    expand: PositiveInt = Field(2, description="Inner width over width.")
+    state: PositiveInt = Field(16, description="Size of the state per channel.")
+    rank: PositiveInt | None = Field(None, description="Rank of the map to the rates; default: width / 16, rounded up.")
+    convolution: PositiveInt = Field(4, description="Width of the short convolution; unused with real_time.")
+
+
+class S4DConfig(Section):
+    """Diagonal structured state space."""
+
+    state: Annotated[int, Field(gt=0, multiple_of=2)] = Field(64, description="State size; conjugate pairs, so even.")
+    form: Literal["recurrent", "convolutional"] = Field(
+        "recurrent", description="recurrent: any times; convolutional (FFT): a regular grid only."
+    )
+
+
+class HyenaConfig(Section):
+    """Hyena: gated long convolutions with filters from a small network. A regular grid only."""
+
+    order: Annotated[int, Field(ge=2)] = Field(2, description="Number of gates.")
+    max_length: PositiveInt = Field(2048, description="Most time points; the filters are defined on this many.")
+    filter_width: PositiveInt = Field(64, description="Width of the network that makes the filters.")
+    bands: PositiveInt = Field(2, description="Frequencies that describe a place to that network.")
+    shift: NonNegativeFloat = Field(0.05, description="Added to the filters' window: 0.05 as HyenaDNA, 0 as safari.")
+
+
+class BackboneConfig(Section):
+    """A velocity network on ``[B, T, N, D]``: layers of residual blocks, each mixing along one axis."""
+
+    name: BackboneName = Field("mlp", description="Kind of the network.")
+    width: PositiveInt = Field(256, description="Width of the residual stream.")
+    layers: PositiveInt = Field(4, description="How often the pattern is repeated.")
+    pattern: list[Axis] | None = Field(
+        None, description="hybrid only: axes of one layer's blocks, in order; default time, cells, none."
+    )
+    recompute: bool = Field(False, description="Activation checkpointing: recompute each block in the backward pass.")
+    time: TimeConfig = TimeConfig()
+    cells: CellsConfig = CellsConfig()
+    mlp: MLPConfig = MLPConfig()
+    attention: AttentionConfig = AttentionConfig()
+    mamba2: Mamba2Config = Mamba2Config()
+    mamba1: Mamba1Config = Mamba1Config()
+    s4d: S4DConfig = S4DConfig()
+    hyena: HyenaConfig = HyenaConfig()
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """Axes of one layer's blocks."""
+        return tuple(self.pattern) if self.pattern is not None else PATTERNS.get(self.name, ("none",))
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> BackboneConfig:
+        wrong = []
+        if self.pattern is not None and self.name != "hybrid":
+            wrong.append(f"pattern: only backbone hybrid takes one, not {self.name}")
+        if self.pattern == []:
+            wrong.append("pattern: name at least one axis")
+        if self.name == "transformer" and self.cells.mixer != "attention":
+            wrong.append("cells.mixer: transformer has attention; name the backbone set_transformer or hybrid")
+        over_time = self.time.mixer if "time" in self.axes else None
+        attends = "cells" in self.axes or over_time == "attention" or (over_time and not self.time.tracked)
+        if attends and self.width % (2 * self.attention.heads):
+            wrong.append(f"width: {self.width} is not a multiple of 2 x attention.heads = {2 * self.attention.heads}")
+        if over_time == "mamba2":
+            inner = self.mamba2.expand * self.width
+            if inner % self.mamba2.head_width:
+                wrong.append(
+                    f"mamba2.head_width: {self.mamba2.head_width} does not divide the inner width {inner} "
+                    f"(mamba2.expand x width)"
+                )
+            elif (inner // self.mamba2.head_width) % self.mamba2.groups:
+                wrong.append(
+                    f"mamba2.groups: {self.mamba2.groups} does not divide the {inner // self.mamba2.head_width} heads"
+                )
+        if over_time == "hyena" and self.time.real_time:
+            wrong.append("time.real_time: hyena needs a regular grid; set it to false")
+        if over_time == "s4d" and self.s4d.form == "convolutional" and self.time.real_time:
+            wrong.append(
+                "time.real_time: s4d.form convolutional needs a regular grid; set it to false or use recurrent"
+            )
+        if self.attention.longest_period <= self.attention.shortest_period:
+            wrong.append("attention.longest_period: must be above attention.shortest_period")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self

@@ -1,0 +1,115 @@
+"""The published Triton kernels of mamba-ssm, imported without the package's compiled extension.
+
+``import mamba_ssm`` runs an ``__init__`` that needs ``selective_scan_cuda``, a compiled CUDA extension that Mamba-2
+does not use (release 2.3.2.post1). So the kernels are imported through an empty shell of the package that has only its
+path; what they need then is torch, triton, einops and packaging.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from bgen.config.errors import UserError
+from bgen.nn.real_time import SMALLEST_STEP
+
+INSTALL = (
+    'pip install "triton>=3.5" einops packaging ninja setuptools wheel && '
+    "MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE "
+    "pip install --no-build-isolation --no-deps mamba-ssm==2.3.2.post1"
+)
+"""How to get the kernels, without a CUDA compiler. mamba-ssm's build imports torch, hence no isolation; its other
+dependencies (over 1 GB) belong to Mamba-3."""
+
+
+def import_published(name: str) -> ModuleType:
+    """Import ``mamba_ssm.<name>`` without running ``mamba_ssm/__init__.py``.
+
+    Raises
+    ------
+    ImportError
+        The package, or something that the module needs, is not installed.
+    """
+    if "mamba_ssm" in sys.modules:
+        return importlib.import_module(f"mamba_ssm.{name}")
+    spec = importlib.util.find_spec("mamba_ssm")
+    if spec is None or spec.submodule_search_locations is None:
+        raise ImportError("mamba_ssm is not installed")
+    shell = ModuleType("mamba_ssm")
+    shell.__path__ = list(spec.submodule_search_locations)
+    sys.modules["mamba_ssm"] = shell
+    try:
+        return importlib.import_module(f"mamba_ssm.{name}")
+    finally:
+        # Whoever imports mamba_ssm later shall get the package itself.
+        del sys.modules["mamba_ssm"]
+
+
+@cache
+def missing() -> str | None:
+    """Why the kernels cannot be imported; None where they can."""
+    try:
+        import_published("ops.triton.ssd_combined")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def use_fused(backend: str, device: torch.device) -> bool:
+    """Decide between the fused kernels and torch.
+
+    ``backend`` is ``torch``, ``fused``, or ``auto``: fused on CUDA and torch elsewhere. There is no silent fall-back to
+    torch on CUDA, where it is several times slower.
+
+    Raises
+    ------
+    UserError
+        The kernels are wanted and are not installed; the message has the command that installs them.
+    """
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+        return False
+    if (reason := missing()) is not None:
+        raise UserError(
+            f"mamba2 on {device.type} needs the kernels of mamba-ssm ({reason}). Install them:\n  {INSTALL}\n"
+            "or set mamba2.backend to torch (slow)"
+        )
+    return True
+
+
+def ssd_fused(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    a_H: Tensor,
+    b_BTKS: Tensor,
+    c_BTKS: Tensor,
+    initial_BHPS: Tensor | None = None,
+    sequence_BT: Tensor | None = None,
+    *,
+    impulse: bool,
+) -> tuple[Tensor, Tensor]:
+    """SSD with log_decay = dt a by the published kernels; see :func:`bgen.nn.ssd.ssd_sequential`.
+
+    The kernels scale x by dt. ``impulse`` undoes that, for inputs that must not grow with the time gap; dt is then
+    either 0, where x is 0 too, or at least the floor of :mod:`bgen.nn.real_time`. The initial state is the first
+    sequence's, numbers in ``sequence_BT`` start from 0 and rise.
+    """
+    kernels = import_published("ops.triton.ssd_combined")
+    if impulse:
+        x_BTHP = (x_BTHP / dt_BTH.clamp_min(SMALLEST_STEP)[..., None]).to(x_BTHP.dtype)
+    return kernels.mamba_chunk_scan_combined(
+        x_BTHP,
+        dt_BTH,
+        a_H,
+        b_BTKS,
+        c_BTKS,
+        chunk_size=64 if x_BTHP.shape[1] <= 64 else 256,
+        initial_states=initial_BHPS,
+        seq_idx=None if sequence_BT is None else sequence_BT.int(),
+        return_final_states=True,
+    )
