@@ -207,7 +207,7 @@ class Report:
             table.add_column("level")
             table.add_column("finding", overflow="fold", ratio=1)
             order = list(LEVELS)
-            several = len(self.files) > 1 or any(f.where not in ("", str(self.files[0].path)) for f in self.findings)
+            several = len(({f.where for f in self.findings} | {str(file.path) for file in self.files}) - {""}) > 1
             for finding in sorted(self.findings, key=lambda f: order.index(f.level)):
                 where = f"{Path(finding.where).name}: " if several and finding.where else ""
                 table.add_row(

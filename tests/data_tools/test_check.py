@@ -246,6 +246,14 @@ def test_everything_wrong_is_shown_at_once(adata: anndata.AnnData, checker: Chec
     assert "Did you mean 'cell_type'" in text
 
 
+def test_a_missing_file_alone_is_reported(tmp_path: Path) -> None:
+    report = check([tmp_path / "missing.h5ad"])
+    with (tmp_path / "out.txt").open("w") as out:
+        report.print(Console(width=100, file=out))
+    assert "there is no such file" in (tmp_path / "out.txt").read_text()
+    assert not report.as_json()["ok"]
+
+
 def test_a_good_report_as_table_and_json(adata: anndata.AnnData, checker: Checker, tmp_path: Path) -> None:
     report = checker(adata)
     data = json.loads(json.dumps(report.as_json()))
