@@ -230,7 +230,10 @@ def hero_picture(
     colours = type_colours(panels)
     figure = Figure(figsize=(12.0, 4.75))
     left, middle, right = figure.subplots(1, 3)
-    for axis, panel, title in ((left, panels[0], "real cells, held out"), (middle, panels[1], "generated cells")):
+    for axis, panel, title in (
+        (left, panels[0], "real cells, held out"),
+        (middle, panels[1], "generated cells (grey: real)"),
+    ):
         draw_cells(axis, panel, panels[0], colours)
         axis.set_title(title, fontsize=13, color=_TEXT, pad=8)
     moments = equal_moments(sets)
@@ -282,8 +285,8 @@ def _type_legend(figure: Figure, colours: Mapping[str, str], columns: int, left:
 
 
 def _running_median(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
-    """Return medians of x and y in 24 equal bins of log x, where a bin holds at least 10 points."""
-    bins = pd.cut(pd.Series(np.log10(x)), 24, labels=False).to_numpy() if len(x) else np.empty(0)
+    """Return medians of x and y in 16 equal bins of log x, where a bin holds at least 10 points."""
+    bins = pd.cut(pd.Series(np.log10(x)), 16, labels=False).to_numpy() if len(x) else np.empty(0)
     grouped = pd.DataFrame({"x": x, "y": y}).groupby(bins)
     medians = grouped.median()[grouped.size() >= 10]
     return medians["x"].to_numpy(), medians["y"].to_numpy()

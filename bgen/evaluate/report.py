@@ -39,13 +39,13 @@ table {{ border-collapse: collapse; font-size: .9rem; width: 100%; margin-top: .
 th {{ text-align: left; font-weight: 600; border-bottom: 2px solid #222; padding: .35rem .6rem .35rem 0; }}
 td {{ border-bottom: 1px solid #e5e5e5; padding: .4rem .6rem .4rem 0; vertical-align: top; }}
 td.number, th.number {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
-td.verdict {{ white-space: nowrap; }}
+td:first-child {{ min-width: 14rem; }}
 td .meaning {{ color: #595959; font-size: .8rem; display: block; line-height: 1.35; }}
 .sd {{ color: #767676; font-size: .8em; }}
 .key {{ display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .3em; }}
 .best {{ color: #00664b; font-weight: 600; }} .good {{ color: #00664b; }} .even {{ color: #7a4f00; }}
 .bad {{ color: #a31515; font-weight: 600; }}
-table.facts {{ width: auto; }} table.facts td:first-child {{ color: #595959; padding-right: 1.5rem; }}
+table.facts {{ width: auto; }} table.facts td:first-child {{ min-width: 0; color: #595959; padding-right: 1.5rem; }}
 </style>
 </head>
 <body>
@@ -103,8 +103,8 @@ def write_report(
             pictures.embedding_figure(panels, _TITLES),
             "Real, generated and baseline cells in one map",
             f"{coloured}{len(panels[0].xy):,} cells each, on one map: t-SNE of all of them together, from the "
-            "principal components of the training cells. Behind generated and baseline cells the real ones are light grey: "
-            "grey without colour is missed, colour without grey is invented. Distances between islands mean little.",
+            "principal components of the training cells. Real cells are light grey behind the "
+            "others: grey without colour is missed, colour without grey invented. Gaps between islands mean little.",
         ),
         "<h2>Noise of each gene</h2>",
         _figure(
@@ -145,7 +145,7 @@ def _score_section(scores: Scores) -> str:
     return f"""<h2>Scores</h2>
 <p>Every row compares {scores.cells:,} cells with {scores.cells:,} held-out real cells. {legend}.</p>
 <div class="wide"><table>
-<thead><tr><th>measure</th>{head}<th>worse … better</th><th>verdict</th></tr></thead>
+<thead><tr><th>measure</th>{head}<th style="white-space:nowrap">worse … better</th><th>verdict</th></tr></thead>
 <tbody>
 {rows}
 </tbody>
@@ -157,7 +157,7 @@ def _score_section(scores: Scores) -> str:
 def _score_row(score: Score) -> str:
     digits = score.metric.digits
     numbers = "".join(
-        f'<td class="number">{getattr(score, row).mean:.{digits}f} '
+        f'<td class="number">{getattr(score, row).mean:z.{digits}f} '
         f'<span class="sd">±{getattr(score, row).sd:.{digits}f}</span></td>'
         for row in ROWS
     )

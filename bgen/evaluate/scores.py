@@ -94,7 +94,7 @@ class Score:
     def cell(self, row: str) -> str:
         """Return ``mean±sd`` of a row for printing."""
         estimate: Estimate = getattr(self, row)
-        return f"{estimate.mean:.{self.metric.digits}f}±{estimate.sd:.{self.metric.digits}f}"
+        return f"{estimate.mean:z.{self.metric.digits}f}±{estimate.sd:.{self.metric.digits}f}"
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,11 @@ class Scores:
         total, ceiling = len(verdicts), verdicts.count("at the ceiling")
         better = verdicts.count("better than the baseline")
         behind = total - ceiling - better
-        parts = [f"as close to unseen real cells as other real cells are in {ceiling} of {total} measures"]
+        easy = [Score(score.metric, score.baseline, score.baseline, score.ceiling).verdict for score in self.scores]
+        parts = [
+            f"as close to unseen real cells as other real cells are in {ceiling} of {total} measures "
+            f"(the baseline: in {easy.count('at the ceiling')})"
+        ]
         parts += [f"better than the baseline in {better} more"] if better else []
         parts += [f"no better than the baseline in {behind}"] if behind else []
         return f"Generated cells are {_listed(parts)}."
