@@ -1,0 +1,1 @@
+"""Velocity networks on ``[B, T, N, D]``."""
