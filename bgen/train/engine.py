@@ -273,9 +273,8 @@ def _import_deepspeed(world: World) -> Any:
 
     # What matters of its warnings (skipped steps), the record says in our words.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if world.device.type == "cpu":
-        # This op is compiled at every first start on a CPU host, for minutes; a build that was killed leaves a lock
-        # at which every later start waits for ever.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # On CPU hosts this op is compiled at every first start, for minutes, and a build that was killed leaves a lock at
+    # which every later start waits for ever. Setting the whole table also spares the probing of all compilers.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False, "deepspeed_not_implemented": False}
     deepspeed.comm.init_distributed(dist_backend="gloo" if world.device.type == "cpu" else "nccl", verbose=False)
     return deepspeed

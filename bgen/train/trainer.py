@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bgen.checkpoint import files
 from bgen.checkpoint.commit import Checkpoints, SaveError
@@ -106,8 +106,9 @@ class Trainer:
             self._open(folder, messages)
             try:
                 interrupted = self._loop(signals)
+                module = self.engine.release()
                 if not interrupted:
-                    self._finish()
+                    self._finish(module)
                 self._event("interrupted" if interrupted else "end", {"signal": signals.received})
                 status = "KILLED" if interrupted else "FINISHED"
             finally:
@@ -159,7 +160,7 @@ class Trainer:
             if state.step == first + 1:
                 ranks.set_timeout(train.step_timeout)
             last = state.step == train.steps
-            if state.step % train.log_every == 0 or last or asked_to_stop:
+            if state.step % train.log_every == 0 or last:
                 self._log()
             begin = time.perf_counter()
             if train.eval_every and (state.step % train.eval_every == 0 or last):
@@ -298,9 +299,8 @@ class Trainer:
             written.append(folder / files.STATE)
         return written
 
-    def _finish(self) -> None:
+    def _finish(self, module: nn.Module) -> None:
         """Leave the module with the weights to export, and let the stage do what it does at the end."""
-        module = self.engine.release()
         if self.best_weights is not None:
             module.load_state_dict(self.best_weights)
         elif self.ema is not None:

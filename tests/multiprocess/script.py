@@ -1,0 +1,118 @@
+"""What the tests start with torchrun, deepspeed or python: ``script.py SCENARIO FOLDER [--local_rank=N]``.
+
+Each rank writes what it saw to ``FOLDER/result_RANK.json``; some scenarios leave their run in ``FOLDER`` as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from toy import ToyModel, ToyStage, run, toy_config
+
+from bgen.checkpoint import commit
+from bgen.config.errors import UserError
+from bgen.data.batch import CellBatch
+from bgen.distributed import world as ranks
+from bgen.distributed.report import report_user_error
+from bgen.train.trainer import Trainer
+
+AVERAGED = {"ema": 0.9, "patience": 20, "eval_every": 5}
+
+
+def two_ranks(folder: Path) -> dict[str, Any]:
+    """Straight, interrupted and resumed, resumed from one rank, and poisoned: for ZeRO 0 and 1."""
+    found: dict[str, Any] = {}
+    rank = int(os.environ["RANK"])
+    for zero in (0, 1):
+        straight, _ = run(toy_config(folder / f"straight_{zero}", {"zero": zero, **AVERAGED}))
+        found[f"straight_{zero}"] = straight.losses
+        halves = toy_config(folder / f"halves_{zero}", {"zero": zero, **AVERAGED, "micro_batch": 2})
+        # One rank alone is asked to stop.
+        first, _ = run(halves, stop_after=25 if rank == 1 else 0)
+        second, stage = run(halves, resume=True)
+        found[f"halves_{zero}"] = first.losses + second.losses
+        found[f"interrupted_{zero}"] = first.interrupted, first.step
+        found[f"weights_{zero}"] = [float(w.double().sum()) for w in stage.module.state_dict().values()]
+        resumed, _ = run(toy_config(folder / f"one_rank_{zero}", {"zero": zero}), resume=True)
+        # Saving after a conversion, and resuming from that.
+        again, _ = run(toy_config(folder / f"one_rank_{zero}", {"zero": zero, "steps": 60}), resume=True)
+        found[f"from_one_rank_{zero}"] = resumed.losses + again.losses
+        found[f"poisoned_{zero}"] = poisoned(folder / f"poisoned_{zero}", zero)
+    return found
+
+
+def poisoned(folder: Path, zero: int) -> dict[str, Any]:
+    """Rank 1 alone meets a loss that is not finite (step 3) and a gradient that is not (step 5)."""
+    stage = ToyStage(toy_config(folder, {"zero": zero, "steps": 10}))
+    assert isinstance(stage.module, ToyModel)
+    scale = stage.module.body[0].weight
+
+    def poison(batch: CellBatch) -> Tensor | None:
+        if ranks.current().rank != 1:
+            return None
+        if batch.step == 3:
+            return torch.where(batch.cells == batch.cells[0], torch.inf, 0.0)
+        # The square root of zero is finite; its slope is not.
+        return torch.sqrt((scale - scale.detach()).abs().sum()) if batch.step == 5 else None
+
+    stage.module.poison = poison
+    result = Trainer(stage.config, stage).fit()
+    finite = all(bool(w.isfinite().all()) for w in stage.module.state_dict().values())
+    return {"losses": [loss if loss == loss else None for loss in result.losses], "finite": finite}
+
+
+def plain(folder: Path) -> dict[str, Any]:
+    """A short run."""
+    result, _ = run(toy_config(folder / "run", {"steps": 5}))
+    return {"losses": result.losses, "threads": torch.get_num_threads()}
+
+
+def impossible(folder: Path) -> dict[str, Any]:
+    """A global batch that two ranks cannot share; the model must not be reached."""
+    config = toy_config(folder / "run", {"global_batch": 9})
+    ToyStage(config)
+    return {}
+
+
+def endless(folder: Path) -> dict[str, Any]:
+    """Runs until it is asked to stop."""
+    result, _ = run(toy_config(folder / "run", {"steps": 1_000_000, "checkpoint_every": 1_000_000}))
+    return {"interrupted": result.interrupted, "step": result.step}
+
+
+def killed_while_saving(folder: Path) -> dict[str, Any]:
+    """Dies of SIGKILL in the second checkpoint, when every file is written and none is committed."""
+    hashed = commit.files.sha256
+
+    def killing(path: Path) -> str:
+        if "step_00000020.tmp" in str(path) and path.name == "state.json":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return hashed(path)
+
+    commit.files.sha256 = killing
+    run(toy_config(folder / "run", {"steps": 30, "checkpoint_every": 10}))
+    raise AssertionError("not killed")
+
+
+def main() -> int:
+    """Run the scenario; 2 on a user's mistake, as the command line does."""
+    # The deepspeed launcher puts --local_rank=N before the script's own arguments.
+    scenario, folder = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    try:
+        result = globals()[scenario](Path(folder))
+    except UserError as error:
+        return report_user_error(error)
+    (Path(folder) / f"result_{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result))
+    ranks.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

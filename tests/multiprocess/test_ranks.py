@@ -1,0 +1,165 @@
+"""Real processes: the same training on one rank and on two, with every launcher, and through every way to die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from script import AVERAGED
+from toy import run, toy_config
+
+from bgen.checkpoint import files
+from bgen.track import record
+
+HERE = Path(__file__).parent
+BIN = Path(sys.executable).parent
+TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]
+LIMIT = 170
+
+
+def environment() -> dict[str, str]:
+    paths = [str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return clean | {"PYTHONPATH": os.pathsep.join(paths), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+def launch(launcher: list[str], scenario: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [*launcher, str(HERE / "script.py"), scenario, str(folder)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LIMIT, check=False)
+
+
+def result(folder: Path, rank: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / f"result_{rank}.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]:
+    """Losses of the undisturbed run on one rank, by ZeRO stage."""
+    folder = tmp_path_factory.mktemp("one")
+    return {z: run(toy_config(folder / f"run_{z}", {"zero": z, "steps": 60}))[0].losses for z in (0, 1)}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the scenario ``two_ranks``; it finds runs that one rank left at step 25."""
+    folder = tmp_path_factory.mktemp("two")
+    for zero in (0, 1):
+        run(toy_config(folder / f"one_rank_{zero}", {"zero": zero}), stop_after=25)
+    done = launch(TORCHRUN, "two_ranks", folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_two_ranks_have_the_losses_of_one(two_ranks: Path, one_rank: dict[int, list[float]], zero: int) -> None:
+    straight = result(two_ranks)[f"straight_{zero}"]
+    assert len(straight) == 50
+    np.testing.assert_allclose(straight, one_rank[zero][:50], rtol=1e-5)
+    assert result(two_ranks, 1)[f"straight_{zero}"] == straight
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_signal_to_one_rank_stops_both_and_the_resumed_run_is_the_same(
+    two_ranks: Path, one_rank: dict[int, list[float]], zero: int
+) -> None:
+    for rank in (0, 1):
+        assert result(two_ranks, rank)[f"interrupted_{zero}"] == [True, 25]
+    np.testing.assert_allclose(result(two_ranks)[f"halves_{zero}"], one_rank[zero][:50], rtol=1e-5)
+    assert result(two_ranks, 0)[f"weights_{zero}"] == result(two_ranks, 1)[f"weights_{zero}"]
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_one_rank_to_two_and_save_and_resume_again(
+    two_ranks: Path, one_rank: dict[int, list[float]], zero: int
+) -> None:
+    losses = result(two_ranks)[f"from_one_rank_{zero}"]
+    np.testing.assert_allclose(losses, one_rank[zero][25:], rtol=1e-5)
+    resumed = [
+        row for row in record.read(two_ranks / f"one_rank_{zero}" / "record.jsonl") if row.get("event") == "resume"
+    ]
+    converted = [message for row in resumed for message in row["messages"]]
+    assert converted == (["step_00000025: converted from 1 to 2 ranks"] if zero else [])
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_two_ranks_to_one(two_ranks: Path, one_rank: dict[int, list[float]], zero: int) -> None:
+    config = toy_config(two_ranks / f"halves_{zero}", {"zero": zero, **AVERAGED, "steps": 55})
+    resumed, _ = run(config, resume=True)
+    assert (resumed.step, len(resumed.losses)) == (55, 5)
+    np.testing.assert_allclose(resumed.losses, one_rank[zero][50:55], rtol=1e-5)
+    rows = record.read(resumed.record)
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 56))
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_what_is_not_finite_on_one_rank_is_skipped_on_both(two_ranks: Path, zero: int) -> None:
+    for rank in (0, 1):
+        found = result(two_ranks, rank)[f"poisoned_{zero}"]
+        assert found["finite"]
+        assert [step for step, loss in enumerate(found["losses"]) if loss is None] == [3, 5]
+    rows = record.read(two_ranks / f"poisoned_{zero}" / "record.jsonl")
+    skipped = {row["step"]: row for row in rows if row.get("event") == "skipped"}
+    assert (skipped[4]["reason"], skipped[4]["cells"]) == ("loss", [3004])
+    assert (skipped[6]["reason"], skipped[6]["cells"]) == ("gradient", list(range(5000, 5008)))
+    assert [row["skipped"] for row in rows if row["kind"] == "train"][-1] == 2
+
+
+def test_the_deepspeed_launcher_runs_the_same_script(tmp_path: Path, one_rank: dict[int, list[float]]) -> None:
+    done = launch([str(BIN / "deepspeed"), "--num_accelerators", "2"], "plain", tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert result(tmp_path)["losses"][0] == pytest.approx(one_rank[0][0], rel=1e-5)
+    assert result(tmp_path)["losses"] == result(tmp_path, 1)["losses"]
+
+
+def test_an_impossible_batch_is_one_message_from_rank_0(tmp_path: Path) -> None:
+    done = launch(
+        [*TORCHRUN, "--redirects", "3", "--tee", "3", "--log-dir", str(tmp_path / "log")], "impossible", tmp_path
+    )
+    assert done.returncode != 0
+    said = [path.read_text() for path in sorted((tmp_path / "log").glob("*/attempt_0/*/stderr.log"))]
+    assert len(said) == 2
+    assert "".join(said).count("error:") == 1
+    assert "train.global_batch=9 does not divide among 2 ranks" in said[0]
+    assert "train.global_batch=8 or 10" in said[0]
+    assert "Traceback" not in "".join(said)
+    assert "exitcode: 2" in done.stderr.replace("exitcode  : 2", "exitcode: 2")
+    assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_saves_and_exits_with_0(tmp_path: Path) -> None:
+    command = [sys.executable, str(HERE / "script.py"), "endless", str(tmp_path)]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        path = tmp_path / "run" / "record.jsonl"
+        deadline = time.monotonic() + LIMIT
+        while not (path.exists() and path.stat().st_size > 2000) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, said
+    assert result(tmp_path)["interrupted"]
+    (folder,) = files.committed(tmp_path / "run" / "checkpoints")
+    assert files.step_of(folder) == result(tmp_path)["step"]
+    assert files.damage(folder) is None
+    assert "go on with --resume" in said
+
+
+def test_killed_between_save_and_commit(tmp_path: Path, one_rank: dict[int, list[float]]) -> None:
+    done = launch([sys.executable], "killed_while_saving", tmp_path)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "run" / "checkpoints" / "step_00000020.tmp").is_dir()
+    resumed, _ = run(toy_config(tmp_path / "run", {"steps": 30, "checkpoint_every": 10}), resume=True)
+    assert len(resumed.losses) == 20
+    undisturbed, _ = run(toy_config(tmp_path / "other", {"steps": 30}))
+    assert resumed.losses == undisturbed.losses[10:]
+    steps = [row["step"] for row in record.read(resumed.record) if row["kind"] == "train"]
+    assert steps == list(range(1, 31))
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))

@@ -1,0 +1,178 @@
+"""The loop on one rank: a resumed run is the same run, and everything that can end it ends it cleanly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from toy import ToyModel, ToyStage, run, toy_config
+
+from bgen.checkpoint import files
+from bgen.checkpoint.weights import export_weights
+from bgen.config.errors import UserError
+from bgen.data.batch import CellBatch
+from bgen.track import record
+from bgen.train.trainer import Trainer
+
+FULL = {"ema": 0.9, "patience": 30, "eval_every": 4, "schedule": "cosine", "log_every": 10}
+
+
+def rows_of(path: Path, kind: str) -> list[dict[str, Any]]:
+    """Rows without what depends on the clock and the machine."""
+    varying = {"time", "cells_per_s", "nonzeros_per_s", "data_wait", "memory_gb"}
+    return [{k: v for k, v in row.items() if k not in varying} for row in record.read(path) if row["kind"] == kind]
+
+
+def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("settings", [{"zero": 0}, {"zero": 1, **FULL}, {"zero": 0, "micro_batch": 2, **FULL}])
+def test_stopped_at_25_and_resumed_is_the_uninterrupted_run(tmp_path: Path, settings: dict[str, Any]) -> None:
+    straight, whole = run(toy_config(tmp_path / "straight", settings), dropout=0.1)
+    config = toy_config(tmp_path / "halves", settings | {"checkpoint_every": 100})
+    first, unfinished = run(config, stop_after=25, dropout=0.1)
+    assert (first.interrupted, first.step, unfinished.finished) == (True, 25, [])
+    second, halves = run(config, resume=True, dropout=0.1)
+    assert first.losses + second.losses == straight.losses
+    assert second.best == straight.best
+    assert same(whole.module, halves.module)
+    assert halves.finished == [halves.module]
+    for kind in ("train", "valid"):
+        assert rows_of(straight.record, kind) == rows_of(second.record, kind)
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    result, _ = run(toy_config(tmp_path / "run", {"steps": 150, "eval_every": 25}))
+    valid = rows_of(result.record, "valid")
+    assert valid[-1]["nll"] < 0.8 * valid[0]["nll"]
+    assert valid[-1]["loss"] == pytest.approx(valid[-1]["nll"] + 0.01)
+    assert result.best == min(row["nll"] for row in valid)
+
+
+def test_early_stop_leaves_the_best_weights(tmp_path: Path) -> None:
+    # Enough of a learning rate to get worse again.
+    settings = {"steps": 400, "eval_every": 5, "patience": 3, "learning_rate": 0.5, "clip": 0}
+    config = toy_config(tmp_path / "run", settings)
+    result, stage = run(config)
+    assert result.stopped_early
+    assert result.step < 400
+    again = ToyStage(toy_config(tmp_path / "again", {"steps": 1}))
+    again.module.load_state_dict(stage.module.state_dict())
+    with torch.no_grad():
+        batches = list(again.valid_batches())
+        total = sum(float((again.module(batch)["nll"] * weight).sum()) for batch, weight in batches)
+    assert total / 30 == pytest.approx(result.best, rel=1e-6)
+    weights, folder = export_weights(tmp_path / "run" / "checkpoints")
+    assert files.step_of(folder) == result.step
+    assert all(torch.equal(weights[name], value) for name, value in stage.module.state_dict().items())
+    resumed, once_more = run(config, resume=True)
+    assert (resumed.losses, resumed.stopped_early, resumed.step) == ([], True, result.step)
+    assert same(stage.module, once_more.module)
+
+
+def test_the_moving_average_is_exported(tmp_path: Path) -> None:
+    result, stage = run(toy_config(tmp_path / "run", {"steps": 6, "ema": 0.5}))
+    weights, _ = export_weights(tmp_path / "run" / "checkpoints")
+    assert all(torch.equal(weights[name], value) for name, value in stage.module.state_dict().items())
+    plain, other = run(toy_config(tmp_path / "plain", {"steps": 6}))
+    assert plain.losses == result.losses
+    assert not same(stage.module, other.module)
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_bf16_keeps_float32_parameters(tmp_path: Path, zero: int) -> None:
+    exact, _ = run(toy_config(tmp_path / "exact", {"steps": 10, "zero": zero}))
+    result, stage = run(toy_config(tmp_path / "run", {"steps": 10, "zero": zero, "precision": "bf16"}))
+    assert {p.dtype for p in stage.module.parameters()} == {torch.float32}
+    assert result.losses != exact.losses
+    assert result.losses == pytest.approx(exact.losses, rel=0.1)
+
+
+def test_too_many_steps_that_are_not_finite(tmp_path: Path) -> None:
+    config = toy_config(tmp_path / "run", {"max_skipped": 3})
+    stage = ToyStage(config)
+    assert isinstance(stage.module, ToyModel)
+
+    def poison(batch: CellBatch) -> Tensor | None:
+        return torch.full((len(batch),), torch.nan) if batch.step in (2, 3, 7, 8, 9) else None
+
+    stage.module.poison = poison
+    with pytest.raises(UserError, match=r"3 steps in a row had a loss that was not finite, the last was step 10\."):
+        Trainer(config, stage).fit()
+    skipped = [row for row in rows_of(tmp_path / "run" / "record.jsonl", "event") if row["event"] == "skipped"]
+    assert [row["step"] for row in skipped] == [3, 4, 8, 9, 10]
+    assert skipped[0]["cells"] == list(range(2000, 2008))
+
+
+def test_a_damaged_checkpoint_is_passed_over_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = toy_config(tmp_path / "run", {"steps": 30, "checkpoint_every": 10})
+    straight, _ = run(config)
+    kept = files.committed(tmp_path / "run" / "checkpoints")
+    assert [files.step_of(folder) for folder in kept] == [30, 20]
+    engine = next((kept[0] / "engine").iterdir())
+    content = bytearray(engine.read_bytes())
+    content[len(content) // 2] ^= 1
+    engine.write_bytes(content)
+    capsys.readouterr()
+    result, _ = run(config, resume=True)
+    said = capsys.readouterr().err.strip().splitlines()
+    damaged = f"checkpoint step_00000030 is damaged (engine/{engine.name}: checksum differs)"
+    assert said == [f"{damaged}: going on from step_00000020 instead"]
+    assert result.losses == straight.losses[20:]
+    for folder in files.committed(tmp_path / "run" / "checkpoints"):
+        (folder / "state.json").unlink()
+    with pytest.raises(UserError, match=r"No checkpoint in .* is usable: .*state\.json: missing"):
+        run(config, resume=True)
+
+
+def test_what_cannot_be_resumed(tmp_path: Path) -> None:
+    config = toy_config(tmp_path / "run", {"steps": 2})
+    run(config)
+    with pytest.raises(UserError, match=r"already holds a run\. Give --resume"):
+        run(config)
+    stage = ToyStage(config)
+    stage.fingerprint = {"store": "another"}
+    with pytest.raises(UserError, match=r"other data, so the run cannot go on:\n  store: was toy, is another"):
+        Trainer(config, stage).fit(resume=True)
+    with pytest.raises(UserError, match=r"set train\.zero=0"):
+        run(toy_config(tmp_path / "run", {"zero": 1}), resume=True)
+
+
+def test_resume_before_the_first_checkpoint_starts_the_same_run(tmp_path: Path) -> None:
+    config = toy_config(tmp_path / "run", {"steps": 3})
+    straight, _ = run(config)
+    identifier = record.read(straight.record)[0]["run"]
+    for folder in files.committed(tmp_path / "run" / "checkpoints"):
+        files.remove(folder)
+    again, _ = run(config, resume=True)
+    assert again.losses == straight.losses
+    assert record.read(again.record)[0]["run"] == identifier
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(obj: object, path: object, **options: bool) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        result, _ = run(toy_config(tmp_path / "run", {"steps": 4, "checkpoint_every": 2}))
+    assert result.step == 4
+    assert "warning: no checkpoint at step 2: rank 0 could not write" in capsys.readouterr().err
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_settings_that_contradict_each_other(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.patience=2 needs held-out losses"):
+        ToyStage(toy_config(tmp_path, {"patience": 2, "eval_every": 0}))
+    config = toy_config(tmp_path / "run", {"steps": 1})
+    stage = ToyStage(config)
+    stage.monitor = "null"
+    with pytest.raises(UserError, match=r"no 'null' to watch\. Did you mean 'nll'"):
+        Trainer(config, stage).fit()
