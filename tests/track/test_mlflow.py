@@ -1,0 +1,118 @@
+"""The mirror against a real sqlite store, against a closed port, and against a server that never answers."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from bgen.track.mlflow import RUN_TAG, MlflowMirror, flatten, tracking_uri
+from bgen.track.record import Record, truncate
+
+# SQLAlchemy deprecates what MLflow calls; as errors, these warnings would look like failures of the store.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def mirror(folder: Path, uri: str) -> MlflowMirror:
+    (folder / "config.yaml").write_text("stage: vae\n")
+    params = {f"p{number}": "x" * 7000 for number in range(120)}
+    return MlflowMirror(folder / "record.jsonl", uri, "bgen", "run", "identifier", params, folder / "config.yaml")
+
+
+def write(record: Record, steps: range) -> None:
+    for step in steps:
+        record.append("train", step, {"loss": 1.0 / step, "lr": 0.1})
+        record.append("event", step, {"event": "something", "count": 3})
+    record.append("valid", steps[-1], {"nll": 2.0 / steps[-1], "kl": None})
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_sqlite_receives_everything_once_over_restarts(tmp_path: Path) -> None:
+    uri = tracking_uri(None, tmp_path / "run")
+    assert uri == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    record = Record(tmp_path / "record.jsonl")
+    first = mirror(tmp_path, uri)
+    first.start()
+    write(record, range(1, 1001))
+    first.wake()
+    assert first.close("KILLED") is None
+    # Killed at step 1000, resumed from step 600: these steps come again.
+    record.close()
+    truncate(tmp_path / "record.jsonl", 600)
+    record = Record(tmp_path / "record.jsonl")
+    second = mirror(tmp_path, uri)
+    second.start()
+    write(record, range(601, 1201))
+    assert second.close("FINISHED") is None
+    record.close()
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("bgen")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags[RUN_TAG] == "identifier"
+    assert run.data.tags["bgen.attempts"] == "2"
+    assert len(run.data.params) == 120
+    history = sorted(client.get_metric_history(run.info.run_id, "train/loss"), key=lambda metric: metric.step)
+    assert [metric.step for metric in history] == list(range(1, 1201))
+    assert history[9].value == pytest.approx(0.1)
+    assert {m.step: m.value for m in client.get_metric_history(run.info.run_id, "valid/nll")} == {
+        1000: 2.0 / 1000,
+        1200: 2.0 / 1200,
+    }
+    assert set(run.data.metrics) == {"train/loss", "train/lr", "valid/nll"}
+    assert [entry.path for entry in client.list_artifacts(run.info.run_id)] == ["attempt_1", "attempt_2"]
+    assert (tmp_path / "mlartifacts").is_dir()
+
+
+def test_a_closed_port_costs_nothing(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{free.getsockname()[1]}"
+    record = Record(tmp_path / "record.jsonl")
+    target = mirror(tmp_path, uri)
+    begin = time.monotonic()
+    target.start()
+    write(record, range(1, 200))
+    for _ in range(1000):
+        target.wake()
+    assert time.monotonic() - begin < 2
+    complaint = target.close("FINISHED")
+    assert time.monotonic() - begin < 30
+    assert complaint is not None
+    assert "did not receive everything" in complaint
+    assert f"The record is complete: {tmp_path / 'record.jsonl'}" in complaint
+    record.close()
+
+
+def test_a_server_that_never_answers_does_not_hold_the_end_up(tmp_path: Path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(20)
+        record = Record(tmp_path / "record.jsonl")
+        target = mirror(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        target.start()
+        write(record, range(1, 5))
+        begin = time.monotonic()
+        assert target.close("FINISHED") is not None
+        assert time.monotonic() - begin < 10
+        record.close()
+
+
+def test_where_the_run_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")
+    assert tracking_uri(None, tmp_path) == "http://server"
+    assert tracking_uri("http://other", tmp_path) == "http://other"
+
+
+def test_flatten() -> None:
+    assert flatten(json.loads('{"a": {"b": 1, "c": [1, 2]}, "d": null}')) == {"a.b": "1", "a.c": "[1, 2]", "d": "None"}

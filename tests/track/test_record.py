@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bgen.config.load import validate
+from bgen.track import record
+from bgen.track.output import RunOutput, run_identifier
+from bgen.track.progress import ProgressLine
+from bgen.track.throughput import Throughput
+
+
+def test_rows_are_lines_of_json(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "record.jsonl"
+    writer = record.Record(path)
+    writer.append("train", 1, {"loss": 0.1})
+    writer.append("valid", 2, {"nll": None})
+    writer.sync()
+    writer.close()
+    first, second = record.read(path)
+    assert (first["kind"], first["step"], first["loss"]) == ("train", 1, 0.1)
+    assert abs(first["time"] - time.time()) < 60
+    assert second["nll"] is None
+
+
+def test_truncation_drops_later_steps_and_a_line_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    lines = [json.dumps({"kind": "train", "step": step}) + "\n" for step in (1, 2, 2, 3)]
+    path.write_text("".join(lines) + '{"kind": "train", "st')
+    assert [row["step"] for row in record.read(path)] == [1, 2, 2, 3]
+    record.truncate(path, 2)
+    assert path.read_text() == "".join(lines[:3])
+    record.truncate(tmp_path / "missing.jsonl", 2)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def config(out: Path) -> Any:
+    return validate({"stage": "vae", "out": out, "data": {"store": "s"}, "track": {"mlflow": False}}, "test")
+
+
+def test_only_rank_0_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = RunOutput(config(tmp_path / "run"), "id", None, main=False)
+    other.row("train", 1, {"loss": 1.0})
+    other.say("nothing")
+    other.close("FINISHED")
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().err == ""
+    main = RunOutput(config(tmp_path / "run"), "id", None, main=True)
+    main.event("start", 0, {"run": "id"})
+    main.row("train", 1, {"loss": math.nan})
+    main.row("train", 2, {"loss": 1.0})
+    main.close("FINISHED")
+    assert [row.get("loss") for row in record.read(tmp_path / "run" / "record.jsonl")] == [None, None, 1.0]
+    assert "stage: vae" in (tmp_path / "run" / "config.yaml").read_text()
+    assert run_identifier(config(tmp_path / "run")) == "id"
+    resumed = RunOutput(config(tmp_path / "run"), "id", 1, main=True)
+    resumed.close("FINISHED")
+    assert [row["step"] for row in record.read(tmp_path / "run" / "record.jsonl")] == [0, 1]
+
+
+def test_progress_without_a_terminal_is_a_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ProgressLine("vae", 0, 100, shown=True)
+    for step in range(1, 101):
+        line.update(step, f"loss {step}")
+    line.close()
+    assert capsys.readouterr().err.splitlines() == ["vae 1/100 loss 1", "vae 100/100 loss 100"]
+    silent = ProgressLine("vae", 0, 100, shown=False)
+    silent.update(100, "loss")
+    silent.say("but [messages] are shown")
+    assert capsys.readouterr().err == "but [messages] are shown\n"
+
+
+def test_progress_on_a_terminal_shows_the_figures(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    line = ProgressLine("vae", 10, 100, shown=True)
+    line.update(50, "loss 0.5 900 cells/s")
+    line.update(51)
+    line.close()
+    said = capsys.readouterr().err
+    assert "51/100" in said
+    assert "loss 0.5 900 cells/s" in said
+
+
+def test_throughput() -> None:
+    meter = Throughput()
+    begin = time.perf_counter()
+    time.sleep(0.2)
+    meter.add(100, 5000, 0.05)
+    meter.pause(0.1)
+    figures = meter.report()
+    seconds = time.perf_counter() - begin - 0.1
+    assert figures["cells_per_s"] == pytest.approx(100 / seconds, rel=0.2)
+    assert figures["nonzeros_per_s"] == pytest.approx(50 * figures["cells_per_s"], rel=1e-3)
+    assert figures["data_wait"] == pytest.approx(0.05 / seconds, rel=0.2)
+    assert 0.01 < figures["memory_gb"] < 100
+    assert meter.report()["cells_per_s"] == 0

@@ -1,0 +1,50 @@
+"""MLflow behind the trainer: it receives the run, and its absence changes nothing."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from toy import run, toy_config
+
+from bgen.track import record
+
+# SQLAlchemy deprecates what MLflow calls; as errors, these warnings would look like failures of the store.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def test_one_run_on_sqlite_over_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = toy_config(tmp_path / "toy_run", track={"mlflow": True})
+    run(config, stop_after=25)
+    result, _ = run(config, resume=True)
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (found,) = client.search_runs([client.get_experiment_by_name("bgen").experiment_id])
+    assert (found.info.run_name, found.info.status) == ("toy_run", "FINISHED")
+    assert found.data.params["train.global_batch"] == "8"
+    history = {metric.step: metric.value for metric in client.get_metric_history(found.info.run_id, "train/loss")}
+    rows = {row["step"]: row["loss"] for row in record.read(result.record) if row["kind"] == "train"}
+    assert history == pytest.approx(rows)
+    assert len(history) == 50
+    valid = {row["step"]: row["nll"] for row in record.read(result.record) if row["kind"] == "valid"}
+    assert {m.step: m.value for m in client.get_metric_history(found.info.run_id, "valid/nll")} == pytest.approx(valid)
+
+
+def test_a_closed_port_neither_slows_nor_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin = time.monotonic()
+    without, _ = run(toy_config(tmp_path / "without"))
+    alone = time.monotonic() - begin
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{free.getsockname()[1]}"
+    begin = time.monotonic()
+    result, _ = run(toy_config(tmp_path / "with", track={"mlflow": True, "uri": uri}))
+    rows = record.read(result.record)
+    trained = rows[-1]["time"] - rows[0]["time"]
+    assert result.losses == without.losses
+    assert trained < alone + 5
+    assert time.monotonic() - begin < alone + 20
+    assert "MLflow at http://127.0.0.1" in capsys.readouterr().err
