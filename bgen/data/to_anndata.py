@@ -27,7 +27,7 @@ def read_anndata(store: Store, cells: I64) -> AnnData:
     for name in store.manifest.columns:
         column, values = store.column(name)
         picked = values[cells]
-        obs[name] = pd.Categorical.from_codes(picked, column.categories) if column.kind == "category" else picked
+        obs[name] = pd.Categorical.from_codes(picked.astype(np.int64), column.categories) if column.kind == "category" else picked
     var = store.genes.set_index("id").rename_axis("gene")
     adata = AnnData(counts, obs=obs, var=var)
     adata.uns["bgen"] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ def train(config: Config, *, resume: bool = False) -> TrainResult:
     result = Trainer(config, stage).fit(resume=resume)
     if not result.interrupted and world.is_main:
         folder = config.out / MODEL
-        if not folder.exists():
-            save_model(exported(config, stage, result.step), folder)
+        if folder.exists():  # of fewer steps: the run was resumed
+            shutil.rmtree(folder)
+        save_model(exported(config, stage, result.step), folder)
     ranks.barrier()
     return result
 

@@ -211,4 +211,4 @@ def rebuild(run: Path, world: World) -> tuple[Config, StoreStage, Path]:
 def make_stage(config: Config, store: Store, world: World) -> VAEStage | FlowStage:
     """Build the stage that a configuration names."""
     torch.manual_seed(config.seed)  # the initial weights
-    return {"vae": VAEStage, "flow": FlowStage}[config.stage](config, store, world)
+    return VAEStage(config, store, world) if config.stage == "vae" else FlowStage(config, store, world)

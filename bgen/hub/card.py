@@ -1,0 +1,78 @@
+"""The model card: what the model is, was trained on, how good it is, and what it is not for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_ROWS = ("model", "baseline", "ceiling")
+
+
+def model_card(config: Mapping[str, Any], preprocessing: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
+    """Return the README.md of a model directory as Markdown with the usual YAML head."""
+    about = config["about"]
+    columns = preprocessing["columns"]
+    asked = config.get("conditions", [])
+    kind = "latent rectified flow on a VAE" if config["kind"] == "flow" else "variational autoencoder"
+    lines = [
+        "---",
+        "library_name: bgen",
+        "tags: [single-cell, gene-expression, generative]",
+        "---",
+        f"# {about.get('name', 'bgen model')}",
+        "",
+        f"A {kind} of single-cell counts ({config['vae']['likelihood'].upper()} likelihood),"
+        f" {config['n_genes']:,} genes, organism: {about.get('organism', 'unknown')}.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import bgen",
+        "",
+        'model = bgen.load("this/directory")',
+        "cells = model.generate(1000)  # AnnData of integer counts"
+        if config["kind"] == "flow"
+        else "model.embed(adata)  # adds obsm['X_bgen']",
+        "```",
+        "",
+        "## Trained on",
+        "",
+        f"- {about.get('cells', 0):,} cells of {', '.join(about.get('sources', [])) or 'an unnamed source'}",
+        f"- store `{about.get('store', '')[:16]}`, split `{about.get('split', '')}`,"
+        f" {about.get('steps', 0):,} steps, seed {about.get('seed', 0)}",
+    ]
+    if asked:
+        lines += ["", "## What generation can be asked for", ""]
+        for name in asked:
+            info = columns[name]
+            values = ", ".join(info["categories"][:20]) + (", ..." if len(info["categories"]) > 20 else "")
+            described = values if info["kind"] == "category" else f"a number; mean {info['mean']:.4g} in training"
+            lines.append(f"- `{name}`" + (f" ({info['role']})" if info["role"] != name else "") + f": {described}")
+    if config["covariates"]:
+        lines += ["", f"Covariates of encoder and decoder: {', '.join(config['covariates'])}."]
+    lines += ["", "## How good it is", "", *(_scores(metrics) if metrics else ["Not evaluated yet: `bgen evaluate`."])]
+    lines += [
+        "",
+        "## Limits",
+        "",
+        "Generated cells follow the training data, its biases included. They are not measurements and must not be used"
+        " as such; the training cells are not anonymised by the model.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _scores(metrics: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"{metrics['headline']}",
+        "",
+        f"Protocol `{metrics['protocol']}`: {metrics['cells']:,} cells on each side,"
+        f" {metrics['subsamples']} subsamples; their mean ± standard deviation.",
+        "",
+        "| measure | model | baseline | ceiling | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    for metric in metrics["metrics"].values():
+        values = " | ".join(f"{metric[row]['mean']:.4g} ± {metric[row]['sd']:.2g}" for row in _ROWS)
+        lines.append(f"| {metric['title']} ({metric['better']} is better) | {values} | {metric['verdict']} |")
+    return [*lines, "", "Baseline: a negative binomial per cell type. Ceiling: real cells against real cells."]

@@ -1,0 +1,270 @@
+"""The exported model directory: safetensors, JSON and CSV, no pickle; loads anywhere (DESIGN, section 11).
+
+::
+
+    model/
+      config.json          kind of model, its settings and sizes, where it comes from
+      model.safetensors    weights, whitening statistics
+      genes.csv            gene ids and symbols in the model's order
+      preprocessing.json   columns: role, categories or mean and standard deviation; normalisation of the input
+      conditions.csv       combinations of conditions and covariates in the training cells, and how many cells had each
+      metrics.json         scores, once the model was evaluated
+      README.md            model card
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bgen import __version__
+from bgen.config.errors import UserError, nearest
+from bgen.config.schema import FlowConfig, SampleConfig, VAEConfig
+from bgen.data.genes import hash_genes, read_genes, write_genes
+from bgen.hub.card import model_card
+from bgen.models.latent_flow import LatentFlow
+from bgen.models.vae import VAE
+
+FORMAT = 1
+FILES = ("config.json", "model.safetensors", "genes.csv", "preprocessing.json", "conditions.csv")
+
+
+@dataclass(frozen=True)
+class ColumnInfo:
+    """A column that the model knows.
+
+    Attributes
+    ----------
+    role
+        What it is to bgen (cell_type, batch, time, ...), or its own name.
+    kind
+        "category" or "number".
+    categories
+        Names in the order of the codes.
+    mean, std
+        Of a number, over the training cells.
+    """
+
+    role: str
+    kind: Literal["category", "number"]
+    categories: list[str] = field(default_factory=list)
+    mean: float = 0.0
+    std: float = 1.0
+
+
+@dataclass(eq=False)
+class SavedModel:
+    """A model with everything that is needed to use it.
+
+    Attributes
+    ----------
+    module
+        :class:`VAE` or :class:`LatentFlow`, in evaluation mode.
+    genes
+        Gene table (see :mod:`bgen.data.genes`).
+    columns
+        Conditions and covariates by column name.
+    combinations
+        A column per condition and covariate (codes or numbers) and ``cells``, how many training cells had them.
+    sample
+        Defaults of generation.
+    about
+        Organism, units, where the model comes from.
+    metrics
+        Scores of the evaluation, if there was one.
+    """
+
+    module: VAE | LatentFlow
+    genes: pd.DataFrame
+    columns: dict[str, ColumnInfo]
+    combinations: pd.DataFrame
+    sample: SampleConfig
+    about: dict[str, Any]
+    metrics: dict[str, Any] | None = None
+
+    @property
+    def vae(self) -> VAE:
+        """The autoencoder."""
+        return self.module.vae if isinstance(self.module, LatentFlow) else self.module
+
+    @property
+    def kind(self) -> str:
+        """ "flow" or "vae"."""
+        return "flow" if isinstance(self.module, LatentFlow) else "vae"
+
+    def column_name(self, name: str) -> str:
+        """Return the column that ``name``, a column or a role, means; UserError names the nearest."""
+        if name in self.columns:
+            return name
+        for column, info in self.columns.items():
+            if info.role == name:
+                return column
+        roles = [info.role for info in self.columns.values()]
+        raise UserError(f"The model has no condition '{name}'.{nearest(name, [*self.columns, *roles])}")
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the weights: what tells this model from every other one."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(_bytes(tensor))
+        return digest.hexdigest()
+
+
+def save_model(model: SavedModel, folder: Path) -> None:
+    """Write a model directory.
+
+    Raises
+    ------
+    UserError
+        If ``folder`` is there and not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already and not empty. Choose another folder, or remove it first.")
+    partial = folder.with_name(f".{folder.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    vae = model.vae
+    config: dict[str, Any] = {
+        "format": "bgen-model",
+        "format_version": FORMAT,
+        "bgen": __version__,
+        "kind": model.kind,
+        "n_genes": vae.n_genes,
+        "covariates": list(vae.covariates),
+        "vae": vae.config.model_dump(mode="json"),
+        "sample": model.sample.model_dump(mode="json"),
+        "about": model.about,
+    }
+    if isinstance(model.module, LatentFlow):
+        config["flow"] = model.module.config.model_dump(mode="json", exclude={"vae"})
+        config["conditions"] = model.module.conditions.names
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.module.state_dict().items()}
+    save_file(state, partial / "model.safetensors")
+    write_genes(model.genes, partial)
+    model.combinations.to_csv(partial / "conditions.csv", index=False)
+    preprocessing = {
+        "input": "raw integer counts",
+        "normalisation": "log1p of counts per 10,000, inside the model",
+        "genes_sha256": hash_genes(model.genes["id"].tolist()),
+        "columns": {name: asdict(info) for name, info in model.columns.items()},
+    }
+    _write_json(partial / "preprocessing.json", preprocessing)
+    if model.metrics is not None:
+        _write_json(partial / "metrics.json", model.metrics)
+    _write_json(partial / "config.json", config)
+    (partial / "README.md").write_text(model_card(config, preprocessing, model.metrics), encoding="utf-8")
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
+
+
+def add_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    """Put the scores of an evaluation into a model directory and its card."""
+    _write_json(folder / "metrics.json", metrics)
+    config, preprocessing = _read_json(folder / "config.json"), _read_json(folder / "preprocessing.json")
+    (folder / "README.md").write_text(model_card(config, preprocessing, metrics), encoding="utf-8")
+
+
+def load_directory(folder: str | Path, device: str = "cpu") -> SavedModel:
+    """Load a model directory.
+
+    Raises
+    ------
+    UserError
+        If it is not one, is incomplete or damaged, or comes from a newer bgen.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"There is no model directory at {folder}. `bgen export` writes one.")
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} is not a model directory: {', '.join(missing)} is missing. `bgen export` writes one."
+        )
+    config, preprocessing = _read_json(folder / "config.json"), _read_json(folder / "preprocessing.json")
+    if config.get("format") != "bgen-model" or config.get("format_version") != FORMAT:
+        raise UserError(
+            f"{folder / 'config.json'} describes format {config.get('format')} {config.get('format_version')};"
+            f" this bgen ({__version__}) reads bgen-model {FORMAT}."
+        )
+    genes = read_genes(folder)
+    if hash_genes(genes["id"].tolist()) != preprocessing["genes_sha256"] or len(genes) != config["n_genes"]:
+        raise UserError(f"{folder / 'genes.csv'} is not the gene table that the model was exported with.")
+    columns = {name: ColumnInfo(**info) for name, info in preprocessing["columns"].items()}
+    try:
+        module = _build(config, columns)
+        module.load_state_dict(load_file(folder / "model.safetensors", device="cpu"))
+    except (SafetensorError, RuntimeError, ValidationError, KeyError) as error:
+        raise UserError(f"{folder} is damaged: {str(error).splitlines()[0]}. Export the model again.") from None
+    metrics = _read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
+    return SavedModel(
+        module=module.to(device).eval(),
+        genes=genes,
+        columns=columns,
+        combinations=pd.read_csv(folder / "conditions.csv"),
+        sample=SampleConfig.model_validate(config["sample"]),
+        about=config["about"],
+        metrics=metrics,
+    )
+
+
+def count_combinations(columns: Mapping[str, NDArray[Any]], limit: int = 65_536, seed: int = 0) -> pd.DataFrame:
+    """Return the distinct combinations of columns ``[n_cells]`` and how many cells have each, most frequent first.
+
+    More than ``limit`` of them (a number measured per cell) are replaced by a seeded sample of cells.
+    """
+    n = len(next(iter(columns.values()))) if columns else 0
+    if not columns:
+        return pd.DataFrame({"cells": [1]})
+    counted = pd.DataFrame(dict(columns)).value_counts(dropna=False).rename("cells").reset_index()
+    if len(counted) <= limit:
+        return counted
+    picked = np.sort(np.random.default_rng(seed).choice(n, limit, replace=False))
+    return pd.DataFrame({name: values[picked] for name, values in columns.items()}).assign(cells=1)
+
+
+def _build(config: Mapping[str, Any], columns: Mapping[str, ColumnInfo]) -> VAE | LatentFlow:
+    covariates = {name: len(columns[name].categories) for name in config["covariates"]}
+    vae = VAE(VAEConfig.model_validate(config["vae"]), config["n_genes"], covariates)
+    if config["kind"] == "vae":
+        return vae
+    conditions = {name: columns[name] for name in config["conditions"]}
+    return LatentFlow(
+        FlowConfig.model_validate(config["flow"]),
+        vae,
+        {name: len(info.categories) for name, info in conditions.items() if info.kind == "category"},
+        {name: (info.mean, info.std) for name, info in conditions.items() if info.kind == "number"},
+    )
+
+
+def parameters(module: nn.Module) -> int:
+    """Return how many parameters a module has."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}. Export the model again.") from None
+
+
+def _write_json(path: Path, tree: Any) -> None:
+    path.write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,201 @@
+"""What a user holds: an exported model with its verbs, AnnData in and AnnData out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from anndata import AnnData
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bgen.config.errors import UserError
+from bgen.data.batch import CellBatch
+from bgen.data.genes import match_genes
+from bgen.data.keys import hash_keys
+from bgen.hub.directory import SavedModel, load_directory
+from bgen.models.latent_flow import LatentFlow
+from bgen.tasks.generate import Progress, generate_cells
+
+BATCH = 1024
+
+
+class Model:
+    """An exported model, loaded.
+
+    Attributes
+    ----------
+    saved
+        The network with its gene table, columns and provenance.
+    """
+
+    def __init__(self, saved: SavedModel) -> None:
+        self.saved = saved
+
+    def __repr__(self) -> str:
+        saved = self.saved
+        return f"<bgen {saved.kind} '{saved.about.get('name')}': {len(self.genes):,} genes>"
+
+    @property
+    def genes(self) -> list[str]:
+        """Gene ids in the model's order."""
+        return self.saved.genes["id"].tolist()
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What :meth:`generate` can be asked for: column to its categories, or to "number"."""
+        module = self.saved.module
+        names = module.conditions.names if isinstance(module, LatentFlow) else []
+        known = self.saved.columns
+        return {name: known[name].categories if known[name].kind == "category" else "number" for name in names}
+
+    def generate(
+        self,
+        n: int = 1000,
+        *,
+        where: Mapping[str, Any] | None = None,
+        library_size: float | None = None,
+        guidance: float | None = None,
+        steps: int | None = None,
+        solver: str | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> AnnData:
+        """Generate cells; see :func:`bgen.tasks.generate.generate_cells`."""
+        return generate_cells(
+            self.saved,
+            n,
+            where=where or {},
+            library_size=library_size,
+            guidance=guidance,
+            steps=steps,
+            solver=solver,
+            seed=seed,
+            progress=progress,
+        )
+
+    def embed(self, adata: AnnData, *, layer: str | None = None) -> AnnData:
+        """Return a copy of the data with the latent means of its cells in ``obsm['X_bgen']`` ``[n_cells, D]``."""
+        mean, _ = self.encode(adata, layer=layer)
+        embedded = adata.copy()
+        embedded.obsm["X_bgen"] = mean
+        embedded.uns["bgen"] = {**dict(adata.uns.get("bgen", {})), "embedding_model": self.saved.fingerprint()}
+        return embedded
+
+    @torch.no_grad()
+    def encode(self, adata: AnnData, *, layer: str | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return mean and variance ``[n_cells, D]`` of the cells' latent states.
+
+        Parameters
+        ----------
+        adata
+            Raw counts in X (or ``layer``); genes are matched by id, missing ones count as zero. Covariates are taken
+            from obs where the column is there, else they are unknown.
+
+        Raises
+        ------
+        UserError
+            If too few genes agree, or the matrix holds no counts.
+        """
+        counts = self._counts(adata, layer)
+        obs = self._covariates(adata)
+        means, variances = [], []
+        for start in range(0, counts.shape[0], BATCH):
+            batch = _batch(counts[start : start + BATCH], {k: v[start : start + BATCH] for k, v in obs.items()}, start)
+            mean, logvar = self.saved.vae.encode(batch)
+            means.append(mean.numpy())
+            variances.append(logvar.exp().numpy())
+        return np.concatenate(means), np.concatenate(variances)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        z: NDArray[np.float32],
+        library_size: NDArray[np.float32],
+        covariates: Mapping[str, Sequence[str]] | None = None,
+    ) -> NDArray[np.float32]:
+        """Return expected counts ``[n, G]`` for latent states ``z [n, D]`` and total counts ``library_size [n]``.
+
+        ``covariates`` are category names per cell; a covariate that is not given is unknown to the decoder.
+        """
+        codes = {
+            name: torch.from_numpy(self._codes(name, np.asarray(values))) for name, values in (covariates or {}).items()
+        }
+        likelihood = self.saved.vae.decode(torch.from_numpy(z), torch.from_numpy(library_size), codes)
+        mean: NDArray[np.float32] = likelihood.mean.numpy()
+        return mean
+
+    def _counts(self, adata: AnnData, layer: str | None) -> sp.csr_matrix:
+        """Return the model's genes of the data as CSR ``[n_cells, G]``."""
+        places = match_genes(self.genes, adata.var_names.astype(str).tolist(), what="the data")
+        matrix = sp.csr_matrix(adata.X if layer is None else adata.layers[layer])
+        if matrix.nnz and (matrix.data.min() < 0 or not np.array_equal(matrix.data, np.rint(matrix.data))):
+            where = "X" if layer is None else f"layers['{layer}']"
+            raise UserError(
+                f"{where} is not counts: it holds negative or fractional values. Give the layer with the raw counts;"
+                " `bgen data check` says where they are."
+            )
+        columns = np.full(adata.n_vars, -1)
+        columns[places[places >= 0]] = np.flatnonzero(places >= 0)
+        kept = columns[matrix.indices] >= 0
+        indptr = np.concatenate([[0], np.cumsum(kept)])[matrix.indptr]
+        counts = sp.csr_matrix(
+            (matrix.data[kept].astype(np.float32), columns[matrix.indices[kept]], indptr),
+            shape=(adata.n_obs, len(self.genes)),
+        )
+        counts.sort_indices()
+        counts.eliminate_zeros()
+        return counts
+
+    def _covariates(self, adata: AnnData) -> dict[str, NDArray[np.int64]]:
+        codes = {}
+        for name in self.saved.vae.covariates:
+            there = next((c for c in (name, self.saved.columns[name].role) if c in adata.obs), None)
+            unknown = np.full(adata.n_obs, -1)
+            codes[name] = unknown if there is None else self._codes(name, adata.obs[there].astype(str).to_numpy())
+        return codes
+
+    def _codes(self, name: str, values: NDArray[Any]) -> NDArray[np.int64]:
+        """Return the codes of category names; one that the model does not know is unknown, -1."""
+        codes = {category: code for code, category in enumerate(self.saved.columns[name].categories)}
+        return np.array([codes.get(str(value), -1) for value in values], dtype=np.int64)
+
+
+def load_model(folder: str | Path, device: str = "cpu") -> Model:
+    """Load an exported model directory.
+
+    Raises
+    ------
+    UserError
+        If it is not one, is incomplete or damaged, or comes from a newer bgen.
+    """
+    return Model(load_directory(folder, device))
+
+
+def parse_where(texts: Sequence[str]) -> dict[str, str]:
+    """Read conditions ``column=value``."""
+    where = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise UserError(f"'{text}' is not a condition: write column=value, such as cell_type=B.")
+        where[name.strip()] = value.strip()
+    return where
+
+
+def _batch(counts: sp.csr_matrix, obs: Mapping[str, NDArray[np.int64]], first: int) -> CellBatch:
+    cells = np.arange(first, first + counts.shape[0])
+    columns: dict[str, Tensor] = {name: torch.from_numpy(codes) for name, codes in obs.items()}
+    return CellBatch(
+        indptr=torch.from_numpy(counts.indptr.astype(np.int64)),
+        indices=torch.from_numpy(counts.indices.astype(np.int32)),
+        counts=torch.from_numpy(counts.data),
+        n_genes=counts.shape[1],
+        keys=torch.from_numpy(hash_keys(0, cells).view(np.int64)),
+        cells=torch.from_numpy(cells),
+        obs=columns,
+    )
