@@ -91,6 +91,9 @@ class Mamba1Config(Section):
     state: PositiveInt = Field(16, description="Size of the state per channel.")
     rank: PositiveInt | None = Field(None, description="Rank of the map to the rates; default: width / 16, rounded up.")
     convolution: PositiveInt = Field(4, description="Width of the short convolution; unused with real_time.")
+    backend: Literal["auto", "torch", "fused"] = Field(
+        "auto", description="auto: mamba-ssm's compiled kernel on CUDA, torch elsewhere; torch: also on CUDA, slow."
+    )
 
 
 class S4DConfig(Section):

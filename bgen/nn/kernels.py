@@ -1,4 +1,4 @@
-"""The published Triton kernels of mamba-ssm, imported without the package's compiled extension.
+"""The published kernels of mamba-ssm, imported without what they do not need.
 
 ``import mamba_ssm`` runs an ``__init__`` that needs ``selective_scan_cuda``, a compiled CUDA extension that Mamba-2
 does not use (release 2.3.2.post1). So the kernels are imported through an empty shell of the package that has only its
@@ -24,8 +24,20 @@ INSTALL = (
     "MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE "
     "pip install --no-build-isolation --no-deps mamba-ssm==2.3.2.post1"
 )
-"""How to get the kernels, without a CUDA compiler. mamba-ssm's build imports torch, hence no isolation; its other
+"""How to get mamba2's kernels, without a CUDA compiler. mamba-ssm's build imports torch, hence no isolation; its other
 dependencies (over 1 GB) belong to Mamba-3."""
+
+INSTALL_COMPILED = INSTALL.replace("MAMBA_SKIP_CUDA_BUILD=TRUE ", "").replace(
+    "--no-deps", "--no-cache-dir --force-reinstall --no-deps"
+)
+"""How to get mamba1's kernel, which is compiled: needs nvcc of torch's CUDA version, and many minutes. pip would
+otherwise take the wheel without it that the command above left in its cache."""
+
+KERNELS = {
+    "mamba2": ("ops.triton.ssd_combined", INSTALL),
+    "mamba1": ("ops.selective_scan_interface", INSTALL_COMPILED),
+}
+"""Mixer to the module that has its kernels, and how to install them."""
 
 
 def import_published(name: str) -> ModuleType:
@@ -52,16 +64,16 @@ def import_published(name: str) -> ModuleType:
 
 
 @cache
-def missing() -> str | None:
-    """Why the kernels cannot be imported; None where they can."""
+def missing(mixer: str) -> str | None:
+    """Why the kernels of a mixer cannot be imported; None where they can."""
     try:
-        import_published("ops.triton.ssd_combined")
+        import_published(KERNELS[mixer][0])
     except ImportError as error:
         return str(error)
     return None
 
 
-def use_fused(backend: str, device: torch.device) -> bool:
+def use_fused(mixer: str, backend: str, device: torch.device) -> bool:
     """Decide between the fused kernels and torch.
 
     ``backend`` is ``torch``, ``fused``, or ``auto``: fused on CUDA and torch elsewhere. There is no silent fall-back to
@@ -74,10 +86,10 @@ def use_fused(backend: str, device: torch.device) -> bool:
     """
     if backend == "torch" or (backend == "auto" and device.type != "cuda"):
         return False
-    if (reason := missing()) is not None:
+    if (reason := missing(mixer)) is not None:
         raise UserError(
-            f"mamba2 on {device.type} needs the kernels of mamba-ssm ({reason}). Install them:\n  {INSTALL}\n"
-            "or set mamba2.backend to torch (slow)"
+            f"{mixer} on {device.type} needs the kernels of mamba-ssm ({reason}). Install them:\n"
+            f"  {KERNELS[mixer][1]}\nor set {mixer}.backend to torch (slow)"
         )
     return True
 
@@ -99,10 +111,9 @@ def ssd_fused(
     either 0, where x is 0 too, or at least the floor of :mod:`bgen.nn.real_time`. The initial state is the first
     sequence's, numbers in ``sequence_BT`` start from 0 and rise.
     """
-    kernels = import_published("ops.triton.ssd_combined")
     if impulse:
         x_BTHP = (x_BTHP / dt_BTH.clamp_min(SMALLEST_STEP)[..., None]).to(x_BTHP.dtype)
-    return kernels.mamba_chunk_scan_combined(
+    return import_published(KERNELS["mamba2"][0]).mamba_chunk_scan_combined(
         x_BTHP,
         dt_BTH,
         a_H,
@@ -113,3 +124,18 @@ def ssd_fused(
         seq_idx=None if sequence_BT is None else sequence_BT.int(),
         return_final_states=True,
     )
+
+
+def selective_scan_fused(
+    x_BTE: Tensor, dt_BTE: Tensor, a_ES: Tensor, b_BTS: Tensor, c_BTS: Tensor, *, impulse: bool
+) -> Tensor:
+    """Compute :func:`bgen.nn.selective_scan.selective_scan`, with dt x for x, by the published CUDA kernel.
+
+    ``impulse`` as in :func:`ssd_fused`. All in float32, since the kernel wants dt in the dtype of x.
+    """
+    wide = torch.promote_types(x_BTE.dtype, torch.float32)
+    x, dt, b, c = (t.to(wide).transpose(1, 2).contiguous() for t in (x_BTE, dt_BTE, b_BTS, c_BTS))
+    if impulse:
+        x = x / dt.clamp_min(SMALLEST_STEP)
+    y = import_published(KERNELS["mamba1"][0]).selective_scan_fn(x, dt, a_ES.to(wide), b, c)
+    return y.transpose(1, 2).to(x_BTE.dtype)

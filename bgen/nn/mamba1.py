@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bgen.config.backbone import Mamba1Config, TimeConfig
+from bgen.config.errors import UserError
+from bgen.nn.kernels import selective_scan_fused, use_fused
 from bgen.nn.points import Points
 from bgen.nn.real_time import both_directions, gaps, split_directions, step_sizes
 from bgen.nn.selective_scan import selective_scan
@@ -31,6 +33,7 @@ class Mamba1(nn.Module):
 
     def __init__(self, width: int, config: Mamba1Config, time: TimeConfig) -> None:
         super().__init__()
+        self.backend = config.backend
         self.real_time = time.real_time
         self.needs_regular_grid = not time.real_time
         self.directions = 2 if time.direction == "bidirectional" else 1
@@ -52,7 +55,13 @@ class Mamba1(nn.Module):
         self.out_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, u_BTD: Tensor, points: Points) -> Tensor:
-        """Return ``[B, T, D]``; what it holds at points that do not exist has no meaning."""
+        """Return ``[B, T, D]``; what it holds at points that do not exist has no meaning.
+
+        Raises
+        ------
+        UserError
+            On CUDA without mamba-ssm's compiled kernel, or with it and packed sequences, unless ``backend`` is torch.
+        """
         z_BTE, x_BTE = self.in_proj(points.blank(u_BTD)).chunk(2, dim=-1)
         x_BTE, run = both_directions(x_BTE, points) if self.directions == 2 else (x_BTE, points)
         if self.convolution is not None:
@@ -67,8 +76,14 @@ class Mamba1(nn.Module):
         rate_BTE = torch.cat(rates)
         b_BTS, c_BTS = (torch.cat(part) for part in zip(*maps, strict=True))
         dt_BTE = step_sizes(rate_BTE, gaps(run, x_BTE), run) if self.real_time else rate_BTE
-        gained_BTE = x_BTE if self.real_time else x_BTE * dt_BTE
-        y_BTE = selective_scan(gained_BTE, dt_BTE, -self.A_log.exp(), b_BTS, c_BTS, run.sequence_BL) + self.D * x_BTE
+        if use_fused("mamba1", self.backend, x_BTE.device):
+            if run.sequence_BL is not None:
+                raise UserError("mamba1's kernel cannot keep packed sequences apart; use mamba2, or backend torch")
+            y_BTE = selective_scan_fused(x_BTE, dt_BTE, -self.A_log.exp(), b_BTS, c_BTS, impulse=self.real_time)
+        else:
+            gained_BTE = x_BTE if self.real_time else x_BTE * dt_BTE
+            y_BTE = selective_scan(gained_BTE, dt_BTE, -self.A_log.exp(), b_BTS, c_BTS, run.sequence_BL)
+        y_BTE = y_BTE + self.D * x_BTE
         if self.directions == 2:
             forward_BTE, backward_BTE = split_directions(y_BTE)
             y_BTE = forward_BTE + backward_BTE

@@ -100,7 +100,7 @@ class Mamba2(nn.Module):
         x_BTHP = x_BTE.unflatten(-1, (self.heads, -1))
         b_BTKS, c_BTKS = (t.unflatten(-1, (self.config.groups, -1)) for t in (b, c))
         a_H = -self.A_log.to(dt_BTH.dtype).exp()
-        if use_fused(self.config.backend, x_BTE.device):
+        if use_fused("mamba2", self.config.backend, x_BTE.device):
             y_BTHP, _ = ssd_fused(
                 x_BTHP, dt_BTH, a_H, b_BTKS, c_BTKS, sequence_BT=run.sequence_BL, impulse=self.real_time
             )

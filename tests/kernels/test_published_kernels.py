@@ -5,12 +5,17 @@ Small float32 shapes: the interpreter is slow, and its bfloat16 is wrong (compar
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
 
-from bgen.config.backbone import Mamba2Config, TimeConfig
+from bgen.config.backbone import Mamba1Config, Mamba2Config, TimeConfig
+from bgen.config.errors import UserError
 from bgen.nn import kernels
+from bgen.nn.mamba1 import Mamba1
 from bgen.nn.mamba2 import Mamba2
 from bgen.nn.points import Points
 from bgen.nn.ssd import ssd_sequential
@@ -128,3 +133,28 @@ def test_our_block_is_the_published_one() -> None:
         (ours.out_proj.weight.grad, theirs.out_proj.weight.grad),
     ):
         assert (mine - their).abs().max() < 1e-4 * their.abs().max()
+
+
+@pytest.mark.parametrize("real_time", [True, False])
+def test_mamba1_hands_its_tensors_to_the_published_scan(real_time: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the package's own plain version of the scan stands in for its compiled kernel."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setitem(sys.modules, "selective_scan_cuda", ModuleType("selective_scan_cuda"))
+        scan = kernels.import_published("ops.selective_scan_interface")
+        monkeypatch.setattr(scan, "selective_scan_fn", scan.selective_scan_ref)
+        kernels.missing.cache_clear()
+    elif (reason := kernels.missing("mamba1")) is not None:
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    time = TimeConfig(real_time=real_time)
+    plain = Mamba1(16, Mamba1Config(state=4, backend="torch"), time).to(DEVICE)
+    fused = Mamba1(16, Mamba1Config(state=4, backend="fused"), time).to(DEVICE)
+    fused.load_state_dict(plain.state_dict())
+    u = torch.randn(2, 9, 16, device=DEVICE)
+    valid = torch.ones(2, 9, dtype=torch.bool, device=DEVICE)
+    valid[1, 6:] = False
+    points = Points(valid, (torch.rand(2, 9, device=DEVICE) * 3).round(decimals=1).cumsum(1))
+    y, reference = fused(u, points)[valid], plain(u, points)[valid]
+    assert (y - reference).abs().max() < 1e-5 * reference.abs().max()
+    with pytest.raises(UserError, match="packed"):
+        fused(u, Points(sequence_BL=valid.long()))

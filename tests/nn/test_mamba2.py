@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bgen.config.backbone import Mamba2Config, TimeConfig
+from bgen.config.backbone import Mamba1Config, Mamba2Config, TimeConfig
 from bgen.config.errors import UserError
 from bgen.nn import kernels
+from bgen.nn.mamba1 import Mamba1
 from bgen.nn.mamba2 import Mamba2
 from bgen.nn.points import Points
 from bgen.nn.ssd import ssd_sequential
@@ -63,21 +64,28 @@ def test_rates_start_in_their_range() -> None:
 
 def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(kernels, "missing", lambda: "No module named 'mamba_ssm'")
-    assert not kernels.use_fused("auto", cpu)
-    assert not kernels.use_fused("torch", cuda)
-    for backend, device in (("auto", cuda), ("fused", cuda), ("fused", cpu)):
-        with pytest.raises(UserError, match=r"--no-deps mamba-ssm==2\.3\.2\.post1") as caught:
-            kernels.use_fused(backend, device)
-        assert "mamba2.backend to torch" in str(caught.value)
-    monkeypatch.setattr(kernels, "missing", lambda: None)
-    assert kernels.use_fused("auto", cuda)
-    assert not kernels.use_fused("auto", cpu)
+    monkeypatch.setattr(kernels, "missing", lambda mixer: f"No module named '{mixer}'")
+    for mixer in ("mamba2", "mamba1"):
+        assert not kernels.use_fused(mixer, "auto", cpu)
+        assert not kernels.use_fused(mixer, "torch", cuda)
+        for backend, device in (("auto", cuda), ("fused", cuda), ("fused", cpu)):
+            with pytest.raises(UserError, match=r"--no-deps mamba-ssm==2\.3\.2\.post1") as caught:
+                kernels.use_fused(mixer, backend, device)
+            assert f"{mixer}.backend to torch" in str(caught.value)
+            assert ("SKIP_CUDA_BUILD" in str(caught.value)) == (mixer == "mamba2")
+    monkeypatch.setattr(kernels, "missing", lambda mixer: None)
+    assert kernels.use_fused("mamba2", "auto", cuda)
+    assert not kernels.use_fused("mamba2", "auto", cpu)
 
 
-def test_fused_without_the_package_says_how_to_install_it() -> None:
-    if kernels.missing() is None:
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba1"])
+def test_fused_without_the_package_says_how_to_install_it(mixer: str) -> None:
+    if kernels.missing(mixer) is None:
         pytest.skip("mamba-ssm is installed here")
-    block = Mamba2(16, Mamba2Config(head_width=8, backend="fused"), TimeConfig())
+    block = (
+        Mamba2(16, Mamba2Config(head_width=8, backend="fused"), TimeConfig())
+        if mixer == "mamba2"
+        else Mamba1(16, Mamba1Config(backend="fused"), TimeConfig())
+    )
     with pytest.raises(UserError, match="pip install --no-build-isolation"):
         block(torch.randn(1, 3, 16), Points())
