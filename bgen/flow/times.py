@@ -35,5 +35,5 @@ def sample_times(kind: str, keys: Tensor, slots: Tensor, step: int) -> Tensor:
     if kind == "logit_normal":
         return torch.sigmoid(normal(keys, Stream.FLOW_TIME, 1).squeeze(1))
     assert kind == "stratified", kind
-    offset = uniform(torch.tensor([step], device=slots.device), Stream.FLOW_TIME, 1).double()
+    offset = uniform(torch.tensor([step], device=slots.device), Stream.FLOW_TIME, 1).double().squeeze(1)
     return torch.frac(slots.double() * _GOLDEN_RATIO + offset).clamp(1e-6, 1 - 1e-6).float()

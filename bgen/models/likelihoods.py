@@ -89,6 +89,7 @@ class NegativeBinomial:
                 self.logits, self.log_theta, self.library, batch.indptr, batch.indices, counts, batch.rows
             )
 
+    @torch.no_grad()
     def sample(self, keys: Tensor) -> Tensor:
         """Draw counts, int32 ``[B, G]``: a pure function of the parameters and of ``keys`` ``[B]``."""
         return sample_negative_binomial(self.rate, self.log_theta.exp(), keys)
@@ -140,6 +141,7 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
             correction = torch.segment_reduce(at_nonzero, "sum", offsets=batch.indptr, initial=0.0)
             return (inflated - F.softplus(self.dropout_logits)).sum(dim=1) + correction
 
+    @torch.no_grad()
     def sample(self, keys: Tensor) -> Tensor:
         """Draw counts, int32 ``[B, G]``: a pure function of the parameters and of ``keys`` ``[B]``."""
         kept = uniform(keys, Stream.ZERO_INFLATION, self.logits.shape[1]) > torch.sigmoid(self.dropout_logits)

@@ -24,17 +24,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _SHIFT = 4
+_BLOCK = 1 << 19  # entries, 2 MB of float32
 
 
-def gamma_ratio(x: Tensor, theta: Tensor) -> Tensor:
-    """``A(x, theta)``, elementwise, for x >= 0 and theta > 0; differentiable in theta."""
+def nonzero_term(x: Tensor, log_mu: Tensor, log1p_ratio: Tensor, theta: Tensor) -> Tensor:
+    """The bracket of the module's formula, elementwise over the non-zeros; differentiable by autograd.
+
+    A is the second to fourth term: Stirling's formula for Gamma at ``high = theta + 4 + x`` over that at
+    ``low = theta + 4``, less ``x log theta``, and the four factors of the recurrence.
+    """
     low = theta + _SHIFT
     high = low + x
-    series = _stirling(high) - _stirling(low)
     product = torch.ones_like(x)
     for k in range(_SHIFT):
         product = product * (1 + x / (theta + k))
-    return (low - 0.5) * torch.log1p(x / low) - x + x * torch.log(high / theta) + series - torch.log(product)
+    return (
+        x * (log_mu - log1p_ratio)
+        + ((low - 0.5) * torch.log1p(x / low) - x)
+        + x * torch.log(high / theta)
+        + (_stirling(high) - _stirling(low) - torch.log(product))
+        - torch.lgamma(x + 1)
+    )
 
 
 def _stirling(y: Tensor) -> Tensor:
@@ -61,11 +71,6 @@ def _digamma_rest(y: Tensor) -> Tensor:
     return -inverse / 2 - square * (1 / 12 - square * (1 / 120 - square * (1 / 252 - square / 240)))
 
 
-def nonzero_term(x: Tensor, log_mu: Tensor, log1p_ratio: Tensor, theta: Tensor) -> Tensor:
-    """The bracket of the module's formula, elementwise over the non-zeros."""
-    return x * (log_mu - log1p_ratio) + gamma_ratio(x, theta) - torch.lgamma(x + 1)
-
-
 def log_softmax_at(logits: Tensor, rho: Tensor, rows: Tensor, flat: Tensor) -> Tensor:
     """``log softmax(logits)`` at flat positions, from the softmax itself, without a second pass of exponentials.
 
@@ -73,6 +78,15 @@ def log_softmax_at(logits: Tensor, rho: Tensor, rows: Tensor, flat: Tensor) -> T
     """
     normaliser = logits.amax(dim=1) - rho.amax(dim=1).log()
     return logits.reshape(-1).index_select(0, flat) - normaliser.index_select(0, rows)
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    """Rows of ``x [B, G]`` in blocks that stay in a CPU's cache over several passes; all at once on a GPU.
+
+    Measured at B = 1,024, G = 16,791 on one thread: 130 ms instead of 225 ms, although log1p is then computed twice.
+    """
+    rows = max(1, _BLOCK // x.shape[1]) if x.device.type == "cpu" else len(x)
+    return [slice(start, start + rows) for start in range(0, len(x), rows)]
 
 
 class SparseNB(torch.autograd.Function):
@@ -93,16 +107,22 @@ class SparseNB(torch.autograd.Function):
         rows: Tensor,
     ) -> Tensor:
         """Return log p(cell), ``[B]``."""
-        theta = log_theta.exp()
+        logits = logits.contiguous()
+        theta, log_library = log_theta.exp(), library.log()
         flat = rows * logits.shape[1] + indices
-        rho = torch.softmax(logits, dim=1)
-        log_mu = log_softmax_at(logits, rho, rows, flat) + library.log().index_select(0, rows)
-        ratio = rho.mul_(library[:, None]).mul_(theta.reciprocal())
-        log1p_ratio = torch.log1p(ratio)
+        ratio = torch.empty_like(logits)
+        log_normaliser, zeros = torch.empty_like(library), torch.empty_like(library)
+        for part in _blocks(logits):
+            rho = torch.softmax(logits[part], dim=1, out=ratio[part])
+            log_normaliser[part] = logits[part].amax(dim=1) - rho.amax(dim=1).log_()
+            rho.mul_(library[part, None]).mul_(theta.reciprocal())
+            zeros[part] = torch.log1p(rho) @ theta
+        log_mu = logits.view(-1).index_select(0, flat) + (log_library - log_normaliser).index_select(0, rows)
         theta_nnz = theta.index_select(0, indices)
-        term = nonzero_term(counts, log_mu, log1p_ratio.view(-1).index_select(0, flat), theta_nnz)
-        ctx.save_for_backward(theta, library, indices, counts, rows, flat, ratio, log1p_ratio, theta_nnz)
-        return torch.segment_reduce(term, "sum", offsets=indptr, initial=0.0) - log1p_ratio @ theta
+        log1p_ratio = torch.log1p(ratio.view(-1).index_select(0, flat))
+        term = nonzero_term(counts, log_mu, log1p_ratio, theta_nnz)
+        ctx.save_for_backward(theta, library, indptr, indices, counts, rows, flat, ratio, theta_nnz)
+        return torch.segment_reduce(term, "sum", offsets=indptr, initial=0.0) - zeros
 
     @staticmethod
     @once_differentiable
@@ -112,14 +132,21 @@ class SparseNB(torch.autograd.Function):
         With ``q = r / (1 + r)``: d log p / d log mu = x (1 - q) - theta q and
         d log p / d log theta = theta (q - L) + x q + theta dA/dtheta; the softmax subtracts rho times the row's sum.
         """
-        theta, library, indices, counts, rows, flat, ratio, log1p_ratio, theta_nnz = ctx.saved_tensors
-        q = ratio / (ratio + 1)
-        q_nnz = q.view(-1).index_select(0, flat)
+        theta, library, indptr, indices, counts, rows, flat, ratio, theta_nnz = ctx.saved_tensors
+        ratio_nnz = ratio.view(-1).index_select(0, flat)
+        q_nnz = ratio_nnz / (ratio_nnz + 1)
         slope = _gamma_ratio_slope(counts, theta_nnz).addcmul_(counts, q_nnz).mul_(grad.index_select(0, rows))
-        grad_log_theta = (grad @ q - grad @ log1p_ratio).mul_(theta).index_add_(0, indices, slope)
-
-        by_log_mu = q.mul_(-theta)
-        by_log_mu.view(-1).index_add_(0, flat, counts * (1 - q_nnz))
-        row_sum = by_log_mu.sum(dim=1)
-        by_log_mu.addcmul_(ratio * theta, (-row_sum / library)[:, None])
-        return by_log_mu.mul_(grad[:, None]), grad_log_theta, None, None, None, None, None
+        grad_log_theta = torch.zeros_like(theta)
+        at_nonzero = counts * (1 - q_nnz)
+        row_sum = torch.segment_reduce(at_nonzero, "sum", offsets=indptr, initial=0.0)
+        grad_logits = torch.empty_like(ratio)
+        for part in _blocks(ratio):
+            r, weight = ratio[part], grad[part]
+            grad_log_theta -= weight @ torch.log1p(r)
+            scratch = r + 1
+            q = torch.div(r, scratch, out=grad_logits[part])
+            grad_log_theta += weight @ q
+            rest = (q @ theta - row_sum[part]) / library[part]
+            q.mul_(-theta).addcmul_(torch.mul(r, theta, out=scratch), rest[:, None]).mul_(weight[:, None])
+        grad_logits.view(-1).index_add_(0, flat, at_nonzero.mul_(grad.index_select(0, rows)))
+        return grad_logits, grad_log_theta.mul_(theta).index_add_(0, indices, slope), None, None, None, None, None

@@ -112,4 +112,4 @@ def normal(keys: Tensor, stream: int, n: int) -> Tensor:
 def keep_mask(keys: Tensor, stream: int, n: int, keep: float) -> Tensor:
     """bool ``[B, n]``, true with probability ``keep`` (resolution 2^-16: four draws share 64 random bits)."""
     quarter = random_bits(keys, stream, (n + 3) // 4).view(torch.int16)
-    return quarter[:, :n] < round(keep * 65536) - 32768
+    return quarter[:, :n] < min(round(keep * 65536), 65535) - 32768

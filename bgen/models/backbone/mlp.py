@@ -42,7 +42,6 @@ class MLPBackbone(nn.Module):
         self.time = TimeEmbedding(width)
         self.stem = nn.Linear(size, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
-        self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, size)
         # Zero at the start: the first losses are those of predicting nothing, and no direction is preferred.
         nn.init.zeros_(self.head.weight)
@@ -78,4 +77,5 @@ class MLPBackbone(nn.Module):
         x = self.stem(z)
         for block in self.blocks:
             x = block(x, condition)
-        return self.head(self.norm(x))
+        # No normalisation before the head: the target is linear in z, and the residual stream carries z.
+        return self.head(x)
