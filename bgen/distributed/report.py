@@ -23,7 +23,7 @@ def report_user_error(error: UserError) -> int:
     if rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(2))
         time.sleep(PATIENCE)
         print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
     return 2

@@ -65,8 +65,7 @@ class Trainer:
     Raises
     ------
     UserError
-        If the batch sizes or other settings contradict each other. So make the trainer's checks early with
-        :func:`check` where building the stage is slow.
+        As :func:`check`, which is worth calling before a stage is built.
     """
 
     def __init__(self, config: Config, stage: Stage) -> None:

@@ -80,6 +80,15 @@ def test_without_the_marker_it_is_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.newest() == (again, [])
 
 
+def test_half_deleted_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Checkpoints(tmp_path, 2).save(1, writer("a"), {})
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", lambda path, ignore_errors: None)
+        files.remove(folder)
+    assert (folder / files.STATE).exists()
+    assert files.committed(tmp_path) == []
+
+
 def test_retention_keeps_the_newest_that_verify(tmp_path: Path) -> None:
     first = Checkpoints(tmp_path, 2)
     for step in (1, 2, 3):

@@ -93,6 +93,8 @@ def test_state_survives_json_exactly() -> None:
     assert again == state
     assert again.take_means() == state.take_means()
     assert again.take_means() == {}
+    again.add({"loss": 3.0})
+    assert again.take_means() == {"loss": 3.0}
 
 
 def test_patience() -> None:
