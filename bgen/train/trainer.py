@@ -74,7 +74,6 @@ class Trainer:
         self.stage = stage
         self.out = config.out
         self.checkpoints = Checkpoints(config.out / "checkpoints", config.train.keep)
-        self.throughput = Throughput()
         self._losses: list[float] = []
 
     def fit(self, resume: bool = False) -> TrainResult:
@@ -151,6 +150,7 @@ class Trainer:
         batches = self.stage.train_batches(state.step)
         first = state.step
         self.engine.train()
+        self.throughput = Throughput()
         while state.step < train.steps and not state.stopped_early:
             begin = time.perf_counter()
             micro_batches = next(batches)
