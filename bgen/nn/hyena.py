@@ -92,7 +92,7 @@ class Hyena(nn.Module):
         self.in_proj = nn.Linear(width, (config.order + 1) * width)
         self.convolution = ShortConvolution((config.order + 1) * width, 3)
         self.filter = HyenaFilter(self.directions * (config.order - 1) * width, config)
-        self.bias_ROD = nn.Parameter(torch.randn(self.directions, config.order - 1, width))
+        self.bias = nn.Parameter(torch.randn(self.directions, config.order - 1, width))
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, u_BTD: Tensor, points: Points) -> Tensor:
@@ -115,8 +115,8 @@ class Hyena(nn.Module):
         mixed = run.blank(self.convolution(run.blank(mixed)))
         *gates, v_RBTD = (t.unflatten(0, (self.directions, -1)) for t in mixed.chunk(self.order + 1, dim=-1))
         with torch.autocast(u_BTD.device.type, enabled=False):
-            filter_TROD = self.filter(length).unflatten(-1, self.bias_ROD.shape)
-        filters = zip(filter_TROD.unbind(2), self.bias_ROD.unbind(1), reversed(gates[1:]), strict=True)
+            filter_TROD = self.filter(length).unflatten(-1, self.bias.shape)
+        filters = zip(filter_TROD.unbind(2), self.bias.unbind(1), reversed(gates[1:]), strict=True)
         for filter_TRD, bias_RD, gate_RBTD in filters:
             v_RBTD = v_RBTD * gate_RBTD
             v_RBTD = convolve_fft(v_RBTD, filter_TRD.transpose(0, 1)[:, None]) + bias_RD[:, None, None] * v_RBTD

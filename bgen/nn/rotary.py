@@ -25,19 +25,19 @@ class Rotary(nn.Module):
         Periods of the first and the last pair, in units of time; those between are spaced evenly in logarithm.
     """
 
-    frequency_F: Tensor
+    frequency: Tensor
 
     def __init__(self, channels: int, shortest: float, longest: float) -> None:
         super().__init__()
         period_F = torch.logspace(
             math.log(shortest), math.log(longest), channels // 2, base=math.e, dtype=torch.float64
         )
-        self.register_buffer("frequency_F", (2 * math.pi / period_F).float(), persistent=False)
+        self.register_buffer("frequency", (2 * math.pi / period_F).float(), persistent=False)
 
     def forward(self, x_BHLP: Tensor, time_BL: Tensor) -> Tensor:
         """Turn ``[B, H, L, P]`` by ``[B, L]``. Angles are float32 or wider, the result has the dtype of x."""
         wide = torch.promote_types(torch.promote_types(x_BHLP.dtype, time_BL.dtype), torch.float32)
-        angle_B1LF = time_BL.to(wide)[:, None, :, None] * self.frequency_F
+        angle_B1LF = time_BL.to(wide)[:, None, :, None] * self.frequency
         cos, sin = angle_B1LF.cos(), angle_B1LF.sin()
         first, second = x_BHLP.to(wide).chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x_BHLP.dtype)

@@ -23,12 +23,12 @@ class AttentionPool(nn.Module):
 
     def __init__(self, width: int, tokens: int, config: AttentionConfig) -> None:
         super().__init__()
-        self.seed_MD = nn.Parameter(torch.randn(tokens, width))
+        self.seed_embedding = nn.Parameter(torch.randn(tokens, width))
         self.attention = Attention(width, config)
 
     def forward(self, x_BND: Tensor, valid_BN: Tensor | None = None) -> Tensor:
         """Pool the cells that exist; an empty population pools to zeros."""
-        return self.attention(self.seed_MD.to(x_BND.dtype).expand(len(x_BND), -1, -1), x_BND, valid_BN)
+        return self.attention(self.seed_embedding.to(x_BND.dtype).expand(len(x_BND), -1, -1), x_BND, valid_BN)
 
 
 class SetAttention(nn.Module):

@@ -21,17 +21,17 @@ class ShortConvolution(nn.Module):
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         bound = 1 / math.sqrt(width)
-        self.weight_WD = nn.Parameter(torch.empty(width, channels).uniform_(-bound, bound))
-        self.bias_D = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(width, channels).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
 
     def forward(self, x_BLD: Tensor, sequence_BL: Tensor | None = None) -> Tensor:
         """Convolve ``[B, L, D]`` along L; points of another sequence count as zeros."""
-        y_BLD = torch.addcmul(self.bias_D, x_BLD, self.weight_WD[0])
+        y_BLD = torch.addcmul(self.bias, x_BLD, self.weight[0])
         length = x_BLD.shape[1]
-        for back in range(1, min(len(self.weight_WD), length)):
+        for back in range(1, min(len(self.weight), length)):
             earlier_BLD = x_BLD[:, : length - back]
             if sequence_BL is not None:
                 same_BL = sequence_BL[:, back:] == sequence_BL[:, : length - back]
                 earlier_BLD = earlier_BLD * same_BL[..., None]
-            y_BLD = y_BLD + F.pad(earlier_BLD * self.weight_WD[back], (0, 0, back, 0))
+            y_BLD = y_BLD + F.pad(earlier_BLD * self.weight[back], (0, 0, back, 0))
         return y_BLD

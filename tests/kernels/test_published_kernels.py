@@ -112,8 +112,8 @@ def test_our_block_is_the_published_one() -> None:
     assert ours.convolution is not None
     with torch.no_grad():
         ours.in_proj.weight.copy_(theirs.in_proj.weight)
-        ours.convolution.weight_WD.copy_(theirs.conv1d.weight[:, 0].flip(1).T)
-        ours.convolution.bias_D.copy_(theirs.conv1d.bias)
+        ours.convolution.weight.copy_(theirs.conv1d.weight[:, 0].flip(1).T)
+        ours.convolution.bias.copy_(theirs.conv1d.bias)
         ours.dt_bias.copy_(theirs.dt_bias[None])
         ours.A_log.copy_(theirs.A_log)
         ours.D.copy_(theirs.D)

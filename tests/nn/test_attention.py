@@ -56,7 +56,7 @@ def test_rotary_products_depend_on_differences_of_time() -> None:
     torch.testing.assert_close(product(0.25, 3.0), product(100.25, 103.0), rtol=0, atol=1e-10)
     assert (product(0.25, 3.0) - product(3.0, 0.25)).abs().max() > 1e-2
     torch.testing.assert_close(rotary(q, torch.tensor([[17.0]])).norm(), q.norm())
-    frequency = rotary.frequency_F
+    frequency = rotary.frequency
     assert frequency[0] == pytest.approx(2 * torch.pi)
     assert frequency[-1] == pytest.approx(2 * torch.pi / 100)
 

@@ -51,8 +51,8 @@ def test_short_convolution_equals_torchs(width: int) -> None:
     convolution = ShortConvolution(5, width).double()
     for length in (1, 2, 9):
         x = torch.randn(2, length, 5, dtype=torch.float64)
-        weight = convolution.weight_WD.T.flip(1)[:, None]  # torch counts from the oldest point
-        expected = F.conv1d(x.mT, weight, convolution.bias_D, padding=width - 1, groups=5)[..., :length].mT
+        weight = convolution.weight.T.flip(1)[:, None]  # torch counts from the oldest point
+        expected = F.conv1d(x.mT, weight, convolution.bias, padding=width - 1, groups=5)[..., :length].mT
         torch.testing.assert_close(convolution(x), expected, rtol=0, atol=1e-14)
 
 
@@ -93,8 +93,8 @@ def published_hyena(module: Hyena, config: HyenaConfig, u: Tensor, shift: float)
     """The operator of order 2 as its two publications print it, with a direct sum for the long convolution."""
     L, D = u.shape[1:]
     uc = u @ module.in_proj.weight.T + module.in_proj.bias
-    weight = module.convolution.weight_WD.T.flip(1)[:, None]
-    uc = F.conv1d(uc.mT, weight, module.convolution.bias_D, padding=2, groups=3 * D)[..., :L].mT
+    weight = module.convolution.weight.T.flip(1)[:, None]
+    uc = F.conv1d(uc.mT, weight, module.convolution.bias, padding=2, groups=3 * D)[..., :L].mT
     x0, x1, v = uc.split(D, dim=-1)
     t = torch.linspace(0, 1, config.max_length, dtype=torch.float64)[:, None]
     w = 2 * math.pi * torch.arange(config.max_length, dtype=torch.float64)[:, None] / config.max_length
@@ -107,7 +107,7 @@ def published_hyena(module: Hyena, config: HyenaConfig, u: Tensor, shift: float)
     deltas = torch.linspace(math.log(1e-2) / 1.5, math.log(1e-2) / 0.3, D, dtype=torch.float64)
     k = (h * (torch.exp(-t * deltas.abs()) + shift))[:L]
     v = v * x1
-    v = convolve_direct(v, k) + v * module.bias_ROD[0, 0]
+    v = convolve_direct(v, k) + v * module.bias[0, 0]
     return (v * x0) @ module.out_proj.weight.T + module.out_proj.bias
 
 

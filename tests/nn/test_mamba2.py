@@ -24,8 +24,8 @@ def by_formula(block: Mamba2, u: Tensor, gap: Tensor) -> Tensor:
     z, x, b, c, rate = (u @ block.in_proj.weight.T).split([block.inner, block.inner, maps, maps, block.heads], dim=-1)
     xbc = torch.cat([x, b, c], dim=-1)
     if block.convolution is not None:
-        weight = block.convolution.weight_WD.T.flip(1)[:, None]  # torch counts from the oldest point
-        xbc = F.conv1d(xbc.mT, weight, block.convolution.bias_D, padding=weight.shape[2] - 1, groups=xbc.shape[2])
+        weight = block.convolution.weight.T.flip(1)[:, None]  # torch counts from the oldest point
+        xbc = F.conv1d(xbc.mT, weight, block.convolution.bias, padding=weight.shape[2] - 1, groups=xbc.shape[2])
         xbc = xbc[..., : u.shape[1]].mT
     x, b, c = F.silu(xbc).split([block.inner, maps, maps], dim=-1)
     dt = (1 + (rate + block.dt_bias).exp()).log()

@@ -47,8 +47,8 @@ def test_block_equals_formula(real_time: bool) -> None:
     time = torch.rand(2, 20, dtype=torch.float64).cumsum(1)
     z, x = (u @ block.in_proj.weight.T).chunk(2, dim=-1)
     if block.convolution is not None:
-        weight = block.convolution.weight_WD.T.flip(1)[:, None]
-        x = F.conv1d(x.mT, weight, block.convolution.bias_D, padding=3, groups=32)[..., :20].mT
+        weight = block.convolution.weight.T.flip(1)[:, None]
+        x = F.conv1d(x.mT, weight, block.convolution.bias, padding=3, groups=32)[..., :20].mT
     x = F.silu(x)
     x_proj, dt_proj = block.x_proj[0], block.dt_proj[0]
     assert isinstance(x_proj, nn.Linear)
