@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from rich.console import Console
 
 from bgen import __version__
 from bgen.config.errors import UserError
+from bgen.distributed.report import report_user_error
 
 app = typer.Typer(
     name="bgen",
@@ -84,12 +84,11 @@ def demo(
     run_demo(data, out, seed=seed, overrides=overrides or [], console=out_console, progress=progress_bar)
 
 
-@app.command(context_settings={"ignore_unknown_options": False})
+@app.command()
 def train(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of one that comes with bgen.")],
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest verified checkpoint.")] = False,
-    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = -1,
 ) -> None:
     """Train a VAE or a flow; on several ranks under torchrun or deepspeed.
 
@@ -100,8 +99,6 @@ def train(
     from bgen.config.load import load_config
     from bgen.train.run import train as run
 
-    if local_rank >= 0:  # the deepspeed launcher passes it so; torchrun sets the variable
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))
     run(load_config(config, overrides or []), resume=resume)
 
 
@@ -446,12 +443,12 @@ def config_check(config: str, overrides: Overrides = None) -> None:
 
 def main() -> None:
     """Run the command line: a user's mistake is one message and exit code 2, without a traceback."""
+    # The deepspeed launcher puts --local_rank=N before our own arguments; LOCAL_RANK in the environment says the same.
+    sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank=")]
     try:
         app()
     except UserError as error:
-        note_console.print("[bold red]error:[/] ", end="")
-        note_console.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        sys.exit(report_user_error(error))
     except KeyboardInterrupt:
         note_console.print("\nStopped.")
         sys.exit(130)

@@ -209,7 +209,8 @@ class Report:
             order = list(LEVELS)
             several = len(({f.where for f in self.findings} | {str(file.path) for file in self.files}) - {""}) > 1
             for finding in sorted(self.findings, key=lambda f: order.index(f.level)):
-                where = f"{Path(finding.where).name}: " if several and finding.where else ""
+                named = finding.where and (several or not self.files)
+                where = f"{Path(finding.where).name}: " if named else ""
                 table.add_row(
                     finding.id, Text(finding.level, style=LEVELS[finding.level]), escape(where + finding.message)
                 )

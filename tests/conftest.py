@@ -1,0 +1,108 @@
+"""What many tests share: real data if it is there, one small trained model, private caches."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what torch would compile apart from every other program's, so that no stale lock can hang a test."""
+    before = os.environ.get("TORCH_EXTENSIONS_DIR")
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("torch_extensions"))
+    yield
+    if before is None:
+        del os.environ["TORCH_EXTENSIONS_DIR"]
+    else:
+        os.environ["TORCH_EXTENSIONS_DIR"] = before
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of the real data sets; skips where it is not there."""
+    folder = Path(os.environ.get("BGEN_REAL_DATA", ROOT / "../shared/data"))
+    if not folder.is_dir():
+        pytest.skip("no real data: set BGEN_REAL_DATA to the folder that holds it")
+    return folder
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+def run_bgen(*arguments: object) -> Result:
+    """Run the command line in this process, as a shell would see it."""
+    import contextlib
+    import io
+
+    from bgen import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    argv = sys.argv
+    sys.argv = ["bgen", *map(str, arguments)]
+    width = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "100"
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0
+    finally:
+        sys.argv = argv
+        if width is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = width
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def bgen() -> Run:
+    """Run a command line: ``bgen("data", "check", path)``."""
+    return run_bgen
+
+
+@dataclass
+class Demo:
+    """Folders of one small pass through everything."""
+
+    folder: Path
+    cells: Path
+    store: Path
+    vae: Path
+    flow: Path
+    model: Path
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """Simulate, build, train both stages for a few steps and export, all through the command line."""
+    folder = tmp_path_factory.mktemp("demo")
+    made = Demo(*(folder, *(folder / name for name in ("cells.h5ad", "store", "vae", "flow", "model"))))
+    train = ["train.steps=60", "train.global_batch=128", "train.eval_every=30", "track.mlflow=false"]
+    common = [*train, f"data.store={made.store}", "track.progress=false"]
+    for arguments in (
+        ["data", "simulate", "--preset", "tiny", "--out", made.cells],
+        ["data", "build", made.cells, "--out", made.store, "--splits", "train=0.6,valid=0.2,test=0.2"],
+        ["train", "demo/vae", f"out={made.vae}", *common],
+        ["train", "demo/flow", f"out={made.flow}", f"flow.vae={made.vae}", *common],
+        ["export", made.flow, "--out", made.model],
+    ):
+        result = run_bgen(*arguments)
+        assert result.code == 0, result
+    return made
