@@ -19,6 +19,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from bgen.data.memcpy import copy_bytes
+
 ESCAPE = 255
 """In gaps: add 255 and go on. In counts: look in the overflow."""
 
@@ -37,11 +39,6 @@ PROFILES: dict[str, list[dict[str, Any]]] = {
     ],
 }
 """Codec profiles: how the bytes of a chunk are compressed. Every chunk also carries a CRC-32C."""
-
-
-def overflow_start(n_counts: I64) -> I64:
-    """Return the byte of a chunk at which its overflow begins, after ``n_counts`` bytes of counts."""
-    return -(-n_counts // 4) * 4
 
 
 @numba.njit(cache=True, nogil=True)
@@ -91,51 +88,185 @@ def encode_chunk(
 
 
 @numba.njit(cache=True, nogil=True)
-def decode_rows(
-    gaps: U8,
-    counts: U8,
-    gap_start: I64,
-    count_start: I64,
-    overflow_start: I64,
-    out_start: I64,
-    indptr: I64,
-    indices_out: NDArray[np.int32],
-    counts_out: NDArray[np.float32],
+def locate_rows(
+    cells: I64,
+    chunks: I64,
+    slots: I64,
+    first_cell: I64,
+    nonzeros: NDArray[np.unsignedinteger[Any]],
+    gap_bytes: NDArray[np.unsignedinteger[Any]],
+    overflow: NDArray[np.unsignedinteger[Any]],
+    gap_room: int,
+    count_room: int,
+) -> I64:
+    """Find cells in an arena of chunks.
+
+    Parameters
+    ----------
+    cells
+        int64 ``[R]``: numbers of cells in these chunks, in any order.
+    chunks
+        int64 ``[W]``: numbers of the chunks, in any order.
+    slots
+        int64 ``[W]``: the slot of the arena that each chunk lies in.
+    first_cell
+        int64 ``[n_chunks + 1]`` of the store.
+    nonzeros, gap_bytes, overflow
+        Unsigned ``[n_cells]`` of the store: entries of each cell, its bytes of gaps, its counts of 255 and more.
+    gap_room, count_room
+        Bytes of a chunk in the two streams.
+
+    Returns
+    -------
+    int64 ``[R, 6]``
+        Of each cell where its gaps begin and how many they are, and the same of its counts and its overflow (in bytes
+        and entries).
+    """
+    order = np.argsort(chunks)
+    firsts = first_cell[chunks[order]]
+    # where each cell of the window lies within its chunk
+    begins = np.zeros(len(chunks) + 1, np.int64)
+    for w in range(len(chunks)):
+        begins[w + 1] = begins[w] + first_cell[chunks[w] + 1] - first_cell[chunks[w]]
+    starts = np.empty((begins[-1], 3), np.int64)
+    for w in range(len(chunks)):
+        gaps = counts = spill = np.int64(0)
+        first = first_cell[chunks[w]]
+        for i in range(begins[w + 1] - begins[w]):
+            starts[begins[w] + i, 0] = gaps
+            starts[begins[w] + i, 1] = counts
+            starts[begins[w] + i, 2] = spill
+            gaps += np.int64(gap_bytes[first + i])
+            counts += np.int64(nonzeros[first + i])
+            spill += 4 * np.int64(overflow[first + i])
+        tail = -(-counts // 4) * 4
+        for i in range(begins[w], begins[w + 1]):
+            starts[i, 0] += slots[w] * gap_room
+            starts[i, 1] += slots[w] * count_room
+            starts[i, 2] += slots[w] * count_room + tail
+    found = np.empty((len(cells), 6), np.int64)
+    for r in range(len(cells)):
+        cell = cells[r]
+        low, high = 0, len(firsts)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if firsts[middle] <= cell:
+                low = middle
+            else:
+                high = middle
+        at = starts[begins[order[low]] + cell - firsts[low]]
+        found[r, 0] = at[0]
+        found[r, 1] = gap_bytes[cell]
+        found[r, 2] = at[1]
+        found[r, 3] = nonzeros[cell]
+        found[r, 4] = at[2]
+        found[r, 5] = overflow[cell]
+    return found
+
+
+@numba.njit(cache=True, nogil=True)
+def copy_rows(
+    gaps: U8, counts: U8, rows: I64, gaps_out: U8, counts_out: U8, overflow_out: NDArray[np.int32], at: I64
 ) -> None:
-    """Decode rows of a window of chunks into CSR.
+    """Copy rows of an arena, one after the other, into a packed batch.
 
     Parameters
     ----------
     gaps, counts
-        Bytes of the window's chunks, flat.
-    gap_start, count_start, overflow_start
-        int64 ``[R]``: where each row's gaps, counts and overflow begin in them.
-    out_start
-        int64 ``[R]``: number of each row in the batch.
-    indptr
-        int64 ``[B + 1]`` of the batch; row ``r`` has ``indptr[out_start[r] + 1] - indptr[out_start[r]]`` entries.
-    indices_out, counts_out
-        ``[NNZ]`` of the batch, written in place.
+        Bytes of the arena, flat.
+    rows
+        int64 ``[R, 6]``: where they lie (see :func:`locate_rows`).
+    gaps_out, counts_out, overflow_out
+        The batch's streams.
+    at
+        int64 ``[3]``: how much of each is filled already; moved on.
     """
-    for r in range(len(gap_start)):
-        g = gap_start[r]
-        c = count_start[r]
-        o = overflow_start[r]
-        gene = -1
-        for k in range(indptr[out_start[r]], indptr[out_start[r] + 1]):
-            while gaps[g] == ESCAPE:
-                gene += ESCAPE
-                g += 1
-            gene += gaps[g] + 1
-            g += 1
+    g, c, o = at
+    for r in range(len(rows)):
+        begin, size = rows[r, 0], rows[r, 1]
+        copy_bytes(gaps_out, g, gaps, begin, size)
+        g += size
+        begin, size = rows[r, 2], rows[r, 3]
+        copy_bytes(counts_out, c, counts, begin, size)
+        c += size
+        begin = rows[r, 4]
+        for k in range(rows[r, 5]):
+            value = np.uint32(0)
+            for byte in range(4):
+                value |= np.uint32(counts[begin + 4 * k + byte]) << np.uint32(8 * byte)
+            overflow_out[o] = value
+            o += 1
+    at[0], at[1], at[2] = g, c, o
+
+
+@numba.njit(cache=True, nogil=True)
+def unpack_rows(
+    gaps: U8,
+    counts: U8,
+    overflow: NDArray[np.int32],
+    gap_start: I64,
+    indices_out: NDArray[np.int32],
+    counts_out: NDArray[np.float32],
+) -> None:
+    """Decode a packed batch into CSR indices and counts.
+
+    Parameters
+    ----------
+    gaps, counts, overflow
+        The batch's streams.
+    gap_start
+        int64 ``[B + 1]``: where each cell's gaps begin.
+    indices_out, counts_out
+        ``[NNZ]``, written.
+    """
+    k = 0
+    for row in range(len(gap_start) - 1):
+        gene = np.int32(-1)
+        for g in range(gap_start[row], gap_start[row + 1]):
+            gap = np.int32(gaps[g])
+            gene += gap + np.int32(1)
+            if gap == ESCAPE:
+                gene -= np.int32(1)
+                continue
             indices_out[k] = gene
-            count = counts[c]
-            c += 1
+            k += 1
+    for k in range(len(counts)):
+        counts_out[k] = counts[k]
+    fill_overflow(counts, overflow, counts_out)
+
+
+@numba.njit(cache=True, nogil=True)
+def fill_overflow(counts: U8, overflow: NDArray[np.int32], counts_out: NDArray[np.float32]) -> None:
+    """Put the counts of the overflow in their places."""
+    o = 0
+    if len(overflow):
+        for k in range(len(counts)):
+            if counts[k] == ESCAPE:
+                counts_out[k] = np.uint32(overflow[o])
+                o += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def unpack_dense(
+    gaps: U8, counts: U8, overflow: NDArray[np.int32], gap_start: I64, dense_out: NDArray[np.float32]
+) -> None:
+    """Decode a packed batch into dense rows, ``[B, G]``, written; the other parameters as of :func:`unpack_rows`."""
+    k = 0
+    o = 0
+    for row in range(len(gap_start) - 1):
+        line = dense_out[row]
+        line[:] = 0.0
+        gene = np.int64(-1)
+        for g in range(gap_start[row], gap_start[row + 1]):
+            gap = np.int64(gaps[g])
+            gene += gap
+            if gap == ESCAPE:
+                continue
+            gene += 1
+            count = counts[k]
+            k += 1
             if count < ESCAPE:
-                counts_out[k] = count
+                line[gene] = count
             else:
-                value = np.int64(0)
-                for byte in range(4):
-                    value |= np.int64(counts[o + byte]) << (8 * byte)
-                o += 4
-                counts_out[k] = value
+                line[gene] = np.uint32(overflow[o])
+                o += 1

@@ -1,16 +1,18 @@
-"""From a store and its order to batches: read windows ahead, decode rows, hand over :class:`CellBatch`.
+"""From a store and its order to batches: read windows ahead, pack rows, hand over packed or unpacked batches.
 
-A thread runs ahead of the training loop; decoding releases the interpreter lock. Each lane keeps the bytes of one
-window and has the next one on its way.
+A thread runs ahead of the training loop; it and the threads that decode release the interpreter lock. Of each lane the
+bytes of one window are kept. The lanes turn their pages in turn (:mod:`bgen.data.order`), so it is enough to have the
+next few windows on their way, those of the lanes that will need them first.
 """
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,29 +20,41 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bgen.data.batch import CellBatch
-from bgen.data.codec import decode_rows
+from bgen.data.buffers import Arena, Pool
+from bgen.data.codec import copy_rows
 from bgen.data.keys import hash_keys
 from bgen.data.order import Order
-from bgen.data.store import I64, Rows, Store
+from bgen.data.packed import PackedBatch
+from bgen.data.store import I64, Store
 
 Key = tuple[int, int, int]
+Batch = TypeVar("Batch")
+
+AHEAD = 2
+"""Windows of a rank that are on their way."""
 
 _TRAIN, _VALID = 1, 2  # what a cell's random key is for
 
 
 @dataclass(frozen=True, eq=False)
-class Bytes:
-    """The bytes of some chunks and where the cells lie in them."""
+class Chunks:
+    """Chunks in an arena, perhaps still on their way, and where the wanted cells lie in it."""
 
-    gaps: NDArray[np.uint8]
-    counts: NDArray[np.uint8]
-    rows: Rows
-    cells: I64  # numbers of the cells in the order in which they are taken
-    pick: I64  # their places in the rows
+    arena: Arena
+    slots: I64
+    rows: I64  # [R, 6], see bgen.data.codec.locate_rows
+    cells: I64  # [R] numbers of the cells in the order in which they are taken
+    futures: list[Any]
+
+    def give_back(self) -> None:
+        """Free the slots."""
+        for future in self.futures:
+            future.exception()  # until this is known they are written to
+        self.arena.give(self.slots)
 
 
 class CountReader:
-    """Reads cells of a store as :class:`CellBatch`.
+    """Reads cells of a store as batches.
 
     Parameters
     ----------
@@ -48,10 +62,13 @@ class CountReader:
         The store.
     columns
         Columns of obs (or roles) that batches carry, under their column names.
+    pinned
+        Put packed batches into page-locked memory, from which copies to a GPU run beside the computation.
     """
 
-    def __init__(self, store: Store, columns: Sequence[str] = ()) -> None:
+    def __init__(self, store: Store, columns: Sequence[str] = (), *, pinned: bool = False) -> None:
         self.store = store
+        self._pool = Pool(pinned=pinned, slack=0.125)
         self._columns: dict[str, NDArray[Any]] = {}
         for name in columns:
             self._columns[store.column_name(name)] = store.column(name)[1]
@@ -59,58 +76,56 @@ class CountReader:
     def read_cells(self, cells: I64, keys: NDArray[np.integer[Any]] | None = None, step: int = 0) -> CellBatch:
         """Read any cells, in the order given (ascending ones touch each chunk once)."""
         at = np.searchsorted(self.store.first_cell, cells, side="right") - 1
-        chunks = np.unique(at)
-        loaded = self.finish(self.store.read_chunks(chunks), chunks, cells)
-        return self.assemble([(loaded, 0, len(cells))], hash_keys(0, cells) if keys is None else keys, step)
+        loaded = self.start(np.unique(at), cells)
+        return self.pack([(loaded, 0, len(cells))], hash_keys(0, cells) if keys is None else keys, step).to_csr()
 
-    def finish(self, futures: tuple[Any, Any], chunks: I64, cells: I64) -> Bytes:
-        """Wait for the bytes of ``chunks`` and find ``cells`` in them."""
-        rows = self.store.rows_of(chunks)
-        at = np.searchsorted(self.store.first_cell, cells, side="right") - 1
-        place = np.argsort(chunks, kind="stable")
-        slot = place[np.searchsorted(chunks[place], at)]
-        pick = rows.begins[slot] + cells - self.store.first_cell[at]
-        try:
-            gaps, counts = (future.result() for future in futures)
-        except ValueError as error:
-            raise self.store.damaged(error) from None
-        return Bytes(gaps.reshape(-1), counts.reshape(-1), rows, cells, pick)
+    def start(self, chunks: I64, cells: I64, arena: Arena | None = None) -> Chunks:
+        """Start to read ``chunks``, of which ``cells`` will be wanted, into an arena if it has room."""
+        slots = None if arena is None else arena.take(len(chunks))
+        if arena is None or slots is None:
+            arena, slots = self.store.arena(len(chunks)), np.arange(len(chunks))
+        futures = self.store.read_chunks(chunks, arena, slots)
+        return Chunks(arena, slots, self.store.locate(cells, chunks, slots), cells, futures)
 
-    def assemble(
-        self, pieces: Sequence[tuple[Bytes, int, int]], keys: NDArray[np.integer[Any]], step: int, first_slot: int = 0
-    ) -> CellBatch:
-        """Decode pieces ``(bytes, start, stop)``, each cells ``start:stop`` in its order, into one batch."""
+    def pack(
+        self, pieces: Sequence[tuple[Chunks, int, int]], keys: NDArray[np.integer[Any]], step: int, first_slot: int = 0
+    ) -> PackedBatch:
+        """Pack pieces ``(chunks, start, stop)``, each cells ``start:stop`` in its order, into one batch.
+
+        Raises
+        ------
+        UserError
+            If bytes cannot be read, or are not what was written.
+        """
         cells = np.concatenate([piece.cells[start:stop] for piece, start, stop in pieces])
-        sizes = [piece.rows.nonzeros[piece.pick[start:stop]] for piece, start, stop in pieces]
-        indptr = np.concatenate([[0], *sizes]).cumsum()
-        indices = np.empty(indptr[-1], np.int32)
-        counts = np.empty(indptr[-1], np.float32)
-        at = 0
+        sizes = np.concatenate([piece.rows[start:stop, 1::2] for piece, start, stop in pieces])
+        ends = np.zeros((3, len(cells) + 1), np.int64)
+        np.cumsum(sizes.T, axis=1, out=ends[:, 1:])
+        n_gaps, n_counts, n_overflow = ends[:, -1].tolist()
+        gaps, counts = self._pool.take((n_gaps,), np.uint8), self._pool.take((n_counts,), np.uint8)
+        overflow = np.empty(n_overflow, np.int32)
+        filled = np.zeros(3, np.int64)
         for piece, start, stop in pieces:
-            pick = piece.pick[start:stop]
-            rows = piece.rows
-            decode_rows(
-                piece.gaps,
-                piece.counts,
-                rows.gap_start[pick],
-                rows.count_start[pick],
-                rows.overflow_start[pick],
-                np.arange(at, at + len(pick)),
-                indptr,
-                indices,
-                counts,
-            )
-            at += len(pick)
-        return CellBatch(
-            indptr=torch.from_numpy(indptr),
-            indices=torch.from_numpy(indices),
+            try:
+                for future in piece.futures:
+                    future.result()
+            except ValueError as error:
+                raise self.store.damaged(error) from None
+            flat = piece.arena.gaps.reshape(-1), piece.arena.counts.reshape(-1)
+            copy_rows(*flat, piece.rows[start:stop], gaps, counts, overflow, filled)
+        return PackedBatch(
+            gaps=torch.from_numpy(gaps),
             counts=torch.from_numpy(counts),
+            overflow=torch.from_numpy(overflow),
+            gap_start=torch.from_numpy(ends[0]),
+            indptr=torch.from_numpy(ends[1]),
             n_genes=self.store.manifest.n_genes,
             keys=torch.from_numpy(np.asarray(keys).astype(np.uint64).view(np.int64)),
             cells=torch.from_numpy(cells),
             step=step,
             first_slot=first_slot,
             obs={name: self._pick_obs(values, cells) for name, values in self._columns.items()},
+            pool=self._pool,
         )
 
     @staticmethod
@@ -155,20 +170,67 @@ class TrainLoader:
         assert order.batch == share * world, "the trainer checks that the ranks divide the global batch"
         assert share % micro == 0, "the trainer checks that the micro batch divides a rank's share"
         self._slices = [(a, a + micro) for a in range(rank * share, (rank + 1) * share, micro)]
-        self._windows: dict[Key, Bytes] = {}
-        self._coming: dict[Key, tuple[tuple[Any, Any], I64, I64]] = {}
+        self._windows: dict[Key, Chunks] = {}
+        lanes = min(order.lanes, -(-order.lanes // world) + 1)
+        self._arena = reader.store.arena((2 * lanes + AHEAD) * order.window)
 
     def steps(self, start: int = 0) -> Iterator[list[CellBatch]]:
         """Yield the micro batches of each step from ``start`` on, read ahead by a thread."""
-        ready: queue.Queue[list[CellBatch] | BaseException] = queue.Queue(self.prefetch)
+        return self._run_ahead(self.read, start)
+
+    def packed_steps(self, start: int = 0) -> Iterator[list[PackedBatch]]:
+        """Yield the same batches packed, to be unpacked where they are needed."""
+        return self._run_ahead(self.read_packed, start)
+
+    def read(self, step: int) -> list[CellBatch]:
+        """Read the micro batches of one step."""
+        return [batch.to_csr() for batch in self.read_packed(step)]
+
+    def read_packed(self, step: int) -> list[PackedBatch]:
+        """Read the micro batches of one step, packed."""
+        runs = [list(self.order.runs(step, low, high)) for low, high in self._slices]
+        used: dict[int, tuple[Key, int]] = {}  # of each lane the last window and how far it was read
+        for run in (run for slice_runs in runs for run in slice_runs):
+            self._window(run.window)  # all are on their way before the first one is waited for
+            lane = run.window[1]
+            used[lane] = max(used.get(lane, (run.window, 0)), (run.window, run.stop))
+        batches = [
+            self.reader.pack(
+                [(self._windows[run.window], run.start, run.stop) for run in slice_runs],
+                hash_keys(self.seed, _TRAIN, step, np.arange(low, high)),
+                step,
+                low,
+            )
+            for (low, high), slice_runs in zip(self._slices, runs, strict=True)
+        ]
+        self._turn_pages(used)
+        return batches
+
+    def _turn_pages(self, used: dict[int, tuple[Key, int]]) -> None:
+        """Forget what was read and start to read the windows that will be needed first."""
+        left = {key: len(self._windows[key].cells) - stop for key, stop in used.values()}
+        soonest = [self.order.next_window(key) for key in sorted(left, key=lambda key: (left[key], key))[:AHEAD]]
+        for key in [key for key in self._windows if key[1] not in used or key < used[key[1]][0]]:
+            self._windows.pop(key).give_back()
+        for key in soonest:
+            self._window(key)
+
+    def _window(self, key: Key) -> Chunks:
+        if key not in self._windows:
+            window = self.order.read_window(key)
+            self._windows[key] = self.reader.start(window.chunks, window.cells, self._arena)
+        return self._windows[key]
+
+    def _run_ahead(self, read: Callable[[int], list[Batch]], start: int) -> Iterator[list[Batch]]:
+        ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(self.prefetch)
         stop = threading.Event()
 
         def work() -> None:
             step = start
-            item: list[CellBatch] | BaseException
+            item: list[Batch] | BaseException
             while not stop.is_set():
                 try:
-                    item = self.read(step)
+                    item = read(step)
                 except BaseException as error:  # handed to the training loop, which raises it
                     item = error
                 while not stop.is_set():
@@ -183,6 +245,13 @@ class TrainLoader:
 
         thread = threading.Thread(target=work, name="bgen-loader", daemon=True)
         thread.start()
+
+        def finish() -> None:
+            stop.set()
+            thread.join()
+
+        # an iterator that is still open when the interpreter ends would leave the thread in code that is gone
+        atexit.register(finish)
         try:
             while True:
                 item = ready.get()
@@ -190,36 +259,8 @@ class TrainLoader:
                     raise item
                 yield item
         finally:
-            stop.set()
-            thread.join()
-
-    def read(self, step: int) -> list[CellBatch]:
-        """Read the micro batches of one step."""
-        used: dict[int, Key] = {}
-        batches = []
-        for low, high in self._slices:
-            pieces = []
-            for run in self.order.runs(step, low, high):
-                pieces.append((self._window(run.window), run.start, run.stop))
-                lane = run.window[1]
-                used[lane] = max(used.get(lane, run.window), run.window)
-            keys = hash_keys(self.seed, _TRAIN, step, np.arange(low, high))
-            batches.append(self.reader.assemble(pieces, keys, step, low))
-        for key in [key for key in self._windows if key[1] not in used or key < used[key[1]]]:
-            del self._windows[key]
-        return batches
-
-    def _window(self, key: Key) -> Bytes:
-        if key not in self._windows:
-            self._windows[key] = self.reader.finish(*(self._coming.pop(key, None) or self._ask(key)))
-            following = self.order.next_window(key)
-            self._coming = {k: v for k, v in self._coming.items() if k[1] != key[1]}
-            self._coming[following] = self._ask(following)
-        return self._windows[key]
-
-    def _ask(self, key: Key) -> tuple[tuple[Any, Any], I64, I64]:
-        window = self.order.read_window(key)
-        return self.reader.store.read_chunks(window.chunks), window.chunks, window.cells
+            atexit.unregister(finish)
+            finish()
 
 
 def valid_batches(

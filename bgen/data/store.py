@@ -19,7 +19,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -30,7 +29,8 @@ import tensorstore as ts
 from numpy.typing import NDArray
 
 from bgen.config.errors import UserError, nearest
-from bgen.data.codec import PROFILES, overflow_start
+from bgen.data.buffers import Arena
+from bgen.data.codec import PROFILES, locate_rows
 from bgen.data.genes import read_genes
 from bgen.data.manifest import Column, Manifest, check_files, read_manifest
 from bgen.data.order import Members, Order
@@ -81,25 +81,6 @@ def column_metadata(values: NDArray[Any]) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Where the cells of some chunks lie in their bytes, laid flat one chunk after the other.
-
-    Attributes
-    ----------
-    begins
-        int64 ``[len(chunks)]``: place of each chunk's first cell in the arrays below.
-    nonzeros, gap_start, count_start, overflow_start
-        int64 ``[R]``: entries of each cell, and where its gaps, counts and overflow begin.
-    """
-
-    begins: I64
-    nonzeros: I64
-    gap_start: I64
-    count_start: I64
-    overflow_start: I64
-
-
 class Store:
     """A store, opened for reading.
 
@@ -110,6 +91,8 @@ class Store:
     ----------
     folder
         The store.
+    threads
+        Threads that decode chunks.
 
     Raises
     ------
@@ -117,7 +100,7 @@ class Store:
         If there is no store, or files are missing or have another size than was written.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, threads: int = 2) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder)
         problems = check_files(self.folder, self.manifest, checksums=False)
@@ -129,8 +112,10 @@ class Store:
         self._gap_bytes = self._read_array("rows/gap_bytes")
         self._overflow = self._read_array("rows/overflow")
         self.first_cell: I64 = self._read_array("rows/first_cell")
-        # One context: its thread and cache limits hold for all arrays. Windows are kept by the loader, not cached here.
-        context = ts.Context({"cache_pool": {"total_bytes_limit": 32 << 20}})
+        # One context: its limits hold for both arrays. The loader keeps chunks; the cache is for the shards' indices.
+        context = ts.Context(
+            {"cache_pool": {"total_bytes_limit": 4 << 20}, "data_copy_concurrency": {"limit": threads}}
+        )
         self._gaps, self._counts = (
             ts.open(array_spec(self.folder / name), context=context, open=True, read=True).result()
             for name in ("gaps", "counts")
@@ -183,33 +168,20 @@ class Store:
         name = f"{self.fingerprint}/{split}"
         return Order(Members.of(cells, self.first_cell), batch, lanes, window, seed, name)
 
-    def read_chunks(self, chunks: I64) -> tuple[ts.Future, ts.Future]:
-        """Start to read chunks; the futures give uint8 ``[len(chunks), bytes]`` of gaps and of counts."""
-        return self._gaps[chunks].read(), self._counts[chunks].read()
+    def read_chunks(self, chunks: I64, arena: Arena, slots: I64) -> list[ts.WriteFutures]:
+        """Start to read chunks into slots of an arena, one each."""
+        pairs = ((arena.gaps, self._gaps), (arena.counts, self._counts))
+        return [ts.array(room)[slots].write(array[chunks]) for room, array in pairs]
 
-    def rows_of(self, chunks: I64) -> Rows:
-        """Return where the cells of chunks lie in the flat bytes that :meth:`read_chunks` gives for them."""
-        first, last = self.first_cell[chunks], self.first_cell[chunks + 1]
-        ends = np.cumsum(last - first)
-        begins = ends - (last - first)
-        slot = np.repeat(np.arange(len(chunks)), last - first)
-        cells = np.arange(len(slot)) + (first - begins)[slot]
+    def arena(self, slots: int) -> Arena:
+        """Return room for so many chunks."""
+        return Arena(slots, self.manifest.gap_bytes, self.manifest.count_bytes)
 
-        def starts(sizes: NDArray[np.integer[Any]]) -> tuple[I64, I64]:
-            """Return where each cell begins within its chunk, and the total of each chunk."""
-            line = np.concatenate([[0], np.cumsum(sizes[cells], dtype=np.int64)])
-            return line[:-1] - line[begins][slot], line[ends] - line[begins]
-
-        genes, n_counts = starts(self.nonzeros)
-        gaps, _ = starts(self._gap_bytes)
-        overflow, _ = starts(self._overflow)
-        base = slot * self.manifest.count_bytes
-        return Rows(
-            begins=begins,
-            nonzeros=self.nonzeros[cells].astype(np.int64),
-            gap_start=gaps + slot * self.manifest.gap_bytes,
-            count_start=genes + base,
-            overflow_start=overflow * 4 + overflow_start(n_counts)[slot] + base,
+    def locate(self, cells: I64, chunks: I64, slots: I64) -> I64:
+        """Return where cells lie in an arena with chunks in slots (see :func:`bgen.data.codec.locate_rows`)."""
+        rooms = self.manifest.gap_bytes, self.manifest.count_bytes
+        return locate_rows(
+            cells, chunks, slots, self.first_cell, self.nonzeros, self._gap_bytes, self._overflow, *rooms
         )
 
     def damaged(self, error: Exception) -> UserError:
