@@ -9,7 +9,7 @@ from torch import Tensor
 from bgen.data.batch import CellBatch
 from bgen.models.likelihoods import NegativeBinomial, ZeroInflatedNegativeBinomial
 from bgen.models.nb_sampling import sample_negative_binomial
-from bgen.models.nb_sparse import _BLOCK, nonzero_term
+from bgen.models.nb_sparse import _BLOCK, _gamma_ratio_slope, nonzero_term
 
 B, G = 7, 23
 
@@ -184,3 +184,11 @@ def test_half_precision_logits_are_evaluated_in_float32() -> None:
         value.sum().backward()
     assert value.dtype == torch.float32
     assert parameters[0].grad is not None
+
+
+def test_slope_of_the_gamma_ratio_equals_digamma() -> None:
+    theta = torch.logspace(-4, 4, 60, dtype=torch.float64)
+    for x in (1.0, 3.0, 500.0):
+        exact = theta * (torch.digamma(theta + x) - torch.digamma(theta)) - x
+        slope = _gamma_ratio_slope(torch.full_like(theta, x), theta)
+        assert ((slope - exact).abs() < 1e-7 * theta + 1e-9).all()
