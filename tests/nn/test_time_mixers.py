@@ -183,3 +183,5 @@ def test_one_point_float32_and_autocast(name: str, real: bool) -> None:
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
         assert parameter.dtype == torch.float32
+        # Every row does something, those of the backward direction too.
+        assert parameter.grad.reshape(len(parameter), -1).abs().sum(1).min() > 0, parameter_name
