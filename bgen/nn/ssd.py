@@ -94,7 +94,9 @@ def ssd_chunked(
 
     with torch.autocast(x_BTHP.device.type, enabled=False):
         x_BCQKRP = cut(x_BTHP, K, R, P)
-        total_BCKRQ = cut(log_decay_BTH, K, R).permute(0, 1, 3, 4, 2).cumsum(-1)
+        # What has decayed by e^-50 is gone, in float64 too; sums that stay small keep the digits of the short gaps that
+        # follow a long one.
+        total_BCKRQ = cut(log_decay_BTH.clamp_min(-50), K, R).permute(0, 1, 3, 4, 2).cumsum(-1)
         b_BCKQS, c_BCKQS = (cut(t, K, S).transpose(2, 3) for t in (b_BTKS, c_BTKS))
 
         # Within a chunk: y_i = sum over j <= i of (c_i . b_j) exp(total_i - total_j) x_j.

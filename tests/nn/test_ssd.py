@@ -116,6 +116,16 @@ def test_float32_and_bfloat16_inputs() -> None:
     assert (half - exact).abs().max() / exact.abs().max() < 2e-2
 
 
+def test_short_gaps_after_very_long_ones_keep_their_digits() -> None:
+    made = inputs(64)
+    long = torch.rand(made["log_decay_BTH"].shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    made["log_decay_BTH"] = torch.where(long, -800.0, 0.05 * made["log_decay_BTH"])
+    exact, _ = ssd_sequential(**made)
+    torch.testing.assert_close(ssd_chunked(**made)[0], exact, rtol=0, atol=1e-12)
+    single, _ = ssd_chunked(**{k: v.float() for k, v in made.items()})
+    assert (single - exact).abs().max() / exact.abs().max() < 5e-5
+
+
 def test_the_comparison_sees_a_decay_wrong_by_one_percent() -> None:
     made = inputs(21)
     y, _ = ssd_sequential(**made)
