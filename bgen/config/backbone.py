@@ -99,7 +99,9 @@ class Mamba1Config(Section):
 class S4DConfig(Section):
     """Diagonal structured state space."""
 
-    state: Annotated[int, Field(gt=0, multiple_of=2)] = Field(64, description="State size; conjugate pairs, so even.")
+    state: Annotated[int, Field(gt=0, multiple_of=2)] = Field(
+        16, description="State size per channel; conjugate pairs, so even. Memory grows with it in recurrent form."
+    )
     form: Literal["recurrent", "convolutional"] = Field(
         "recurrent", description="recurrent: any times; convolutional (FFT): a regular grid only."
     )

@@ -12,11 +12,11 @@ import torch
 
 
 def _reason() -> str | None:
-    if torch.cuda.is_available():
-        return None
     absent = [name for name in ("triton", "mamba_ssm", "einops") if importlib.util.find_spec(name) is None]
     if absent:
         return f"not installed: {', '.join(absent)}"
+    if torch.cuda.is_available():
+        return None
     if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("MAMBA_DETERMINISTIC") != "1":
         return "the kernels run on a CPU only with TRITON_INTERPRET=1 MAMBA_DETERMINISTIC=1 set"
     return None
