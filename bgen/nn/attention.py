@@ -79,35 +79,44 @@ class Attention(nn.Module):
         return self.combine(attend(q, k, v, None if valid_BS is None else valid_BS[:, None, None]))
 
 
-class CellAttention(Attention):
+class CellAttention(nn.Module):
     """Attention among the cells of one population: no positions, so permuting the cells permutes the result."""
 
-    def forward(self, x_BND: Tensor, points: Points) -> Tensor:  # type: ignore[override]
-        """Mix ``[B, N, D]`` along N."""
+    def __init__(self, width: int, config: AttentionConfig) -> None:
+        super().__init__()
+        self.attention = Attention(width, config)
+
+    def forward(self, x_BND: Tensor, points: Points) -> Tensor:
+        """Mix ``[B, N, D]`` along N; what it holds at cells that do not exist has no meaning."""
         x_BND = points.blank(x_BND)
-        return super().forward(x_BND, x_BND, points.valid_BL)
+        return self.attention(x_BND, x_BND, points.valid_BL)
 
 
-class TimeAttention(Attention):
+class TimeAttention(nn.Module):
     """Attention over time points; what it knows of time is the real time between two points, by rotary angles."""
 
     def __init__(self, width: int, config: AttentionConfig, time: TimeConfig) -> None:
-        super().__init__(width, config)
+        super().__init__()
+        self.attention = Attention(width, config)
+        self.rotary = Rotary(width // config.heads, config.shortest_period, config.longest_period)
         self.causal = time.direction == "causal"
         self.needs_regular_grid = not time.real_time
-        self.rotary = Rotary(width // config.heads, config.shortest_period, config.longest_period)
 
-    def forward(self, x_BTD: Tensor, points: Points) -> Tensor:  # type: ignore[override]
+    def forward(self, x_BTD: Tensor, points: Points) -> Tensor:
         """Mix ``[B, T, D]`` along T; what it holds at points that do not exist has no meaning."""
         x_BTD = points.blank(x_BTD)
-        q, k, v = self.project(x_BTD, x_BTD)
+        q, k, v = self.attention.project(x_BTD, x_BTD)
         T = x_BTD.shape[1]
         time_BT = points.time_BL
         if time_BT is None or self.needs_regular_grid:
             time_BT = torch.arange(T, device=x_BTD.device)[None]
         elif points.valid_BL is not None:
             time_BT = torch.where(points.valid_BL, time_BT, time_BT.new_zeros(()))
-        q, k = self.rotary(q, time_BT), self.rotary(k, time_BT)
+        y = attend(self.rotary(q, time_BT), self.rotary(k, time_BT), v, self._allowed(points, T), self.causal)
+        return self.attention.combine(y)
+
+    def _allowed(self, points: Points, T: int) -> Tensor | None:
+        """Who may see whom, where it is not everyone or simply the past: bool, broadcasts to ``[B, H, T, T]``."""
         allowed = None
         if points.valid_BL is not None:
             allowed = points.valid_BL[:, None, None]
@@ -115,5 +124,5 @@ class TimeAttention(Attention):
             same = (points.sequence_BL[:, :, None] == points.sequence_BL[:, None])[:, None]
             allowed = same if allowed is None else allowed & same
         if allowed is not None and self.causal:
-            allowed = allowed & torch.ones(T, T, dtype=torch.bool, device=x_BTD.device).tril()
-        return self.combine(attend(q, k, v, allowed, self.causal))
+            allowed = allowed & torch.ones(T, T, dtype=torch.bool, device=allowed.device).tril()
+        return allowed
