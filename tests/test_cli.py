@@ -233,9 +233,8 @@ def test_model_mistakes(bgen: Any, demo: Any, tmp_path: Path) -> None:
 
 
 def test_impossible_batch_under_torchrun_is_one_message(demo: Any, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-    command += ["--master-port", "0", "-m", "bgen", "train", "demo/vae", f"out={tmp_path / 'run'}"]
-    command += [f"data.store={demo.store}", "train.global_batch=33"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bgen"]
+    command += ["train", "demo/vae", f"out={tmp_path / 'run'}", f"data.store={demo.store}", "train.global_batch=33"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     ours = [line for line in done.stderr.splitlines() if "error:" in line.lower() and "global_batch" in line]

@@ -54,9 +54,10 @@ def violations(path: Path) -> list[str]:
         if parts[0] == "data_tools":
             if target[0] == "torch":
                 found.append(f"{name}: data_tools needs no torch")
-            if target[0] == "bgen" and target[1:2] not in ([], ["config"], ["__version__"]):
-                if target[1] != "data" or (len(target) > 2 and target[2] not in TORCH_FREE):
-                    found.append(f"{name}: data_tools may import bgen.config and the torch-free part of bgen.data")
+            free = target[1:2] in ([], ["config"], ["__version__"], ["data"])
+            free &= target[1:2] != ["data"] or len(target) == 2 or target[2] in TORCH_FREE
+            if target[0] == "bgen" and not free:
+                found.append(f"{name}: data_tools may import bgen.config and the torch-free part of bgen.data")
             continue
         if len(parts) == 2:
             continue  # bgen/cli.py and bgen/__init__.py may import everything

@@ -1,0 +1,86 @@
+"""The real VAE and flow on a real store: one rank against two, a stopped run against an uninterrupted one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from bgen.track.record import read
+
+STEPS = 50
+SETTINGS = [
+    f"train.steps={STEPS}",
+    "train.global_batch=64",
+    "train.checkpoint_every=25",
+    "train.eval_every=25",
+    "train.log_every=1",
+    "track.mlflow=false",
+    "track.progress=false",
+]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def losses(run: Path, kind: str = "train") -> list[float]:
+    return [row["loss"] for row in read(run / "record.jsonl") if row["kind"] == kind]
+
+
+def arguments(demo: Any, stage: str, run: Path) -> list[str]:
+    more = [f"flow.vae={demo.vae}", "train.ema=0.99"] if stage == "flow" else ["train.patience=3"]
+    return ["train", f"demo/{stage}", f"out={run}", f"data.store={demo.store}", *SETTINGS, *more]
+
+
+@pytest.fixture(scope="module", params=["vae", "flow"])
+def whole(request: pytest.FixtureRequest, bgen: Any, demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run of 50 steps on one rank, uninterrupted."""
+    run = tmp_path_factory.mktemp("whole") / request.param
+    made = bgen(*arguments(demo, request.param, run))
+    assert made.code == 0, made.err
+    assert len(losses(run)) == STEPS
+    return request.param, run
+
+
+def test_stopped_and_resumed_is_bit_for_bit_the_same(whole: Any, bgen: Any, demo: Any, tmp_path: Path) -> None:
+    stage, run = whole
+    stopped = tmp_path / "stopped"
+    shutil.copytree(run, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "step_00000050")
+    shutil.rmtree(stopped / "model")
+    made = bgen(*arguments(demo, stage, stopped), "--resume")
+    assert made.code == 0, made.err
+    resumed = [row for row in read(stopped / "record.jsonl") if row.get("event") == "resume"]
+    assert [row["step"] for row in resumed] == [25]
+    assert losses(stopped) == losses(run)
+    assert losses(stopped, "valid") == losses(run, "valid")
+    before, after = (load_file(folder / "model" / "model.safetensors") for folder in (run, stopped))
+    assert all(before[name].equal(after[name]) for name in before)
+
+
+def test_two_ranks_train_as_one(whole: Any, demo: Any, tmp_path: Path) -> None:
+    stage, run = whole
+    two = tmp_path / "two"
+    command = [*TORCHRUN, "-m", "bgen", *arguments(demo, stage, two)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert losses(two) == pytest.approx(losses(run), rel=1e-5)
+    assert losses(two, "valid") == pytest.approx(losses(run, "valid"), rel=1e-5)
+    one_rank, two_ranks = (load_file(folder / "model" / "model.safetensors") for folder in (run, two))
+    for name, tensor in one_rank.items():
+        assert two_ranks[name] == pytest.approx(tensor, rel=1e-3, abs=1e-3), name
+
+
+def test_the_deepspeed_launcher_starts_the_same_command(demo: Any, tmp_path: Path) -> None:
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), "--num_accelerators", "2", "--module", "bgen", *arguments(demo, "vae", tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command.append("train.steps=3")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len(losses(tmp_path / "run")) == 3
