@@ -9,6 +9,7 @@ Axes: N cells, G genes of the file.
 from __future__ import annotations
 
 import abc
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ from bgen.config.errors import UserError, nearest
 
 BLOCK_BYTES = 32 << 20
 """Bytes that a default block of rows takes, about: values and, if sparse, column numbers."""
+
+CSC_VALUES = 1 << 25
+"""Values of a CSC matrix that are held in memory at once, about."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,8 @@ class Source(abc.ABC):
         """Yield ``(first row, CSR block)`` in the stored dtype for the rows ``start:stop``.
 
         Blocks have sorted column numbers and no column twice in a row (values stored twice are summed, which is what
-        they mean). CSR and dense matrices are read block by block; a CSC matrix is held in memory, since its rows are
-        spread over the whole file.
+        they mean). CSR and dense matrices are read block by block; of a CSC matrix, whose rows are spread over the
+        whole file, as many rows as fit in memory are collected in one pass over it.
 
         Raises
         ------
@@ -112,6 +116,11 @@ class Source(abc.ABC):
                 yield first, block
         except (OSError, RuntimeError) as error:
             raise UserError(f"{self.path}: '{name}' cannot be read ({error}). Is the file damaged?") from error
+
+    def rows_per_pass(self, name: str) -> int | None:
+        """Return how many rows of a matrix are worth one pass over all of it; None: rows can be read by themselves."""
+        about = self.matrices[name]
+        return max(1, int(self.n_cells * CSC_VALUES / max(about.stored, 1))) if about.layout == "csc" else None
 
     def _default_rows(self, name: str) -> int:
         about = self.matrices[name]
@@ -130,9 +139,10 @@ class AnnDataSource(Source):
     def _rows(self, name: str, step: int, start: int, stop: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         with h5py.File(self.path, "r") as file:
             item = file[name]
+            if per_pass := self.rows_per_pass(name):
+                yield from _csc_rows(item, self.matrices[name], per_pass, step, start, stop)
+                return
             values: Any = item if isinstance(item, h5py.Dataset) else anndata.io.sparse_dataset(item)
-            if self.matrices[name].layout == "csc":
-                values = values.to_memory().tocsr()
             for first in range(start, stop, step):
                 yield first, sp.csr_matrix(values[first : min(first + step, stop)])
 
@@ -160,10 +170,38 @@ class TenxMtxSource(Source):
 
     file: Path = Path("matrix.mtx")
 
+    def rows_per_pass(self, name: str) -> int | None:
+        """See :class:`Source`."""
+        return self.n_cells
+
     def _rows(self, name: str, step: int, start: int, stop: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         whole = sp.csc_matrix(scipy.io.mmread(self.file)).T
         for first in range(start, stop, step):
             yield first, sp.csr_matrix(whole[first : min(first + step, stop)])
+
+
+def _csc_rows(
+    group: Any, about: Matrix, per_pass: int, step: int, start: int, stop: int
+) -> Iterator[tuple[int, sp.csr_matrix]]:
+    """Yield blocks of ``step`` rows of a stored CSC matrix, from passes over it that collect ``per_pass`` rows each."""
+    indptr = np.asarray(group["indptr"][:]).astype(np.int64)
+    edges = [0]  # of blocks of columns that are read at once
+    while edges[-1] < about.shape[1]:
+        far = int(np.searchsorted(indptr, indptr[edges[-1]] + CSC_VALUES // 8, side="right")) - 1
+        edges.append(max(far, edges[-1] + 1))
+    for low in range(start, stop, per_pass):
+        high = min(low + per_pass, stop)
+        parts = []
+        for left, right in itertools.pairwise(edges):
+            part = slice(indptr[left], indptr[right])
+            rows = np.asarray(group["indices"][part])
+            inside = np.flatnonzero((rows >= low) & (rows < high))
+            columns = np.repeat(np.arange(left, right, dtype=np.int32), np.diff(indptr[left : right + 1]))
+            parts.append((np.asarray(group["data"][part])[inside], rows[inside] - low, columns[inside]))
+        data, rows, columns = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        block = sp.csr_matrix((data, (rows, columns)), shape=(high - low, about.shape[1]))
+        for first in range(low, high, step):
+            yield first, sp.csr_matrix(block[first - low : min(first + step, high) - low])
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:

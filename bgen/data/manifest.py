@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -44,6 +46,10 @@ class Source(Part):
     cells: int
     kept: int
     matrix: str
+    kind: str = Field("", description="What the file is: h5ad, 10x h5, ...")
+    rounding: str = Field("none", description="How its values became integers.")
+    genes: int = Field(0, description="Genes of the store that it has.")
+    genes_left_out: int = Field(0, description="Its genes that the reference vocabulary does not have.")
     fixes: list[str] = Field(default_factory=list, description="What was mended while reading, by check id.")
 
 
@@ -63,11 +69,17 @@ class Manifest(Part):
     count_bytes: Annotated[int, Field(gt=0, description="Bytes of a chunk of counts.")]
     genes_sha256: str = Field(description="Hash of the gene ids in the store's order.")
     columns: dict[str, Column]
-    roles: dict[str, str] = Field(description="cell_type, batch, donor, time, ...: name of the column.")
+    roles: dict[str, str] = Field(
+        description="cell_type, batch, donor, time, ...: name of the column; more conditions are condition_2, ..."
+    )
     left_out: list[str] = Field(default_factory=list, description="obs columns with too many distinct texts.")
     units: dict[str, str] = Field(default_factory=dict, description="Unit of time and of dose.")
     control: str | None = Field(None, description="The category of the perturbation column that means 'none'.")
     split_by: str | None = Field(None, description="Column whose values are kept together in one split; None: cells.")
+    held_out: dict[str, list[str]] = Field(
+        default_factory=dict, description="Split to the values of split_by that were put there by name."
+    )
+    vocabulary: str = Field("union", description="union of the inputs' genes, or the name of a reference file.")
     splits: dict[str, int] = Field(description="Split to number of cells; its code in obs is its place here.")
     seed: int
     sources: list[Source]
@@ -76,9 +88,16 @@ class Manifest(Part):
 
     def with_fingerprint(self) -> Manifest:
         """Return the manifest with the fingerprint of everything else in it."""
+        full = Manifest.model_validate(self.model_dump())
+        return full.model_copy(update={"fingerprint": full.digest()})
+
+    def digest(self) -> str:
+        """Return the hash of everything that is set but the fingerprint.
+
+        Fields that a manifest was written without do not count, so that those of older stores stay valid.
+        """
         bare = self.model_copy(update={"fingerprint": ""})
-        digest = hashlib.sha256(bare.model_dump_json().encode()).hexdigest()
-        return bare.model_copy(update={"fingerprint": digest})
+        return hashlib.sha256(bare.model_dump_json(exclude_unset=True).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
         """Write ``manifest.json``, the last file of a store."""
@@ -112,7 +131,7 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path} is damaged: {where}: {first['msg']}. Build the store again.") from None
-    if manifest.with_fingerprint().fingerprint != manifest.fingerprint:
+    if manifest.digest() != manifest.fingerprint:
         raise UserError(f"{path} was changed after the store was built. Build the store again.")
     return manifest
 
@@ -124,13 +143,22 @@ def hash_file(path: Path) -> File:
     return File(bytes=path.stat().st_size, sha256=digest)
 
 
-def hash_folder(folder: Path) -> dict[str, File]:
-    """Return the :class:`File` of every file below a folder but the manifest, by its path there."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
+def hash_folder(
+    folder: Path, *, known: Mapping[str, File] = MappingProxyType({}), leave_out: str = ""
+) -> dict[str, File]:
+    """Return the :class:`File` of every file below a folder but the manifest, by its path there.
+
+    Parameters
+    ----------
+    known
+        Files that were hashed already.
+    leave_out
+        A folder in it that does not count.
+    """
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name != NAME)
+    names = [path.as_posix() for path in paths if path.parts[0] != leave_out]
     with ThreadPoolExecutor() as pool:
-        return dict(
-            zip((path.relative_to(folder).as_posix() for path in paths), pool.map(hash_file, paths), strict=True)
-        )
+        return dict(zip(names, pool.map(lambda name: known.get(name) or hash_file(folder / name), names), strict=True))
 
 
 def check_files(folder: Path, manifest: Manifest, *, checksums: bool, below: str = "") -> list[str]:
