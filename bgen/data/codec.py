@@ -34,7 +34,7 @@ PROFILES: dict[str, list[dict[str, Any]]] = {
     "fast": [
         {
             "name": "blosc",
-            "configuration": {"cname": "lz4", "clevel": 5, "shuffle": "noshuffle", "typesize": 1, "blocksize": 0},
+            "configuration": {"cname": "lz4hc", "clevel": 5, "shuffle": "noshuffle", "typesize": 1, "blocksize": 0},
         }
     ],
 }
@@ -219,54 +219,63 @@ def unpack_rows(
     indices_out, counts_out
         ``[NNZ]``, written.
     """
-    k = 0
+    k: Any = np.uint64(0)
     for row in range(len(gap_start) - 1):
-        gene = np.int32(-1)
-        for g in range(gap_start[row], gap_start[row + 1]):
-            gap = np.int32(gaps[g])
-            gene += gap + np.int32(1)
-            if gap == ESCAPE:
-                gene -= np.int32(1)
-                continue
-            indices_out[k] = gene
-            k += 1
-    for k in range(len(counts)):
-        counts_out[k] = counts[k]
-    fill_overflow(counts, overflow, counts_out)
+        k = unpack_row(gaps, gap_start[row], gap_start[row + 1], indices_out, k)
+    unpack_counts(counts, overflow, counts_out)
 
 
 @numba.njit(cache=True, nogil=True)
-def fill_overflow(counts: U8, overflow: NDArray[np.int32], counts_out: NDArray[np.float32]) -> None:
-    """Put the counts of the overflow in their places."""
+def unpack_row(gaps: U8, start: int, stop: int, genes_out: NDArray[np.int32], k: Any) -> Any:
+    """Decode the gaps ``start:stop`` of one cell into gene numbers from place ``k`` on; return the place after them."""
+    gene = np.int32(-1)
+    for g in range(np.uint64(start), np.uint64(stop)):
+        # no branch: after an escape the next gene goes to the same place
+        gap = gaps[g]
+        is_entry = np.int32(gap != ESCAPE)
+        gene += np.int32(gap) + is_entry
+        genes_out[k] = gene
+        k += np.uint64(is_entry)
+    return k
+
+
+@numba.njit(cache=True, nogil=True)
+def unpack_counts(counts: U8, overflow: NDArray[np.int32], counts_out: NDArray[np.float32]) -> int:
+    """Decode counts, some cells' or a whole batch's; return how many entries of the overflow they took."""
     o = 0
-    if len(overflow):
-        for k in range(len(counts)):
-            if counts[k] == ESCAPE:
-                counts_out[k] = np.uint32(overflow[o])
-                o += 1
+    at = 0
+    while at < len(counts):
+        end = min(at + 256, len(counts))
+        largest = np.uint8(0)
+        for k in range(np.uint64(at), np.uint64(end)):
+            largest = max(largest, counts[k])
+            counts_out[k] = np.float32(counts[k])
+        if largest == ESCAPE:  # a few blocks of a hundred
+            for k in range(at, end):
+                if counts[k] == ESCAPE:
+                    counts_out[k] = np.uint32(overflow[o])
+                    o += 1
+        at = end
+    return o
 
 
 @numba.njit(cache=True, nogil=True)
 def unpack_dense(
-    gaps: U8, counts: U8, overflow: NDArray[np.int32], gap_start: I64, dense_out: NDArray[np.float32]
+    gaps: U8,
+    counts: U8,
+    overflow: NDArray[np.int32],
+    gap_start: I64,
+    indptr: I64,
+    dense_out: NDArray[np.float32],
 ) -> None:
     """Decode a packed batch into dense rows, ``[B, G]``, written; the other parameters as of :func:`unpack_rows`."""
-    k = 0
     o = 0
+    genes = np.empty(dense_out.shape[1] + 1, np.int32)
+    values = np.empty(dense_out.shape[1] + 1, np.float32)
     for row in range(len(gap_start) - 1):
+        unpack_row(gaps, gap_start[row], gap_start[row + 1], genes, np.uint64(0))
+        o += unpack_counts(counts[indptr[row] : indptr[row + 1]], overflow[o:], values)
         line = dense_out[row]
         line[:] = 0.0
-        gene = np.int64(-1)
-        for g in range(gap_start[row], gap_start[row + 1]):
-            gap = np.int64(gaps[g])
-            gene += gap
-            if gap == ESCAPE:
-                continue
-            gene += 1
-            count = counts[k]
-            k += 1
-            if count < ESCAPE:
-                line[gene] = count
-            else:
-                line[gene] = np.uint32(overflow[o])
-                o += 1
+        for k in range(indptr[row + 1] - indptr[row]):
+            line[genes[k]] = values[k]

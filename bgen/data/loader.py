@@ -11,6 +11,7 @@ import atexit
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -44,7 +45,7 @@ class Chunks:
     slots: I64
     rows: I64  # [R, 6], see bgen.data.codec.locate_rows
     cells: I64  # [R] numbers of the cells in the order in which they are taken
-    futures: list[Any]
+    futures: list[Future[None]]
 
     def give_back(self) -> None:
         """Free the slots."""
@@ -109,7 +110,7 @@ class CountReader:
             try:
                 for future in piece.futures:
                     future.result()
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 raise self.store.damaged(error) from None
             flat = piece.arena.gaps.reshape(-1), piece.arena.counts.reshape(-1)
             copy_rows(*flat, piece.rows[start:stop], gaps, counts, overflow, filled)

@@ -112,7 +112,7 @@ class PackedBatch:
         shape = (len(self), self.n_genes)
         if self.gaps.device.type == "cpu":
             dense = self._take(shape) if out is None else out[: len(self)]
-            unpack_dense(*self._streams(), dense.numpy())
+            unpack_dense(*self._streams(), self.indptr.numpy(), dense.numpy())
             return dense
         return unpack_into(self, torch.empty(shape, device=self.gaps.device) if out is None else out[: len(self)])
 

@@ -1,4 +1,4 @@
-"""A store as it is read: tensorstore underneath, every byte checked (DESIGN, section 6).
+"""A store as it is read, every byte checked (DESIGN, section 6).
 
 ::
 
@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -34,6 +35,7 @@ from bgen.data.codec import PROFILES, locate_rows
 from bgen.data.genes import read_genes
 from bgen.data.manifest import Column, Manifest, check_files, read_manifest
 from bgen.data.order import Members, Order
+from bgen.data.shards import Stream, read_ahead
 
 SHARD_CHUNKS = 256
 ROWS_CHUNK = 65_536
@@ -112,14 +114,8 @@ class Store:
         self._gap_bytes = self._read_array("rows/gap_bytes")
         self._overflow = self._read_array("rows/overflow")
         self.first_cell: I64 = self._read_array("rows/first_cell")
-        # One context: its limits hold for both arrays. The loader keeps chunks; the cache is for the shards' indices.
-        context = ts.Context(
-            {"cache_pool": {"total_bytes_limit": 4 << 20}, "data_copy_concurrency": {"limit": threads}}
-        )
-        self._gaps, self._counts = (
-            ts.open(array_spec(self.folder / name), context=context, open=True, read=True).result()
-            for name in ("gaps", "counts")
-        )
+        self._streams = [Stream(self.folder / name, self.manifest.profile) for name in ("gaps", "counts")]
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="bgen-decode")
 
     def __len__(self) -> int:
         return self.manifest.n_cells
@@ -168,10 +164,13 @@ class Store:
         name = f"{self.fingerprint}/{split}"
         return Order(Members.of(cells, self.first_cell), batch, lanes, window, seed, name)
 
-    def read_chunks(self, chunks: I64, arena: Arena, slots: I64) -> list[ts.WriteFutures]:
+    def read_chunks(self, chunks: I64, arena: Arena, slots: I64) -> list[Future[None]]:
         """Start to read chunks into slots of an arena, one each."""
-        pairs = ((arena.gaps, self._gaps), (arena.counts, self._counts))
-        return [ts.array(room)[slots].write(array[chunks]) for room, array in pairs]
+        pairs = list(zip(self._streams, (arena.gaps, arena.counts), strict=True))
+        try:
+            return read_ahead(self._pool, pairs, chunks, slots)
+        except (ValueError, OSError) as error:
+            raise self.damaged(error) from None
 
     def arena(self, slots: int) -> Arena:
         """Return room for so many chunks."""
