@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from bgen.config.schema import NonNegativeFloat, PositiveInt, Section
+from bgen.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
-PositiveFloat = Annotated[float, Field(gt=0)]
 BackboneName = Literal["mlp", "transformer", "set_transformer", "ssm", "hybrid"]
 Axis = Literal["none", "cells", "time"]
 TimeMixerName = Literal["mamba2", "mamba1", "s4d", "hyena", "attention"]

@@ -9,18 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A section of the configuration: unknown keys are errors, values are validated also when defaults apply."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+from bgen.config.backbone import BackboneConfig
+from bgen.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
 
 
 class DataConfig(Section):
@@ -58,9 +50,7 @@ class FlowConfig(Section):
     """The rectified flow in the latent space (DESIGN, section 4)."""
 
     vae: Path | None = Field(None, description="Run folder or exported directory of the VAE; needed by stage flow.")
-    backbone: Literal["mlp"] = Field("mlp", description="Velocity network.")
-    width: PositiveInt = Field(256, description="Width of the backbone.")
-    blocks: PositiveInt = Field(4, description="Residual blocks of the backbone.")
+    backbone: BackboneConfig = BackboneConfig()
     conditions: list[str] = Field(
         default_factory=list, description="obs columns (roles or names) that generation can be asked for."
     )

@@ -18,7 +18,7 @@ from bgen.flow.loss import velocity_loss
 from bgen.flow.path import interpolate, velocity, velocity_from_data
 from bgen.flow.solvers import Velocity, integrate
 from bgen.flow.times import sample_times
-from bgen.models.backbone.mlp import MLPBackbone
+from bgen.models.backbone.registry import build_backbone
 from bgen.models.conditions import ConditionEmbedding, drop_conditions
 from bgen.models.vae import VAE
 from bgen.nn.random import Stream, normal
@@ -52,8 +52,8 @@ class LatentFlow(nn.Module):
         self.config = config
         self.vae = vae.requires_grad_(False).eval()
         self.size = vae.config.latent + 1
-        self.conditions = ConditionEmbedding(categories, numbers, config.width)
-        self.backbone = MLPBackbone(self.size, config.width, config.blocks)
+        self.conditions = ConditionEmbedding(categories, numbers, config.backbone.width)
+        self.backbone = build_backbone(self.size, config.backbone)
 
     def train(self, mode: bool = True) -> LatentFlow:
         """Switch the velocity network; the VAE stays in evaluation mode."""

@@ -35,7 +35,10 @@ def flow(**changes: object) -> LatentFlow:
     torch.manual_seed(0)
     vae = VAE(VAEConfig(latent=1, hidden=8), G, {})
     model = LatentFlow(
-        FlowConfig(width=32, blocks=2).model_copy(update=changes), vae, {"cell_type": 2}, {"dose": (0.5, 0.3)}
+        FlowConfig(backbone={"width": 32, "layers": 2}).model_copy(update=changes),
+        vae,
+        {"cell_type": 2},
+        {"dose": (0.5, 0.3)},
     )
     for name, parameter in model.backbone.named_parameters():  # what starts at zero hides what it is fed
         if "modulation" in name or "head" in name:
@@ -156,7 +159,9 @@ class KnownLatents(VAE):
 def test_the_flow_learns_a_mixture_in_latent_space(prediction: str) -> None:
     torch.manual_seed(0)
     vae = KnownLatents(VAEConfig(latent=1, hidden=8), G, {})
-    model = LatentFlow(FlowConfig(width=48, blocks=2, prediction=prediction), vae, {"cell_type": 2}, {})  # type: ignore[arg-type]
+    model = LatentFlow(
+        FlowConfig(backbone={"width": 48, "layers": 2}, prediction=prediction), vae, {"cell_type": 2}, {}
+    )  # type: ignore[arg-type]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=3e-3)
     batch = cells(256)

@@ -1,0 +1,19 @@
+"""What all sections of the configuration share: the base class, and the kinds of numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A section of the configuration: unknown keys are errors, values are validated also when defaults apply."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
