@@ -6,21 +6,20 @@ from typing import Any
 
 from torch import nn
 
-# Mamba's parameters that must not decay: log of -A, the skip connection, the bias of the step size.
-UNDECAYED_NAMES = frozenset({"bias", "A_log", "D", "dt_bias"})
-UNDECAYED_MODULES = (nn.Embedding, nn.EmbeddingBag)
+from bgen.models.vae import Encoder
+
+DECAYED = (nn.Linear, Encoder)
+"""Modules whose ``weight`` decays: the matrices. (The encoder's holds one row per gene.)"""
 
 
-def decays(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies to ``parameter``, called ``name`` in ``module``, the module that owns it.
+def decays(module: nn.Module, name: str) -> bool:
+    """Whether weight decay applies to parameter ``name`` of ``module``, the module that owns it.
 
-    It does not for biases, norms, embeddings, Mamba's A_log, D and dt_bias, and anything else with fewer than two
-    axes (per-gene dispersions, scales): pulling those to zero has no meaning.
+    A matrix that is pulled to zero makes a simpler map. For everything else zero has no such meaning: it would be one
+    certain decay rate (A_log, A_imag, dt_bias), one certain place (embeddings, learned queries), or switch off what a
+    fixed number of times is added up (biases, scales of norms, D, S4D's C, short convolutions, dispersions).
     """
-    if parameter.ndim < 2 or name in UNDECAYED_NAMES:
-        return False
-    kind = type(module).__name__
-    return not (isinstance(module, UNDECAYED_MODULES) or kind.endswith("Norm") or "embed" in name.lower())
+    return name == "weight" and isinstance(module, DECAYED)
 
 
 def undecayed(module: nn.Module) -> set[str]:
@@ -29,7 +28,7 @@ def undecayed(module: nn.Module) -> set[str]:
         f"{prefix}.{name}" if prefix else name
         for prefix, owner in module.named_modules()
         for name, parameter in owner.named_parameters(recurse=False)
-        if parameter.requires_grad and not decays(owner, name, parameter)
+        if parameter.requires_grad and not decays(owner, name)
     }
 
 

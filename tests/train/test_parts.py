@@ -7,52 +7,12 @@ import json
 
 import pytest
 import torch
-from torch import nn
 from toy import ToyModel
 
 from bgen.config.schema import TrainConfig
 from bgen.train.ema import EMA
-from bgen.train.groups import parameter_groups, undecayed
 from bgen.train.schedules import learning_rate
 from bgen.train.state import RunState
-
-
-class Mixer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.A_log = nn.Parameter(torch.zeros(4, 2))
-        self.D = nn.Parameter(torch.zeros(4, 2))
-        self.dt_bias = nn.Parameter(torch.zeros(4, 2))
-        self.weight = nn.Parameter(torch.zeros(4, 2))
-        self.null_embedding = nn.Parameter(torch.zeros(1, 4))
-        self.dispersion = nn.Parameter(torch.zeros(7))
-        self.frozen = nn.Parameter(torch.zeros(4, 4), requires_grad=False)
-        self.layers = nn.Sequential(
-            nn.Linear(4, 4), nn.LayerNorm(4), nn.RMSNorm(4), nn.Embedding(3, 4), nn.Conv1d(4, 4, 2)
-        )
-
-
-def test_what_does_not_decay() -> None:
-    module = Mixer()
-    without = {"A_log", "D", "dt_bias", "null_embedding", "dispersion"}
-    without |= {
-        "layers.0.bias",
-        "layers.1.weight",
-        "layers.1.bias",
-        "layers.2.weight",
-        "layers.3.weight",
-        "layers.4.bias",
-    }
-    assert undecayed(module) == without
-    decayed, rest = parameter_groups(module, 0.1)
-    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
-    expected = [module.weight, module.layers[0].weight, module.layers[4].weight]
-    assert [id(parameter) for parameter in decayed["params"]] == [id(parameter) for parameter in expected]
-    assert len(rest["params"]) == len(without)
-
-
-def test_a_module_without_one_of_the_groups() -> None:
-    assert [group["weight_decay"] for group in parameter_groups(nn.LayerNorm(3), 0.1)] == [0.0]
 
 
 def test_learning_rate() -> None:
