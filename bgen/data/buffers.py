@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import sys
 import threading
 from typing import Any
@@ -13,37 +12,6 @@ from numpy.typing import DTypeLike, NDArray
 
 IDLE = 256
 """Memory that was not asked for during so many calls goes back to the system."""
-
-
-class Arena:
-    """Room for the bytes of chunks, as slots that are taken and given back.
-
-    The lowest free slots are taken first, and memory that was never written takes no room: an arena costs what was used
-    of it at once, not what it could hold.
-
-    Parameters
-    ----------
-    slots
-        Chunks that it can hold.
-    gap_room, count_room
-        Bytes of a chunk in the two streams.
-    """
-
-    def __init__(self, slots: int, gap_room: int, count_room: int) -> None:
-        self.gaps = np.empty((slots, gap_room), np.uint8)
-        self.counts = np.empty((slots, count_room), np.uint8)
-        self._free = list(range(slots))
-
-    def take(self, n: int) -> NDArray[np.int64] | None:
-        """Return the numbers of n slots; None if so many are not free."""
-        if n > len(self._free):
-            return None
-        return np.array([heapq.heappop(self._free) for _ in range(n)], np.int64)
-
-    def give(self, slots: NDArray[np.int64]) -> None:
-        """Give slots back."""
-        for slot in slots.tolist():
-            heapq.heappush(self._free, slot)
 
 
 class Pool:

@@ -20,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bgen.data.arena import Arena
 from bgen.data.batch import CellBatch
-from bgen.data.buffers import Arena, Pool
+from bgen.data.buffers import Pool
 from bgen.data.codec import copy_rows
 from bgen.data.keys import hash_keys
 from bgen.data.order import Order

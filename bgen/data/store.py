@@ -30,7 +30,7 @@ import tensorstore as ts
 from numpy.typing import NDArray
 
 from bgen.config.errors import UserError, nearest
-from bgen.data.buffers import Arena
+from bgen.data.arena import Arena
 from bgen.data.codec import PROFILES, locate_rows
 from bgen.data.genes import read_genes
 from bgen.data.manifest import Column, Manifest, check_files, read_manifest

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bgen.data.buffers import IDLE, Arena, Pool
+from bgen.data.arena import Arena
+from bgen.data.buffers import IDLE, Pool
 
 
 def address(array: np.ndarray) -> int:
