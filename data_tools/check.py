@@ -23,6 +23,7 @@ from data_tools.check_genes import Genes, MergeDuplicates, resolve_genes, resolv
 from data_tools.check_obs import resolve_roles
 from data_tools.findings import FileReport, Report, Roles, Rounding, listed, plural
 from data_tools.inputs import Source, open_source
+from data_tools.inputs_zarr import members
 
 FEW_GENES = 5000
 """Below this, a file is taken for a selection of genes (G04)."""
@@ -101,7 +102,7 @@ def check(
     options = options or CheckOptions()
     report = Report()
     checked = []
-    for path in dict.fromkeys(Path(file) for file in files):
+    for path in dict.fromkeys(member for file in files for member in members(Path(file))):
         try:
             source = open_source(path)
             checked.append(_check_file(source, options, report, progress))

@@ -1,4 +1,4 @@
-"""Open a file of cells without loading it: .h5ad, 10x .h5, 10x folder of .mtx.
+"""Open a file of cells without loading it: .h5ad, 10x .h5, 10x folder of .mtx, AnnData in zarr.
 
 A :class:`Source` knows its cells, genes and matrices, and reads a matrix as CSR blocks of rows. It keeps no file open
 between calls, so that it can be sent to another process. Another format is another subclass with a ``_rows`` method.
@@ -52,7 +52,7 @@ class Source(abc.ABC):
     path
         Where it is.
     kind
-        "h5ad", "10x h5" or "10x mtx".
+        "h5ad", "anndata zarr", "10x h5" or "10x mtx".
     obs
         Annotation of the N cells, index = barcodes.
     variables
@@ -140,7 +140,7 @@ class AnnDataSource(Source):
         with h5py.File(self.path, "r") as file:
             item = file[name]
             if per_pass := self.rows_per_pass(name):
-                yield from _csc_rows(item, self.matrices[name], per_pass, step, start, stop)
+                yield from csc_rows(item, self.matrices[name], per_pass, step, start, stop)
                 return
             values: Any = item if isinstance(item, h5py.Dataset) else anndata.io.sparse_dataset(item)
             for first in range(start, stop, step):
@@ -180,7 +180,7 @@ class TenxMtxSource(Source):
             yield first, sp.csr_matrix(whole[first : min(first + step, stop)])
 
 
-def _csc_rows(
+def csc_rows(
     group: Any, about: Matrix, per_pass: int, step: int, start: int, stop: int
 ) -> Iterator[tuple[int, sp.csr_matrix]]:
     """Yield blocks of ``step`` rows of a stored CSC matrix, from passes over it that collect ``per_pass`` rows each."""
@@ -217,7 +217,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         folder = path.parent if path.parent.is_dir() else Path()
         hint = nearest(path.name, [p.name for p in folder.iterdir()])
         raise UserError(f"{path}: there is no such file.{hint if hint.startswith(' Did') else ''}")
-    source = _open_mtx(path) if path.is_dir() else _open_hdf5(path)
+    source = _open_folder(path) if path.is_dir() else _open_hdf5(path)
     for name, about in source.matrices.items():
         if 0 in about.shape:
             raise UserError(f"{path}: '{name}' is empty ({about.shape[0]} cells x {about.shape[1]} genes).")
@@ -231,6 +231,12 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     return source
 
 
+def _open_folder(path: Path) -> Source:
+    from data_tools.inputs_zarr import is_zarr, open_zarr  # which builds on this module
+
+    return open_zarr(path) if is_zarr(path) else _open_mtx(path)
+
+
 def _open_hdf5(path: Path) -> Source:
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty (0 bytes).")
@@ -238,7 +244,7 @@ def _open_hdf5(path: Path) -> Source:
         hint = " Give the folder that holds it instead." if ".mtx" in path.name else ""
         raise UserError(
             f"{path}: this is not an .h5ad (not an HDF5 file, or its start is missing).{hint} "
-            "bgen reads .h5ad, 10x .h5 and 10x .mtx folders."
+            "bgen reads .h5ad, AnnData in zarr, 10x .h5 and 10x .mtx folders."
         )
     try:
         with h5py.File(path, "r") as file:

@@ -23,21 +23,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 from numpy.typing import NDArray
 
 from bgen.config.errors import UserError
 from bgen.data.manifest import File
-from bgen.data.store import array_spec, stream_metadata
+from bgen.data.recode import encode_rows, gather, recode_chunks, recoded_gap_bytes
+from bgen.data.shards import compress, shard_path
+from bgen.data.shards import write_shard as write_shard_file
+from bgen.data.store import stream_metadata
 from data_tools.partial import WORK, commit
 from data_tools.pieces import Piece
-from data_tools.recode import encode_rows, gather, recode_chunks, recoded_gap_bytes
 
 I64 = NDArray[np.int64]
 
 CELLS_PER_CHUNK = 256
 SHARD_BYTES = 128 << 20
-"""Bytes of a shard in one stream, uncompressed, at most: two such are held while it is written."""
+"""Bytes of a shard in one stream, uncompressed, at most: its cells are held while it is written."""
+
+CHUNKS_AT_ONCE = 16
 
 SHARD_CHUNKS = 256
 """Chunks of a shard, at most."""
@@ -209,26 +212,23 @@ def write_shard(folder: Path, number: int, spills: list[Spill], layout: Layout) 
     last_chunk = min(first_chunk + layout.shard_chunks, layout.n_chunks)
     first_cell = np.load(folder / WORK / "first_cell.npy", mmap_mode="r")[first_chunk : last_chunk + 1]
     streams, cells = _collect(spills, int(first_cell[0]), int(first_cell[-1]))
-    n_chunks = last_chunk - first_chunk
-    gaps, counts = np.zeros((n_chunks, layout.gap_room), np.uint8), np.zeros((n_chunks, layout.count_room), np.uint8)
     rank = np.load(folder / WORK / "rank.npy")
-    recode_chunks(
-        streams[0], streams[1], streams[2].view(np.uint32), cells, first_cell - first_cell[0], rank, gaps, counts
-    )
-    del streams
-    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+    packed: dict[str, list[bytes]] = {"gaps": [], "counts": []}
+    for chunk in range(0, last_chunk - first_chunk, CHUNKS_AT_ONCE):
+        edges = first_cell[chunk : chunk + CHUNKS_AT_ONCE + 1] - first_cell[0]
+        rows = {name: np.zeros((len(edges) - 1, room), np.uint8) for name, room in layout.rooms().items()}
+        gaps, counts, overflow = streams[0], streams[1], streams[2].view(np.uint32)
+        recode_chunks(gaps, counts, overflow, cells, edges, rank, rows["gaps"], rows["counts"])
+        for name, block in rows.items():
+            packed[name] += [compress(row, layout.profile) for row in block]
     files = {}
-    for name, block in (("gaps", gaps), ("counts", counts)):
-        path = f"{name}/c/{number}/0"
-        try:
-            array = ts.open(array_spec(folder / name), context=context, open=True, write=True).result()
-            array[first_chunk:last_chunk].write(block).result()
-        except ValueError as error:  # how tensorstore says that a disk is full
-            raise OSError(str(error)) from None
-        with (folder / path).open("rb") as stream:
+    for name, chunks in packed.items():
+        path = shard_path(folder / name, number)
+        write_shard_file(path, chunks, layout.shard_chunks)
+        with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             os.fsync(stream.fileno())
-        files[path] = {"bytes": (folder / path).stat().st_size, "sha256": digest}
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
     commit(_shard_note(folder, number), json.dumps(files).encode())
 
 

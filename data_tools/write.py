@@ -13,6 +13,7 @@ import pandas as pd
 import tensorstore as ts
 from numpy.typing import NDArray
 
+from bgen.data.columns import encode_column
 from bgen.data.genes import hash_genes, write_genes
 from bgen.data.keys import hash_keys
 from bgen.data.manifest import Column, Manifest, Source, hash_folder
@@ -30,8 +31,6 @@ from data_tools.shuffle import (
     spill,
     write_shard,
 )
-
-MAX_CATEGORIES = 65_536
 
 I64 = NDArray[np.int64]
 Progress = Callable[[int, int], None]
@@ -266,19 +265,12 @@ def _write_obs(folder: Path, obs: pd.DataFrame) -> tuple[dict[str, Column], list
     columns: dict[str, Column] = {}
     left_out = []
     for name in map(str, obs.columns):
-        values = obs[name]
-        if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
-            numbers = values.to_numpy(dtype=np.float64, na_value=np.nan)
-            exact = np.array_equal(numbers.astype(np.float32).astype(np.float64), numbers, equal_nan=True)
-            write_array(folder / obs_path(name), numbers.astype(np.float32) if exact else numbers)
-            columns[name] = Column(kind="number")
-            continue
-        codes, categories = pd.factorize(values.astype("string"), sort=True)
-        if len(categories) > MAX_CATEGORIES:
+        encoded = encode_column(obs[name])
+        if encoded is None:
             left_out.append(name)
             continue
-        write_array(folder / obs_path(name), codes.astype(np.int32))
-        columns[name] = Column(kind="category", categories=[str(category) for category in categories])
+        columns[name], values = encoded
+        write_array(folder / obs_path(name), values)
     return columns, left_out
 
 

@@ -24,7 +24,19 @@ FOLDERS = [
     "tasks",
     "bench",
 ]
-TORCH_FREE = ["codec", "genes", "keys", "manifest", "order", "store"]
+TORCH_FREE = [
+    "codec",
+    "columns",
+    "genes",
+    "keys",
+    "manifest",
+    "order",
+    "recode",
+    "shards",
+    "splits",
+    "store",
+    "zarr_arrays",
+]
 """Modules of bgen/data that need no torch: data_tools may import them."""
 
 FILES = sorted([*(ROOT / "bgen").rglob("*.py"), *(ROOT / "data_tools").rglob("*.py")])
