@@ -170,5 +170,5 @@ def _draw_rows(
 
 def _readable(info: ColumnInfo, column: NDArray[Any]) -> Any:
     if info.kind == "category":
-        return pd.Categorical.from_codes(column.astype(np.int64), info.categories)
+        return pd.Categorical.from_codes(column.astype(np.int64), pd.Index(info.categories))
     return column

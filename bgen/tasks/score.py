@@ -20,7 +20,7 @@ from bgen.evaluate.scores import Scores
 from bgen.hub.directory import add_metrics
 from bgen.tasks.generate import Progress
 from bgen.tasks.model import Model, load_model
-from bgen.tasks.output import require_new_folder
+from bgen.config.output import require_new_folder
 from bgen.track import record as records
 
 MOST_CELLS = 20_000

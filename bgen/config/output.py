@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-from anndata import AnnData
+from typing import TYPE_CHECKING
 
 from bgen.config.errors import UserError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 
 def require_new_file(path: Path) -> None:

@@ -1,0 +1,39 @@
+"""What the command line's verbs share: where they print, and how they show progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+results = Console()
+"""Standard output: what was asked for."""
+
+notes = Console(stderr=True)
+"""Standard error: progress and remarks."""
+
+Advance = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done, how much there is in all."""
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Seed = Annotated[int, typer.Option(help="Seed.")]
+
+
+@contextmanager
+def progress_bar() -> Iterator[Advance]:
+    """Give a function that shows a progress bar per kind of work on standard error."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=notes, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield advance
