@@ -122,7 +122,9 @@ def _take_up(partial: Path, plan: Plan, folder: Path, restart: bool) -> None:
 
 
 def _explain(error: OSError, folder: Path) -> UserError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+    # numpy reports a write that was cut short without the system's error number
+    said = str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in said or "requested and" in said:
         free = shutil.disk_usage(folder.parent).free
         return UserError(
             f"The disk of {folder.parent} is full: {free / 1e6:,.1f} MB are free without the unfinished store."
