@@ -46,6 +46,28 @@ class VAEConfig(Section):
     )
 
 
+class PatternsConfig(Section):
+    """How often training on trajectories observes which time points (DESIGN, section 4).
+
+    An observed time point is held at flow time t = 0 and does not enter the loss. The weights need not add up to 1; a
+    pattern that a trajectory is too short for, or has no control for, is left out for it.
+    """
+
+    noise: NonNegativeFloat = Field(1.0, description="Weight of observing nothing: joint generation.")
+    forecast: NonNegativeFloat = Field(1.0, description="Weight of observing the past, up to a time point drawn.")
+    interpolate: NonNegativeFloat = Field(1.0, description="Weight of observing all but one time point in between.")
+    perturb: NonNegativeFloat = Field(1.0, description="Weight of observing the control populations.")
+    independent: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="Share of trajectories whose time points have flow times of their own; others share one."
+    )
+
+    @model_validator(mode="after")
+    def _some_pattern(self) -> PatternsConfig:
+        if not self.noise + self.forecast + self.interpolate + self.perturb > 0:
+            raise ValueError("at least one of noise, forecast, interpolate and perturb must be above 0")
+        return self
+
+
 class FlowConfig(Section):
     """The rectified flow in the latent space (DESIGN, section 4)."""
 
@@ -58,6 +80,7 @@ class FlowConfig(Section):
     t_sampling: Literal["uniform", "stratified", "logit_normal"] = Field(
         "stratified", description="Distribution of the flow time t in training."
     )
+    patterns: PatternsConfig = PatternsConfig()
     prediction: Literal["velocity", "data"] = Field("velocity", description="What the network's output means.")
 
 

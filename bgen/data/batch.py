@@ -5,7 +5,8 @@ Axes: B cells of the batch, G genes of the store, NNZ stored counts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -67,12 +68,12 @@ class CellBatch:
         """int64 ``[NNZ]``: the cell that each entry belongs to."""
         return torch.repeat_interleave(torch.arange(len(self), device=self.indptr.device), self.indptr.diff())
 
-    def to(self, device: torch.device | str) -> CellBatch:
+    def to(self, device: torch.device | str) -> Self:
         """Copy to a device (no copy where it is there already)."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
         obs = {name: column.to(device, non_blocking=True) for name, column in self.obs.items()}
-        return CellBatch(**moved, n_genes=self.n_genes, step=self.step, first_slot=self.first_slot, obs=obs)
+        return replace(self, **moved, obs=obs)

@@ -1,27 +1,52 @@
 """Rectified flow in the whitened latent space of a trained VAE, with the log library size as one more dimension.
 
-Axes: B cells (each a trajectory with T = N = 1), D latent size (the flow has D + 1 dimensions), C width of the
-condition.
+Axes: B trajectories, T time points, N cells per time point (a static cell is a trajectory with T = N = 1), D latent
+size (the flow has D + 1 dimensions), C width of the condition.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from bgen.config.schema import FlowConfig, SampleConfig
 from bgen.data.batch import CellBatch
+from bgen.data.trajectory_batch import TrajectoryBatch
 from bgen.flow.guidance import guide
 from bgen.flow.loss import velocity_loss
 from bgen.flow.path import interpolate, velocity, velocity_from_data
+from bgen.flow.patterns import PATTERNS, draw_observed
 from bgen.flow.solvers import Velocity, integrate
 from bgen.flow.times import sample_times
 from bgen.models.backbone.registry import build_backbone
 from bgen.models.conditions import ConditionEmbedding, drop_conditions
 from bgen.models.vae import VAE
-from bgen.nn.random import Stream, normal
+from bgen.nn.random import Stream, normal, uniform
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where cells are generated, and what is known of them.
+
+    Attributes
+    ----------
+    mask
+        bool ``[B, T, N]``: places that hold a cell.
+    time
+        ``[B, T]``: when the time points are, in the store's unit, ascending.
+    observed
+        bool ``[B, T]``: time points that are given (see :mod:`bgen.flow.patterns`); None: none.
+    latents
+        ``[B, T, N, D + 1]``: whitened, where observed; anything elsewhere. Needed if ``observed`` is.
+    """
+
+    mask: Tensor
+    time: Tensor
+    observed: Tensor | None = None
+    latents: Tensor | None = None
 
 
 class LatentFlow(nn.Module):
@@ -62,26 +87,51 @@ class LatentFlow(nn.Module):
         return self
 
     def forward(self, batch: CellBatch) -> dict[str, Tensor]:
-        """Return the per-cell ``loss [B]``: mean squared error of the velocity per dimension.
+        """Return the ``loss`` per cell: mean squared error of the velocity per dimension.
 
-        Latents are posterior samples. Everything random comes from ``batch.keys``, also in evaluation.
+        In a :class:`TrajectoryBatch` every time point has a flow time of its own, observed ones are at t = 0 and do not
+        count, and every place of a trajectory carries the mean over its cells that count. Latents are posterior
+        samples. Everything random comes from ``batch.keys``, also in evaluation.
         """
         self.conditions.require_present(batch.obs)
-        z0 = self.vae.latents(batch)
-        z1 = normal(batch.keys, Stream.FLOW_NOISE, self.size)
+        z0, z1 = self.vae.latents(batch), normal(batch.keys, Stream.FLOW_NOISE, self.size)
+        if isinstance(batch, TrajectoryBatch):
+            return self._trajectory_loss(batch, z0.unflatten(0, batch.mask.shape), z1.unflatten(0, batch.mask.shape))
         t = sample_times(self.config.t_sampling, batch.keys, batch.slots, batch.step)
-        hidden = drop_conditions(batch.keys, self.config.condition_dropout if self.training else 0.0)
-        condition = self.conditions(batch.obs, hidden)
+        condition = self.conditions(batch.obs, self._hidden(batch.keys))
         z0, z1, t = z0[:, None, None], z1[:, None, None], t[:, None]
         predicted = self.velocity(interpolate(z0, z1, t), t, condition[:, None])
         return {"loss": velocity_loss(predicted, velocity(z0, z1))}
 
-    def velocity(self, z_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """Velocity ``[B, T, N, D + 1]`` at ``z_t`` of that shape, ``t [B, T]``, embedded ``condition [B, T, C]``."""
-        output = self.backbone(z_t, t, condition).float()
+    def _trajectory_loss(self, batch: TrajectoryBatch, z0: Tensor, z1: Tensor) -> dict[str, Tensor]:
+        B, T, N = batch.mask.shape
+        keys_BT, slots_BT = batch.keys.view(B, T, N)[..., 0], batch.slots.view(B, T, N)[..., 0] // N
+        keys_B, patterns = keys_BT[:, 0], self.config.patterns
+        t = sample_times(self.config.t_sampling, keys_BT.flatten(), slots_BT.flatten(), batch.step).view(B, T)
+        independent_B1 = uniform(keys_B, Stream.SHARED_TIME, 1) < patterns.independent
+        t = torch.where(independent_B1, t, t[:, :1])
+        weights = {name: getattr(patterns, name) for name in PATTERNS}
+        observed = draw_observed(keys_B, batch.exists, batch.control, weights)
+        t = torch.where(observed, 0.0, t)
+        condition = self.conditions(batch.population_obs(), self._hidden(keys_B).repeat_interleave(T)).view(B, T, -1)
+        predicted = self.velocity(interpolate(z0, z1, t), t, condition, batch.mask, batch.time)
+        loss_B = velocity_loss(predicted, velocity(z0, z1), batch.mask & ~observed[..., None])
+        return {"loss": loss_B.repeat_interleave(T * N)}
+
+    def _hidden(self, keys: Tensor) -> Tensor:
+        """Whose conditions are hidden, ``[B]``."""
+        return drop_conditions(keys, self.config.condition_dropout if self.training else 0.0)
+
+    def velocity(
+        self, z_t: Tensor, t: Tensor, condition: Tensor, mask: Tensor | None = None, time: Tensor | None = None
+    ) -> Tensor:
+        """Velocity ``[B, T, N, D + 1]`` at ``z_t`` of that shape.
+
+        ``t [B, T]``, embedded ``condition [B, T, C]``, and ``mask [B, T, N]`` and ``time [B, T]`` of a trajectory.
+        """
+        output = self.backbone(z_t, t, condition, mask, time).float()
         return velocity_from_data(z_t, output, t) if self.config.prediction == "data" else output
 
-    @torch.no_grad()
     def sample(
         self,
         conditions: Mapping[str, Tensor],
@@ -108,34 +158,97 @@ class LatentFlow(nn.Module):
             generated as it goes with that size. Give ``vae.decode`` the same sizes: ``vae.unwhiten`` would limit them.
         """
         assert len(keys) == n, "one key per cell"
+        columns = {name: column[:, None] for name, column in conditions.items()}
+        library = None if log_library is None else log_library[:, None, None]
+        return self._integrate(columns, keys[:, None, None], settings, library, None)[:, 0, 0]
+
+    def sample_trajectories(
+        self,
+        conditions: Mapping[str, Tensor],
+        keys: Tensor,
+        settings: SampleConfig,
+        places: Places,
+        log_library: Tensor | None = None,
+    ) -> Tensor:
+        """Generate whitened latents ``[B, T, N, D + 1]`` where nothing is observed, given what is.
+
+        Joint generation, forecast, interpolation and prediction of a perturbation are one call with other observed time
+        points. Observed latents come back as they were given; places without a cell are zero.
+
+        Parameters
+        ----------
+        conditions
+            Column to codes or numbers per population, ``[B, T]``, otherwise as in :meth:`sample`.
+        keys
+            int64 ``[B, T, N]``: the noise is a pure function of them.
+        settings
+            Solver, steps, guidance.
+        places
+            Which cells there are, when, and what is known.
+        log_library
+            ``[B, T, N]``, otherwise as in :meth:`sample`.
+        """
+        assert keys.shape == places.mask.shape, "one key per place"
+        assert (places.observed is None) == (places.latents is None), "what is observed is given, and nothing else"
+        return self._integrate(conditions, keys, settings, log_library, places)
+
+    @torch.no_grad()
+    def _integrate(
+        self,
+        conditions: Mapping[str, Tensor],
+        keys: Tensor,
+        settings: SampleConfig,
+        log_library: Tensor | None,
+        places: Places | None,
+    ) -> Tensor:
+        """Carry noise to latents ``[B, T, N, D + 1]``."""
         self.conditions.require_known(conditions)
-        z1 = normal(keys, Stream.FLOW_START, self.size)
-        shown = torch.zeros(n, dtype=torch.bool, device=keys.device)
+        z1 = normal(keys.flatten(), Stream.FLOW_START, self.size).unflatten(0, keys.shape)
+        columns = {name: column.flatten() for name, column in conditions.items()}
+        shown = torch.zeros(keys.shape[:2].numel(), dtype=torch.bool, device=keys.device)
         v = guide(
-            self._velocity_at(self.conditions(conditions, shown)),
-            self._velocity_at(self.conditions(conditions, ~shown)),
+            self._velocity_at(self.conditions(columns, shown).unflatten(0, keys.shape[:2]), places),
+            self._velocity_at(self.conditions(columns, ~shown).unflatten(0, keys.shape[:2]), places),
             settings.guidance,
             settings.guidance_interval,
         )
         if log_library is not None:
             fixed = (log_library - self.vae.latent_mean[-1]) / self.vae.latent_std[-1]
-            v = _hold_last(v, z1[:, -1] - fixed)
-        return integrate(v, z1, settings.steps, settings.solver)
+            v = _hold_last(v, z1[..., -1] - fixed)
+        if places is None:
+            return integrate(v, z1, settings.steps, settings.solver)
+        if places.observed is not None and places.latents is not None:
+            moving = places.mask & ~places.observed[..., None]
+            z1, v = torch.where(places.observed[..., None, None], places.latents, z1), _hold(v, moving)
+        return integrate(v, z1, settings.steps, settings.solver) * places.mask[..., None]
 
-    def _velocity_at(self, condition: Tensor) -> Velocity:
-        """``v(z, t)`` for static cells ``z [n, D + 1]`` with conditions ``[n, C]``."""
+    def _velocity_at(self, condition: Tensor, places: Places | None) -> Velocity:
+        """``v(z, t)`` for ``z [B, T, N, D + 1]`` with conditions ``[B, T, C]``; observed time points are at t = 0."""
+        mask, time = (None, None) if places is None else (places.mask, places.time)
+        observed = None if places is None else places.observed
 
         def v(z: Tensor, t: float) -> Tensor:
-            times = torch.full((len(z), 1), t, device=z.device)
-            return self.velocity(z[:, None, None], times, condition[:, None])[:, 0, 0]
+            times = torch.full(z.shape[:2], t, device=z.device)
+            if observed is not None:
+                times = times * ~observed
+            return self.velocity(z, times, condition, mask, time)
 
         return v
 
 
 def _hold_last(v: Velocity, slope: Tensor) -> Velocity:
-    """Replace the last coordinate's velocity by a constant ``slope [n]``; every solver integrates that exactly."""
+    """Replace the last coordinate's velocity by a constant ``slope``; every solver integrates that exactly."""
 
     def held(z: Tensor, t: float) -> Tensor:
-        return torch.cat((v(z, t)[:, :-1], slope[:, None]), dim=1)
+        return torch.cat((v(z, t)[..., :-1], slope[..., None]), dim=-1)
+
+    return held
+
+
+def _hold(v: Velocity, moving: Tensor) -> Velocity:
+    """Let only the cells ``moving [B, T, N]`` move."""
+
+    def held(z: Tensor, t: float) -> Tensor:
+        return v(z, t) * moving[..., None]
 
     return held

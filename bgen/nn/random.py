@@ -31,6 +31,8 @@ class Stream(IntEnum):
     COUNTS = 7
     ZERO_INFLATION = 8
     FLOW_START = 9
+    PATTERN = 10
+    SHARED_TIME = 11
     DROPOUT = 1 << 16  # a dropout layer adds its number
 
 
