@@ -15,6 +15,27 @@ from bgen.config.backbone import BackboneConfig
 from bgen.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
 
 
+class TrajectoriesConfig(Section):
+    """The flow is trained on trajectories of populations instead of single cells (DESIGN, sections 3 and 7)."""
+
+    along: Literal["time", "perturbation"] = Field(
+        "time",
+        description="time: populations of one system by the store's time; perturbation: a system's control population, "
+        "then one of its perturbed ones.",
+    )
+    system: list[str] = Field(
+        default_factory=list,
+        description="obs columns (roles or names) that together name a system, such as donor; none: all is one.",
+    )
+    times: Annotated[int, Field(ge=2)] = Field(8, description="Time points of a trajectory, T, at most.")
+    cells: PositiveInt = Field(32, description="Cells drawn per time point, N.")
+
+    @property
+    def size(self) -> int:
+        """Cells of one trajectory, T N."""
+        return self.times * self.cells
+
+
 class DataConfig(Section):
     """Which cells are read, and in what order (DESIGN, section 7)."""
 
@@ -24,6 +45,9 @@ class DataConfig(Section):
     lanes: PositiveInt = Field(8, description="Lanes that an epoch is dealt to; at least the most ranks planned.")
     window: PositiveInt = Field(16, description="Chunks of each lane among which rows are shuffled.")
     prefetch: PositiveInt = Field(4, description="Steps read ahead of the training loop.")
+    trajectories: TrajectoriesConfig | None = Field(
+        None, description="Stage flow: train on trajectories of populations; null: on single cells."
+    )
 
 
 class VAEConfig(Section):
@@ -156,4 +180,23 @@ class Config(Section):
     def _flow_needs_a_vae(self) -> Config:
         if self.stage == "flow" and self.flow.vae is None:
             raise ValueError("flow.vae: stage 'flow' needs the run folder or exported directory of a trained VAE")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_hold_whole_trajectories(self) -> Config:
+        trajectories = self.data.trajectories
+        if trajectories is None:
+            return self
+        if self.stage == "vae":
+            raise ValueError("data.trajectories: the VAE learns from single cells; set it for stage flow only")
+        for name, cells in (
+            ("train.global_batch", self.train.global_batch),
+            ("train.micro_batch", self.train.micro_batch),
+        ):
+            if cells is not None and cells % trajectories.size:
+                nearest = max(1, round(cells / trajectories.size)) * trajectories.size
+                raise ValueError(
+                    f"{name}: {cells} cells are no whole number of trajectories of data.trajectories.times x cells = "
+                    f"{trajectories.size}; nearest that is: {nearest}"
+                )
         return self

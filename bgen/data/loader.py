@@ -7,13 +7,10 @@ next few windows on their way, those of the lanes that will need them first.
 
 from __future__ import annotations
 
-import atexit
-import queue
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +24,10 @@ from bgen.data.codec import copy_rows
 from bgen.data.keys import hash_keys
 from bgen.data.order import Order
 from bgen.data.packed import PackedBatch
+from bgen.data.run_ahead import run_ahead
 from bgen.data.store import I64, Store
 
 Key = tuple[int, int, int]
-Batch = TypeVar("Batch")
 
 AHEAD = 2
 """Windows of a rank that are on their way."""
@@ -178,11 +175,11 @@ class TrainLoader:
 
     def steps(self, start: int = 0) -> Iterator[list[CellBatch]]:
         """Yield the micro batches of each step from ``start`` on, read ahead by a thread."""
-        return self._run_ahead(self.read, start)
+        return run_ahead(self.read, start, self.prefetch)
 
     def packed_steps(self, start: int = 0) -> Iterator[list[PackedBatch]]:
         """Yield the same batches packed, to be unpacked where they are needed."""
-        return self._run_ahead(self.read_packed, start)
+        return run_ahead(self.read_packed, start, self.prefetch)
 
     def read(self, step: int) -> list[CellBatch]:
         """Read the micro batches of one step."""
@@ -222,47 +219,6 @@ class TrainLoader:
             window = self.order.read_window(key)
             self._windows[key] = self.reader.start(window.chunks, window.cells, self._arena)
         return self._windows[key]
-
-    def _run_ahead(self, read: Callable[[int], list[Batch]], start: int) -> Iterator[list[Batch]]:
-        ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(self.prefetch)
-        stop = threading.Event()
-
-        def work() -> None:
-            step = start
-            item: list[Batch] | BaseException
-            while not stop.is_set():
-                try:
-                    item = read(step)
-                except BaseException as error:  # handed to the training loop, which raises it
-                    item = error
-                while not stop.is_set():
-                    try:
-                        ready.put(item, timeout=0.1)
-                        break
-                    except queue.Full:
-                        continue
-                if isinstance(item, BaseException):
-                    return
-                step += 1
-
-        thread = threading.Thread(target=work, name="bgen-loader", daemon=True)
-        thread.start()
-
-        def finish() -> None:
-            stop.set()
-            thread.join()
-
-        # an iterator that is still open when the interpreter ends would leave the thread in code that is gone
-        atexit.register(finish)
-        try:
-            while True:
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            atexit.unregister(finish)
-            finish()
 
 
 def valid_batches(

@@ -90,6 +90,7 @@ def exported(config: Config, stage: StoreStage, step: int) -> SavedModel:
             "store": manifest.fingerprint,
             "sources": [source.name for source in manifest.sources],
             "split": config.data.split,
+            "trajectories": config.data.trajectories and config.data.trajectories.model_dump(mode="json"),
             "cells": len(cells),
             "steps": step,
             "seed": config.seed,

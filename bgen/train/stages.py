@@ -24,6 +24,7 @@ from bgen.hub.directory import SavedModel, load_directory
 from bgen.models.latent_flow import LatentFlow
 from bgen.models.vae import VAE
 from bgen.train.engine import batch_plan
+from bgen.train.trajectories import TrajectorySource
 
 START_CELLS = 8_192
 """Training cells whose mean counts the decoder starts from."""
@@ -63,10 +64,15 @@ class StoreStage:
             "split": data.split,
             "order": [config.seed, train.global_batch, data.lanes, data.window],
         }
+        self.trajectories = None if data.trajectories is None else TrajectorySource(config, self.reader, world)
+        if self.trajectories is not None:
+            self.fingerprint |= self.trajectories.fingerprint
         self._valid: list[tuple[CellBatch, Tensor]] | None = None
 
     def train_batches(self, start_step: int) -> Iterator[Sequence[CellBatch]]:
         """See :class:`bgen.train.stage.Stage`."""
+        if self.trajectories is not None:
+            return self.trajectories.train(start_step)
         plan = batch_plan(self.config.train, self.world.size)
         loader = TrainLoader(
             self.reader,
@@ -81,7 +87,9 @@ class StoreStage:
 
     def valid_batches(self) -> Iterator[tuple[CellBatch, Tensor]]:
         """See :class:`bgen.train.stage.Stage`; the held-out cells are read once and kept."""
-        if self._valid is None:
+        if self._valid is None and self.trajectories is not None:
+            self._valid = self.trajectories.valid()
+        elif self._valid is None:
             plan = batch_plan(self.config.train, self.world.size)
             self._valid = valid_batches(
                 self.reader,

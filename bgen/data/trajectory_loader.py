@@ -1,0 +1,170 @@
+"""From a store and the order of its trajectories to batches on the grid of trajectories, time points and cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bgen.config.errors import UserError
+from bgen.config.schema import TrajectoriesConfig
+from bgen.data.batch import CellBatch
+from bgen.data.keys import hash_keys
+from bgen.data.loader import CountReader
+from bgen.data.populations import GridOfCells, Trajectories, TrajectoryOrder
+from bgen.data.run_ahead import run_ahead
+from bgen.data.store import Store
+from bgen.data.trajectory_batch import TrajectoryBatch
+
+_TRAIN, _VALID = 3, 4  # what a cell's random key is for
+
+
+def read_trajectories(store: Store, split: str, config: TrajectoriesConfig) -> Trajectories:
+    """Find the trajectories of a split.
+
+    Raises
+    ------
+    UserError
+        If the store lacks a column or role that they need, or holds none.
+    """
+    cells = store.cells_of_split(split)
+    system = [store.column(name)[1][cells] for name in config.system]
+    labels, control = None, -1
+    if config.along == "perturbation" or "perturbation" in store.manifest.roles:
+        column, values = store.column("perturbation")
+        labels = values[cells]
+        if store.manifest.control in column.categories:
+            control = column.categories.index(str(store.manifest.control))
+    if config.along == "perturbation":
+        assert labels is not None
+        if control < 0:
+            raise UserError(
+                f"data.trajectories.along=perturbation: the store {store.folder} does not say which value of its "
+                "perturbation column is the control. Build it with that."
+            )
+        found = Trajectories.along_perturbation(cells, system, labels, control)
+        lacks = "a system with both control and perturbed cells"
+    else:
+        column, time = store.column("time")
+        if column.kind != "number":
+            raise UserError(f"data.trajectories: time of the store {store.folder} is not a number.")
+        is_control = np.zeros(len(cells), bool) if labels is None else labels == control
+        found = Trajectories.over_time(cells, system, time[cells], is_control)
+        lacks = "a cell with a time"
+    if len(found) == 0:
+        raise UserError(f"data.trajectories: the split '{split}' of {store.folder} has no trajectory: not {lacks}.")
+    return found
+
+
+def read_batch(
+    reader: CountReader, grids: Sequence[GridOfCells], keys: np.ndarray, step: int, first_slot: int
+) -> TrajectoryBatch:
+    """Read the cells of trajectories; ``keys [B T N]`` are the cells' random keys."""
+    numbers = np.stack([grid.cells for grid in grids]).reshape(-1)
+    # Each cell is read once, in ascending order, which touches each chunk once.
+    distinct, place = np.unique(numbers, return_inverse=True)
+    cells = take(reader.read_cells(distinct), torch.from_numpy(place))
+    cells.keys = torch.from_numpy(keys.view(np.int64))
+    cells.step, cells.first_slot = step, first_slot
+    return TrajectoryBatch.of(
+        cells,
+        mask=torch.from_numpy(np.stack([grid.mask for grid in grids])),
+        time=torch.from_numpy(np.stack([grid.time for grid in grids])),
+        control=torch.from_numpy(np.stack([grid.control for grid in grids])),
+    )
+
+
+def take(batch: CellBatch, place: Tensor) -> CellBatch:
+    """Return the cells at places int64 ``[B]`` of a batch; a place may come more than once."""
+    size = batch.indptr.diff()[place]
+    indptr = torch.cat([size.new_zeros(1), size.cumsum(0)])
+    shift = torch.repeat_interleave(batch.indptr[place] - indptr[:-1], size)
+    entry = torch.arange(int(indptr[-1])) + shift
+    obs = {name: column[place] for name, column in batch.obs.items()}
+    return CellBatch(
+        indptr, batch.indices[entry], batch.counts[entry], batch.n_genes, batch.keys[place], batch.cells[place], obs=obs
+    )
+
+
+class TrajectoryLoader:
+    """The batches of one rank, step by step, for ever; resumed by the number of the step.
+
+    Parameters
+    ----------
+    reader
+        What reads the cells.
+    order
+        Which trajectories belong to which step.
+    seed
+        Seed of the cells' random keys.
+    rank, world
+        This rank and how many there are; they divide the trajectories of a global batch.
+    micro_batch
+        Trajectories per forward pass.
+    prefetch
+        Steps that are read ahead.
+    """
+
+    def __init__(
+        self,
+        reader: CountReader,
+        order: TrajectoryOrder,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        micro_batch: int,
+        prefetch: int = 4,
+    ) -> None:
+        share = order.batch // world
+        assert order.batch == share * world, "checked with the configuration"
+        assert share % micro_batch == 0, "checked with the configuration"
+        self.reader, self.order, self.seed, self.prefetch = reader, order, seed, prefetch
+        self._slices = [(a, a + micro_batch) for a in range(rank * share, (rank + 1) * share, micro_batch)]
+
+    def steps(self, start: int = 0) -> Iterator[list[TrajectoryBatch]]:
+        """Yield the micro batches of each step from ``start`` on, read ahead by a thread."""
+        return run_ahead(self.read, start, self.prefetch)
+
+    def read(self, step: int) -> list[TrajectoryBatch]:
+        """Read the micro batches of one step."""
+        size = self.order.times * self.order.cells
+        batches = []
+        for low, high in self._slices:
+            keys = hash_keys(self.seed, _TRAIN, step, np.arange(low * size, high * size))
+            batches.append(read_batch(self.reader, self.order.read(step, low, high), keys, step, low * size))
+        return batches
+
+
+def valid_trajectories(
+    reader: CountReader, order: TrajectoryOrder, *, seed: int, cells: int, micro_batch: int, rank: int, world: int
+) -> list[tuple[CellBatch, Tensor]]:
+    """Read this rank's share of the held-out trajectories: each once, and again with other cells up to ``cells``.
+
+    Parameters
+    ----------
+    order
+        Of the held-out split; its batch is not used.
+    cells
+        Most places of cells, B T N, over all ranks; one trajectory at least.
+    micro_batch
+        Trajectories per forward pass, at most.
+
+    Returns
+    -------
+    list
+        As many (batch, weight ``[B T N]``) on each rank, each of the same size; the weight of padding is 0.
+    """
+    size = order.times * order.cells
+    n = max(1, cells // size)
+    per_step = min(micro_batch, -(-n // world)) * world
+    batches: list[tuple[CellBatch, Tensor]] = []
+    for start in range(0, n, per_step):
+        at = start + np.arange(rank * per_step // world, (rank + 1) * per_step // world)
+        grids = [order.at(int(position)) for position in np.minimum(at, n - 1)]
+        slots = (at[:, None] * size + np.arange(size)).reshape(-1)
+        batch = read_batch(reader, grids, hash_keys(seed, _VALID, slots), 0, int(at[0]) * size)
+        batches.append((batch, torch.from_numpy(np.repeat(at < n, size).astype(np.float32))))
+    return batches

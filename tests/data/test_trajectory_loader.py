@@ -1,0 +1,88 @@
+"""Batches of trajectories: the right cells on the right places, for any number of ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bgen.config.errors import UserError
+from bgen.config.schema import TrajectoriesConfig
+from bgen.data.loader import CountReader
+from bgen.data.populations import TrajectoryOrder
+from bgen.data.store import Store
+from bgen.data.trajectory_batch import TrajectoryBatch
+from bgen.data.trajectory_loader import TrajectoryLoader, read_trajectories, valid_trajectories
+
+SHAPE = TrajectoriesConfig(system=["cell_type"], times=4, cells=30)
+
+
+def order(store: Store, batch: int = 4, split: str = "train") -> TrajectoryOrder:
+    return TrajectoryOrder(read_trajectories(store, split, SHAPE), batch, SHAPE.times, SHAPE.cells, 0, "name")
+
+
+def test_cells_stand_where_the_order_puts_them(store: Store) -> None:
+    reader = CountReader(store, ["cell_type", "hours"])
+    (batch,) = TrajectoryLoader(reader, order(store), seed=0, micro_batch=4).read(3)
+    grids = order(store).read(3)
+    assert isinstance(batch, TrajectoryBatch)
+    assert len(batch) == 4 * SHAPE.size
+    assert batch.cells.tolist() == [cell for grid in grids for cell in grid.cells.reshape(-1).tolist()]
+    assert batch.mask.shape == (4, 4, 30)
+    assert not batch.mask[:, 3].any()  # the store has three times
+    alone = reader.read_cells(np.sort(batch.cells[:50].numpy()))
+    ranked = batch.cells[:50].argsort(stable=True)
+    assert torch.equal(batch.library[:50][ranked], alone.library)
+    for i in (0, 17, 133):
+        one = reader.read_cells(batch.cells[i : i + 1].numpy())
+        part = slice(int(batch.indptr[i]), int(batch.indptr[i + 1]))
+        assert torch.equal(batch.indices[part], one.indices)
+        assert torch.equal(batch.counts[part], one.counts)
+        assert batch.obs["hours"][i] == one.obs["hours"][0]
+    time = batch.time[..., None].expand(batch.mask.shape)
+    assert torch.equal(batch.obs["hours"].view(batch.mask.shape)[batch.mask], time[batch.mask])
+    assert (batch.population_obs()["celltype"].view(4, 4)[:, :3] >= 0).all()
+    assert len(set(batch.keys.tolist())) == len(batch)
+
+
+def test_ranks_and_micro_batches_are_slices_of_the_same_batch(store: Store) -> None:
+    reader = CountReader(store)
+    (whole,) = next(TrajectoryLoader(reader, order(store), seed=0, micro_batch=4).steps(2))
+    parts = [
+        batch
+        for rank in range(2)
+        for batch in TrajectoryLoader(reader, order(store), seed=0, rank=rank, world=2, micro_batch=1).read(2)
+    ]
+    for name in ("cells", "keys", "counts", "mask", "time", "control", "slots"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
+
+
+def test_held_out_trajectories_are_the_same_for_any_ranks(store: Store) -> None:
+    def losses(world: int) -> dict[int, float]:
+        found = {}
+        for rank in range(world):
+            batches = valid_trajectories(
+                CountReader(store),
+                order(store),
+                seed=0,
+                cells=5 * SHAPE.size + 7,
+                micro_batch=2,
+                rank=rank,
+                world=world,
+            )
+            assert len({len(batch) for batch, _ in batches}) == 1
+            for batch, weight in batches:
+                for key, value in zip(batch.keys[weight > 0].tolist(), batch.library[weight > 0].tolist(), strict=True):
+                    assert key not in found
+                    found[key] = value
+        return found
+
+    assert len(losses(1)) == 5 * SHAPE.size
+    assert losses(1) == losses(2) == losses(3)
+
+
+def test_what_a_store_lacks_is_said(store: Store) -> None:
+    with pytest.raises(UserError, match="no column or role 'donor'"):
+        read_trajectories(store, "train", SHAPE.model_copy(update={"system": ["donor"]}))
+    with pytest.raises(UserError, match="no column or role 'perturbation'"):
+        read_trajectories(store, "train", SHAPE.model_copy(update={"along": "perturbation"}))
