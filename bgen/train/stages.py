@@ -64,8 +64,10 @@ class StoreStage:
             "split": data.split,
             "order": [config.seed, train.global_batch, data.lanes, data.window],
         }
-        self.trajectories = None if data.trajectories is None else TrajectorySource(config, self.reader, world)
-        if self.trajectories is not None:
+        self.trajectories: TrajectorySource | None = None
+        if data.trajectories is not None:
+            micro_batch = batch_plan(train, world.size).micro
+            self.trajectories = TrajectorySource(config, self.reader, world, micro_batch)
             self.fingerprint |= self.trajectories.fingerprint
         self._valid: list[tuple[CellBatch, Tensor]] | None = None
 

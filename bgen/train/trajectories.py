@@ -14,7 +14,6 @@ from bgen.data.loader import CountReader
 from bgen.data.populations import TrajectoryOrder
 from bgen.data.trajectory_loader import TrajectoryLoader, read_trajectories, valid_trajectories
 from bgen.distributed.world import World
-from bgen.train.engine import batch_plan
 
 
 class TrajectorySource:
@@ -28,6 +27,8 @@ class TrajectorySource:
         What reads the cells.
     world
         This rank's place.
+    micro_batch
+        Cells per forward pass.
 
     Raises
     ------
@@ -35,18 +36,17 @@ class TrajectorySource:
         If the store has no such trajectories, or ranks and micro batches do not hold whole ones.
     """
 
-    def __init__(self, config: Config, reader: CountReader, world: World) -> None:
+    def __init__(self, config: Config, reader: CountReader, world: World, micro_batch: int) -> None:
         assert config.data.trajectories is not None
         self.config, self.shape, self.reader, self.world = config, config.data.trajectories, reader, world
-        cells = batch_plan(config.train, world.size).micro
-        if cells % self.shape.size:
+        if micro_batch % self.shape.size:
             unit = self.shape.size * world.size
             raise UserError(
                 f"train.global_batch={config.train.global_batch}: each of {world.size} ranks needs whole trajectories "
                 f"of data.trajectories.times x cells = {self.shape.size} cells. Nearest that works: "
                 f"{max(1, round(config.train.global_batch / unit)) * unit}."
             )
-        self.micro = cells // self.shape.size
+        self.micro = micro_batch // self.shape.size
         self.order = self._order(config.data.split)
 
     @property
