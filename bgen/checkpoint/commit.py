@@ -1,8 +1,9 @@
-"""Writing a checkpoint so that, whenever the job is killed, the last committed one is whole.
+"""Writing a checkpoint so that, whenever the job is killed, the last committed one is whole; beside the training.
 
-Every rank writes into ``step_N.tmp`` and syncs and hashes its own files; rank 0 gathers the hashes into the manifest,
-renames the folder and writes the marker last. DeepSpeed alone does not do this: killed while one rank writes, it has
-already declared the unfinished checkpoint the latest.
+Every rank copies its tensors, goes on training, and writes and hashes the copy in a thread, into ``step_N.tmp``. When
+all have told each other that they are done, rank 0 writes the manifest, renames the folder and writes the marker last.
+A rank's thread never waits for another rank: the trainer brings the ranks' states together where it adds up losses
+anyway, so all pass from one phase to the next at the same step.
 """
 
 from __future__ import annotations
@@ -10,13 +11,20 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import threading
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bgen.checkpoint import files
+import torch
+from torch import Tensor
+
+from bgen.checkpoint import files, shards
 from bgen.distributed import world as ranks
+
+# What a checkpoint needs beside its tensors: headers, state, manifest, block sizes of the file system.
+OVERHEAD = 1 << 18
 
 
 class SaveError(RuntimeError):
@@ -26,79 +34,136 @@ class SaveError(RuntimeError):
 class Checkpoints:
     """The checkpoints of one run, in ``root`` on a file system that all ranks share.
 
+    :meth:`begin` starts one; :meth:`advance`, called with the sums over ranks of :meth:`status`, brings it forward;
+    :meth:`finish` waits for it. All ranks call each of them together.
+
     Parameters
     ----------
     root
         The run's ``checkpoints`` folder.
     keep
-        Good checkpoints kept, at least 2.
+        Newest good checkpoints kept, at least 2.
+    keep_every
+        Those at multiples of so many steps are kept besides; 0 none.
     """
 
-    def __init__(self, root: Path, keep: int) -> None:
+    def __init__(self, root: Path, keep: int, keep_every: int = 0) -> None:
         assert keep >= 2
-        self.root = root
-        self.keep = keep
+        self.root, self.keep, self.keep_every = root, keep, keep_every
         # Checkpoints whose files this process wrote or verified; others are verified before an older one is deleted.
         self._good: set[str] = set()
+        self._thread: threading.Thread | None = None
+        self._committing = False
+        self._failure: str | None = None
+        self._target = root
+        self._step = 0
+        self._facts: dict[str, Any] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
 
-    def save(self, step: int, write: Callable[[Path], list[Path]], facts: dict[str, Any]) -> Path:
-        """Write and commit the checkpoint after ``step`` steps; all ranks call it together.
+    @property
+    def pending(self) -> bool:
+        """Whether one was begun and is neither committed nor given up."""
+        return self._thread is not None
+
+    def begin(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        shapes: dict[str, tuple[int, ...]],
+        state: str,
+        facts: dict[str, Any],
+    ) -> None:
+        """Start to write the checkpoint after ``step`` steps; none may be pending.
 
         Parameters
         ----------
         step
             Optimiser steps done.
-        write
-            Called on every rank with the temporary folder; returns the files that this rank wrote.
+        tensors, shapes
+            As :func:`bgen.checkpoint.shards.write` takes them, this rank's share. Nobody may change them any more.
+        state
+            Text of ``state.json``; rank 0's counts.
         facts
             JSON values for the manifest, such as the number of ranks and the ZeRO stage.
 
         Raises
         ------
         SaveError
+            On every rank, if the disk has no room or the folder cannot be made.
+        """
+        assert not self.pending
+        here = ranks.current()
+        self._step, self._facts, self._entries, self._failure = step, facts, {}, None
+        self._target = self.root / files.folder_name(step)
+        self._prepare(sum(t.numel() * t.element_size() for t in tensors.values()) + OVERHEAD)
+        temporary = self._temporary
+
+        def write() -> None:
+            name = shards.file_name(here.rank)
+            self._entries[name] = shards.write(temporary / name, tensors, shapes)
+            if here.is_main:
+                path = temporary / files.STATE
+                files.write_synced(path, state)
+                self._entries[files.STATE] = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+
+        self._start(write)
+
+    def status(self) -> tuple[int, int]:
+        """Whether this rank has done its part of the phase, and whether it failed: 0 or 1 each."""
+        if self._thread is None or self._thread.is_alive() or (self._committing and not ranks.current().is_main):
+            return 0, 0
+        return int(self._failure is None), int(self._failure is not None)
+
+    def advance(self, done: int, failed: int) -> Path | None:
+        """Go to the next phase if all ranks are ready for it; returns the checkpoint when it is committed.
+
+        Parameters
+        ----------
+        done, failed
+            Sums over the ranks of :meth:`status`.
+
+        Raises
+        ------
+        SaveError
             On every rank, if one of them could not write.
         """
-        target = self.root / files.folder_name(step)
-        temporary = target.with_name(target.name + ".tmp")
-        main = ranks.current().is_main
-        self._together(lambda: self._prepare(temporary) if main else None, temporary)
+        if not self.pending or (failed == 0 and done < (1 if self._committing else ranks.current().size)):
+            return None
+        if failed or self._committing:
+            return self.finish()
+        self._commit()
+        return None
 
-        entries: dict[str, dict[str, Any]] = {}
+    def finish(self) -> Path | None:
+        """Wait until a pending checkpoint is committed, and return it; None if none is pending.
 
-        def write_and_hash() -> None:
-            for path in write(temporary):
-                files.sync(path)
-                entries[path.relative_to(temporary).as_posix()] = {
-                    "bytes": path.stat().st_size,
-                    "sha256": files.sha256(path),
-                }
+        Raises
+        ------
+        SaveError
+            On every rank, if one of them could not write.
+        """
+        if not self.pending:
+            return None
+        if not self._committing:
+            self._join()
+            self._commit()
+        self._join()
+        self._good.add(self._target.name)
+        self._thread, self._committing = None, False
+        return self._target
 
-        self._together(write_and_hash, temporary)
-        parts = ranks.gather(entries)
-
-        def commit() -> None:
-            manifest = {
-                "format": files.FORMAT,
-                "step": step,
-                **facts,
-                "versions": {name: version(name) for name in ("torch", "deepspeed")}
-                | {"python": platform.python_version()},
-                "files": {name: entry for part in parts for name, entry in sorted(part.items())},
-            }
-            files.write_synced(temporary / files.MANIFEST, json.dumps(manifest, indent=1))
-            for folder in {path.parent for path in temporary.rglob("*")}:
-                files.sync(folder)
-            if target.exists():
-                files.remove(target)
-            temporary.replace(target)
-            files.sync(self.root)
-            files.write_synced(target / files.MARKER, files.sha256(target / files.MANIFEST))
-            files.sync(target)
-
-        self._together(lambda: commit() if main else None, temporary)
-        self._good.add(target.name)
-        if main:
-            self._retire()
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        shapes: dict[str, tuple[int, ...]],
+        state: str,
+        facts: dict[str, Any],
+    ) -> Path:
+        """Write a checkpoint and wait for it; see :meth:`begin`."""
+        self.begin(step, tensors, shapes, state, facts)
+        target = self.finish()
+        assert target is not None
         return target
 
     def newest(self) -> tuple[Path | None, list[str]]:
@@ -115,33 +180,92 @@ class Checkpoints:
             messages.append(f"checkpoint {name} is damaged ({found[0]})")
         return None, messages
 
-    def _prepare(self, temporary: Path) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        for stale in self.root.glob("step_*.tmp"):
-            shutil.rmtree(stale)
-        temporary.mkdir()
+    @property
+    def _temporary(self) -> Path:
+        return self._target.with_name(self._target.name + ".tmp")
 
-    def _together(self, action: Callable[[], None], temporary: Path) -> None:
-        """Run ``action`` on this rank; if it fails on any, clean up and raise on all."""
-        failure = None
-        try:
-            action()
-        except (OSError, RuntimeError) as error:
-            failure = str(error).splitlines()[0] if str(error) else type(error).__name__
-        failures = {rank: text for rank, text in enumerate(ranks.gather(failure)) if text is not None}
+    def _prepare(self, size: int) -> None:
+        """Make the temporary folder if there is room for ``size`` bytes of this rank and the other ranks'."""
+        need = int(ranks.all_sum(torch.tensor([size], dtype=torch.float64)))
+        problem = None
+        if ranks.current().is_main:
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                for stale in self.root.glob("step_*.tmp"):
+                    shutil.rmtree(stale)
+                have = shutil.disk_usage(self.root).free
+                if need > have:
+                    problem = f"no space: need {_readable(need)}, have {_readable(have)} in {self.root}"
+                else:
+                    self._temporary.mkdir()
+            except OSError as error:
+                problem = f"cannot make {self._temporary}: {error.strerror}"
+        problem = ranks.from_main(problem)
+        if problem is not None:
+            raise SaveError(problem)
+
+    def _start(self, action: Callable[[], None]) -> None:
+        def work() -> None:
+            try:
+                action()
+            except Exception as error:  # told to the other ranks, and raised where all are together
+                self._failure = str(error).splitlines()[0] if str(error) else type(error).__name__
+
+        self._thread = threading.Thread(target=work, name="bgen-checkpoint", daemon=True)
+        self._thread.start()
+
+    def _join(self) -> None:
+        """Wait for the phase to end on all ranks; if it failed on one, clean up and raise on all."""
+        assert self._thread is not None
+        self._thread.join()
+        failures = {rank: text for rank, text in enumerate(ranks.gather(self._failure)) if text is not None}
         if failures:
             if ranks.current().is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            self._thread, self._committing = None, False
             rank, text = next(iter(failures.items()))
             free = shutil.disk_usage(self.root).free if self.root.exists() else 0
-            raise SaveError(f"rank {rank} could not write {temporary}: {text} ({free / 1e9:.2f} GB free there)")
+            raise SaveError(f"rank {rank} could not write {self._temporary}: {text} ({_readable(free)} free there)")
+
+    def _commit(self) -> None:
+        """All files are written: let rank 0 make a checkpoint of them, in its thread."""
+        parts = ranks.gather(self._entries)
+        main, target, temporary, facts = ranks.current().is_main, self._target, self._temporary, self._facts
+
+        def commit() -> None:
+            manifest = {
+                "format": files.FORMAT,
+                "step": self._step,
+                **facts,
+                "versions": {name: version(name) for name in ("torch", "deepspeed")}
+                | {"python": platform.python_version()},
+                "files": {name: entry for part in parts for name, entry in sorted(part.items())},
+            }
+            files.write_synced(temporary / files.MANIFEST, json.dumps(manifest, indent=1))
+            files.sync(temporary)
+            if target.exists():
+                files.remove(target)
+            temporary.replace(target)
+            files.sync(self.root)
+            files.write_synced(target / files.MARKER, files.sha256(target / files.MANIFEST))
+            files.sync(target)
+            self._good.add(target.name)
+            self._retire()
+
+        self._committing = True
+        self._start(commit if main else lambda: None)
 
     def _retire(self) -> None:
-        """Delete what is older than the newest ``keep`` good checkpoints."""
+        """Delete what is older than the newest ``keep`` good checkpoints, except every ``keep_every``-th step's."""
         good = 0
         for folder in files.committed(self.root):
             if good >= self.keep:
-                files.remove(folder)
+                if not (self.keep_every and files.step_of(folder) % self.keep_every == 0):
+                    files.remove(folder)
             elif folder.name in self._good or files.damage(folder) is None:
                 self._good.add(folder.name)
                 good += 1
+
+
+def _readable(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -3,9 +3,8 @@
 ::
 
     checkpoints/step_00000500/
-        engine/                 weights and optimiser, as DeepSpeed wrote them, a file or two per rank
-        model.safetensors       the weights to export if training ended here (the moving average, where there is one)
-        best.safetensors        the best weights by the held-out loss, with early stopping
+        shard_00000.safetensors weights, optimiser, moving average, best weights: rank 0's share, and what is not split
+        shard_00001.safetensors rank 1's share
         state.json              step, early stopping, configuration, fingerprint of the data
         manifest.json           size and SHA-256 of each file above, number of ranks, versions
         COMMITTED               SHA-256 of manifest.json; written last: without it the folder is not a checkpoint
@@ -21,12 +20,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 MARKER = "COMMITTED"
 STATE = "state.json"
-MODEL = "model.safetensors"
-BEST = "best.safetensors"
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -77,7 +74,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If it is missing, damaged, or of a later format.
+        If it is missing, damaged, or of another format.
     """
     try:
         marker = (folder / MARKER).read_text(encoding="utf-8").strip()
@@ -86,8 +83,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{MANIFEST}: {error.strerror}") from error
-    if manifest["format"] > FORMAT:
-        raise ValueError(f"format {manifest['format']} is newer than this bgen reads ({FORMAT})")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"it has format {manifest['format']}, this bgen reads {FORMAT}")
     return manifest
 
 

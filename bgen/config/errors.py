@@ -9,9 +9,11 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """A mistake that the user can mend.
 
-    The command line prints the message alone, without a traceback, and exits with code 2. So the message says what is
-    wrong, where, and what to do.
+    The command line prints the message alone, without a traceback, and exits with ``exit_code``. So the message says
+    what is wrong, where, and what to do.
     """
+
+    exit_code = 2
 
 
 def nearest(name: str, choices: Iterable[object]) -> str:

@@ -14,7 +14,7 @@ PATIENCE = 3.0
 
 
 def report_user_error(error: UserError) -> int:
-    """Print ``error: ...`` once for all ranks and return the exit code, 2.
+    """Print ``error: ...`` once for all ranks and return the exit code (2, or the error's own).
 
     Works before the ranks have met. Rank 0 prints and returns. Another rank waits; a launcher has ended it by then if
     rank 0 found the mistake too; if not, the mistake is this rank's alone (a missing file on its host) and it speaks.
@@ -23,7 +23,7 @@ def report_user_error(error: UserError) -> int:
     if rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
-        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(2))
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(error.exit_code))
         time.sleep(PATIENCE)
         print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-    return 2
+    return error.exit_code

@@ -60,7 +60,7 @@ class Encoder(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.hidden))
         self.covariates = Covariates(covariates, config.hidden)
         self.blocks = nn.ModuleList(
-            ResidualBlock(config.hidden, config.dropout, number) for number in range(config.blocks)
+            ResidualBlock(config.hidden, config.dropout, number, config.recompute) for number in range(config.blocks)
         )
         self.norm = nn.LayerNorm(config.hidden)
         self.head = nn.Linear(config.hidden, 2 * config.latent)
@@ -86,7 +86,8 @@ class Decoder(nn.Module):
         self.stem = nn.Linear(config.latent, config.hidden)
         self.covariates = Covariates(covariates, config.hidden)
         self.blocks = nn.ModuleList(
-            ResidualBlock(config.hidden, config.dropout, config.blocks + number) for number in range(config.blocks)
+            ResidualBlock(config.hidden, config.dropout, config.blocks + number, config.recompute)
+            for number in range(config.blocks)
         )
         self.norm = nn.LayerNorm(config.hidden)
         self.logits = nn.Linear(config.hidden, n_genes)

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bgen.config.errors import UserError
 from bgen.track.record import Row
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ PARAMS = 100
 # Seconds given to what is left at the end: a fresh sqlite file is migrated first, a server has answered or has not.
 CLOSE_SQLITE = 60.0
 CLOSE_SERVER = 8.0
+# MLflow shows what begins with "system/" on a page of its own.
+PREFIX = {"hosts": "system"}
 # Longest pause between attempts when the server is down, in seconds.
 PAUSE = 60.0
 
@@ -51,20 +54,31 @@ class MlflowMirror:
         Identifier of the training run, the same across restarts; the MLflow run carries it as a tag.
     params
         The resolved configuration, flattened; logged when the run is created (MLflow does not allow changes).
-    artifact
-        File logged at every start, as ``attempt_N/<name>``.
+    artifacts
+        Files logged at every start, as ``attempt_N/<name>``.
+    dataset
+        Name, digest and place of the training data: the run's input. None: not said.
     """
 
     def __init__(
-        self, record: Path, uri: str, experiment: str, run_name: str, run: str, params: dict[str, str], artifact: Path
+        self,
+        record: Path,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        run: str,
+        params: dict[str, str],
+        artifacts: list[Path],
+        dataset: tuple[str, str, str] | None = None,
     ) -> None:
-        self.uri = uri
+        self.uri, self.experiment, self.run = uri, experiment, run
         self.failures = 0
         self.last_error = ""
         self.run_id = ""
-        self._record, self._experiment, self._run_name, self._run = record, experiment, run_name, run
-        self._params, self._artifact = params, artifact
+        self._record, self._run_name = record, run_name
+        self._params, self._artifacts, self._dataset = params, artifacts, dataset
         self._client: MlflowClient | None = None
+        self._sent = 0
         self._offset = 0
         self._sent_before: dict[str, int] = {}
         self._resumed = False
@@ -76,10 +90,26 @@ class MlflowMirror:
 
     def start(self) -> None:
         """Begin to mirror; returns at once."""
-        # Read by MLflow at every request. Its defaults retry for minutes.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+        _do_not_wait_for_servers()
         self._thread.start()
+
+    def send_all(self, status: str | None) -> int:
+        """Send now what the run does not have yet, and set its ``status``; returns how many values were new.
+
+        Raises
+        ------
+        UserError
+            If MLflow does not answer.
+        """
+        _do_not_wait_for_servers()
+        try:
+            self._connect(new_attempt=False)
+            self._send()
+            if status is not None and self._client is not None:
+                self._client.set_terminated(self.run_id, status)
+        except Exception as error:  # whatever MLflow raises
+            raise UserError(f"MLflow at {self.uri} does not answer: {str(error).splitlines()[0][:300]}") from error
+        return self._sent
 
     def wake(self) -> None:
         """Say that the record has grown; returns at once."""
@@ -127,38 +157,56 @@ class MlflowMirror:
             else:
                 self._closing.wait(wait)
 
-    def _connect(self) -> None:
-        if self._client is not None:
-            return
+    def client(self) -> MlflowClient:
+        """A client of the tracking server."""
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
         from mlflow import MlflowClient
 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        client = MlflowClient(tracking_uri=self.uri)
-        experiment = client.get_experiment_by_name(self._experiment)
+        return MlflowClient(tracking_uri=self.uri)
+
+    def _connect(self, new_attempt: bool = True) -> None:
+        if self._client is not None:
+            return
+        client = self.client()
+        experiment = client.get_experiment_by_name(self.experiment)
         if experiment is None:
             place = None
             if self.uri.startswith("sqlite:///"):
                 # MLflow would put artifacts into ./mlruns of whatever the current folder is.
                 place = (Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
-            experiment_id = client.create_experiment(self._experiment, artifact_location=place)
+            experiment_id = client.create_experiment(self.experiment, artifact_location=place)
         else:
             experiment_id = experiment.experiment_id
-        found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{self._run}'", max_results=1)
+        found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{self.run}'", max_results=1)
+        attempt = 0
         if found:
             self.run_id = found[0].info.run_id
-            client.update_run(self.run_id, status="RUNNING")
-            attempt = int(found[0].data.tags.get("bgen.attempts", "1")) + 1
+            attempt = int(found[0].data.tags.get("bgen.attempts", "0"))
             self._resumed = True
         else:
-            created = client.create_run(experiment_id, run_name=self._run_name, tags={RUN_TAG: self._run})
+            created = client.create_run(experiment_id, run_name=self._run_name, tags={RUN_TAG: self.run})
             self.run_id = created.info.run_id
             self._log_params(client)
-            attempt = 1
-        client.set_tag(self.run_id, "bgen.attempts", str(attempt))
-        client.log_artifact(self.run_id, str(self._artifact), f"attempt_{attempt}")
+        if new_attempt or attempt == 0:
+            attempt += 1
+            client.update_run(self.run_id, status="RUNNING")
+            client.set_tag(self.run_id, "bgen.attempts", str(attempt))
+            for path in self._artifacts:
+                if path.exists():
+                    client.log_artifact(self.run_id, str(path), f"attempt_{attempt}")
+            self._log_dataset(client)
         self._client = client
+
+    def _log_dataset(self, client: MlflowClient) -> None:
+        from mlflow.entities import Dataset, DatasetInput
+
+        if self._dataset is not None:
+            name, digest, source = self._dataset
+            # MLflow's digests have at most 36 characters.
+            dataset = Dataset(name, digest[:36], "local", json.dumps({"uri": source}))
+            client.log_inputs(self.run_id, datasets=[DatasetInput(dataset)])
 
     def _log_params(self, client: MlflowClient) -> None:
         from mlflow.entities import Param
@@ -184,9 +232,11 @@ class MlflowMirror:
             offset += len(line)
             if len(metrics) > BATCH - 50:
                 self._client.log_batch(self.run_id, metrics=metrics)
+                self._sent += len(metrics)
                 self._offset, metrics = offset, []
         if metrics:
             self._client.log_batch(self.run_id, metrics=metrics)
+            self._sent += len(metrics)
         self._offset = offset
 
     def _metrics(self, row: Row) -> list[tuple[str, float, int, int]]:
@@ -197,7 +247,7 @@ class MlflowMirror:
         for name, value in row.items():
             if name in ("kind", "step", "time") or not isinstance(value, int | float):
                 continue
-            key = f"{row['kind']}/{name}"
+            key = f"{PREFIX.get(row['kind'], row['kind'])}/{name}"
             if row["step"] > self._last_step(key):
                 found.append((key, float(value), moment, int(row["step"])))
         return found
@@ -211,6 +261,12 @@ class MlflowMirror:
                 steps += [metric.step for metric in self._client.get_metric_history(self.run_id, key)]
             self._sent_before[key] = max(steps)
         return self._sent_before[key]
+
+
+def _do_not_wait_for_servers() -> None:
+    """Read by MLflow at every request. Its defaults retry for minutes."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:

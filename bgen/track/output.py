@@ -5,18 +5,24 @@ Only rank 0 writes; on the other ranks every call does nothing.
 
 from __future__ import annotations
 
+import json
 import math
 import uuid
+from pathlib import Path
 from typing import Any
 
 from bgen.config.load import to_yaml
 from bgen.config.schema import Config
+from bgen.distributed.world import World
 from bgen.track import record as records
+from bgen.track.environment import environment
 from bgen.track.mlflow import MlflowMirror, flatten, tracking_uri
 from bgen.track.progress import ProgressLine
 
 RECORD = "record.jsonl"
 CONFIG = "config.yaml"
+DEEPSPEED = "deepspeed.json"
+ENVIRONMENT = "environment.json"
 
 
 def run_identifier(config: Config) -> str:
@@ -38,33 +44,38 @@ class RunOutput:
         The run's identifier.
     step
         Step that the run goes on from; rows of the record after it are dropped. None for a run that starts.
-    main
-        Whether this is rank 0.
+    world
+        This rank's place.
+    deepspeed
+        DeepSpeed's JSON.
+    data
+        The stage's fingerprint of the data.
     """
 
-    def __init__(self, config: Config, run: str, step: int | None, main: bool) -> None:
-        self.main = main
+    def __init__(
+        self,
+        config: Config,
+        run: str,
+        step: int | None,
+        world: World,
+        deepspeed: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
+    ) -> None:
         self._record: records.Record | None = None
         self._mirror: MlflowMirror | None = None
         self._progress: ProgressLine | None = None
-        if not main:
+        if not world.is_main:
             return
         config.out.mkdir(parents=True, exist_ok=True)
         path = config.out / RECORD
         (config.out / CONFIG).write_text(to_yaml(config), encoding="utf-8")
+        _write_json(config.out / DEEPSPEED, deepspeed or {})
+        _write_json(config.out / ENVIRONMENT, environment())
         records.truncate(path, -1 if step is None else step)
         self._record = records.Record(path)
         self._progress = ProgressLine(config.stage, step or 0, config.train.steps, config.track.progress)
         if config.track.mlflow:
-            self._mirror = MlflowMirror(
-                path,
-                tracking_uri(config.track.uri, config.out),
-                config.track.experiment,
-                config.track.run_name or config.out.resolve().name,
-                run,
-                flatten(config.model_dump(mode="json")),
-                config.out / CONFIG,
-            )
+            self._mirror = make_mirror(config, run, tracking_uri(config.track.uri, config.out), data)
             self._mirror.start()
 
     def row(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -106,3 +117,26 @@ class RunOutput:
             self._record.close()
         if self._mirror is not None and (complaint := self._mirror.close(status)):
             self.say(f"warning: {complaint}")
+
+
+def make_mirror(config: Config, run: str, uri: str, data: dict[str, Any] | None) -> MlflowMirror:
+    """The mirror of the run in ``config.out``, not started; ``data`` is the stage's fingerprint of the data."""
+    params = flatten(config.model_dump(mode="json"))
+    dataset = None
+    if data is not None:
+        params |= flatten(data, "fingerprint.")
+        dataset = (config.data.store.name, str(data.get("store", "")), str(config.data.store))
+    return MlflowMirror(
+        config.out / RECORD,
+        uri,
+        config.track.experiment,
+        config.track.run_name or config.out.resolve().name,
+        run,
+        params,
+        [config.out / name for name in (CONFIG, DEEPSPEED, ENVIRONMENT)],
+        dataset,
+    )
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=1), encoding="utf-8")

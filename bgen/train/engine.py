@@ -1,110 +1,34 @@
-"""DeepSpeed behind five verbs: forward, backward, step, save, load. The only file that imports deepspeed.
+"""DeepSpeed behind a few verbs: forward, backward, step, and the weights in and out. The only file that imports it.
 
 deepspeed takes seconds to import, so it is imported when an engine is made.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
-import subprocess
-import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from bgen.config.errors import UserError
+from bgen.checkpoint.shards import FIXED, Shards
 from bgen.config.schema import TrainConfig
 from bgen.data.batch import CellBatch
 from bgen.distributed.world import World
+from bgen.train.deepspeed_json import deepspeed_config
 from bgen.train.groups import parameter_groups
+from bgen.train.partition import Partition
 
-# DeepSpeed names the folder inside a checkpoint after a tag; ours is always this one.
-TAG = "engine"
-# Elements per communication bucket: DeepSpeed's default of 5e8 reserves 2 GB whatever the model's size.
-BUCKET = 50_000_000
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """How a global batch is computed: ``micro`` cells at a time on each rank, ``accumulation`` times."""
-
-    micro: int
-    accumulation: int
-
-
-def batch_plan(config: TrainConfig, world_size: int) -> BatchPlan:
-    """Split the global batch over ranks and micro batches.
-
-    Raises
-    ------
-    UserError
-        If it does not come out even; the message names the nearest values that do.
-    """
-    total, micro = config.global_batch, config.micro_batch
-    ranks = f"{world_size} rank{'s' * (world_size > 1)}"
-    unit = world_size * (micro or 1)
-    if total % unit == 0:
-        share = total // world_size
-        return BatchPlan(micro or share, share // (micro or share))
-    legal = [value for value in (total // unit * unit, (total // unit + 1) * unit) if value > 0]
-    advice = f"train.global_batch={' or '.join(map(str, legal))}"
-    if micro is None:
-        raise UserError(f"train.global_batch={total} does not divide among {ranks}. Nearest that does: {advice}.")
-    if total % world_size == 0:
-        share = total // world_size
-        divisors = [value for value in range(1, share + 1) if share % value == 0]
-        near = {
-            max((d for d in divisors if d < micro), default=1),
-            min((d for d in divisors if d > micro), default=share),
-        }
-        advice += f", or train.micro_batch={' or '.join(map(str, sorted(near)))}"
-    raise UserError(
-        f"train.global_batch={total} is not a multiple of train.micro_batch={micro} times {ranks}. "
-        f"Nearest that work: {advice}."
-    )
-
-
-def deepspeed_config(config: TrainConfig, world_size: int, load_universal: bool = False) -> dict[str, Any]:
-    """Return DeepSpeed's JSON configuration for ``config`` on ``world_size`` ranks.
-
-    ``load_universal`` is for the one start at which a checkpoint of another number of ranks is read.
-    """
-    plan = batch_plan(config, world_size)
-    tree: dict[str, Any] = {
-        "train_batch_size": config.global_batch,
-        "train_micro_batch_size_per_gpu": plan.micro,
-        "gradient_accumulation_steps": plan.accumulation,
-        "gradient_clipping": config.clip,
-        "optimizer": {
-            "type": "AdamW",
-            # torch's own AdamW: DeepSpeed's is compiled at first use, and that build hangs where it was once killed.
-            "params": {
-                "torch_adam": True,
-                "lr": config.learning_rate,
-                "betas": list(config.betas),
-                "weight_decay": config.weight_decay,
-            },
-        },
-        "zero_optimization": {
-            "stage": config.zero,
-            "reduce_bucket_size": BUCKET,
-            "allgather_bucket_size": BUCKET,
-        },
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-        "checkpoint": {"load_universal": load_universal},
-    }
-    if config.precision == "bf16":
-        # Parameters stay float32; with no "lower precision safe" modules, gradients are reduced in float32 as well.
-        tree["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    return tree
+Pieces = dict[tuple[str, int], Tensor]
+"""Flat pieces of parameters by name and first element, as :meth:`Partition.weights` has them."""
 
 
 @dataclass(frozen=True)
@@ -126,40 +50,57 @@ class Engine:
         Settings.
     world
         This rank's place; the process group has been started.
-    universal
-        True if :meth:`load` will be given a converted checkpoint.
+    out
+        Run folder, for what DeepSpeed's profiler writes.
+    saved
+        A checkpoint to go on from, of any number of ranks and ZeRO stage.
     """
 
-    def __init__(self, module: nn.Module, config: TrainConfig, world: World, universal: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, config: TrainConfig, world: World, out: Path | None = None, saved: Shards | None = None
+    ) -> None:
         self.config = config
         self.world = world
-        tree = deepspeed_config(config, world.size, universal)
+        tree = deepspeed_config(config, world.size, out)
+        if saved is not None:
+            fixed = {name: saved.whole(FIXED, name) for name in saved.names(FIXED)}
+            module.load_state_dict(fixed, strict=False)
+        frozen = {name: p.detach().cpu().clone() for name, p in module.named_parameters() if not p.requires_grad}
         deepspeed = _import_deepspeed(world)
-        with warnings.catch_warnings():
-            # torch deprecates collectives that DeepSpeed calls; nothing that a user of bgen could act on.
-            warnings.simplefilter("ignore")
+        self._gathered = deepspeed.zero.GatheredParameters
+        self._log_summary = deepspeed.comm.log_summary
+        self._linear = torch.nn.functional.linear
+        with _quiet(), contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(
                 model=module,
                 model_parameters=parameter_groups(module, config.weight_decay),
                 config=tree,
                 dist_init_required=False,
             )
-        self.module: nn.Module = self._engine.module
+            self.module: nn.Module = self._engine.module
+            self.partition = Partition(self._engine, self.module, config.zero)
+            if saved is not None:
+                self.partition.restore(saved)
+                self.put(self.partition.weights())
+        # ZeRO 3 leaves frozen parameters in parts; they never change, so a copy from before serves.
+        self._frozen = frozen if config.zero == 3 else {}
 
     def forward(self, batch: CellBatch) -> dict[str, Tensor]:
         """The module's per-cell losses ``{name: [B]}``, in the configured precision."""
-        losses: dict[str, Tensor] = self._engine(batch)
+        with _quiet():
+            losses: dict[str, Tensor] = self._engine(batch)
         return losses
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, spoil: bool = False) -> None:
         """Add the gradient of a micro batch's mean ``loss``; the last one of a step also reduces over ranks.
 
-        A loss that is not finite makes all its gradients NaN, also where the formula would have hidden it. The
-        reduction carries that to every rank, so :meth:`step` decides alike everywhere, and nothing waits here.
+        A loss that is not finite makes all its gradients NaN, also where the formula would have hidden it; so does
+        ``spoil``. The reduction carries that to every rank, so :meth:`step` decides alike everywhere, and nothing
+        waits here.
         """
-        poison = torch.where(loss.detach().isfinite(), 1.0, float("nan"))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        good = loss.detach().isfinite() & (not spoil)
+        poison = torch.where(good, 1.0, float("nan"))
+        with _quiet():
             self._engine.backward(loss * poison)
             if not self._engine.is_gradient_accumulation_boundary():
                 self._engine.step()  # counts the micro batch, no more
@@ -168,7 +109,7 @@ class Engine:
         """Update the weights with the gradients collected, unless one of them, on any rank, is not finite."""
         engine = self._engine
         for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * (self.config.muon_ratio if group.get("use_muon") else 1.0)
         if self.config.zero == 0:
             # Without ZeRO, DeepSpeed does not look: AdamW would take the NaN in and keep it for ever.
             norm = float(nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
@@ -180,8 +121,7 @@ class Engine:
                 return StepOutcome(False, norm)
             engine.step()
             return StepOutcome(True, norm)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             engine.step()
         return StepOutcome(bool(engine.was_step_applied()), float(engine.get_global_grad_norm()))
 
@@ -189,84 +129,100 @@ class Engine:
         """Switch between training and evaluation."""
         self._engine.train(mode)
 
-    def save(self, folder: Path) -> list[Path]:
-        """Write weights and optimiser into ``folder``, shared by all ranks; returns the files that this rank wrote.
+    def fixed(self) -> dict[str, Tensor]:
+        """Copies, on the CPU, of what is not trained: buffers and frozen parameters."""
+        trained = self.partition.shapes
+        state = {name: t for name, t in self.module.state_dict().items() if name not in trained} | self._frozen
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
-        Raises
-        ------
-        OSError, RuntimeError
-            If this rank could not write; the other ranks return as usual, so the caller must agree with them.
+    @torch.no_grad()
+    def put(self, pieces: Pieces) -> None:
+        """Make the module compute with these weights; all ranks call it together.
+
+        The optimiser's own float32 weights stay (at ZeRO 0 there are no others than the module's).
         """
-        written: list[Path] = []
-        failures: list[Exception] = []
-        write: Callable[..., None] = self._engine.checkpoint_engine.save
+        parameters = dict(self.module.named_parameters())
+        for name, whole in self._whole(pieces):
+            parameter = parameters[name]
+            with _quiet(), self._gathered([parameter], modifier_rank=0, enabled=self.config.zero == 3):
+                if self.config.zero != 3 or self.world.is_main:
+                    parameter.copy_(whole)
 
-        def noted_write(state_dict: dict[str, Any], path: str) -> None:
-            # Raising here would leave the other ranks waiting at DeepSpeed's barrier.
-            try:
-                write(state_dict, path)
-                written.append(Path(path))
-            except (OSError, RuntimeError) as error:
-                failures.append(error)
-
-        self._engine.checkpoint_engine.save = noted_write
+    @contextlib.contextmanager
+    def swapped_in(self, pieces: Pieces | None) -> Iterator[None]:
+        """Within the context the module computes with ``pieces`` (None: with its own weights)."""
+        if pieces is None:
+            yield
+            return
+        own = self.partition.weights()
+        if self.config.zero == 0:
+            own = {place: tensor.clone() for place, tensor in own.items()}
+        self.put(pieces)
         try:
-            self._engine.save_checkpoint(str(folder), tag=TAG, client_state={}, save_latest=False)
+            yield
         finally:
-            self._engine.checkpoint_engine.save = write
-        if self.world.is_main:
-            # DeepSpeed puts copies of its converters beside the checkpoint.
-            for script in folder.glob("zero_to_*.py"):
-                script.unlink()
-        if failures:
-            raise failures[0]
-        return written
+            self.put(own)
 
-    def load(self, folder: Path) -> None:
-        """Read what :meth:`save` wrote on as many ranks, or what :func:`convert` made of it."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._engine.load_checkpoint(str(folder), tag=TAG)
-        # A later save must be a plain one: in universal mode DeepSpeed would leave files out.
-        self._engine._config.load_universal_checkpoint = False
+    def _whole(self, pieces: Pieces) -> Iterator[tuple[str, Tensor]]:
+        """Each trained parameter in its shape, from all ranks' pieces: ``(name, tensor)`` one after the other."""
+        by_name: dict[str, list[tuple[int, Tensor]]] = {}
+        for (name, start), values in pieces.items():
+            by_name.setdefault(name, []).append((start, values))
+        for name, shape in self.partition.shapes.items():
+            whole = torch.zeros(torch.Size(shape).numel(), device=self.world.device)
+            for start, values in by_name.get(name, []):
+                whole[start : start + len(values)] = values
+            if self.config.zero > 0 and self.world.size > 1:
+                dist.all_reduce(whole)
+            yield name, whole.reshape(shape)
 
-    def release(self) -> nn.Module:
-        """End the engine and return the bare module, each parameter in storage of its own."""
-        self._engine.destroy()
-        for parameter in self.module.parameters():
-            parameter.data = parameter.data.clone()
-            parameter.grad = None
+    def communication(self) -> dict[str, dict[str, float]] | None:
+        """What DeepSpeed counted of its collectives: calls, bytes and milliseconds by kind; None if not asked to."""
+        if not self.config.comms_log:
+            return None
+        summary = self._log_summary(return_dict=True)["summary"]
+        return {
+            kind: {
+                "calls": sum(row["count"] for row in rows.values()),
+                "bytes": sum(row["count"] * row["msg_size_bytes"] for row in rows.values()),
+                "ms": round(sum(row["total_latency_ms"] for row in rows.values()), 3),
+            }
+            for kind, rows in summary.items()
+        }
+
+    def release(self, pieces: Pieces | None = None) -> nn.Module:
+        """End the engine and return the bare module with ``pieces`` (None: its own weights) in float32, on all ranks.
+
+        Every parameter is a new one, in storage of its own: the engine's carry DeepSpeed's marks and buffers.
+        """
+        whole = {name: t.clone() for name, t in self._whole(self.partition.weights() if pieces is None else pieces)}
+        whole |= {name: tensor.to(self.world.device) for name, tensor in self._frozen.items()}
+        with _quiet():
+            self._engine.destroy()
+        torch.nn.functional.linear = self._linear  # ZeRO 3 puts one of its own there, for every module of the process
+        fresh: dict[int, nn.Parameter] = {}
+        for name, parameter in self.module.named_parameters():
+            data = whole[name] if name in whole else parameter.detach().clone()
+            fresh[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
+        for module in self.module.modules():
+            # ZeRO 3 puts a dictionary of its own in place of the module's, which fetches parameters on access.
+            kept = vars(module).pop("_original_parameters", module._parameters)
+            module._parameters = {name: p if p is None else fresh[id(p)] for name, p in kept.items()}
         return self.module
 
 
-def needs_conversion(zero: int, saved_ranks: int, ranks: int) -> bool:
-    """Whether a checkpoint written at ZeRO stage ``zero`` by ``saved_ranks`` must be converted for ``ranks``."""
-    return zero > 0 and saved_ranks != ranks
-
-
-def convert(folder: Path, target: Path) -> None:
-    """Convert a checkpoint's engine state to the form that any number of ranks can read; on rank 0 only.
-
-    Raises
-    ------
-    RuntimeError
-        With DeepSpeed's output, if its converter fails.
-    """
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(folder / TAG), "--output_folder", str(target / TAG)]
-    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in launcher}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"DeepSpeed could not convert {folder}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch deprecates collectives that DeepSpeed calls; nothing that a user of bgen could act on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _import_deepspeed(world: World) -> Any:
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         import deepspeed
         import deepspeed.comm
         import deepspeed.ops

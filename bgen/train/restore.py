@@ -10,10 +10,11 @@ from torch import nn
 
 from bgen.checkpoint import files
 from bgen.checkpoint.commit import Checkpoints
+from bgen.checkpoint.shards import Shards
 from bgen.config.errors import UserError
 from bgen.config.schema import TrainConfig
 from bgen.distributed import world as ranks
-from bgen.train.engine import Engine, convert, needs_conversion
+from bgen.train.engine import Engine
 from bgen.train.state import RunState
 
 
@@ -34,56 +35,52 @@ def find(checkpoints: Checkpoints) -> tuple[Path | None, list[str]]:
     return folder, [f"{line}: going on from {folder.name} instead" for line in damaged if folder is not None]
 
 
-def read_state(folder: Path, fingerprint: dict[str, Any]) -> RunState:
-    """The state in a checkpoint.
+def read_state(folder: Path, fingerprint: dict[str, Any], force: bool) -> tuple[RunState, list[str]]:
+    """The state in a checkpoint, and a line if its data is other than ``fingerprint`` says and ``force`` allows that.
 
     Raises
     ------
     UserError
-        If it was made with other data than ``fingerprint`` says.
+        If the data is other and ``force`` is False.
     """
     saved = json.loads((folder / files.STATE).read_text(encoding="utf-8"))
     then, now = saved["fingerprint"], json.loads(json.dumps(fingerprint))
     changed = [name for name in sorted(set(now) | set(then)) if now.get(name) != then.get(name)]
+    if changed and force:
+        names = ", ".join(changed)
+        return RunState.from_json(saved["state"]), [f"going on with other data than before: {names} changed"]
     if changed:
         lines = "\n".join(f"  {name}: was {then.get(name)}, is {now.get(name)}" for name in changed)
         raise UserError(
             f"{folder} was made with other data, so the run cannot go on:\n{lines}\n"
-            "Point data.store at the store it began with, or start a new run with another out=."
+            "Point data.store at the store it began with, start a new run with another out=, or, if you mean to go on "
+            "with this data, give --accept-changed-data."
         )
-    return RunState.from_json(saved["state"])
+    return RunState.from_json(saved["state"]), []
 
 
-def load_engine(folder: Path, module: nn.Module, config: TrainConfig) -> tuple[Engine, list[str]]:
-    """An engine with the weights and optimiser of a checkpoint, and a line if that took a conversion.
+def load_engine(folder: Path, module: nn.Module, config: TrainConfig, out: Path) -> tuple[Engine, Shards, list[str]]:
+    """An engine with the weights and optimiser of a checkpoint, the checkpoint, and a line if its layout was another.
 
     Raises
     ------
     UserError
-        If the checkpoint's ZeRO stage cannot be read at the configured one.
+        If the checkpoint was written by another version of bgen, or with another optimiser.
     """
     world = ranks.current()
     manifest = files.read_manifest(folder)
-    zero, saved_ranks = manifest["zero"], manifest["ranks"]
-    if (zero > 0) != (config.zero > 0):
+    if manifest["optimizer"] != config.optimizer:
         raise UserError(
-            f"{folder} was written with train.zero={zero}, and a run cannot change to or from 0 when it resumes: "
-            f"set train.zero={zero}."
+            f"{folder} was written with train.optimizer={manifest['optimizer']}, whose state {config.optimizer} cannot "
+            f"use: set train.optimizer={manifest['optimizer']}, or start a new run."
         )
-    conversion = needs_conversion(zero, saved_ranks, world.size)
-    engine = Engine(module, config, world, universal=conversion)
-    if not conversion:
-        engine.load(folder)
-        return engine, []
-    target = folder.with_name(f"{folder.name}.converted.tmp")
-    failure = ""
-    if world.is_main:
-        try:
-            convert(folder, target)
-        except (OSError, RuntimeError) as error:
-            failure = str(error)
-    failure = ranks.from_main(failure)
-    if failure:
-        raise UserError(f"{failure}\nResume with {saved_ranks} ranks, which needs no conversion.")
-    engine.load(target)
-    return engine, [f"{folder.name}: converted from {saved_ranks} to {world.size} ranks"]
+    saved = Shards(folder)
+    engine = Engine(module, config, world, out, saved)
+    then, now = (manifest["ranks"], manifest["zero"]), (world.size, config.zero)
+    if then == now:
+        return engine, saved, []
+    return engine, saved, [f"{folder.name}: converted from {_layout(*then)} to {_layout(*now)}"]
+
+
+def _layout(world_size: int, zero: int) -> str:
+    return f"{world_size} rank{'s' * (world_size > 1)} at ZeRO {zero}"

@@ -23,7 +23,7 @@ from bgen.distributed.world import World, all_sum, gather
 from bgen.hub.directory import SavedModel, load_directory
 from bgen.models.latent_flow import LatentFlow
 from bgen.models.vae import VAE
-from bgen.train.engine import batch_plan
+from bgen.train.deepspeed_json import batch_plan
 from bgen.train.trajectories import TrajectorySource
 
 START_CELLS = 8_192

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
+
+SPIKE_WINDOW = 128
+SPIKE_LEAST = 32
 
 
 @dataclass
@@ -19,13 +23,18 @@ class RunState:
     step
         Optimiser steps done, counting the skipped ones.
     skipped, skipped_in_row
-        Steps skipped because a loss or gradient was not finite: in all, and without one in between that was applied.
+        Steps skipped because a loss or gradient was not finite, or the loss a spike: in all, and without one in
+        between that was applied.
     best, best_step
         Lowest held-out loss so far, and where.
     worse_in_row
         Evaluations since then.
     stopped_early
         True once these were ``patience``.
+    evaluating
+        True in a checkpoint that was saved in the middle of an evaluation: it comes first after a resume.
+    recent
+        Losses of the last steps that were applied, to tell a spike by.
     sums, summed
         Sums of losses, gradient norm and learning rate over the steps since the last row of the record, and how many.
     """
@@ -38,6 +47,8 @@ class RunState:
     best_step: int | None = None
     worse_in_row: int = 0
     stopped_early: bool = False
+    evaluating: bool = False
+    recent: list[float] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)
     summed: int = 0
 
@@ -54,6 +65,16 @@ class RunState:
         """Take in one applied step's values, always of the same names."""
         self.sums = {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
         self.summed += 1
+
+    def is_spike(self, loss: float, sigmas: float) -> bool:
+        """Whether a loss is ``sigmas`` standard deviations above the mean of the last ones; needs 32 of them."""
+        if sigmas == 0 or len(self.recent) < SPIKE_LEAST:
+            return False
+        return loss > statistics.fmean(self.recent) + sigmas * statistics.pstdev(self.recent)
+
+    def remember(self, loss: float) -> None:
+        """Keep an applied step's loss among the last 128."""
+        self.recent = [*self.recent, loss][-SPIKE_WINDOW:]
 
     def take_means(self) -> dict[str, float]:
         """Means since the last call; empty if every step was skipped."""

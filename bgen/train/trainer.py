@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import math
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bgen.checkpoint import files
-from bgen.checkpoint.commit import Checkpoints, SaveError
-from bgen.checkpoint.weights import read_weights, write_weights
-from bgen.config.errors import UserError, nearest
+from bgen.checkpoint.commit import Checkpoints
+from bgen.config.errors import UserError
 from bgen.config.schema import Config
 from bgen.data.batch import CellBatch
 from bgen.distributed import world as ranks
@@ -26,11 +25,15 @@ from bgen.distributed.signals import StopSignals
 from bgen.track.output import RECORD, RunOutput, run_identifier
 from bgen.track.throughput import Throughput
 from bgen.train import restore
-from bgen.train.ema import EMA
-from bgen.train.engine import Engine, batch_plan
+from bgen.train.batches import Batches
+from bgen.train.deepspeed_json import deepspeed_config
+from bgen.train.engine import Engine
+from bgen.train.heldout import held_out
+from bgen.train.saving import Saver, Weights
 from bgen.train.schedules import learning_rate
 from bgen.train.stage import Stage
 from bgen.train.state import RunState
+from bgen.train.watch import HostReport, Watchdog
 
 
 @dataclass
@@ -73,10 +76,10 @@ class Trainer:
         self.config = config
         self.stage = stage
         self.out = config.out
-        self.checkpoints = Checkpoints(config.out / "checkpoints", config.train.keep)
+        self.checkpoints = Checkpoints(config.out / "checkpoints", config.train.keep, config.train.keep_every)
         self._losses: list[float] = []
 
-    def fit(self, resume: bool = False) -> TrainResult:
+    def fit(self, resume: bool = False, accept_changed_data: bool = False) -> TrainResult:
         """Train to the last step, to the end of patience or to a signal.
 
         Afterwards ``stage.module`` has the weights to export (best, else moving average, else last) and
@@ -85,13 +88,16 @@ class Trainer:
         Parameters
         ----------
         resume
-            Continue from the newest checkpoint that is whole; from the start if there is none yet.
+            Continue from the newest checkpoint that is whole; from the start if there is none yet, so a job that may
+            be restarted is started with it.
+        accept_changed_data
+            Also continue with other data than the run began with.
 
         Raises
         ------
         UserError
             If the run folder holds a run and ``resume`` is False, if every checkpoint is damaged, if the data is not
-            what the run began with, or after ``max_skipped`` steps in a row that were not finite.
+            what the run began with, or after ``max_skipped`` skipped steps in a row.
         """
         folder: Path | None = None
         messages: list[str] = []
@@ -99,117 +105,152 @@ class Trainer:
             folder, messages = restore.find(self.checkpoints)
         elif ranks.from_main((self.out / RECORD).exists() or bool(files.committed(self.checkpoints.root))):
             raise UserError(f"{self.out} already holds a run. Give --resume to go on with it, or another out=.")
+        self._require_writable()
         status = "FAILED"
-        with StopSignals() as signals:
-            self._open(folder, messages)
+        with StopSignals() as self._signals:
+            self._watchdog = Watchdog(self.out / "stacks")
+            self._watchdog.beat(self.config.train.start_timeout)
             try:
-                interrupted = self._loop(signals)
-                module = self.engine.release()
-                if not interrupted:
-                    self._finish(module)
-                self._event("interrupted" if interrupted else "end", {"signal": signals.received})
-                status = "KILLED" if interrupted else "FINISHED"
+                self._open(folder, messages, accept_changed_data)
+                try:
+                    interrupted = self._loop()
+                    self._finish(interrupted)
+                    status = "KILLED" if interrupted else "FINISHED"
+                finally:
+                    self.output.close(status)
+            except RuntimeError:
+                # Another rank died or hangs: say where this one stood.
+                self._watchdog.dump()
+                raise
             finally:
-                self.output.close(status)
+                self._watchdog.close()
         state = self.state
         return TrainResult(
             state.step, self.out / RECORD, self._losses, state.best, state.stopped_early, interrupted=interrupted
         )
 
-    def _open(self, folder: Path | None, messages: list[str]) -> None:
-        """Restore or make the state, the engine and the moving average; open the output."""
-        train, module = self.config.train, self.stage.module
+    def _require_writable(self) -> None:
+        problem = None
+        if self.world.is_main:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.out):
+                    pass
+            except OSError as error:
+                problem = f"The run folder {self.out} cannot be written to: {error.strerror}. Choose another out=."
+        problem = ranks.from_main(problem)
+        if problem is not None:
+            raise UserError(problem)
+
+    def _open(self, folder: Path | None, messages: list[str], accept_changed_data: bool) -> None:
+        """Restore or make the state, the engine and the weights beside it; open the output."""
+        train, module, saved = self.config.train, self.stage.module, None
         if folder is None:
             self.state = RunState(ranks.from_main(run_identifier(self.config)))
-            self.engine = Engine(module, train, self.world)
+            self.engine = Engine(module, train, self.world, self.out)
         else:
-            self.state = restore.read_state(folder, self.stage.fingerprint)
-            self.engine, converted = restore.load_engine(folder, module, train)
-            messages = messages + converted
-        self.ema = EMA(self.engine.module, train.ema) if train.ema > 0 else None
-        self.best_weights: dict[str, Tensor] | None = None
-        if folder is not None and self.ema is not None:
-            self.ema.load(read_weights(folder / files.MODEL))
-        if folder is not None and train.patience > 0 and (folder / files.BEST).exists():
-            self.best_weights = read_weights(folder / files.BEST)
+            self.state, changed = restore.read_state(folder, self.stage.fingerprint, accept_changed_data)
+            self.engine, saved, converted = restore.load_engine(folder, module, train, self.out)
+            messages = [*messages, *changed, *converted]
+        self.weights = Weights(self.engine, self.config, saved)
         self.output = RunOutput(
-            self.config, self.state.run, None if folder is None else self.state.step, self.world.is_main
+            self.config,
+            self.state.run,
+            None if folder is None else self.state.step,
+            self.world,
+            deepspeed=deepspeed_config(train, self.world.size, self.out),
+            data=self.stage.fingerprint,
         )
+        self.saver = Saver(self.checkpoints, self.config, self.stage.fingerprint, self._event, self.output.say)
         for message in messages:
             self.output.say(message)
         facts: dict[str, Any] = {"ranks": self.world.size, "device": self.world.device.type}
         if folder is None:
-            parameters = sum(p.numel() for p in self.engine.module.parameters() if p.requires_grad)
+            parameters = sum(math.prod(shape) for shape in self.engine.partition.shapes.values())
             self._event("start", {"run": self.state.run, **facts, "parameters": parameters})
         else:
             self._event("resume", {"checkpoint": folder.name, "messages": messages, **facts})
 
-    def _loop(self, signals: StopSignals) -> bool:
+    def _loop(self) -> bool:
         """Run the steps that are left; returns whether a signal ended them."""
         train, state = self.config.train, self.state
-        batches = self.stage.train_batches(state.step)
+        batches = Batches(self.stage, state.step, train.data_patience, self._waiting_for_data)
         first = state.step
         self.engine.train()
         self.throughput = Throughput()
-        while state.step < train.steps and not state.stopped_early:
-            begin = time.perf_counter()
-            micro_batches = next(batches)
-            waited = time.perf_counter() - begin
-            asked_to_stop = self._step(micro_batches, waited, signals)
+        self.hosts = HostReport(train.straggler_ratio, self.config.track.system)
+        asked_to_stop = state.evaluating and not self._validate()
+        while state.step < train.steps and not state.stopped_early and not asked_to_stop:
+            micro_batches, waited = batches.next()
+            asked_to_stop = self._step(micro_batches, waited)
             if state.step == first + 1:
                 ranks.set_timeout(train.step_timeout)
+            self._watchdog.beat(train.step_timeout)
             last = state.step == train.steps
             if state.step % train.log_every == 0 or last:
                 self._log()
+            if state.step % train.report_every == 0:
+                self._report()
             begin = time.perf_counter()
             if train.eval_every and (state.step % train.eval_every == 0 or last):
-                self._validate()
-            if state.step % train.checkpoint_every == 0 or last or state.stopped_early or asked_to_stop:
-                self._save(must=asked_to_stop)
+                asked_to_stop = not self._validate()  # at once, if a signal came already
+            self._save(asked_to_stop)
             self.throughput.pause(time.perf_counter() - begin)
-            if asked_to_stop and not (last or state.stopped_early):
-                self.output.say(f"stopped by a signal at step {state.step}: saved; go on with --resume")
-                return True
+        if asked_to_stop and not self._complete:
+            self.output.say(f"stopped by a signal at step {state.step}: saved; go on with --resume")
+            return True
         return False
 
-    def _step(self, micro_batches: Sequence[CellBatch], waited: float, signals: StopSignals) -> bool:
+    def _step(self, micro_batches: Sequence[CellBatch], waited: float) -> bool:
         """One optimiser step on the global batch; returns whether any rank was asked to stop."""
         train, state = self.config.train, self.state
         _seed(self.config.seed, state.step, self.world.rank)
         sums: dict[str, Tensor] = {}
         unfinite: list[Tensor] = []
-        for batch in micro_batches:
+        spike = False
+        computed = 0.0
+        for number, batch in enumerate(micro_batches, 1):
+            begin = time.perf_counter()
             losses = self.engine.forward(batch.to(self.world.device))
-            self.engine.backward(losses["loss"].float().mean())
+            computed += time.perf_counter() - begin
             for name, loss in losses.items():
                 total = loss.detach().double().sum()
                 sums[name] = sums[name] + total if name in sums else total
             unfinite.append(~losses["loss"].detach().isfinite())
+            if train.skip_spikes and number == len(micro_batches):
+                mean = ranks.all_sum(sums["loss"].cpu()[None]).item() / train.global_batch
+                spike = state.is_spike(mean, train.skip_spikes)
+            self.engine.backward(losses["loss"].float().mean(), spoil=spike)
         rate = learning_rate(train, state.step)
         outcome = self.engine.step(rate)
 
         names = sorted(sums)
         cells = sum(len(batch) for batch in micro_batches)
         nonzeros = sum(len(batch.counts) for batch in micro_batches)
-        here = [float(cells), float(nonzeros), waited, float(signals.received is not None)]
+        stop = float(self._signals.received is not None)
+        here = [float(cells), float(nonzeros), waited, stop, *map(float, self.checkpoints.status())]
         local = torch.cat([torch.tensor(here, dtype=torch.float64), torch.stack([sums[name] for name in names]).cpu()])
-        cells_all, nonzeros_all, waited_all, stop, *totals = ranks.all_sum(local).tolist()
+        cells_all, nonzeros_all, waited_all, stop, written, failed, *totals = ranks.all_sum(local).tolist()
         means = {name: total / cells_all for name, total in zip(names, totals, strict=True)}
         self.throughput.add(int(cells_all), int(nonzeros_all), waited_all / self.world.size)
+        self.hosts.add(waited + computed)
 
         state.step += 1
         self._losses.append(means["loss"] if outcome.applied else math.nan)
         if outcome.applied:
             state.skipped_in_row = 0
-            if self.ema is not None:
-                self.ema.update(self.engine.module, state.step - 1)
+            if train.skip_spikes:
+                state.remember(means["loss"])
+            if self.weights.average is not None:
+                self.weights.average.update(self.engine.partition.weights(), state.step - 1)
             state.add({**means, "lr": rate, "grad_norm": outcome.grad_norm})
         else:
-            self._skipped(micro_batches, unfinite)
+            self._skipped(micro_batches, unfinite, means["loss"] if spike else None)
+        self.saver.advance(int(written), int(failed))
         self.output.progress(state.step)
         return stop > 0
 
-    def _skipped(self, micro_batches: Sequence[CellBatch], unfinite: list[Tensor]) -> None:
+    def _skipped(self, micro_batches: Sequence[CellBatch], unfinite: list[Tensor], spike: float | None) -> None:
         """Note a step that was not applied, and its cells; end the run if there were too many in a row."""
         train, state = self.config.train, self.state
         state.skipped += 1
@@ -218,16 +259,27 @@ class Trainer:
         guilty = [cell for batch, mask in pairs for cell in batch.cells[mask.cpu()].tolist()]
         by_rank = ranks.gather((guilty, [cell for batch, _ in pairs for cell in batch.cells.tolist()]))
         cells = [cell for found, _ in by_rank for cell in found]
-        reason = "loss" if cells else "gradient"
+        what = "loss not finite" if cells else "gradient not finite"
+        if spike is not None:
+            what = f"loss {spike:.4g} is a spike"
+        reason = "spike" if spike is not None else what.split()[0]
         cells = cells or [cell for _, everything in by_rank for cell in everything]
         self._event("skipped", {"reason": reason, "cells": cells})
-        self.output.say(f"step {state.step} skipped: {reason} not finite ({state.skipped_in_row} in a row)")
+        self.output.say(f"step {state.step} skipped: {what} ({state.skipped_in_row} in a row)")
         if state.skipped_in_row >= train.max_skipped:
+            self.saver.finish()
+            why = "a loss far above those before" if reason == "spike" else f"a {reason} that was not finite"
             raise UserError(
-                f"{state.skipped_in_row} steps in a row had a {reason} that was not finite, the last was step "
+                f"{state.skipped_in_row} steps in a row had {why}, the last was step "
                 f"{state.step}. Their cells are in {self.out / RECORD} (event 'skipped'): look at them. Or lower "
                 f"train.learning_rate ({train.learning_rate:g}) or raise train.warmup, and go on with --resume."
             )
+
+    def _waiting_for_data(self, problem: str | None) -> None:
+        if problem is not None:
+            self._event("data outage", {"problem": problem})
+            print(f"warning: rank {self.world.rank}: {problem}", file=sys.stderr, flush=True)
+        self._watchdog.beat(self.config.train.step_timeout)
 
     def _log(self) -> None:
         means = self.state.take_means()
@@ -236,76 +288,63 @@ class Trainer:
         loss = f"loss {means['loss']:.4g} " if means else ""
         self.output.progress(self.state.step, f"{loss}{figures['cells_per_s']:,.0f} cells/s")
 
-    @torch.no_grad()
-    def _validate(self) -> None:
-        """Held-out losses, of the moving average where there is one."""
-        state, monitor = self.state, self.stage.monitor
-        self.engine.train(False)
-        sums: dict[str, Tensor] = {}
-        weights = torch.zeros((), dtype=torch.float64)
-        average = self.ema.swapped_in(self.engine.module) if self.ema is not None else contextlib.nullcontext()
-        with average:
-            for batch, weight in self.stage.valid_batches():
-                losses = self.engine.forward(batch.to(self.world.device))
-                weight = weight.to(self.world.device, torch.float64)
-                weights = weights + weight.sum().cpu()
-                for name, loss in losses.items():
-                    # Padding may hold anything, also what is not finite.
-                    total = torch.where(weight > 0, loss.double() * weight, 0.0).sum()
-                    sums[name] = sums[name] + total if name in sums else total
-            if monitor not in sums:
-                raise UserError(f"the held-out losses have no '{monitor}' to watch.{nearest(monitor, sums)}")
-            names = sorted(sums)
-            *totals, weight_all = ranks.all_sum(
-                torch.cat([torch.stack([sums[name] for name in names]).cpu(), weights[None]])
-            ).tolist()
-            means = {name: total / weight_all for name, total in zip(names, totals, strict=True)}
-            if state.evaluated(means[monitor], self.config.train.patience) and self.config.train.patience > 0:
-                module = self.engine.module
-                self.best_weights = {name: t.detach().cpu().clone() for name, t in module.state_dict().items()}
-        self.engine.train()
+    def _report(self) -> None:
+        figures, slow = self.hosts.gather()
+        self.output.row("hosts", self.state.step, figures)
+        if slow is not None:
+            self._event("straggler", slow)
+            self.output.say(
+                f"warning: rank {slow['rank']} on {slow['host']} is slow: {slow['seconds']:g} s of its own work per "
+                f"step, the others {slow['median']:g} s"
+            )
+
+    def _validate(self) -> bool:
+        """Held-out losses, of the moving average where there is one; False if a signal came in between."""
+        state, train = self.state, self.config.train
+        state.evaluating = True
+
+        def stopped() -> bool:
+            self._watchdog.beat(train.step_timeout)
+            return bool(ranks.agree_max(self._signals.received is not None))
+
+        with self.engine.swapped_in(self.weights.judged):
+            means = held_out(self.engine, self.stage, stopped)
+        if means is None:
+            return False
+        state.evaluating = False
+        if state.evaluated(means[self.stage.monitor], train.patience) and train.patience > 0:
+            self.weights.keep_best()
         self.output.row("valid", state.step, means)
+        return True
 
-    def _save(self, must: bool) -> None:
-        """Commit a checkpoint. A failure is reported and training goes on, unless the run ends here (``must``)."""
+    @property
+    def _complete(self) -> bool:
+        """Whether all is done that training was to do."""
+        state = self.state
+        return (state.step == self.config.train.steps or state.stopped_early) and not state.evaluating
+
+    def _save(self, asked_to_stop: bool) -> None:
+        """Save if it is time for it; after a signal, wait for it."""
+        due = self.state.step % self.config.train.checkpoint_every == 0
+        if not (due or self._complete or asked_to_stop):
+            return
         self.output.sync()
-        facts = {"ranks": self.world.size, "zero": self.config.train.zero}
-        try:
-            self.checkpoints.save(self.state.step, self._write, facts)
-        except SaveError as error:
-            if must:
-                raise UserError(f"stopped at step {self.state.step} without saving: {error}") from error
-            self._event("save failed", {"reason": str(error)})
-            self.output.say(f"warning: no checkpoint at step {self.state.step}: {error}")
+        if asked_to_stop and not self._complete:
+            self.saver.save_now(self.weights, self.state)
+        else:
+            self.saver.begin(self.weights, self.state)
+        self._watchdog.beat(self.config.train.step_timeout)
 
-    def _write(self, folder: Path) -> list[Path]:
-        written = self.engine.save(folder)
-        if self.world.is_main:
-            weights = dict(self.engine.module.state_dict())
-            if self.ema is not None:
-                weights |= self.ema.weights
-            write_weights(weights, folder / files.MODEL)
-            written.append(folder / files.MODEL)
-            if self.best_weights is not None:
-                write_weights(self.best_weights, folder / files.BEST)
-                written.append(folder / files.BEST)
-            tree = {
-                "state": self.state.to_json(),
-                "fingerprint": self.stage.fingerprint,
-                "config": self.config.model_dump(mode="json"),
-            }
-            (folder / files.STATE).write_text(json.dumps(tree, indent=1, allow_nan=False), encoding="utf-8")
-            written.append(folder / files.STATE)
-        return written
-
-    def _finish(self, module: nn.Module) -> None:
+    def _finish(self, interrupted: bool) -> None:
         """Leave the module with the weights to export, and let the stage do what it does at the end."""
-        if self.best_weights is not None:
-            module.load_state_dict(self.best_weights)
-        elif self.ema is not None:
-            self.ema.copy_to(module)
-        module.eval()
-        self.stage.finish(module)
+        self.saver.finish()
+        if (communication := self.engine.communication()) is not None:
+            self._event("communication", communication)
+        module = self.stage.module = self.weights.release()
+        if not interrupted:
+            module.eval()
+            self.stage.finish(module)
+        self._event("interrupted" if interrupted else "end", {"signal": self._signals.received})
 
     def _event(self, event: str, values: dict[str, Any]) -> None:
         self.output.event(event, self.state.step, values)
@@ -317,9 +356,9 @@ def check(config: Config) -> ranks.World:
     Raises
     ------
     UserError
-        If the global batch cannot be split, or patience is set without evaluations.
+        If settings contradict each other, the global batch cannot be split, or patience is set without evaluations.
     """
-    batch_plan(config.train, ranks.read_world().size)
+    deepspeed_config(config.train, ranks.read_world().size)
     if config.train.patience > 0 and config.train.eval_every == 0:
         raise UserError(
             f"train.patience={config.train.patience} needs held-out losses, but train.eval_every=0 turns them off. "

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bgen.checkpoint import files
+from bgen.checkpoint import commit, files, shards
 from bgen.checkpoint.commit import Checkpoints, SaveError
-from bgen.checkpoint.weights import export_weights, read_weights, write_weights
+from bgen.checkpoint.weights import export_weights
 from bgen.config.errors import UserError
 from bgen.distributed import world as ranks
 
@@ -24,38 +28,32 @@ def _alone() -> Iterator[None]:
     ranks.stop()
 
 
-def writer(text: str) -> Callable[[Path], list[Path]]:
-    def write(folder: Path) -> list[Path]:
-        (folder / "engine").mkdir()
-        paths = [folder / "engine" / "weights.pt", folder / "state.json"]
-        for path in paths:
-            path.write_text(text * 1000)
-        return paths
-
-    return write
+def save(checkpoints: Checkpoints, step: int, facts: dict[str, Any] | None = None) -> Path:
+    tensors = {shards.key(shards.WEIGHT, 0, "w"): torch.full((250,), float(step))}
+    return checkpoints.save(step, tensors, {"w": (250,)}, "{" + " " * 998 + "}", facts or {})
 
 
 def test_layout_and_manifest(tmp_path: Path) -> None:
-    folder = Checkpoints(tmp_path / "checkpoints", 2).save(7, writer("a"), {"ranks": 1, "zero": 0})
+    folder = save(Checkpoints(tmp_path / "checkpoints", 2), 7, {"ranks": 1, "zero": 0})
     assert folder.name == "step_00000007"
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
-        "engine/weights.pt",
+        "shard_00000.safetensors",
         "state.json",
         "manifest.json",
         "COMMITTED",
     }
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert (manifest["step"], manifest["ranks"], manifest["zero"], manifest["format"]) == (7, 1, 0, 1)
+    assert (manifest["step"], manifest["ranks"], manifest["zero"], manifest["format"]) == (7, 1, 0, 2)
     assert manifest["files"]["state.json"] == {"bytes": 1000, "sha256": files.sha256(folder / "state.json")}
     assert manifest["versions"]["torch"]
 
 
-@pytest.mark.parametrize("name", ["engine/weights.pt", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["shard_00000.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("harm", ["flip", "cut", "delete"])
 def test_any_damage_is_found_and_the_one_before_is_used(tmp_path: Path, name: str, harm: str) -> None:
     checkpoints = Checkpoints(tmp_path, 2)
-    older = checkpoints.save(1, writer("a"), {})
-    newer = checkpoints.save(2, writer("b"), {})
+    older = save(checkpoints, 1)
+    newer = save(checkpoints, 2)
     assert Checkpoints(tmp_path, 2).newest() == (newer, [])
     path = newer / name
     content = bytearray(path.read_bytes())
@@ -73,15 +71,15 @@ def test_any_damage_is_found_and_the_one_before_is_used(tmp_path: Path, name: st
 
 def test_without_the_marker_it_is_no_checkpoint(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, 2)
-    older = checkpoints.save(1, writer("a"), {})
-    (checkpoints.save(2, writer("b"), {}) / files.MARKER).unlink()
+    older = save(checkpoints, 1)
+    (save(checkpoints, 2) / files.MARKER).unlink()
     assert checkpoints.newest() == (older, [])
-    again = checkpoints.save(2, writer("c"), {})
+    again = save(checkpoints, 2)
     assert checkpoints.newest() == (again, [])
 
 
 def test_half_deleted_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = Checkpoints(tmp_path, 2).save(1, writer("a"), {})
+    folder = save(Checkpoints(tmp_path, 2), 1)
     with monkeypatch.context() as patch:
         patch.setattr(files.shutil, "rmtree", lambda path, ignore_errors: None)
         files.remove(folder)
@@ -92,29 +90,72 @@ def test_half_deleted_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.Monke
 def test_retention_keeps_the_newest_that_verify(tmp_path: Path) -> None:
     first = Checkpoints(tmp_path, 2)
     for step in (1, 2, 3):
-        first.save(step, writer(str(step)), {})
+        save(first, step)
     assert [files.step_of(folder) for folder in files.committed(tmp_path)] == [3, 2]
     (tmp_path / "step_00000003" / "state.json").write_text("broken")
     # A new process does not know which are good, and must look before it deletes.
-    Checkpoints(tmp_path, 2).save(4, writer("4"), {})
+    save(Checkpoints(tmp_path, 2), 4)
     assert [files.step_of(folder) for folder in files.committed(tmp_path)] == [4, 3, 2]
     second = Checkpoints(tmp_path, 2)
-    second.save(5, writer("5"), {})
+    save(second, 5)
     assert [files.step_of(folder) for folder in files.committed(tmp_path)] == [5, 4]
 
 
-def test_a_failure_leaves_nothing_and_hurts_nothing(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, 2)
-    older = checkpoints.save(1, writer("a"), {})
+def test_every_so_manieth_is_kept_besides(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 2, keep_every=3)
+    for step in range(1, 9):
+        save(checkpoints, step)
+    assert [files.step_of(folder) for folder in files.committed(tmp_path)] == [8, 7, 6, 3]
 
-    def full(folder: Path) -> list[Path]:
-        (folder / "half").write_text("half")
+
+def test_a_failure_leaves_nothing_and_hurts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path, 2)
+    older = save(checkpoints, 1)
+
+    def full(path: Path, *arguments: object) -> None:
+        path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(SaveError, match=r"rank 0 could not write .*step_00000002\.tmp: .*No space left .* GB free"):
-        checkpoints.save(2, full, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write", full)
+        with pytest.raises(SaveError, match=r"rank 0 could not write .*step_00000002\.tmp: .*No space left .*B free"):
+            save(checkpoints, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert checkpoints.newest() == (older, [])
+    save(checkpoints, 3)
+
+
+def test_room_is_looked_for_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path, 2)
+    monkeypatch.setattr(commit.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+    with pytest.raises(SaveError, match=r"no space: need 0\.26 MB, have 0\.10 MB in "):
+        save(checkpoints, 1)
+    assert list(tmp_path.iterdir()) == []
+    assert not checkpoints.pending
+
+
+def test_written_beside_and_committed_when_all_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path, 2)
+    go_on, original = threading.Event(), shards.write
+
+    def slow(*arguments: Any) -> dict[str, Any]:
+        go_on.wait(20)
+        return original(*arguments)
+
+    monkeypatch.setattr(shards, "write", slow)
+    tensors = {shards.key(shards.WEIGHT, 0, "w"): torch.zeros(250)}
+    checkpoints.begin(5, tensors, {"w": (250,)}, "{}", {})
+    assert (checkpoints.pending, checkpoints.status()) == (True, (0, 0))
+    assert checkpoints.advance(0, 0) is None
+    assert files.committed(tmp_path) == []
+    go_on.set()
+    found = None
+    deadline = time.monotonic() + 20
+    while found is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+        found = checkpoints.advance(*checkpoints.status())
+    assert found is not None
+    assert (found.name, files.damage(found), checkpoints.pending) == ("step_00000005", None, False)
 
 
 DYING = """
@@ -123,14 +164,11 @@ from pathlib import Path
 from bgen.checkpoint.commit import Checkpoints, files
 from bgen.distributed import world
 world.start(30)
-def write(folder):
-    (folder / "state.json").write_text("x" * 100)
-    return [folder / "state.json"]
 for moment in ("write_synced", "sync", "sha256"):
     for count in (1, 2, 3):
         root = Path(sys.argv[1]) / f"{moment}_{count}"
         checkpoints = Checkpoints(root, 2)
-        checkpoints.save(1, write, {})
+        checkpoints.save(1, {}, {}, "x" * 100, {})
         if os.fork() == 0:
             original, left = getattr(files, moment), count
             def dying(*arguments):
@@ -140,7 +178,7 @@ for moment in ("write_synced", "sync", "sha256"):
                     os.kill(os.getpid(), signal.SIGKILL)
                 return original(*arguments)
             setattr(files, moment, dying)
-            checkpoints.save(2, write, {})
+            checkpoints.save(2, {}, {}, "x" * 100, {})
             os._exit(0)
         print(moment, count, os.waitstatus_to_exitcode(os.wait()[1]))
 """
@@ -160,29 +198,48 @@ def test_killed_at_any_moment_of_the_commit(tmp_path: Path) -> None:
         assert found.name == ("step_00000001" if code == str(-signal.SIGKILL) else "step_00000002")
 
 
-def test_weights_are_the_best_where_there_are_best(tmp_path: Path) -> None:
-    shared = torch.arange(6.0)
-    weights = {"a": shared[:4].view(2, 2), "b": shared[2:], "c": torch.ones(2, 2, dtype=torch.bfloat16).t()}
-    write_weights(weights, tmp_path / "w.safetensors")
-    again = read_weights(tmp_path / "w.safetensors")
-    assert all(torch.equal(again[name], value) and again[name].dtype == value.dtype for name, value in weights.items())
+def test_pieces_are_read_back_however_they_were_cut(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    shapes = {"w": (3, 4)}
+    pieces = {0: whole.view(-1)[:5], 5: whole.view(-1)[5:]}
+    for rank, (start, values) in enumerate(pieces.items()):
+        tensors = {
+            shards.key(shards.WEIGHT, start, "w"): values,
+            shards.key(shards.STEP, start, "w"): torch.tensor(7.0),
+        }
+        if rank == 0:
+            fixed = {"b": torch.ones(2, 2, dtype=torch.bfloat16).t(), "n": torch.tensor(3), "e": torch.empty(0, 2)}
+            tensors |= {shards.key(shards.FIXED, 0, name): tensor for name, tensor in fixed.items()}
+        entry = shards.write(tmp_path / shards.file_name(rank), tensors, shapes)
+        assert entry["sha256"] == files.sha256(tmp_path / shards.file_name(rank))
+    saved = shards.Shards(tmp_path)
+    for start in range(12):
+        for stop in range(start + 1, 13):
+            assert torch.equal(saved.read(shards.WEIGHT, "w", start, stop - start), whole.view(-1)[start:stop])
+    assert torch.equal(saved.whole(shards.WEIGHT, "w"), whole)
+    assert saved.step("w") == 7.0
+    exported = saved.export()
+    assert {name: tensor.dtype for name, tensor in exported.items()} == {
+        "w": torch.float32,
+        "b": torch.bfloat16,
+        "n": torch.int64,
+        "e": torch.float32,
+    }
+    assert exported["n"].item() == 3
+    (tmp_path / shards.file_name(1)).unlink()
+    with pytest.raises(KeyError, match="weight of w: elements from 5 on"):
+        shards.Shards(tmp_path).whole(shards.WEIGHT, "w")
 
-    def write(best: bool) -> Callable[[Path], list[Path]]:
-        def inner(folder: Path) -> list[Path]:
-            names = [files.MODEL, files.BEST] if best else [files.MODEL]
-            for name in names:
-                write_weights({"w": torch.tensor([float(name == files.BEST)])}, folder / name)
-            return [folder / name for name in names]
 
-        return inner
-
-    root = tmp_path / "checkpoints"
+def test_exported_are_the_best_else_the_average_else_the_last(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 3)
+    root = checkpoints.root
     with pytest.raises(UserError, match="No usable checkpoint"):
         export_weights(root)
-    checkpoints = Checkpoints(root, 2)
-    checkpoints.save(1, write(best=False), {})
-    assert export_weights(root)[0]["w"].item() == 0.0
-    last = checkpoints.save(2, write(best=True), {})
-    assert export_weights(root)[0]["w"].item() == 1.0
-    (last / files.BEST).write_bytes(b"")
-    assert export_weights(root)[1].name == "step_00000001"
+    tensors: dict[str, torch.Tensor] = {}
+    for step, kind in enumerate((shards.WEIGHT, shards.AVERAGE, shards.BEST), 1):
+        tensors |= {shards.key(kind, 0, "w"): torch.tensor([float(step)])}
+        last = checkpoints.save(step, tensors, {"w": (1,)}, "{}", {})
+        assert export_weights(root)[0]["w"].item() == step
+    (last / "shard_00000.safetensors").write_bytes(b"")
+    assert export_weights(root)[1].name == "step_00000002"

@@ -18,6 +18,7 @@ from toy import ToyModel, ToyStage, run, toy_config
 
 from bgen.checkpoint import commit
 from bgen.config.errors import UserError
+from bgen.config.schema import Config
 from bgen.data.batch import CellBatch
 from bgen.distributed import world as ranks
 from bgen.distributed.report import report_user_error
@@ -27,10 +28,10 @@ AVERAGED = {"ema": 0.9, "patience": 20, "eval_every": 5}
 
 
 def two_ranks(folder: Path) -> dict[str, Any]:
-    """Straight, interrupted and resumed, resumed from one rank, and poisoned: for ZeRO 0 and 1."""
+    """Straight, interrupted and resumed, resumed from one rank, and poisoned: for ZeRO 0, 1 and 3."""
     found: dict[str, Any] = {}
     rank = int(os.environ["RANK"])
-    for zero in (0, 1):
+    for zero in (0, 1, 3):
         straight, _ = run(toy_config(folder / f"straight_{zero}", {"zero": zero, **AVERAGED}))
         found[f"straight_{zero}"] = straight.losses
         halves = toy_config(folder / f"halves_{zero}", {"zero": zero, **AVERAGED, "micro_batch": 2})
@@ -46,6 +47,26 @@ def two_ranks(folder: Path) -> dict[str, Any]:
         found[f"from_one_rank_{zero}"] = resumed.losses + again.losses
         found[f"poisoned_{zero}"] = poisoned(folder / f"poisoned_{zero}", zero)
     return found
+
+
+def resharded(folder: Path) -> dict[str, Any]:
+    """Go on with four runs, each at the next ZeRO stage, for ten steps more."""
+    found = {}
+    for first in range(4):
+        size = ranks.read_world().size
+        config = resharding_config(folder, first, hops=size - 1)
+        result, _ = run(config, resume=True)
+        found[str(first)] = result.losses
+    return found
+
+
+def resharding_config(folder: Path, first: int, hops: int) -> Config:
+    """Settings of a run that began at ZeRO stage ``first`` and was moved on ``hops`` times, ten steps each."""
+    settings = AVERAGED | {"zero": (first + hops) % 4, "steps": 10 * (hops + 1), "global_batch": 12, "micro_batch": 2}
+    raw = folder / "partition_everything.json"
+    if not raw.exists():
+        raw.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+    return toy_config(folder / f"run_{first}", settings | ({"deepspeed": raw} if settings["zero"] == 3 else {}))
 
 
 def poisoned(folder: Path, zero: int) -> dict[str, Any]:

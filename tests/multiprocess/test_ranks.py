@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from script import AVERAGED
+import torch
+from script import AVERAGED, resharding_config
 from toy import run, toy_config
 
 from bgen.checkpoint import files
@@ -45,21 +46,21 @@ def result(folder: Path, rank: int = 0) -> dict[str, Any]:
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]:
     """Losses of the undisturbed run on one rank, by ZeRO stage."""
     folder = tmp_path_factory.mktemp("one")
-    return {z: run(toy_config(folder / f"run_{z}", {"zero": z, "steps": 60}))[0].losses for z in (0, 1)}
+    return {z: run(toy_config(folder / f"run_{z}", {"zero": z, "steps": 60}))[0].losses for z in (0, 1, 3)}
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the scenario ``two_ranks``; it finds runs that one rank left at step 25."""
     folder = tmp_path_factory.mktemp("two")
-    for zero in (0, 1):
+    for zero in (0, 1, 3):
         run(toy_config(folder / f"one_rank_{zero}", {"zero": zero}), stop_after=25)
     done = launch(TORCHRUN, "two_ranks", folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 
-@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("zero", [0, 1, 3])
 def test_two_ranks_have_the_losses_of_one(two_ranks: Path, one_rank: dict[int, list[float]], zero: int) -> None:
     straight = result(two_ranks)[f"straight_{zero}"]
     assert len(straight) == 50
@@ -67,7 +68,7 @@ def test_two_ranks_have_the_losses_of_one(two_ranks: Path, one_rank: dict[int, l
     assert result(two_ranks, 1)[f"straight_{zero}"] == straight
 
 
-@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("zero", [0, 1, 3])
 def test_a_signal_to_one_rank_stops_both_and_the_resumed_run_is_the_same(
     two_ranks: Path, one_rank: dict[int, list[float]], zero: int
 ) -> None:
@@ -77,7 +78,7 @@ def test_a_signal_to_one_rank_stops_both_and_the_resumed_run_is_the_same(
     assert result(two_ranks, 0)[f"weights_{zero}"] == result(two_ranks, 1)[f"weights_{zero}"]
 
 
-@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("zero", [0, 1, 3])
 def test_one_rank_to_two_and_save_and_resume_again(
     two_ranks: Path, one_rank: dict[int, list[float]], zero: int
 ) -> None:
@@ -87,10 +88,10 @@ def test_one_rank_to_two_and_save_and_resume_again(
         row for row in record.read(two_ranks / f"one_rank_{zero}" / "record.jsonl") if row.get("event") == "resume"
     ]
     converted = [message for row in resumed for message in row["messages"]]
-    assert converted == (["step_00000025: converted from 1 to 2 ranks"] if zero else [])
+    assert converted == [f"step_00000025: converted from 1 rank at ZeRO {zero} to 2 ranks at ZeRO {zero}"]
 
 
-@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("zero", [0, 1, 3])
 def test_two_ranks_to_one(two_ranks: Path, one_rank: dict[int, list[float]], zero: int) -> None:
     config = toy_config(two_ranks / f"halves_{zero}", {"zero": zero, **AVERAGED, "steps": 55})
     resumed, _ = run(config, resume=True)
@@ -100,7 +101,30 @@ def test_two_ranks_to_one(two_ranks: Path, one_rank: dict[int, list[float]], zer
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 56))
 
 
-@pytest.mark.parametrize("zero", [0, 1])
+def test_from_rank_to_rank_and_stage_to_stage(tmp_path: Path) -> None:
+    """Four runs go from 1 rank to 2, to 3 and back to 1, at another ZeRO stage each time, saving each time."""
+    straight, whole = run(
+        toy_config(tmp_path / "straight", AVERAGED | {"steps": 40, "global_batch": 12, "micro_batch": 2})
+    )
+    losses: dict[int, list[float]] = {}
+    for first in range(4):
+        losses[first] = run(resharding_config(tmp_path, first, hops=0))[0].losses
+    for count in (2, 3):
+        done = launch([*TORCHRUN[:-1], str(count)], "resharded", tmp_path)
+        assert done.returncode == 0, done.stderr[-4000:]
+        for first in range(4):
+            losses[first] += result(tmp_path)[str(first)]
+    for first in range(4):
+        last, stage = run(resharding_config(tmp_path, first, hops=3), resume=True)
+        losses[first] += last.losses
+        np.testing.assert_allclose(losses[first], straight.losses, rtol=1e-5)
+        resumed = [losses[first][step] for step in (10, 20, 30)]
+        np.testing.assert_allclose(resumed, [straight.losses[step] for step in (10, 20, 30)], rtol=1e-6)
+        for name, value in whole.module.state_dict().items():
+            torch.testing.assert_close(stage.module.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
 def test_what_is_not_finite_on_one_rank_is_skipped_on_both(two_ranks: Path, zero: int) -> None:
     for rank in (0, 1):
         found = result(two_ranks, rank)[f"poisoned_{zero}"]

@@ -21,3 +21,20 @@ def test_block_drops_in_training_only() -> None:
     assert not torch.allclose(block(x, torch.arange(4)), block(x, torch.arange(4) + 4))
     block.eval()
     assert torch.equal(block(x, None), block(x, torch.arange(4)))
+
+
+def test_recomputed_is_the_same_with_less_kept() -> None:
+    torch.manual_seed(0)
+    kept = ResidualBlock(8, 0.5, 0)
+    again = ResidualBlock(8, 0.5, 0, recompute=True)
+    again.load_state_dict(kept.state_dict())
+    saved: dict[bool, int] = {}
+    for block in (kept, again):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        packed = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, packed=packed: packed.append(t) or t, lambda t: t):
+            y = block(x, torch.arange(4))
+        y.square().sum().backward()
+        saved[block.recompute] = len(packed)
+    assert saved[True] < saved[False]
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(kept.parameters(), again.parameters(), strict=True))

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def mirror(folder: Path, uri: str) -> MlflowMirror:
     (folder / "config.yaml").write_text("stage: vae\n")
     params = {f"p{number}": "x" * 7000 for number in range(120)}
-    return MlflowMirror(folder / "record.jsonl", uri, "bgen", "run", "identifier", params, folder / "config.yaml")
+    return MlflowMirror(folder / "record.jsonl", uri, "bgen", "run", "identifier", params, [folder / "config.yaml"])
 
 
 def write(record: Record, steps: range) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bgen.config.load import validate
+from bgen.distributed.world import World
 from bgen.track import record
 from bgen.track.output import RunOutput, run_identifier
 from bgen.track.progress import ProgressLine
@@ -44,13 +46,13 @@ def config(out: Path) -> Any:
 
 
 def test_only_rank_0_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = RunOutput(config(tmp_path / "run"), "id", None, main=False)
+    other = RunOutput(config(tmp_path / "run"), "id", None, World(1, 2, 1, 2, torch.device("cpu")))
     other.row("train", 1, {"loss": 1.0})
     other.say("nothing")
     other.close("FINISHED")
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr().err == ""
-    main = RunOutput(config(tmp_path / "run"), "id", None, main=True)
+    main = RunOutput(config(tmp_path / "run"), "id", None, World(0, 1, 0, 1, torch.device("cpu")))
     main.event("start", 0, {"run": "id"})
     main.row("train", 1, {"loss": math.nan})
     main.row("train", 2, {"loss": 1.0})
@@ -58,7 +60,7 @@ def test_only_rank_0_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert [row.get("loss") for row in record.read(tmp_path / "run" / "record.jsonl")] == [None, None, 1.0]
     assert "stage: vae" in (tmp_path / "run" / "config.yaml").read_text()
     assert run_identifier(config(tmp_path / "run")) == "id"
-    resumed = RunOutput(config(tmp_path / "run"), "id", 1, main=True)
+    resumed = RunOutput(config(tmp_path / "run"), "id", 1, World(0, 1, 0, 1, torch.device("cpu")))
     resumed.close("FINISHED")
     assert [row["step"] for row in record.read(tmp_path / "run" / "record.jsonl")] == [0, 1]
 

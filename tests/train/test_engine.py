@@ -6,7 +6,7 @@ import pytest
 
 from bgen.config.errors import UserError
 from bgen.config.schema import TrainConfig
-from bgen.train.engine import BatchPlan, batch_plan, deepspeed_config
+from bgen.train.deepspeed_json import BatchPlan, batch_plan, deepspeed_config
 
 
 def config(**settings: Any) -> TrainConfig:

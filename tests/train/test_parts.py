@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
 import torch
-from toy import ToyModel
 
 from bgen.config.schema import TrainConfig
 from bgen.train.ema import EMA
@@ -22,26 +20,37 @@ def test_learning_rate() -> None:
     assert learning_rate(cosine, 55) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
     assert learning_rate(cosine, 100) == pytest.approx(0.2)
     assert learning_rate(cosine, 200) == pytest.approx(0.2)
+    wsd = TrainConfig(steps=100, warmup=10, learning_rate=2.0, schedule="wsd", decay=0.2, final_lr=0.1)  # type: ignore[call-arg]
+    assert [learning_rate(wsd, step) for step in (0, 10, 79)] == pytest.approx([0.2, 2.0, 2.0])
+    assert learning_rate(wsd, 80) == pytest.approx(2.0 * (1 - 0.9 / 20))
+    assert learning_rate(wsd, 99) == pytest.approx(0.2)
     constant = TrainConfig(steps=5, warmup=0, learning_rate=2.0, schedule="constant")  # type: ignore[call-arg]
     assert [learning_rate(constant, step) for step in range(5)] == [2.0] * 5
 
 
 def test_moving_average() -> None:
-    module = ToyModel(0.0)
-    before = copy.deepcopy(module)
-    average = EMA(module, 0.9)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(1.0)
-    average.update(module, step=1000)
-    now = copy.deepcopy(module)
-    with average.swapped_in(module):
-        for name, parameter in module.named_parameters():
-            torch.testing.assert_close(parameter, before.get_parameter(name) + 0.1)
-    assert all(torch.equal(p, now.get_parameter(name)) for name, p in module.named_parameters())
-    early = EMA(before, 0.9)
-    early.update(module, step=0)
-    torch.testing.assert_close(early.weights["A_log"], before.A_log.detach() + 0.9)
+    weights = {("a", 0): torch.zeros(3), ("a", 3): torch.ones(2)}
+    average = EMA(weights, 0.9)
+    moved = {place: weight + 1 for place, weight in weights.items()}
+    average.update(moved, step=1000)
+    for place, weight in weights.items():
+        torch.testing.assert_close(average.pieces[place], weight + 0.1)
+    assert weights["a", 0].tolist() == [0.0] * 3
+    early = EMA(weights, 0.9)
+    early.update(moved, step=0)
+    torch.testing.assert_close(early.pieces["a", 3], torch.ones(2) + 0.9)
+
+
+def test_spikes_are_told_by_the_last_losses() -> None:
+    state = RunState("run")
+    for step in range(200):
+        assert not state.is_spike(100.0, 6.0) or step >= 32
+        state.remember(1.0 + 0.1 * (-1) ** step)
+    assert len(state.recent) == 128
+    assert not state.is_spike(1.55, 6.0)
+    assert state.is_spike(1.65, 6.0)
+    assert not state.is_spike(1.65, 0)
+    assert not state.is_spike(float("nan"), 6.0)
 
 
 def test_state_survives_json_exactly() -> None:

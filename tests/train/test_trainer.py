@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from toy import ToyModel, ToyStage, run, toy_config
 
-from bgen.checkpoint import files
+from bgen.checkpoint import files, shards
 from bgen.checkpoint.weights import export_weights
 from bgen.config.errors import UserError
 from bgen.data.batch import CellBatch
@@ -114,14 +114,14 @@ def test_a_damaged_checkpoint_is_passed_over_in_one_line(tmp_path: Path, capsys:
     straight, _ = run(config)
     kept = files.committed(tmp_path / "run" / "checkpoints")
     assert [files.step_of(folder) for folder in kept] == [30, 20]
-    engine = next((kept[0] / "engine").iterdir())
-    content = bytearray(engine.read_bytes())
+    shard = kept[0] / "shard_00000.safetensors"
+    content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
-    engine.write_bytes(content)
+    shard.write_bytes(content)
     capsys.readouterr()
     result, _ = run(config, resume=True)
     said = capsys.readouterr().err.strip().splitlines()
-    damaged = f"checkpoint step_00000030 is damaged (engine/{engine.name}: checksum differs)"
+    damaged = f"checkpoint step_00000030 is damaged ({shard.name}: checksum differs)"
     assert said == [f"{damaged}: going on from step_00000020 instead"]
     assert result.losses == straight.losses[20:]
     for folder in files.committed(tmp_path / "run" / "checkpoints"):
@@ -139,8 +139,13 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
     stage.fingerprint = {"store": "another"}
     with pytest.raises(UserError, match=r"other data, so the run cannot go on:\n  store: was toy, is another"):
         Trainer(config, stage).fit(resume=True)
-    with pytest.raises(UserError, match=r"set train\.zero=0"):
-        run(toy_config(tmp_path / "run", {"zero": 1}), resume=True)
+    stage = ToyStage(toy_config(tmp_path / "run", {"steps": 3}))
+    stage.fingerprint = {"store": "another"}
+    assert Trainer(stage.config, stage).fit(resume=True, accept_changed_data=True).step == 3
+    stage = ToyStage(toy_config(tmp_path / "run", {"zero": 1, "optimizer": "muon"}))
+    stage.fingerprint = {"store": "another"}
+    with pytest.raises(UserError, match=r"set train\.optimizer=adamw, or start"):
+        Trainer(stage.config, stage).fit(resume=True)
 
 
 def test_resume_before_the_first_checkpoint_starts_the_same_run(tmp_path: Path) -> None:
@@ -161,10 +166,10 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
+        patch.setattr(shards, "write", full)
         result, _ = run(toy_config(tmp_path / "run", {"steps": 4, "checkpoint_every": 2}))
     assert result.step == 4
-    assert "warning: no checkpoint at step 2: rank 0 could not write" in capsys.readouterr().err
+    assert "warning: no checkpoint: rank 0 could not write" in capsys.readouterr().err
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 

@@ -1,0 +1,123 @@
+"""What is sent to MLflow outside of training: a record after an outage, evaluations, the exported model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bgen.config.errors import UserError
+from bgen.config.load import load_config
+from bgen.track import record as records
+from bgen.track.mlflow import RUN_TAG, MlflowMirror, tracking_uri
+from bgen.track.output import CONFIG, RECORD, make_mirror
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+STATUS = {"end": "FINISHED", "interrupted": "KILLED"}
+
+
+def sync(run: Path, uri: str | None = None) -> str:
+    """Send everything of a run's record that its MLflow run does not have yet; ``bgen track sync``.
+
+    Parameters
+    ----------
+    run
+        Run folder.
+    uri
+        Tracking URI; default: the one of the run's configuration.
+
+    Returns
+    -------
+    A line that says what is where now.
+
+    Raises
+    ------
+    UserError
+        If ``run`` is no run folder, or MLflow does not answer.
+    """
+    mirror = _mirror(run, uri)
+    rows = records.read(run / RECORD)
+    status = next((STATUS[row["event"]] for row in reversed(rows) if row.get("event") in STATUS), None)
+    sent = mirror.send_all(status)
+    return f"{run}: {sent} new values at {mirror.uri}, run {mirror.run_id}"
+
+
+def log_evaluation(
+    run: Path, name: str, metrics: dict[str, float], artifacts: list[Path], uri: str | None = None
+) -> str:
+    """Log an evaluation as a child of a run's MLflow run; returns the child's identifier.
+
+    Raises
+    ------
+    UserError
+        If the run is not at MLflow, or MLflow does not answer.
+    """
+    from mlflow.entities import Metric
+
+    client, parent, experiment = _find(run, uri)
+    tags = {"mlflow.parentRunId": parent, "mlflow.runName": name}
+    child: str = client.create_run(experiment, run_name=name, tags=tags).info.run_id
+    client.log_batch(child, metrics=[Metric(key, value, 0, 0) for key, value in metrics.items()])
+    for path in artifacts:
+        client.log_artifact(child, str(path))
+    client.set_terminated(child, "FINISHED")
+    return child
+
+
+def log_model(run: Path, model: Path, register: str | None = None, uri: str | None = None) -> str:
+    """Log an exported model directory as artifact ``model`` of a run's MLflow run; returns its URI.
+
+    Parameters
+    ----------
+    run
+        Run folder.
+    model
+        Directory of ``bgen export``.
+    register
+        Name of a registered model that gets it as a new version.
+    uri
+        Tracking URI; default: the one of the run's configuration.
+
+    Raises
+    ------
+    UserError
+        If the run is not at MLflow, or MLflow does not answer.
+    """
+    client, run_id, _ = _find(run, uri)
+    client.log_artifacts(run_id, str(model), "model")
+    source = f"{client.get_run(run_id).info.artifact_uri}/model"
+    if register is not None:
+        if not client.search_registered_models(f"name = '{register}'"):
+            client.create_registered_model(register)
+        client.create_model_version(register, source, run_id)
+    return source
+
+
+def _find(run: Path, uri: str | None) -> tuple[MlflowClient, str, str]:
+    """Client, identifier of the MLflow run, identifier of its experiment."""
+    mirror = _mirror(run, uri)
+    try:
+        client = mirror.client()
+        experiment = client.get_experiment_by_name(mirror.experiment)
+        found: list[Any] = []
+        if experiment is not None:
+            wanted = f"tags.`{RUN_TAG}` = '{mirror.run}'"
+            found = client.search_runs([experiment.experiment_id], wanted, max_results=1)
+    except Exception as error:  # whatever MLflow raises
+        raise UserError(f"MLflow at {mirror.uri} does not answer: {str(error).splitlines()[0][:300]}") from error
+    if not found:
+        raise UserError(f"MLflow at {mirror.uri} has no run of {run}. `bgen track sync {run}` sends it.")
+    return client, found[0].info.run_id, found[0].info.experiment_id
+
+
+def _mirror(run: Path, uri: str | None) -> MlflowMirror:
+    if not (run / CONFIG).is_file() or not (run / RECORD).is_file():
+        raise UserError(f"{run} is not a run folder: it has no {CONFIG} and {RECORD}. `bgen train` makes one.")
+    config = load_config(run / CONFIG)
+    rows = records.read(run / RECORD)
+    if not rows:
+        raise UserError(f"{run / RECORD} is empty: there is nothing to send.")
+    # The folder may have been moved since.
+    config = config.model_copy(update={"out": run})
+    return make_mirror(config, str(rows[0]["run"]), tracking_uri(uri or config.track.uri, run), None)

@@ -1,0 +1,164 @@
+"""What a checkpoint of a run holds, when it is written, and what is said about it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from bgen.checkpoint import shards
+from bgen.checkpoint.commit import Checkpoints, SaveError
+from bgen.checkpoint.shards import Shards
+from bgen.config.errors import UserError
+from bgen.config.schema import Config
+from bgen.distributed import world as ranks
+from bgen.train.ema import EMA
+from bgen.train.engine import Engine, Pieces
+from bgen.train.state import RunState
+
+
+class SaveFailed(UserError):
+    """The run had to end and could not save; worth another try when there is room (EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
+class Weights:
+    """The weights of a run beside those in training: the moving average and the best.
+
+    Parameters
+    ----------
+    engine
+        Holds those in training.
+    config
+        Settings.
+    saved
+        The checkpoint that the run goes on from.
+    """
+
+    def __init__(self, engine: Engine, config: Config, saved: Shards | None) -> None:
+        train = config.train
+        self.engine = engine
+        self.average = EMA(engine.partition.weights(), train.ema) if train.ema > 0 else None
+        self.best: Pieces | None = None
+        self.best_buffers: dict[str, Tensor] = {}
+        if saved is None:
+            return
+        if self.average is not None:
+            self.average.load(saved)
+        if train.patience > 0 and shards.BEST in saved.kinds:
+            here = engine.partition.weights()
+            self.best = {
+                (name, start): saved.read(shards.BEST, name, start, len(piece)).to(piece.device)
+                for (name, start), piece in here.items()
+            }
+            self.best_buffers = {name: saved.whole(shards.BEST_FIXED, name) for name in saved.names(shards.BEST_FIXED)}
+
+    @property
+    def judged(self) -> Pieces | None:
+        """The weights that evaluations judge: the average where there is one; None means those in training."""
+        return None if self.average is None else self.average.pieces
+
+    def keep_best(self) -> None:
+        """Keep a copy of the weights that were just judged."""
+        source = self.judged if self.judged is not None else self.engine.partition.weights()
+        self.best = {place: piece.clone() for place, piece in source.items()}
+        self.best_buffers = {name: b.detach().cpu().clone() for name, b in self.engine.module.named_buffers()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies on the CPU of all that this rank saves."""
+        found = self.engine.partition.snapshot()
+        for kind, pieces in ((shards.AVERAGE, self.judged), (shards.BEST, self.best)):
+            for (name, start), piece in (pieces or {}).items():
+                found[shards.key(kind, start, name)] = piece.to("cpu", copy=True)
+        if ranks.current().is_main:
+            fixed = {shards.FIXED: self.engine.fixed(), shards.BEST_FIXED: self.best_buffers}
+            found |= {shards.key(kind, 0, name): t for kind, group in fixed.items() for name, t in group.items()}
+        return found
+
+    def release(self) -> Any:
+        """End the engine and return the module with the weights to export (best, else average, else last)."""
+        module = self.engine.release(self.best if self.best is not None else self.judged)
+        module.load_state_dict(self.best_buffers, strict=False)
+        return module
+
+
+class Saver:
+    """Saves a run's checkpoints.
+
+    Parameters
+    ----------
+    checkpoints
+        Where they go.
+    config, fingerprint
+        Saved with each.
+    event
+        Adds a row to the record: what happened, and its values.
+    say
+        Prints a line.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        config: Config,
+        fingerprint: dict[str, Any],
+        event: Callable[[str, dict[str, Any]], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self.checkpoints, self.config, self.fingerprint = checkpoints, config, fingerprint
+        self._event, self._say = event, say
+
+    def begin(self, weights: Weights, state: RunState) -> None:
+        """Start to save; what was still being saved is finished first. A failure is reported and training goes on."""
+        self.finish()
+        train = self.config.train
+        text = json.dumps(
+            {
+                "state": state.to_json(),
+                "fingerprint": self.fingerprint,
+                "config": self.config.model_dump(mode="json"),
+            },
+            indent=1,
+            allow_nan=False,
+        )
+        facts = {"ranks": ranks.current().size, "zero": train.zero, "optimizer": train.optimizer}
+        shapes = weights.engine.partition.shapes
+        self._reported(lambda: self.checkpoints.begin(state.step, weights.tensors(), shapes, text, facts))
+        if not train.checkpoint_async:
+            self.finish()
+
+    def advance(self, done: int, failed: int) -> None:
+        """Bring what is being saved forward; see :meth:`Checkpoints.advance`."""
+        self._reported(lambda: self.checkpoints.advance(done, failed))
+
+    def finish(self) -> None:
+        """Wait until what is being saved is saved."""
+        self._reported(self.checkpoints.finish)
+
+    def save_now(self, weights: Weights, state: RunState) -> None:
+        """Save before the run ends.
+
+        Raises
+        ------
+        SaveFailed
+            If that was not possible.
+        """
+        self.begin(weights, state)
+        self.finish()
+        if self._failed is not None:
+            raise SaveFailed(f"stopped at step {state.step} without saving: {self._failed}")
+
+    def _reported(self, action: Callable[[], Any]) -> None:
+        self._failed: str | None = None
+        try:
+            done = action()
+        except SaveError as error:
+            self._failed = str(error)
+            self._event("save failed", {"reason": str(error)})
+            self._say(f"warning: no checkpoint: {error}")
+            return
+        if done is not None:
+            self._event("checkpoint", {"checkpoint": done.name})
