@@ -29,6 +29,13 @@ from bgen.nn.sparse_linear import sparse_matmul
 SCALE = 10_000.0
 """Counts per cell to which the encoder's input is normalised before log1p."""
 
+_DISPERSION_SPEED = 10.0
+"""Factor between the dispersions' parameter and their logarithm: Adam moves a parameter by the learning rate a step at
+most, which would take thousands of steps to get from the start to a gene's own dispersion."""
+
+_START_THETA = 10.0
+"""Inverse dispersion that every gene starts with."""
+
 _LIBRARY_MARGIN = 0.1
 """Natural-log units that a generated library may lie outside the range seen in training."""
 
@@ -92,7 +99,12 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(config.hidden)
         self.logits = nn.Linear(config.hidden, n_genes)
         self.dropout_logits = nn.Linear(config.hidden, n_genes) if config.likelihood == "zinb" else None
-        self.log_theta = nn.Parameter(torch.zeros(n_genes))
+        self.scaled_log_theta = nn.Parameter(torch.full((n_genes,), math.log(_START_THETA) / _DISPERSION_SPEED))
+
+    @property
+    def log_theta(self) -> Tensor:
+        """``[G]``: log inverse dispersion of each gene."""
+        return self.scaled_log_theta * _DISPERSION_SPEED
 
     def forward(
         self, z: Tensor, library: Tensor, obs: Mapping[str, Tensor], keys: Tensor | None
