@@ -49,7 +49,7 @@ def compress(chunk: U8, profile: str) -> bytes:
         )
         packed = zstandard.ZstdCompressor(compression_params=encoder).compress(chunk.tobytes())
     else:
-        packed = _CODECS[profile].encode(chunk)
+        packed = CODECS[profile].encode(chunk)
     return packed + google_crc32c.value(packed).to_bytes(4, "little")
 
 
@@ -78,7 +78,7 @@ class Stream:
 
     def __init__(self, folder: Path, profile: str) -> None:
         self.folder = folder
-        self._codec = _CODECS[profile]
+        self._codec = CODECS[profile]
         grid = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))["chunk_grid"]
         self._slots: int = grid["configuration"]["chunk_shape"][0]
         self._indices: dict[int, I64] = {}
@@ -104,25 +104,37 @@ class Stream:
         OSError
             If they cannot be read.
         """
+        data = self.fetch(chunk)
+        if google_crc32c.value(data) != WHOLE:
+            raise ValueError(f"chunk {chunk} in {self.name_of(chunk)} does not have the bytes that were written")
+        self._codec.decode(memoryview(data)[:-4], out)
+
+    def fetch(self, chunk: int) -> bytes:
+        """Return the bytes of a chunk as they are stored, with their CRC-32C."""
         number = chunk // self._slots
         offset, size = self._index(number)[chunk % self._slots].tolist()
-        with self._open(number) as file:
-            data = os.pread(file.fileno(), size, offset) if offset >= 0 else b""
-        if google_crc32c.value(data) != WHOLE:
-            raise ValueError(f"chunk {chunk} in {self._name(number)} does not have the bytes that were written")
-        self._codec.decode(memoryview(data)[:-4], out)
+        return self._read_range(number, offset, size) if offset >= 0 else b""
+
+    def name_of(self, chunk: int) -> str:
+        """Return the file that holds a chunk."""
+        return self._name(chunk // self._slots)
 
     def _index(self, number: int) -> I64:
         with self._lock:
             if number not in self._indices:
                 length = 16 * self._slots + 4
-                with self._open(number) as file:
-                    end = os.fstat(file.fileno()).st_size
-                    data = os.pread(file.fileno(), length, max(0, end - length))
+                data = self._read_range(number, max(0, self._size(number) - length), length)
                 if len(data) != length or google_crc32c.value(data) != WHOLE:
                     raise ValueError(f"the index of {self._name(number)} does not have the bytes that were written")
                 self._indices[number] = np.frombuffer(data[:-4], "<i8").reshape(-1, 2)
             return self._indices[number]
+
+    def _size(self, number: int) -> int:
+        return shard_path(self.folder, number).stat().st_size
+
+    def _read_range(self, number: int, offset: int, size: int) -> bytes:
+        with self._open(number) as file:
+            return os.pread(file.fileno(), size, offset)
 
     def _open(self, number: int) -> Any:
         # opened each time: a large store has more shards than a process may hold open
@@ -145,7 +157,7 @@ def read_ahead(pool: ThreadPoolExecutor, pairs: list[tuple[Stream, U8]], chunks:
     return [pool.submit(work, start) for start in range(0, len(chunks), CHUNKS_PER_TASK)]
 
 
-_CODECS = {
+CODECS = {
     "small": numcodecs.Zstd(),
     "fast": numcodecs.Blosc("lz4hc", 5, numcodecs.Blosc.NOSHUFFLE),
 }

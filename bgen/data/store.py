@@ -105,16 +105,14 @@ class Store:
     def __init__(self, folder: str | Path, *, threads: int = 2) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder)
-        problems = check_files(self.folder, self.manifest, checksums=False)
-        problems += check_files(self.folder, self.manifest, checksums=True, below="rows/") if not problems else []
-        if problems:
+        if problems := self._find_damage():
             listed = "\n  ".join(problems[:10])
             raise UserError(f"The store {self.folder} is damaged:\n  {listed}\nRestore these files or build it again.")
         self.nonzeros = self._read_array("rows/genes")
         self._gap_bytes = self._read_array("rows/gap_bytes")
         self._overflow = self._read_array("rows/overflow")
         self.first_cell: I64 = self._read_array("rows/first_cell")
-        self._streams = [Stream(self.folder / name, self.manifest.profile) for name in ("gaps", "counts")]
+        self._streams = self._open_streams()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="bgen-decode")
 
     def __len__(self) -> int:
@@ -193,10 +191,23 @@ class Store:
         """Return the input file (its place in the manifest) and the row in it of each cell."""
         return self._read_array("origin/source")[cells], self._read_array("origin/row")[cells]
 
+    def rows(self, name: str) -> NDArray[np.unsignedinteger[Any]]:
+        """Return a number of every cell: "genes", "gap_bytes", "overflow", or "split", its split's code."""
+        return self._read_array(f"rows/{name}")
+
     def names(self) -> NDArray[np.str_]:
         """Return the barcodes ``[n_cells]``."""
         raw = self._read_array("origin/name")
         return np.char.decode(np.ascontiguousarray(raw).view(f"S{raw.shape[1]}")[:, 0], "utf-8")
+
+    def _find_damage(self) -> list[str]:
+        """Describe the files that are not as they were written, as far as that can be seen in a moment."""
+        problems = check_files(self.folder, self.manifest, checksums=False)
+        return problems or check_files(self.folder, self.manifest, checksums=True, below="rows/")
+
+    def _open_streams(self) -> list[Stream]:
+        """Return what reads the chunks of gaps and of counts."""
+        return [Stream(self.folder / name, self.manifest.profile) for name in ("gaps", "counts")]
 
     def _read_array(self, name: str) -> NDArray[Any]:
         try:

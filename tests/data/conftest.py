@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +12,8 @@ from bgen.data.manifest import Source
 from bgen.data.store import Store
 from data_tools.splits import DEFAULT, assign
 from data_tools.write import Contents, write_store
+
+sys.path.insert(0, str(Path(__file__).parent))  # for servers.py
 
 
 def make_contents(n_cells: int = 1500, n_genes: int = 900, seed: int = 0) -> Contents:
