@@ -24,7 +24,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 config_app = typer.Typer(help="Show and check configurations.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure throughput, beside peers where they are installed.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as train.steps=500.", show_default=False)]
@@ -160,15 +162,64 @@ def evaluate(
         results.print(f"Report: {out / 'report.html'}")
 
 
+@bench_app.command("loader")
+def bench_loader(
+    out: Annotated[Path, typer.Option(help="Folder for loader.json and loader.png.")],
+    cells: Annotated[int, typer.Option(min=1000, help="Cells of the synthetic atlas.")] = 400_000,
+    atlas: Annotated[Path | None, typer.Option(help="Where the atlas is kept; default: the user's cache.")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="Loader to measure beside bgen; may be repeated.")] = None,
+    python: Annotated[
+        list[str] | None, typer.Option(help="Python that has a peer, NAME=PATH ('*': all others); may be repeated.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of each measurement.")] = 4.0,
+    repetitions: Annotated[int, typer.Option(min=1, help="Measurements of each case, interleaved.")] = 3,
+    threads: Annotated[int, typer.Option(min=2, help="Threads of the cases with several.")] = 2,
+) -> None:
+    """Measure the stream of counts beside other loaders, on one synthetic atlas.
+
+    Example: `bgen bench loader --out bench --cells 20000`
+    """
+    from bgen.bench.loader import bench_loader as measure
+
+    pythons = {}
+    for text in python or []:
+        name, sign, path = text.partition("=")
+        if not sign:
+            raise UserError(f"--python {text}: write NAME=PATH, such as annbatch=/opt/venv/bin/python.")
+        pythons[name] = Path(path)
+    measure(
+        out,
+        cells=cells,
+        atlas_folder=atlas,
+        peers=peer,
+        pythons=pythons,
+        seconds=seconds,
+        repetitions=repetitions,
+        threads=threads,
+        say=notes.print,
+    )
+
+
 @config_app.command("show")
-def config_show(config: str, overrides: Overrides = None) -> None:
+def config_show(
+    config: str,
+    overrides: Overrides = None,
+    deepspeed: Annotated[bool, typer.Option("--deepspeed", help="Show DeepSpeed's JSON instead.")] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks that DeepSpeed's JSON is for.")] = 1,
+) -> None:
     """Print the resolved configuration.
 
     Example: `bgen config show demo/vae train.steps=10`
     """
     from bgen.config.load import load_config, to_yaml
 
-    typer.echo(to_yaml(load_config(config, overrides or [])), nl=False)
+    loaded = load_config(config, overrides or [])
+    if deepspeed:
+        from bgen.train.deepspeed_json import deepspeed_config
+
+        typer.echo(json.dumps(deepspeed_config(loaded.train, ranks, loaded.out), indent=1))
+    else:
+        typer.echo(to_yaml(loaded), nl=False)
 
 
 @config_app.command("check")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from collections.abc import Callable
@@ -210,6 +211,45 @@ def verify(store: Path) -> None:
         listed = "\n  ".join(problems)
         raise UserError(f"The store {store} is damaged:\n  {listed}\nRestore these files or build it again.")
     results.print(f"{store}: all {len(manifest.files)} files are as they were written.")
+
+
+@app.command("to-anndata")
+def to_anndata(
+    store: Annotated[Path, typer.Argument(help="Folder of a store, or AnnData in zarr.")],
+    out: Annotated[Path, typer.Option(help="A new file .h5ad, or a new folder .zarr.")],
+    split: Annotated[str | None, typer.Option(help="Only the cells of this split.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the counts: float32 or uint32.")] = "float32",
+) -> None:
+    """Write the cells of a store as AnnData, streaming.
+
+    Example: `bgen data to-anndata store --out cells.h5ad --split test`
+    """
+    from bgen.data.open import open_store
+    from data_tools.to_anndata import to_anndata as write
+
+    opened = open_store(store)
+    with progress_bar() as progress:
+        cells = write(opened, out, split=split, dtype=dtype, progress=functools.partial(progress, "writing"))
+    results.print(f"{cells:,} cells: {out}")
+
+
+@app.command("to-webdataset")
+def to_webdataset(
+    store: Annotated[Path, typer.Argument(help="Folder of a store.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the tar shards and their index.")],
+    blocks_per_shard: Annotated[int, typer.Option(min=1, help="Blocks of about 256 cells in a shard.")] = 256,
+) -> None:
+    """Write a store as WebDataset: tar shards of blocks of cells, with an index that training resumes by.
+
+    Example: `bgen data to-webdataset store --out shards`
+    """
+    from bgen.data.store import Store
+    from data_tools.to_webdataset import to_webdataset as write
+
+    opened = Store(store)
+    with progress_bar() as progress:
+        shards = write(opened, out, blocks_per_shard=blocks_per_shard, progress=functools.partial(progress, "writing"))
+    results.print(f"{shards} shards: {out}")
 
 
 def _check(files: list[Path], options: Any) -> Any:

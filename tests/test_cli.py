@@ -132,6 +132,21 @@ def test_config_mistakes(bgen: Any) -> None:
     assert "latent: 10" in bgen("config", "show", "demo/vae").out
 
 
+def test_deepspeed_settings_are_shown(bgen: Any) -> None:
+    shown = json.loads(bgen("config", "show", "demo/vae", "train.global_batch=64", "--deepspeed", "--ranks", 2).out)
+    assert shown["train_batch_size"] == 64
+    assert shown["train_micro_batch_size_per_gpu"] == 32
+
+
+def test_stores_go_back_to_anndata_and_to_webdataset(bgen: Any, demo: Any, tmp_path: Path) -> None:
+    assert bgen("data", "to-anndata", demo.store, "--out", tmp_path / "back.h5ad").code == 0
+    before, back = anndata.read_h5ad(demo.cells), anndata.read_h5ad(tmp_path / "back.h5ad")
+    assert abs(back[before.obs_names, before.var_names].X - before.X).nnz == 0
+    wrong(bgen("data", "to-anndata", demo.store, "--out", tmp_path / "back.csv"), ".h5ad or .zarr")
+    assert bgen("data", "to-webdataset", demo.store, "--out", tmp_path / "shards").code == 0
+    assert list((tmp_path / "shards").glob("*.tar"))
+
+
 def change(source: Path, target: Path, how: Any) -> Path:
     adata = anndata.read_h5ad(source)
     adata = how(adata) or adata
