@@ -144,7 +144,7 @@ def test_stores_go_back_to_anndata_and_to_webdataset(bgen: Any, demo: Any, tmp_p
     assert abs(back[before.obs_names, before.var_names].X - before.X).nnz == 0
     wrong(bgen("data", "to-anndata", demo.store, "--out", tmp_path / "back.csv"), ".h5ad or .zarr")
     assert bgen("data", "to-webdataset", demo.store, "--out", tmp_path / "shards").code == 0
-    assert list((tmp_path / "shards").glob("*.tar"))
+    assert list((tmp_path / "shards").rglob("*.tar"))
 
 
 def change(source: Path, target: Path, how: Any) -> Path:
