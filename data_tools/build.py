@@ -17,7 +17,7 @@ from bgen.data.manifest import Manifest
 from bgen.data.manifest import Source as ManifestSource
 from data_tools.findings import FileReport, Report, Roles
 from data_tools.inputs import Source, open_source
-from data_tools.partial import WORK, Plan, all_or_nothing
+from data_tools.partial import WORK, Plan, all_or_nothing, save_array
 from data_tools.pieces import Piece, cut_file
 from data_tools.run_tasks import open_runner
 from data_tools.splits import DEFAULT, Codes, assign, assign_groups, group_names
@@ -131,7 +131,7 @@ def build(
         pieces: list[Piece] = []
         for number, (source, file) in enumerate(zip(sources, report.files, strict=True)):
             path = partial / WORK / f"genes-{number:05d}.npy"
-            np.save(path, gene_maps[number])
+            save_array(path, gene_maps[number])
             pieces += cut_file(source, file, number=number, offset=int(first_rows[number]), seed=seed, genes=path)
         with open_runner(_choose_workers(workers, sources, report.files), scheduler, partial) as runner:
             return fill(

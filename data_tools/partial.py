@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from bgen.config.errors import UserError
 
@@ -82,9 +87,16 @@ def all_or_nothing(folder: Path, plan: Plan | None = None, *, restart: bool = Fa
             raise
 
 
-def commit(path: Path, data: bytes) -> None:
-    """Write a small file so that it is there whole or not at all, and on the disk when this returns."""
-    half = path.with_name(f".{path.name}.{os.getpid()}")
+def save_array(path: Path, array: ArrayLike) -> None:
+    """Write a .npy file as :func:`commit` does."""
+    stream = io.BytesIO()
+    np.save(stream, array)
+    commit(path, stream.getbuffer())
+
+
+def commit(path: Path, data: bytes | memoryview) -> None:
+    """Write a file so that it is there whole or not at all, and on the disk when this returns."""
+    half = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with half.open("wb") as stream:
         stream.write(data)
         stream.flush()

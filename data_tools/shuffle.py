@@ -18,6 +18,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ from bgen.data.recode import encode_rows, gather, recode_chunks, recoded_gap_byt
 from bgen.data.shards import compress, shard_path
 from bgen.data.shards import write_shard as write_shard_file
 from bgen.data.store import stream_metadata
-from data_tools.partial import WORK, commit
+from data_tools.partial import WORK, commit, save_array
 from data_tools.pieces import Piece
 
 I64 = NDArray[np.int64]
@@ -166,19 +169,14 @@ def _write_spill(to: Spill, places: I64, parts: list[NDArray[Any]], expressed: I
     starts = np.zeros((len(places) + 1, 3), np.int64)
     np.cumsum(sizes[order], axis=0, out=starts[1:])
     to.path("json").parent.mkdir(exist_ok=True)
-    with to.path("streams").open("wb") as file:
+    with _whole_file(to.path("streams"), to.folder) as half, half.open("wb") as file:
         for which, stream in enumerate(streams):
             line = stream.view(np.uint8)
             out = np.empty(len(line), np.uint8)
             gather(line, begins[order, which], sizes[order, which], out)
-            out.tofile(file)
-        file.flush()
-        os.fsync(file.fileno())
+            file.write(out.data)
     for name, array in (("cells", places[order]), ("starts", starts), ("expressed", expressed)):
-        with to.path(name).open("wb") as file:
-            np.save(file, array)
-            file.flush()
-            os.fsync(file.fileno())
+        save_array(to.path(name), array)
     names = ("streams", "cells", "starts", "expressed")
     commit(to.path("json"), json.dumps({name: to.path(name).stat().st_size for name in names}).encode())
 
@@ -224,12 +222,31 @@ def write_shard(folder: Path, number: int, spills: list[Spill], layout: Layout) 
     files = {}
     for name, chunks in packed.items():
         path = shard_path(folder / name, number)
-        write_shard_file(path, chunks, layout.shard_chunks)
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            os.fsync(stream.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _whole_file(path, folder) as half:
+            write_shard_file(half, chunks, layout.shard_chunks)
+            with half.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
     commit(_shard_note(folder, number), json.dumps(files).encode())
+
+
+@contextmanager
+def _whole_file(path: Path, folder: Path) -> Iterator[Path]:
+    """Give a place to write a file, which is moved to ``path`` when it is whole and on the disk.
+
+    A worker of a build that was killed may still be at it while another does its task again: both write the same bytes,
+    each in a place of its own.
+    """
+    half = folder / WORK / "halves" / f"{path.name}-{uuid.uuid4().hex}"
+    half.parent.mkdir(exist_ok=True)
+    try:
+        yield half
+        with half.open("rb") as stream:
+            os.fsync(stream.fileno())
+        half.rename(path)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 def read_shard_files(folder: Path, number: int) -> dict[str, File] | None:

@@ -18,7 +18,7 @@ from bgen.data.genes import hash_genes, write_genes
 from bgen.data.keys import hash_keys
 from bgen.data.manifest import Column, Manifest, Source, hash_folder
 from bgen.data.store import array_spec, column_metadata, obs_path
-from data_tools.partial import WORK, all_or_nothing
+from data_tools.partial import WORK, all_or_nothing, save_array
 from data_tools.pieces import CountRows, Piece, cut_rows
 from data_tools.run_tasks import InProcess, Runner
 from data_tools.shuffle import (
@@ -145,13 +145,13 @@ def fill(
     for one in spills:
         expressed += np.load(one.path("expressed"))
     gene_order = np.argsort(-expressed, kind="stable")
-    np.save(work / "rank.npy", np.argsort(gene_order).astype(np.int32))
+    save_array(work / "rank.npy", np.argsort(gene_order).astype(np.int32))
     runner.run(measure, [(one,) for one in spills], rows, lambda done, all: progress("measuring", done, all))
 
     sizes = row_sizes(spills, len(order))
     nonzeros, gap_bytes, overflow = sizes
     layout, first_cell = _lay_out(sizes, profile)
-    np.save(work / "first_cell.npy", first_cell)
+    save_array(work / "first_cell.npy", first_cell)
     for name, room in layout.rooms().items():
         ts.open({**array_spec(folder / name, layout.metadata(room)), "open": True}).result()
     edges = first_cell[np.minimum(np.arange(layout.n_shards + 1) * layout.shard_chunks, layout.n_chunks)]
@@ -220,8 +220,8 @@ def _save_places(work: Path, contents: Contents, order: I64, n_rows: int) -> Non
     kept = np.arange(len(order)) if contents.kept is None else contents.kept
     place = np.full(n_rows, -1, np.int64)
     place[kept[order]] = np.arange(len(order))
-    np.save(work / "place.npy", place)
-    np.save(work / "n_genes.npy", len(contents.genes))
+    save_array(work / "place.npy", place)
+    save_array(work / "n_genes.npy", len(contents.genes))
 
 
 def _lay_out(sizes: NDArray[np.uint32], profile: str) -> tuple[Layout, I64]:

@@ -50,8 +50,8 @@ def assert_no_leakage(store: Store) -> None:
                 )
         elif len(splits) > 1:
             raise UserError(
-                f"{manifest.split_by} '{label}' is in the splits {' and '.join(splits)}, though {store.folder} was split"
-                " by it. Build the store again."
+                f"{manifest.split_by} '{label}' is in the splits {' and '.join(splits)}, though {store.folder} was"
+                " split by it. Build the store again."
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import resource
 import shutil
 import signal
@@ -25,6 +26,8 @@ from data_tools import inputs, pieces, shuffle
 from data_tools.build import build
 from data_tools.check import CheckOptions, check
 from data_tools.findings import Roles
+from data_tools.partial import Interrupted, all_or_nothing
+from data_tools.run_tasks import open_runner
 
 N_GENES = 700
 
@@ -413,3 +416,14 @@ def test_groups_and_held_out_values_keep_to_their_split(files: list[Path], tmp_p
             split_by="perturbation",
             held_out={"test": ["control"]},
         )
+
+
+@pytest.mark.slow
+def test_workers_that_die_leave_a_build_that_goes_on(tmp_path: Path) -> None:
+    with (
+        pytest.raises(Interrupted, match=r"died again and again.*The same command goes on"),
+        all_or_nothing(tmp_path / "store", {"the seed": "0"}) as partial,
+        open_runner(1, None, partial) as runner,
+    ):
+        runner.run(os._exit, [(1,)], [1], lambda done, all: None)
+    assert [path.name for path in tmp_path.iterdir()] == [".store.partial"]
