@@ -121,7 +121,7 @@ def open_runner(workers: int, scheduler: str | None, folder: Path) -> Iterator[R
             threads_per_worker=1,
             processes=True,
             memory_limit=0,  # what a task needs is bounded; a limit would stop workers for the page cache
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # any free port: two builds at once must not meet
             local_directory=scratch,
             silence_logs="ERROR",
         ) as cluster,

@@ -24,20 +24,19 @@ FOLDERS = [
     "tasks",
     "bench",
 ]
-TORCH_FREE = [
-    "codec",
-    "columns",
-    "genes",
-    "keys",
-    "manifest",
-    "order",
-    "recode",
-    "shards",
-    "splits",
-    "store",
-    "zarr_arrays",
+NEED_TORCH = [
+    "batch",
+    "buffers",
+    "loader",
+    "packed",
+    "skip",
+    "to_anndata",
+    "trajectory_batch",
+    "trajectory_loader",
 ]
-"""Modules of bgen/data that need no torch: data_tools may import them."""
+"""Modules of bgen/data that need torch; data_tools may import all the others, which must not."""
+
+TORCH_FREE = sorted({path.stem for path in (ROOT / "bgen" / "data").glob("*.py")} - {*NEED_TORCH, "__init__"})
 
 FILES = sorted([*(ROOT / "bgen").rglob("*.py"), *(ROOT / "data_tools").rglob("*.py")])
 
