@@ -14,11 +14,11 @@ from rich.console import Console
 from bgen import __version__
 from bgen.config.errors import UserError
 from bgen.config.load import load_config
+from bgen.config.output import require_new_folder, write_h5ad
 from bgen.config.schema import Config
 from bgen.data.manifest import Manifest
 from bgen.tasks.generate import Progress
 from bgen.tasks.model import load_model
-from bgen.config.output import require_new_folder, write_h5ad
 from bgen.tasks.score import score
 from bgen.train.run import train
 from data_tools.build import build

@@ -10,6 +10,7 @@ from anndata import AnnData
 
 from bgen import __version__
 from bgen.config.errors import UserError
+from bgen.config.output import require_new_folder
 from bgen.data.genes import match_genes
 from bgen.data.store import Store
 from bgen.data.to_anndata import read_anndata
@@ -20,7 +21,6 @@ from bgen.evaluate.scores import Scores
 from bgen.hub.directory import add_metrics
 from bgen.tasks.generate import Progress
 from bgen.tasks.model import Model, load_model
-from bgen.config.output import require_new_folder
 from bgen.track import record as records
 
 MOST_CELLS = 20_000
