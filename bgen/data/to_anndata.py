@@ -26,8 +26,10 @@ def read_anndata(store: Store, cells: I64) -> AnnData:
     obs = pd.DataFrame(index=pd.Index(store.names()[cells], name="cell"))
     for name in store.manifest.columns:
         column, values = store.column(name)
-        picked = values[cells]
-        obs[name] = pd.Categorical.from_codes(picked.astype(np.int64), column.categories) if column.kind == "category" else picked
+        if column.kind == "category":
+            obs[name] = pd.Categorical.from_codes(values[cells].astype(np.int64), pd.Index(column.categories))
+        else:
+            obs[name] = values[cells]
     var = store.genes.set_index("id").rename_axis("gene")
     adata = AnnData(counts, obs=obs, var=var)
     adata.uns["bgen"] = {
