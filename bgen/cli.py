@@ -81,6 +81,49 @@ def train(
 
 
 @app.command()
+def launch(
+    config: Annotated[str, typer.Argument(help="YAML file, or the name of one that comes with bgen.")],
+    overrides: Overrides = None,
+    target: Annotated[str, typer.Option(help="local, torchrun, deepspeed, slurm, k8s, jobset or sky.")] = "local",
+    nodes: Annotated[int, typer.Option(min=1, help="Hosts.")] = 1,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Processes on each host: one per GPU.")] = 1,
+    min_nodes: Annotated[int | None, typer.Option(min=1, help="Go on with so few when others are lost.")] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="name=value for the target; launch/README.md lists them.")
+    ] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Start the run as well.")] = False,
+    out: Annotated[Path | None, typer.Option(help="New folder; default: the run's name and the target.")] = None,
+) -> None:
+    """Write readable launch files for a cluster, or for this machine.
+
+    Example: `bgen launch demo/vae --target slurm --nodes 2 --ranks-per-node 8`
+    """
+    from bgen.tasks.launch import launch as render
+
+    if device not in ("cuda", "cpu"):
+        raise UserError(f"--device is cuda or cpu, not '{device}'.")
+    made = render(
+        config,
+        target,
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        min_nodes=min_nodes,
+        device=device,  # type: ignore[arg-type]
+        overrides=overrides or [],
+        settings=setting or [],
+        submit=submit,
+        out=out,
+    )
+    for file in made.files:
+        results.print(str(file), highlight=False)
+    if made.code is None:
+        results.print(f"Start it with: {' '.join(made.command)}", highlight=False, soft_wrap=True)
+    elif made.code:
+        raise typer.Exit(made.code)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder of `bgen train`.")],
     out: Annotated[Path, typer.Option(help="Folder of the model; must not be there, or be empty.")],

@@ -138,6 +138,17 @@ def test_deepspeed_settings_are_shown(bgen: Any) -> None:
     assert shown["train_micro_batch_size_per_gpu"] == 32
 
 
+def test_launch_writes_files_that_start_the_run(bgen: Any, tmp_path: Path) -> None:
+    out = tmp_path / "launch"
+    run = f"out={tmp_path / 'run'}"
+    made = bgen("launch", "demo/vae", run, "--target", "local", "--device", "cpu", "--out", out)
+    assert made.code == 0, made.err
+    assert "Start it with: " in made.out
+    assert subprocess.run(["bash", "-n", str(out / "local.sh")], check=False).returncode == 0
+    wrong(bgen("launch", "demo/vae", run, "--target", "slrum"), "no launch target 'slrum'", "'slurm'")
+    wrong(bgen("launch", "demo/vae", run, "--device", "tpu"), "cuda or cpu")
+
+
 def test_stores_go_back_to_anndata_and_to_webdataset(bgen: Any, demo: Any, tmp_path: Path) -> None:
     assert bgen("data", "to-anndata", demo.store, "--out", tmp_path / "back.h5ad").code == 0
     before, back = anndata.read_h5ad(demo.cells), anndata.read_h5ad(tmp_path / "back.h5ad")
