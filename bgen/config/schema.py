@@ -190,7 +190,7 @@ class TrainConfig(Section):
     keep_every: NonNegativeInt = Field(0, description="Also keep those at multiples of so many steps; 0 none.")
     max_skipped: PositiveInt = Field(10, description="Skipped steps in a row before stopping.")
     skip_spikes: NonNegativeFloat = Field(
-        0.0, description="Skip steps whose loss is so many standard deviations above the last 128; 0 never."
+        0.0, description="Skip steps whose loss is so many (robust) standard deviations above the last 128; 0 never."
     )
     start_timeout: Annotated[float, Field(gt=0)] = Field(
         600.0, description="Seconds for the ranks to meet, and again until the first step is done."

@@ -20,8 +20,17 @@ MODEL = "model"
 """Folder of the exported model in a run folder."""
 
 
-def train(config: Config, *, resume: bool = False) -> TrainResult:
+def train(config: Config, *, resume: bool = False, accept_changed_data: bool = False) -> TrainResult:
     """Train the stage that the configuration names, and export the result to ``out/model``.
+
+    Parameters
+    ----------
+    config
+        The configuration.
+    resume
+        Go on from the newest whole checkpoint, or start if there is none yet.
+    accept_changed_data
+        Go on also where the data is not what the run began with.
 
     Raises
     ------
@@ -30,7 +39,7 @@ def train(config: Config, *, resume: bool = False) -> TrainResult:
     """
     world = check(config)
     stage = make_stage(config, Store(config.data.store), world)
-    result = Trainer(config, stage).fit(resume=resume)
+    result = Trainer(config, stage).fit(resume=resume, accept_changed_data=accept_changed_data)
     if not result.interrupted and world.is_main:
         folder = config.out / MODEL
         if folder.exists():  # of fewer steps: the run was resumed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -111,8 +112,11 @@ class Saver:
         self.checkpoints, self.config, self.fingerprint = checkpoints, config, fingerprint
         self._event, self._say = event, say
 
-    def begin(self, weights: Weights, state: RunState) -> None:
-        """Start to save; what was still being saved is finished first. A failure is reported and training goes on."""
+    def begin(self, weights: Weights, state: RunState) -> str | None:
+        """Start to save; what was still being saved is finished first.
+
+        A failure is reported and training goes on; returns what failed, if anything did.
+        """
         self.finish()
         train = self.config.train
         text = json.dumps(
@@ -126,17 +130,18 @@ class Saver:
         )
         facts = {"ranks": ranks.current().size, "zero": train.zero, "optimizer": train.optimizer}
         shapes = weights.engine.partition.shapes
-        self._reported(lambda: self.checkpoints.begin(state.step, weights.tensors(), shapes, text, facts))
-        if not train.checkpoint_async:
-            self.finish()
+        failed = self._reported(
+            lambda: self.checkpoints.begin(state.step, weights.tensors(), shapes, text, facts),
+        )
+        return failed if train.checkpoint_async else failed or self.finish()
 
     def advance(self, done: int, failed: int) -> None:
         """Bring what is being saved forward; see :meth:`Checkpoints.advance`."""
         self._reported(lambda: self.checkpoints.advance(done, failed))
 
-    def finish(self) -> None:
-        """Wait until what is being saved is saved."""
-        self._reported(self.checkpoints.finish)
+    def finish(self) -> str | None:
+        """Wait until what is being saved is saved; returns what failed, if anything did."""
+        return self._reported(self.checkpoints.finish)
 
     def save_now(self, weights: Weights, state: RunState) -> None:
         """Save before the run ends.
@@ -146,19 +151,17 @@ class Saver:
         SaveFailed
             If that was not possible.
         """
-        self.begin(weights, state)
-        self.finish()
-        if self._failed is not None:
-            raise SaveFailed(f"stopped at step {state.step} without saving: {self._failed}")
+        failed = self.begin(weights, state) or self.finish()
+        if failed is not None:
+            raise SaveFailed(f"stopped at step {state.step} without saving: {failed}")
 
-    def _reported(self, action: Callable[[], Any]) -> None:
-        self._failed: str | None = None
+    def _reported(self, action: Callable[[], Path | None]) -> str | None:
         try:
             done = action()
         except SaveError as error:
-            self._failed = str(error)
             self._event("save failed", {"reason": str(error)})
             self._say(f"warning: no checkpoint: {error}")
-            return
+            return str(error)
         if done is not None:
             self._event("checkpoint", {"checkpoint": done.name})
+        return None

@@ -67,10 +67,15 @@ class RunState:
         self.summed += 1
 
     def is_spike(self, loss: float, sigmas: float) -> bool:
-        """Whether a loss is ``sigmas`` standard deviations above the mean of the last ones; needs 32 of them."""
+        """Whether a loss is ``sigmas`` standard deviations above the last ones; needs 32 of them.
+
+        Centre and deviation are the median and 1.4826 times the median absolute deviation, which earlier spikes
+        among the last losses do not move.
+        """
         if sigmas == 0 or len(self.recent) < SPIKE_LEAST:
             return False
-        return loss > statistics.fmean(self.recent) + sigmas * statistics.pstdev(self.recent)
+        centre = statistics.median(self.recent)
+        return loss > centre + sigmas * 1.4826 * statistics.median(abs(value - centre) for value in self.recent)
 
     def remember(self, loss: float) -> None:
         """Keep an applied step's loss among the last 128."""

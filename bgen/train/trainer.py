@@ -117,6 +117,8 @@ class Trainer:
                     self._finish(interrupted)
                     status = "KILLED" if interrupted else "FINISHED"
                 finally:
+                    if self.world.size == 1:
+                        self.saver.finish()  # several ranks could not wait for each other after an error of one
                     self.output.close(status)
             except RuntimeError:
                 # Another rank died or hangs: say where this one stood.

@@ -47,9 +47,10 @@ def test_spikes_are_told_by_the_last_losses() -> None:
         assert not state.is_spike(100.0, 6.0) or step >= 32
         state.remember(1.0 + 0.1 * (-1) ** step)
     assert len(state.recent) == 128
-    assert not state.is_spike(1.55, 6.0)
-    assert state.is_spike(1.65, 6.0)
-    assert not state.is_spike(1.65, 0)
+    state.remember(1e6)
+    assert not state.is_spike(1.85, 6.0)
+    assert state.is_spike(2.05, 6.0)
+    assert not state.is_spike(2.05, 0)
     assert not state.is_spike(float("nan"), 6.0)
 
 

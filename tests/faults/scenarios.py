@@ -1,0 +1,148 @@
+"""What the fault tests start, with or without a launcher: ``scenarios.py SCENARIO FOLDER [--local_rank=N]``.
+
+Every scenario resumes if there is something to resume from, as a job that may be restarted does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from toy import ToyStage, toy_config
+
+from bgen.checkpoint import shards
+from bgen.config.errors import UserError
+from bgen.data.batch import CellBatch
+from bgen.distributed import world as ranks
+from bgen.distributed.report import report_user_error
+from bgen.train.trainer import Trainer, TrainResult
+
+SETTINGS: dict[str, Any] = {"steps": 30, "checkpoint_every": 5, "zero": 1, "ema": 0.9, "step_timeout": 60}
+
+
+def once(folder: Path, name: str) -> bool:
+    """True the first time that any process asks for ``name``."""
+    try:
+        (folder / f"once_{name}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def train(folder: Path, settings: dict[str, Any], at_step: Callable[[int], None]) -> TrainResult:
+    """Train with resume, calling ``at_step`` before each step's batches are drawn."""
+    stage = ToyStage(toy_config(folder / "run", SETTINGS | settings))
+    drawn = stage.train_batches
+
+    def batches(start: int) -> Iterator[Sequence[CellBatch]]:
+        for step, found in enumerate(drawn(start), start):
+            at_step(step)
+            yield found
+
+    stage.train_batches = batches  # type: ignore[method-assign]
+    return Trainer(stage.config, stage).fit(resume=True)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_twice(folder: Path) -> TrainResult:
+    """Rank 1 dies in step 12, and after the restart again, while it writes the checkpoint of step 20."""
+    written = shards.write
+
+    def dying(path: Path, *arguments: Any) -> dict[str, Any]:
+        if "step_00000020.tmp" in str(path) and ranks.current().rank == 1 and once(folder, "save"):
+            path.write_bytes(b"half")
+            die()
+        return written(path, *arguments)
+
+    shards.write = dying
+
+    def at_step(step: int) -> None:
+        time.sleep(0.05)  # so that checkpoints are committed between the steps
+        if step == 12 and ranks.current().rank == 1 and once(folder, "step"):
+            die()
+
+    return train(folder, {}, at_step)
+
+
+def slow_then_hung(folder: Path) -> TrainResult:
+    """Rank 1 is slow from the start, and stops altogether in step 10."""
+
+    def at_step(step: int) -> None:
+        if ranks.current().rank == 1:
+            time.sleep(1000 if step == 10 else 0.05)
+
+    return train(folder, {"report_every": 5, "step_timeout": 5, "checkpoint_every": 100}, at_step)
+
+
+def endless(folder: Path) -> TrainResult:
+    """Runs until it is asked to stop; then it exits with the code for requeue."""
+    return train(folder, {"steps": 10**6, "checkpoint_every": 10**6, "requeue_exit": 99}, lambda step: None)
+
+
+def slow_save(folder: Path) -> TrainResult:
+    """Like endless, but every save takes 40 s: longer than launchers wait by default."""
+    written = shards.write
+
+    def slow(*arguments: Any) -> dict[str, Any]:
+        time.sleep(40)
+        return written(*arguments)
+
+    shards.write = slow
+    return endless(folder)
+
+
+def plain(folder: Path) -> TrainResult:
+    """Nothing happens."""
+    return train(folder, {"steps": 10}, lambda step: None)
+
+
+def lost_node(folder: Path) -> TrainResult:
+    """Slow enough for a host to be cut off in the middle."""
+    return train(folder, {"steps": 200, "checkpoint_every": 5, "step_timeout": 8}, lambda step: time.sleep(0.1))
+
+
+def goodput(folder: Path) -> TrainResult:
+    """300 steps; in each of the first five lives some rank dies at a random moment."""
+    life = len(list(folder.glob("once_life_*_0")))
+    once(folder, f"life_{life}_{os.environ['RANK']}")
+    moments = random.Random(life)
+    victim, delay = moments.randrange(int(os.environ["WORLD_SIZE"])), moments.uniform(0.5, 4.0)
+
+    def at_step(step: int) -> None:
+        time.sleep(0.02)
+        # The first step takes as long as the machine is busy: the time counts from there.
+        if life < 5 and int(os.environ["RANK"]) == victim and not timer:
+            timer.append(threading.Timer(delay, die))
+            timer[0].daemon = True
+            timer[0].start()
+
+    timer: list[threading.Timer] = []
+    return train(folder, {"steps": 300, "checkpoint_every": 5}, at_step)
+
+
+def main() -> int:
+    """Run the scenario; exit as the command line does."""
+    scenario, folder = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    try:
+        result = globals()[scenario](Path(folder))
+    except UserError as error:
+        return report_user_error(error)
+    seen = {"losses": result.losses, "step": result.step, "interrupted": result.interrupted}
+    (Path(folder) / f"result_{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen))
+    ranks.stop()
+    return 99 if result.interrupted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The mirror against a real `mlflow server` that is stopped and continued while a run goes on."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from bgen.config.load import validate
+from bgen.distributed.world import World
+from bgen.track.output import RunOutput
+from bgen.track.publish import sync
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+
+def server_command() -> str | None:
+    """The full MLflow: of this environment (extra `serve`), or the one that BGEN_MLFLOW names."""
+    if importlib.util.find_spec("flask") is not None:
+        return shutil.which("mlflow", path=str(Path(sys.executable).parent))
+    return os.environ.get("BGEN_MLFLOW")
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, int]]:
+    """Address and process group of a server."""
+    command = server_command()
+    if command is None:
+        pytest.skip("no `mlflow server`: install the extra serve, or set BGEN_MLFLOW to the mlflow command of another")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path / "server"
+    folder.mkdir()
+    arguments = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    arguments += ["--backend-store-uri", f"sqlite:///{folder / 'db'}", "--artifacts-destination", str(folder / "files")]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([command, *arguments], stdout=log, stderr=log, start_new_session=True)
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            try:
+                urllib.request.urlopen(f"{uri}/health", timeout=2).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline, (folder / "log").read_text()
+                time.sleep(0.5)
+        yield uri, process.pid
+    finally:
+        os.killpg(process.pid, signal.SIGCONT)
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+def test_stopped_in_the_middle(tmp_path: Path, server: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    # The server may be as slow as the machine is busy; the end of the run does not wait so long in any case.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    uri, group = server
+    tree = {"stage": "vae", "out": tmp_path / "run", "data": {"store": "atlas"}}
+    config = validate({**tree, "track": {"uri": uri, "progress": False}}, "test")
+    client = MlflowClient(tracking_uri=uri)
+
+    def history() -> int:
+        experiment = client.get_experiment_by_name("bgen")
+        runs = client.search_runs([experiment.experiment_id]) if experiment else []
+        return len(client.get_metric_history(runs[0].info.run_id, "train/loss")) if runs else 0
+
+    output = RunOutput(config, "identifier", None, World(0, 1, 0, 1, torch.device("cpu")), {}, {"store": "f" * 64})
+    output.event("start", 0, {"run": "identifier"})
+    for step in range(1, 51):
+        output.row("train", step, {"loss": 1.0 / step})
+    deadline = time.monotonic() + 60
+    while history() < 50 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert history() == 50
+    os.killpg(group, signal.SIGSTOP)
+    begin = time.monotonic()
+    for step in range(51, 101):
+        output.row("train", step, {"loss": 1.0 / step})
+    output.event("end", 100, {})
+    assert time.monotonic() - begin < 1
+    output.close("FINISHED")
+    assert time.monotonic() - begin < 10
+    os.killpg(group, signal.SIGCONT)
+    time.sleep(1)
+    sync(tmp_path / "run")
+    assert history() == 100
+    (run,) = client.search_runs([client.get_experiment_by_name("bgen").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert {Path(entry.path).name for entry in client.list_artifacts(run.info.run_id, "attempt_1")} >= {"config.yaml"}
