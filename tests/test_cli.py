@@ -156,6 +156,22 @@ def test_stores_go_back_to_anndata_and_to_webdataset(bgen: Any, demo: Any, tmp_p
     wrong(bgen("data", "to-anndata", demo.store, "--out", tmp_path / "back.csv"), ".h5ad or .zarr")
     assert bgen("data", "to-webdataset", demo.store, "--out", tmp_path / "shards").code == 0
     assert list((tmp_path / "shards").rglob("*.tar"))
+    settings = [
+        "train.steps=4",
+        "train.global_batch=64",
+        "train.log_every=1",
+        "train.eval_every=0",
+        "track.mlflow=false",
+    ]
+    losses = []
+    for run, store in (("here", demo.store), ("tar", tmp_path / "shards")):
+        folder = tmp_path / run
+        made = bgen("train", "demo/vae", f"out={folder}", f"data.store={store}", "train.patience=0", *settings)
+        assert made.code == 0, made.err
+        rows = [json.loads(line) for line in (folder / "record.jsonl").read_text().splitlines()]
+        losses.append([row["loss"] for row in rows if row["kind"] == "train"])
+    assert len(losses[0]) == 4
+    assert losses[0] == losses[1]
 
 
 def change(source: Path, target: Path, how: Any) -> Path:

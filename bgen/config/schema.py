@@ -39,7 +39,10 @@ class TrajectoriesConfig(Section):
 class DataConfig(Section):
     """Which cells are read, and in what order (DESIGN, section 7)."""
 
-    store: Path = Field(description="Folder of the store that `bgen data build` wrote.")
+    store: str = Field(
+        description="Folder or address (s3://, gs://, https://) of a store that `bgen data build` wrote, of its"
+        " WebDataset form, or AnnData in zarr."
+    )
     split: str = Field("train", description="Split to train on.")
     valid: str = Field("valid", description="Split for the held-out loss.")
     lanes: PositiveInt = Field(8, description="Lanes that an epoch is dealt to; at least the most ranks planned.")

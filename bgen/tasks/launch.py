@@ -20,6 +20,7 @@ from bgen.config.errors import UserError, nearest
 from bgen.config.load import load_config, to_yaml
 from bgen.config.output import require_new_folder
 from bgen.config.schema import Config
+from bgen.data.remote import is_remote
 from bgen.tasks.launch_environment import Variable, forwarded, read_environment
 from bgen.train.deepspeed_json import batch_plan
 
@@ -252,7 +253,9 @@ def _check_paths(config: Config, place: Target, values: Mapping[str, str], folde
             raise UserError(f"{path}: launch files need a path of letters, digits and ./@%+=:,~-_ only.")
     if place.shared:
         return
-    paths = {"out": config.out, "data.store": config.data.store}
+    paths = {"out": config.out}
+    if not is_remote(config.data.store):
+        paths["data.store"] = Path(config.data.store)
     if config.stage == "flow" and config.flow.vae is not None:
         paths["flow.vae"] = config.flow.vae
     outside = {name: path for name, path in paths.items() if not path.is_relative_to(values["mount"])}

@@ -8,7 +8,7 @@ from typing import Any
 
 from bgen.config.errors import UserError
 from bgen.config.schema import Config
-from bgen.data.store import Store
+from bgen.data.open import open_store
 from bgen.distributed import world as ranks
 from bgen.hub.directory import ColumnInfo, SavedModel, count_combinations, save_model
 from bgen.models.latent_flow import LatentFlow
@@ -38,7 +38,7 @@ def train(config: Config, *, resume: bool = False, accept_changed_data: bool = F
         If the configuration, the store and the run folder do not fit together.
     """
     world = check(config)
-    stage = make_stage(config, Store(config.data.store), world)
+    stage = make_stage(config, open_store(config.data.store), world)
     result = Trainer(config, stage).fit(resume=resume, accept_changed_data=accept_changed_data)
     if not result.interrupted and world.is_main:
         folder = config.out / MODEL

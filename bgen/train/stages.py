@@ -18,6 +18,7 @@ from bgen.data.batch import CellBatch
 from bgen.data.genes import hash_genes
 from bgen.data.keys import hash_keys
 from bgen.data.loader import CountReader, TrainLoader, valid_batches
+from bgen.data.open import open_store
 from bgen.data.store import Store
 from bgen.distributed.world import World, all_sum, gather
 from bgen.hub.directory import SavedModel, load_directory
@@ -212,7 +213,7 @@ def rebuild(run: Path, world: World) -> tuple[Config, StoreStage, Path]:
         raise UserError(f"{run} is not a run folder: it has no config.yaml. `bgen train` makes one.")
     config = load_config(run / "config.yaml")
     weights, checkpoint = export_weights(run / "checkpoints")
-    stage = make_stage(config, Store(config.data.store), world)
+    stage = make_stage(config, open_store(config.data.store), world)
     stage.module.load_state_dict(weights)
     stage.module.eval()
     return config, stage, checkpoint

@@ -21,7 +21,7 @@ def base(tmp_path: Path) -> Path:
 def test_extends_merges_and_overrides_win(tmp_path: Path, base: Path) -> None:
     child = write(tmp_path / "child.yaml", "extends: base.yaml\ndata: {lanes: 2}\ntrain: {steps: 3}\n")
     config = load_config(child, ["train.steps=9", "vae.covariates=[batch]", "train.learning_rate=1e-4"])
-    assert (config.data.store, config.data.lanes, config.vae.latent) == (Path("store"), 2, 7)
+    assert (config.data.store, config.data.lanes, config.vae.latent) == ("store", 2, 7)
     assert (config.train.steps, config.vae.covariates, config.train.learning_rate) == (9, ["batch"], 1e-4)
 
 
