@@ -125,6 +125,11 @@ class BackboneConfig(Section):
     pattern: list[Axis] | None = Field(
         None, description="hybrid only: axes of one layer's blocks, in order; default time, cells, none."
     )
+    transfer_from: PositiveInt | None = Field(
+        None,
+        description="Width at which the learning rate was found; starts and rates then follow muP. Heads keep their "
+        "width: attention.heads must grow as width does. null: the same learning rate for everything.",
+    )
     recompute: bool = Field(False, description="Activation checkpointing: recompute each block in the backward pass.")
     time: TimeConfig = TimeConfig()
     cells: CellsConfig = CellsConfig()
@@ -139,6 +144,14 @@ class BackboneConfig(Section):
     def axes(self) -> tuple[Axis, ...]:
         """Axes of one layer's blocks."""
         return tuple(self.pattern) if self.pattern is not None else PATTERNS.get(self.name, ("none",))
+
+    def narrowed(self) -> BackboneConfig:
+        """Return the settings at the width that the learning rate is transferred from."""
+        assert self.transfer_from is not None
+        attention = self.attention.model_dump() | {"heads": self.attention.heads * self.transfer_from // self.width}
+        return BackboneConfig.model_validate(
+            self.model_dump() | {"width": self.transfer_from, "attention": attention, "transfer_from": None}
+        )
 
     @model_validator(mode="after")
     def _fits_together(self) -> BackboneConfig:
@@ -172,6 +185,11 @@ class BackboneConfig(Section):
             )
         if self.attention.longest_period <= self.attention.shortest_period:
             wrong.append("attention.longest_period: must be above attention.shortest_period")
+        if self.transfer_from is not None and (self.attention.heads * self.transfer_from) % self.width:
+            wrong.append(
+                f"transfer_from: attention.heads = {self.attention.heads} at width {self.width} are no whole number of "
+                f"heads at {self.transfer_from}"
+            )
         if wrong:
             raise ValueError("; ".join(wrong))
         return self

@@ -72,6 +72,11 @@ class VAEConfig(Section):
         description="Share of cells thinned for the encoder; the kept fraction is uniform in (0.3, 1).",
     )
     recompute: bool = Field(False, description="Activation checkpointing of the residual blocks: less memory, slower.")
+    transfer_from: PositiveInt | None = Field(
+        None,
+        description="Hidden width at which the learning rate was found; starts and rates then follow muP. null: the "
+        "same learning rate for everything.",
+    )
 
 
 class PatternsConfig(Section):

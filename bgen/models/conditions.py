@@ -34,6 +34,7 @@ class ConditionEmbedding(nn.Module):
 
     def __init__(self, categories: Mapping[str, int], numbers: Mapping[str, tuple[float, float]], width: int) -> None:
         super().__init__()
+        self.sizes = dict(categories)
         self.category_names = list(categories)
         self.number_names = list(numbers)
         # Not a ModuleDict: a column may be called like one of its methods.

@@ -21,10 +21,14 @@ from bgen.flow.path import interpolate, velocity, velocity_from_data
 from bgen.flow.patterns import PATTERNS, draw_observed
 from bgen.flow.solvers import Velocity, integrate
 from bgen.flow.times import sample_times
+from bgen.models.backbone.flops import backbone_flops
 from bgen.models.backbone.registry import build_backbone
 from bgen.models.conditions import ConditionEmbedding, drop_conditions
+from bgen.models.flops import vae_flops
 from bgen.models.vae import VAE
+from bgen.nn.flops import linear
 from bgen.nn.random import Stream, normal, uniform
+from bgen.nn.width_transfer import learning_rate_scales, start_heads
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,9 @@ class LatentFlow(nn.Module):
         self.size = vae.config.latent + 1
         self.conditions = ConditionEmbedding(categories, numbers, config.backbone.width)
         self.backbone = build_backbone(self.size, config.backbone)
+        if config.backbone.transfer_from is not None:
+            for module, twin in self._twins():
+                start_heads(module, twin)
 
     def train(self, mode: bool = True) -> LatentFlow:
         """Switch the velocity network; the VAE stays in evaluation mode."""
@@ -121,6 +128,34 @@ class LatentFlow(nn.Module):
     def _hidden(self, keys: Tensor) -> Tensor:
         """Whose conditions are hidden, ``[B]``."""
         return drop_conditions(keys, self.config.condition_dropout if self.training else 0.0)
+
+    def training_flops(self, batch: CellBatch) -> int:
+        """Floating-point operations: forward and backward through the network, forward through the frozen encoder."""
+        B, T, N = batch.mask.shape if isinstance(batch, TrajectoryBatch) else (len(batch), 1, 1)
+        encoder, _ = vae_flops(self.vae.config, self.vae.n_genes, len(batch), len(batch.counts))
+        width, numbers = self.config.backbone.width, len(self.conditions.number_names)
+        condition = linear(B * T, width, width) + numbers * linear(B * T, 1 + width, width)
+        return encoder + 3 * (backbone_flops(self.size, self.config.backbone, B, T, N) + condition)
+
+    def learning_rate_scales(self) -> dict[str, float]:
+        """See :class:`bgen.nn.width_transfer.Transfers`."""
+        if self.config.backbone.transfer_from is None:
+            return {}
+        names = {id(module): name for name, module in self.named_children()}
+        return {
+            f"{names[id(module)]}.{name}": scale
+            for module, twin in self._twins()
+            for name, scale in learning_rate_scales(module, twin).items()
+        }
+
+    def _twins(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Pair what is trained with itself at the width that the learning rate is transferred from."""
+        base = self.config.backbone.narrowed()
+        categories = self.conditions.sizes
+        numbers = dict.fromkeys(self.conditions.number_names, (0.0, 1.0))
+        with torch.device("meta"):
+            conditions = ConditionEmbedding(categories, numbers, base.width)
+            return [(self.conditions, conditions), (self.backbone, build_backbone(self.size, base))]
 
     def velocity(
         self, z_t: Tensor, t: Tensor, condition: Tensor, mask: Tensor | None = None, time: Tensor | None = None

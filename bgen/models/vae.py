@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from bgen.config.errors import UserError, nearest
 from bgen.config.schema import VAEConfig
 from bgen.data.batch import CellBatch
+from bgen.models.flops import vae_flops
 from bgen.models.likelihoods import NegativeBinomial, ZeroInflatedNegativeBinomial
 from bgen.models.thinning import thin
 from bgen.models.whitening import WhiteningStats
@@ -25,6 +26,7 @@ from bgen.nn.embedding import CategoryEmbedding
 from bgen.nn.random import Stream, normal
 from bgen.nn.residual import ResidualBlock
 from bgen.nn.sparse_linear import sparse_matmul
+from bgen.nn.width_transfer import learning_rate_scales, start_heads
 
 SCALE = 10_000.0
 """Counts per cell to which the encoder's input is normalised before log1p."""
@@ -146,6 +148,8 @@ class VAE(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(config.latent + 1))
         self.register_buffer("latent_std", torch.ones(config.latent + 1))
         self.register_buffer("log_library_range", torch.tensor([-torch.inf, torch.inf]))
+        if config.transfer_from is not None:
+            start_heads(self, self._twin())
 
     @torch.no_grad()
     def initialise_genes(self, mean_counts: Tensor) -> None:
@@ -233,6 +237,20 @@ class VAE(nn.Module):
         x = whitened * self.latent_std + self.latent_mean
         low, high = self.log_library_range
         return x[:, :-1], x[:, -1].clamp(low - _LIBRARY_MARGIN, high + _LIBRARY_MARGIN)
+
+    def training_flops(self, batch: CellBatch) -> int:
+        """Floating-point operations of forward and backward pass: three times the forward pass."""
+        return 3 * sum(vae_flops(self.config, self.n_genes, len(batch), len(batch.counts)))
+
+    def learning_rate_scales(self) -> dict[str, float]:
+        """See :class:`bgen.nn.width_transfer.Transfers`."""
+        return {} if self.config.transfer_from is None else learning_rate_scales(self, self._twin())
+
+    def _twin(self) -> VAE:
+        """Return this model at the width that the learning rate is transferred from, without memory."""
+        base = {"hidden": self.config.transfer_from, "transfer_from": None}
+        with torch.device("meta"):
+            return VAE(self.config.model_copy(update=base), self.n_genes, self.covariates)
 
     def _require_covariates(self, batch: CellBatch) -> None:
         for name in self.covariates:

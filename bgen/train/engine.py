@@ -109,7 +109,8 @@ class Engine:
         """Update the weights with the gradients collected, unless one of them, on any rank, is not finite."""
         engine = self._engine
         for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate * (self.config.muon_ratio if group.get("use_muon") else 1.0)
+            scale = group.get("lr_scale", 1.0) * (self.config.muon_ratio if group.get("use_muon") else 1.0)
+            group["lr"] = learning_rate * scale
         if self.config.zero == 0:
             # Without ZeRO, DeepSpeed does not look: AdamW would take the NaN in and keep it for ever.
             norm = float(nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))

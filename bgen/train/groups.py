@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from bgen.models.vae import Encoder
+from bgen.nn.width_transfer import Transfers
 
 DECAYED = (nn.Linear, Encoder)
 """Modules whose ``weight`` decays: the matrices. (The encoder's holds one row per gene.)"""
@@ -33,11 +34,19 @@ def undecayed(module: nn.Module) -> set[str]:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trained parameters as at most two optimiser groups: with and without weight decay, in the module's order."""
+    """Trained parameters as optimiser groups, in the module's order: with and without weight decay.
+
+    Where the learning rate is transferred from another width (:mod:`bgen.nn.width_transfer`), each of its multiples
+    makes a group of its own, with that ``lr_scale``. AdamW decays by learning rate times weight decay, so the weight
+    decay is divided by the multiple: how fast weights decay does not depend on the width.
+    """
     without = undecayed(module)
-    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for name, p in trained if name not in without], "weight_decay": weight_decay},
-        {"params": [p for name, p in trained if name in without], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    scales = module.learning_rate_scales() if isinstance(module, Transfers) else {}
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            decayed, scale = name not in without, scales.get(name, 1.0)
+            decay = weight_decay / scale if decayed else 0.0
+            group = groups.setdefault((decayed, scale), {"params": [], "weight_decay": decay, "lr_scale": scale})
+            group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, reverse=True)]

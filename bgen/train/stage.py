@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from bgen.data.batch import CellBatch
+
+
+@runtime_checkable
+class CountsFlops(Protocol):
+    """A module that knows how much it computes."""
+
+    def training_flops(self, batch: CellBatch) -> int:
+        """Floating-point operations of the forward and backward pass over a batch, recomputation not counted."""
+        ...
 
 
 class Stage(Protocol):

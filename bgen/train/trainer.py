@@ -23,6 +23,7 @@ from bgen.data.batch import CellBatch
 from bgen.distributed import world as ranks
 from bgen.distributed.signals import StopSignals
 from bgen.track.output import RECORD, RunOutput, run_identifier
+from bgen.track.peak import device_name, peak_flops
 from bgen.track.throughput import Throughput
 from bgen.train import restore
 from bgen.train.batches import Batches
@@ -31,7 +32,7 @@ from bgen.train.engine import Engine
 from bgen.train.heldout import held_out
 from bgen.train.saving import Saver, Weights
 from bgen.train.schedules import learning_rate
-from bgen.train.stage import Stage
+from bgen.train.stage import CountsFlops, Stage
 from bgen.train.state import RunState
 from bgen.train.watch import HostReport, Watchdog
 
@@ -179,7 +180,8 @@ class Trainer:
         batches = Batches(self.stage, state.step, train.data_patience, self._waiting_for_data)
         first = state.step
         self.engine.train()
-        self.throughput = Throughput()
+        peak = peak_flops(device_name(self.world.device), train.precision)
+        self.throughput = Throughput(None if peak is None else peak * self.world.size)
         self.hosts = HostReport(train.straggler_ratio, self.config.track.system)
         asked_to_stop = state.evaluating and not self._validate()
         while state.step < train.steps and not state.stopped_early and not asked_to_stop:
@@ -230,11 +232,13 @@ class Trainer:
         cells = sum(len(batch) for batch in micro_batches)
         nonzeros = sum(len(batch.counts) for batch in micro_batches)
         stop = float(self._signals.received is not None)
-        here = [float(cells), float(nonzeros), waited, stop, *map(float, self.checkpoints.status())]
+        module = self.engine.module
+        flops = sum(module.training_flops(batch) for batch in micro_batches) if isinstance(module, CountsFlops) else 0
+        here = [float(cells), float(nonzeros), waited, float(flops), stop, *map(float, self.checkpoints.status())]
         local = torch.cat([torch.tensor(here, dtype=torch.float64), torch.stack([sums[name] for name in names]).cpu()])
-        cells_all, nonzeros_all, waited_all, stop, written, failed, *totals = ranks.all_sum(local).tolist()
+        cells_all, nonzeros_all, waited_all, flops_all, stop, written, failed, *totals = ranks.all_sum(local).tolist()
         means = {name: total / cells_all for name, total in zip(names, totals, strict=True)}
-        self.throughput.add(int(cells_all), int(nonzeros_all), waited_all / self.world.size)
+        self.throughput.add(int(cells_all), int(nonzeros_all), waited_all / self.world.size, flops_all)
         self.hosts.add(waited + computed)
 
         state.step += 1
@@ -288,7 +292,9 @@ class Trainer:
         figures = self.throughput.report()
         self.output.row("train", self.state.step, {**means, "skipped": self.state.skipped, **figures})
         loss = f"loss {means['loss']:.4g} " if means else ""
-        self.output.progress(self.state.step, f"{loss}{figures['cells_per_s']:,.0f} cells/s")
+        mfu = f"MFU {figures['mfu']:.1%}" if "mfu" in figures else "MFU n/a"
+        speed = f"{figures['cells_per_s']:,.0f} cells/s {figures.get('tflops_per_s', 0):.3g} TFLOP/s {mfu}"
+        self.output.progress(self.state.step, f"{loss}{speed}")
 
     def _report(self) -> None:
         figures, slow = self.hosts.gather()

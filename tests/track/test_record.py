@@ -13,6 +13,7 @@ from bgen.config.load import validate
 from bgen.distributed.world import World
 from bgen.track import record
 from bgen.track.output import RunOutput, run_identifier
+from bgen.track.peak import peak_flops
 from bgen.track.progress import ProgressLine
 from bgen.track.throughput import Throughput
 
@@ -104,3 +105,33 @@ def test_throughput() -> None:
     assert figures["data_wait"] == pytest.approx(0.05 / seconds, rel=0.2)
     assert 0.01 < figures["memory_gb"] < 100
     assert meter.report()["cells_per_s"] == 0
+    assert not {"tflops_per_s", "mfu"} & set(figures)
+
+
+def test_operations_and_their_share_of_the_peak() -> None:
+    for peak in (None, 4e12):
+        meter = Throughput(peak)
+        begin = time.perf_counter()
+        time.sleep(0.1)
+        meter.add(1, 1, 0.0, flops=1e12)
+        figures = meter.report()
+        seconds = time.perf_counter() - begin
+        assert figures["tflops_per_s"] == pytest.approx(1 / seconds, rel=0.2)
+        assert ("mfu" in figures) == (peak is not None)
+        assert figures.get("mfu", 0.25 / seconds) == pytest.approx(0.25 / seconds, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA GH200 480GB", "pure_bf16", 989e12),
+        ("NVIDIA A100-SXM4-80GB", "float32", 19.5e12),
+        ("NVIDIA L40S", "bf16", 362e12),
+        ("NVIDIA L4", "bf16", 121e12),
+        ("cpu", "float32", None),
+    ],
+)
+def test_peaks_by_device(name: str, precision: str, peak: float | None) -> None:
+    assert peak_flops(name, precision) == peak

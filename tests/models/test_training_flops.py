@@ -1,0 +1,65 @@
+"""The operations of a training step, by formula, against what torch counts as it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bgen.config.backbone import BackboneConfig
+from bgen.config.schema import FlowConfig, VAEConfig
+from bgen.data.batch import CellBatch
+from bgen.data.trajectory_batch import TrajectoryBatch
+from bgen.models.flops import vae_flops
+from bgen.models.latent_flow import LatentFlow
+from bgen.models.vae import VAE
+
+B, T, N, G, NONZEROS = 2, 3, 4, 30, 5
+
+
+def cells() -> CellBatch:
+    n = B * T * N
+    return CellBatch(
+        torch.arange(n + 1) * NONZEROS,
+        torch.arange(NONZEROS).repeat(n).int(),
+        torch.ones(n * NONZEROS),
+        G,
+        torch.arange(n),
+        torch.arange(n),
+        obs={"time": torch.arange(n) / n, "batch": torch.arange(n) % 2},
+    )
+
+
+def count(model: Any, batch: CellBatch) -> int:
+    """Forward operations as torch counts them, with the product of so few counts, which runs dense, taken as sparse."""
+    model.requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(batch)
+    hidden = (model if isinstance(model, VAE) else model.vae).config.hidden
+    return counter.get_total_flops() - 2 * (len(batch) * G - len(batch.counts)) * hidden
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+def test_vae(likelihood: Any) -> None:
+    config = VAEConfig(latent=3, hidden=16, blocks=2, likelihood=likelihood)
+    model, batch = VAE(config, G, {"batch": 2}), cells()
+    assert sum(vae_flops(config, G, len(batch), len(batch.counts))) == count(model, batch)
+    assert model.training_flops(batch) == 3 * count(model, batch)
+
+
+@pytest.mark.parametrize("name", ["mlp", "hybrid"])
+@pytest.mark.parametrize("trajectories", [False, True])
+def test_flow(name: str, trajectories: bool) -> None:
+    vae = VAE(VAEConfig(latent=3, hidden=16, blocks=1), G, {})
+    backbone = BackboneConfig.model_validate({"name": name, "width": 32, "layers": 1, "mamba2": {"head_width": 16}})
+    model = LatentFlow(FlowConfig(backbone=backbone), vae, {"batch": 2}, {"time": (0.0, 1.0)})
+    batch = cells()
+    if trajectories:
+        mask, time = torch.ones(B, T, N, dtype=torch.bool), torch.arange(T).float().expand(B, T)
+        batch = TrajectoryBatch.of(batch, mask, time, torch.zeros(B, T, dtype=torch.bool))
+    encoder, _ = vae_flops(vae.config, G, len(batch), len(batch.counts))
+    # The encoder is not trained: it runs forward only.
+    assert model.training_flops(batch) == 3 * count(model, batch) - 2 * encoder
