@@ -124,6 +124,62 @@ def launch(
 
 
 @app.command()
+def plan(
+    config: Annotated[str, typer.Argument(help="YAML file, or the name of one that comes with bgen.")],
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Hosts.")] = 1,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Processes on each host.")] = 1,
+    gpu: Annotated[str | None, typer.Option(help="Name of the GPU; default: CPUs like this machine's.")] = None,
+    mfu: Annotated[float, typer.Option(help="Share of the GPU's peak that is reached.")] = 0.2,
+    genes: Annotated[int | None, typer.Option(help="Genes, if the store is not there yet.")] = None,
+    expressed: Annotated[
+        int | None, typer.Option(help="Expressed genes a cell, if the store is not there yet.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run will need: parameters, memory by ZeRO stage, FLOPs, speed, disk; trains nothing.
+
+    Example: `bgen plan demo/vae --genes 500 --expressed 200 --nodes 2 --ranks-per-node 8 --gpu H100`
+    """
+    from bgen.tasks.plan import plan as estimate
+
+    made = estimate(
+        config,
+        overrides or [],
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        gpu=gpu,
+        mfu=mfu,
+        genes=genes,
+        tokens=expressed,
+    )
+    if as_json:
+        typer.echo(json.dumps(made.as_json()))
+    else:
+        results.print(made.table())
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option(help="Where run folders will be: its disk is tried.")] = Path(),
+    as_json: Json = False,
+) -> None:
+    """Look this machine over: packages, devices, kernels, disk, network, MLflow, a sum over two ranks.
+
+    Example: `bgen doctor --folder runs`
+    """
+    from bgen.tasks.doctor import doctor as look
+
+    report = look(folder)
+    if as_json:
+        typer.echo(json.dumps(report.as_json()))
+    else:
+        results.print(report.table())
+    if report.errors:
+        raise typer.Exit(2)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder of `bgen train`.")],
     out: Annotated[Path, typer.Option(help="Folder of the model; must not be there, or be empty.")],

@@ -138,6 +138,14 @@ def test_deepspeed_settings_are_shown(bgen: Any) -> None:
     assert shown["train_micro_batch_size_per_gpu"] == 32
 
 
+def test_plan_and_doctor_speak_json(bgen: Any, demo: Any) -> None:
+    planned = json.loads(bgen("plan", "demo/vae", f"data.store={demo.store}", "--json").out)
+    assert planned
+    wrong(bgen("plan", "demo/vae", f"data.store={demo.store}", "--gpu", "H1000"), "no GPU 'H1000'")
+    found = json.loads(bgen("doctor", "--folder", demo.folder, "--json").out)
+    assert {"packages", "disk", "two ranks"} <= {finding["name"] for finding in found}
+
+
 def test_launch_writes_files_that_start_the_run(bgen: Any, tmp_path: Path) -> None:
     out = tmp_path / "launch"
     run = f"out={tmp_path / 'run'}"

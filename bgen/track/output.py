@@ -125,7 +125,7 @@ def make_mirror(config: Config, run: str, uri: str, data: dict[str, Any] | None)
     dataset = None
     if data is not None:
         params |= flatten(data, "fingerprint.")
-        dataset = (config.data.store.name, str(data.get("store", "")), str(config.data.store))
+        dataset = (config.data.store.rstrip("/").rsplit("/", 1)[-1], str(data.get("store", "")), config.data.store)
     return MlflowMirror(
         config.out / RECORD,
         uri,

@@ -1,4 +1,4 @@
-"""What a checkpoint every 20 steps costs: processor time of the copy, the writing and the hashing, against the steps."""
+"""What a checkpoint every 20 steps costs: processor time of the copy, writing and hashing, against the steps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from toy import ToyStage, toy_config
 from torch import Tensor
+from toy import ToyStage, toy_config
 
 from bgen.checkpoint import shards
 from bgen.config.schema import VAEConfig
