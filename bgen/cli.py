@@ -299,6 +299,34 @@ def bench_loader(
     )
 
 
+@bench_app.command("train")
+def bench_train(
+    config: Annotated[str, typer.Argument(help="YAML file, or the name of one that comes with bgen.")] = "demo/flow",
+    overrides: Overrides = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    batch: Annotated[int | None, typer.Option(min=1, help="Cells of a step; default: the configuration's.")] = None,
+    genes: Annotated[int, typer.Option(min=1, help="Genes of a VAE.")] = 20_000,
+    compare: Annotated[bool, typer.Option("--compare", help="Time mixers over time at equal parameters.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for train.json and train.png of --compare.")] = Path("bench"),
+) -> None:
+    """Measure the training step of a configuration, or with --compare every mixer over time.
+
+    Example: `bgen bench train demo/flow --batch 64`
+    """
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"--device is cpu or cuda, not '{device}'.")
+    if compare:
+        from bgen.bench.mixers import compare as measure_mixers
+
+        measured = measure_mixers(out, device=device)
+    else:
+        from bgen.bench.train import bench_train as measure
+        from bgen.config.load import load_config
+
+        measured = measure(load_config(config, overrides or []), device=device, batch=batch, genes=genes)
+    typer.echo(json.dumps(measured, indent=1))
+
+
 @config_app.command("show")
 def config_show(
     config: str,

@@ -146,6 +146,12 @@ def test_plan_and_doctor_speak_json(bgen: Any, demo: Any) -> None:
     assert {"packages", "disk", "two ranks"} <= {finding["name"] for finding in found}
 
 
+def test_bench_train_measures_a_step(bgen: Any) -> None:
+    measured = json.loads(bgen("bench", "train", "demo/flow", "--batch", 16).out)
+    assert measured["stage"] == "flow"
+    wrong(bgen("bench", "train", "demo/flow", "--device", "tpu"), "cpu or cuda")
+
+
 def test_launch_writes_files_that_start_the_run(bgen: Any, tmp_path: Path) -> None:
     out = tmp_path / "launch"
     run = f"out={tmp_path / 'run'}"
