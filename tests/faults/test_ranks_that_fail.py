@@ -36,6 +36,7 @@ def test_killed_in_a_step_and_in_a_save_the_job_finishes_by_itself(tmp_path: Pat
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
 
 
+@pytest.mark.slow  # waits for time-outs, and compares the step times of ranks: wants a machine of its own
 def test_a_slow_rank_is_named_and_a_hung_one_ends_the_job(tmp_path: Path) -> None:
     """Faults 9 and 10."""
     begin = time.monotonic()
