@@ -153,11 +153,15 @@ def stop() -> None:
 
 
 def set_timeout(seconds: float) -> None:
-    """Change how long a collective may take from now on: start-up is slow, a step is not."""
+    """Change how long a collective may take from now on: start-up is slow, a step is not.
+
+    This concerns every process group, also those that DeepSpeed has made for itself.
+    """
     from torch.distributed import distributed_c10d
 
     if current().size > 1:
-        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def barrier() -> None:

@@ -109,18 +109,21 @@ def plain(folder: Path) -> TrainResult:
 
 def lost_node(folder: Path) -> TrainResult:
     """Slow enough for a host to be cut off in the middle."""
-    return train(folder, {"steps": 200, "checkpoint_every": 5, "step_timeout": 8}, lambda step: time.sleep(0.1))
+    return train(folder, {"steps": 100, "checkpoint_every": 5, "step_timeout": 8}, lambda step: time.sleep(0.1))
 
 
 def goodput(folder: Path) -> TrainResult:
     """300 steps; in each of the first five lives some rank dies at a random moment."""
-    life = len(list(folder.glob("once_life_*_0")))
-    once(folder, f"life_{life}_{os.environ['RANK']}")
+    life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    once(folder, f"life_{life}")
     moments = random.Random(life)
-    victim, delay = moments.randrange(int(os.environ["WORLD_SIZE"])), moments.uniform(0.5, 4.0)
+    victim, delay = moments.randrange(int(os.environ["WORLD_SIZE"])), moments.uniform(0.3, 1.2)
 
     def at_step(step: int) -> None:
         time.sleep(0.02)
+        if os.environ["RANK"] == "0":
+            with (folder / "drawn").open("a") as drawn:
+                drawn.write(f"{step}\n")
         # The first step takes as long as the machine is busy: the time counts from there.
         if life < 5 and int(os.environ["RANK"]) == victim and not timer:
             timer.append(threading.Timer(delay, die))
@@ -129,6 +132,11 @@ def goodput(folder: Path) -> TrainResult:
 
     timer: list[threading.Timer] = []
     return train(folder, {"steps": 300, "checkpoint_every": 5}, at_step)
+
+
+def undisturbed(folder: Path) -> TrainResult:
+    """The same without deaths."""
+    return train(folder, {"steps": 300, "checkpoint_every": 5}, lambda step: None)
 
 
 def main() -> int:
