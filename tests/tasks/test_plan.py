@@ -164,7 +164,7 @@ def test_the_table_marks_what_was_chosen() -> None:
         ([], {"gpu": "H10"}, "Did you mean 'H100'"),
         ([], {"mfu": 2.0}, "above 0 and at most 1"),
         ([], {"ranks_per_node": 7}, "does not divide among 7 ranks"),
-        ([], {"genes": None}, "Or plan without it: --genes and --tokens"),
+        ([], {"genes": None}, "Or plan without it: --genes and --expressed"),
         (["train.zeroo=1"], {}, "Did you mean 'zero'"),
     ],
 )
