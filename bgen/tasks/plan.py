@@ -235,9 +235,7 @@ class _Subject:
             try:
                 manifest = open_store(config.data.store).manifest
             except UserError as error:
-                raise UserError(
-                    f"{error}\nOr plan without it: --genes and --expressed (genes of a cell)."
-                ) from None
+                raise UserError(f"{error}\nOr plan without it: --genes and --expressed (genes of a cell).") from None
         self.genes = genes or (manifest.n_genes if manifest else 0)
         self.tokens = float(tokens or (manifest.n_nonzeros / manifest.n_cells if manifest else 0))
         self.vae = VAE(*self._vae(manifest))

@@ -51,7 +51,7 @@ def test_offload_to_nvme_changes_nothing(tmp_path: Path) -> None:
     raw = tmp_path / "raw.json"
     raw.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
     offload = {"optimizer": "nvme", "parameters": "nvme", "folder": tmp_path / "nvme"}
-    straight, resumed = halves(tmp_path, {"zero": 3, "offload": offload, "deepspeed": raw})
+    straight, resumed = halves(tmp_path, {"zero": 3, "offload": offload, "deepspeed": raw, "start_timeout": 900})
     assert resumed == straight
     assert straight == pytest.approx(plain.losses, rel=1e-5)
 
