@@ -148,7 +148,12 @@ def test_what_is_observed_stays_and_shapes_the_rest() -> None:
     model, given = flow(HYBRID).eval(), places()
     assert given.latents is not None
     conditions = {"cell_type": torch.zeros(B, T, dtype=torch.int64), "time": given.time}
+    times: list[Tensor] = []
+    hook = model.backbone.register_forward_pre_hook(lambda _, args: times.append(args[1]))
     z = model.sample_trajectories(conditions, KEYS, SETTINGS, given)
+    hook.remove()
+    assert all((t[:, :2] == 0).all() for t in times)  # the network is told that they are data
+    assert times[0][:, 2].tolist() == [1.0] * B
     assert torch.equal(z[:, :2], given.latents[:, :2])
     later = given.latents.clone()
     later[:, 2] = torch.nan  # what is not observed is not read
