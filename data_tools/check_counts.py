@@ -14,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from data_tools.inputs import Source
+from data_tools.scan_values import FRACTIONAL, mix, scan_values, sum_expm1
 
 NEAR_INTEGER = 1e-3
 """Distance from an integer up to which a value is a count with numerical noise (C02)."""
@@ -116,70 +117,34 @@ def scan(
         fingerprint=np.zeros((n_cells, 2), np.uint64),
         column_cells=np.zeros(n_columns, np.int64),
     )
-    keys = gene_keys if gene_keys is not None else _mix(np.arange(n_columns, dtype=np.uint64))
+    keys = gene_keys if gene_keys is not None else mix(np.arange(n_columns, dtype=np.uint64))
+    wanted = np.ones(n_columns, bool) if columns is None else columns
+    counts, figures = np.zeros(4, np.int64), np.zeros(5)
+    bad = np.empty((5, 2), np.int64)
     for start, chunk in source.iterate(matrix):
-        rows = np.repeat(np.arange(chunk.shape[0]), np.diff(chunk.indptr))
-        wanted = chunk.data != 0  # NaN is not 0, and stays
-        if columns is not None:
-            wanted &= columns[chunk.indices]
-        _add(found, start, chunk.shape[0], rows[wanted], chunk.indices[wanted], chunk.data[wanted], keys)
-    return found
-
-
-def _add(
-    found: MatrixStatistics,
-    start: int,
-    n_rows: int,
-    rows: NDArray[np.int64],
-    columns: NDArray[np.int32],
-    data: NDArray,
-    keys: NDArray[np.uint64],
-) -> None:
-    """Add the values of a block of rows, none of them 0."""
-    found.nonzero += len(data)
-    if len(data) == 0:
-        return
-    values = data.astype(np.float64)
-    finite = np.isfinite(values)
-    bad = ~finite | (values < 0)
-    if bad.any():
-        for i in np.flatnonzero(bad)[: 5 - len(found.first_bad)]:
-            found.first_bad.append((start + int(rows[i]), int(columns[i]), float(values[i])))
-        found.not_finite += int((~finite).sum())
-        found.negative += int((values < 0).sum())
-        values = np.where(finite, values, 0.0)
-    whole = np.rint(values)
-    off = np.abs(values - whole)
-    found.fractional += int((off > 0).sum())
-    found.off_by = max(found.off_by, float(off.max()))
-    found.minimum = min(found.minimum, float(values.min()))
-    found.maximum = max(found.maximum, float(values.max()))
-    found.total += float(values.sum())
-    with np.errstate(over="ignore"):
-        found.squares += float((values**2).sum())
-    found.histogram += np.bincount(np.clip(whole, 0, CAP).astype(np.int64), minlength=CAP + 1)
-
-    part = slice(start, start + n_rows)
-    found.library[part] = np.bincount(rows, values, minlength=n_rows)
-    found.detected[part] = np.bincount(rows, minlength=n_rows)
-    found.column_cells += np.bincount(columns, minlength=len(found.column_cells))
-    if found.fractional:
-        found.expm1_library[part] = np.bincount(rows, np.expm1(np.minimum(values, 50.0)), minlength=n_rows)
-    bits = values.view(np.uint64)
-    ends = np.cumsum(found.detected[part])
-    for i, salt in enumerate((0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)):
-        # Sums modulo 2^64 do not depend on the order of the genes; differences of running sums are exact there.
-        running = np.concatenate(
-            [np.zeros(1, np.uint64), np.cumsum(_mix(keys[columns] ^ _mix(bits + np.uint64(salt))))]
+        rows = slice(start, start + chunk.shape[0])
+        n_bad = scan_values(
+            chunk.indptr,
+            chunk.indices,
+            chunk.data,
+            wanted,
+            keys,
+            counts,
+            figures,
+            found.histogram,
+            found.column_cells,
+            found.library[rows],
+            found.detected[rows],
+            found.fingerprint[rows],
+            bad[: 5 - len(found.first_bad)],
         )
-        found.fingerprint[part, i] = np.diff(running[np.concatenate([[0], ends])])
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble 64 bits (the finaliser of splitmix64, Steele et al. 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+        for row, at in bad[:n_bad].tolist():
+            found.first_bad.append((start + row, int(chunk.indices[at]), float(chunk.data[at])))
+        if counts[FRACTIONAL]:
+            sum_expm1(chunk.indptr, chunk.indices, chunk.data, wanted, found.expm1_library[rows])
+    found.nonzero, found.fractional, found.negative, found.not_finite = counts.tolist()
+    found.off_by, found.minimum, found.maximum, found.total, found.squares = figures.tolist()
+    return found
 
 
 def gene_keys(ids: pd.Index) -> NDArray[np.uint64]:

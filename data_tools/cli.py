@@ -145,6 +145,9 @@ def build(
     profile: Annotated[str, typer.Option(help="small (zstd, for networks and disks) or fast (lz4).")] = "small",
     splits: Annotated[str, typer.Option(help="Fractions of the splits.")] = "train=0.8,valid=0.1,test=0.1",
     split_by: Annotated[str | None, typer.Option(help="Column kept together in one split; default: cells.")] = None,
+    hold_out: Annotated[
+        list[str] | None, typer.Option(help="Values of that column for a split: test=48,72; may come again.")
+    ] = None,
     reference: Annotated[Path | None, typer.Option(help="File of gene ids; default: the genes of all inputs.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes; default: as the input needs.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="A Dask scheduler to use, tcp://host:port.")] = None,
@@ -155,9 +158,11 @@ def build(
     """Check files and write them into a store; nothing is written if the check finds an error.
 
     Example: `bgen data build cells.h5ad --out store --splits train=0.7,valid=0.1,test=0.2`
+
+    Example: `bgen data build cells.h5ad --out store --split-by time --hold-out test=48`
     """
     from data_tools.build import build as write
-    from data_tools.splits import parse_splits
+    from data_tools.splits import parse_held_out, parse_splits
 
     fractions = parse_splits(splits)
     if profile not in ("small", "fast"):
@@ -176,6 +181,7 @@ def build(
             profile=profile,
             splits=fractions,
             split_by=split_by,
+            held_out=parse_held_out(hold_out or []),
             reference=reference,
             seed=seed,
             workers=workers,
@@ -204,13 +210,17 @@ def verify(store: Path) -> None:
     Example: `bgen data verify store`
     """
     from bgen.data.manifest import check_files, read_manifest
+    from bgen.data.webdataset_store import INDEX, TarStore
 
     manifest = read_manifest(store)
-    problems = check_files(store, manifest, checksums=True)
+    if (store / INDEX).is_file():
+        problems = TarStore(store).find_damaged_files()
+    else:
+        problems = check_files(store, manifest, checksums=True)
     if problems:
         listed = "\n  ".join(problems)
         raise UserError(f"The store {store} is damaged:\n  {listed}\nRestore these files or build it again.")
-    results.print(f"{store}: all {len(manifest.files)} files are as they were written.")
+    results.print(f"{store}: every file is as it was written.")
 
 
 @app.command("to-anndata")

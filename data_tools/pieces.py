@@ -153,19 +153,22 @@ class FilePiece:
     def blocks(self) -> Iterator[Block]:
         """See :class:`Piece`."""
         for start, block in self.source.iterate(self.matrix, start=self.start, stop=self.stop):
-            rows = start + np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
-            counts = self._integers(block.data, rows, block.indices)
+            counts = self._integers(block, start)
             yield Block(self.offset + start, block.indptr.astype(np.int64), block.indices, counts)
 
-    def _integers(self, values: NDArray[Any], rows: I64, columns: NDArray[Any]) -> NDArray[np.uint32]:
-        """Return counts as integers; what is no integer is rounded as the report says, and says in the manifest.
+    def _integers(self, block: sp.csr_matrix, start: int) -> NDArray[np.uint32]:
+        """Return the values of rows from ``start`` on as integers.
+
+        What is no integer is rounded as the report says, and the manifest too.
 
         The draw of stochastic rounding belongs to the value's row and column, however the file is cut.
         """
+        values = block.data
         if self.rounding == "nearest":
             values = np.rint(values.astype(np.float64))
         elif self.rounding == "stochastic":
-            draw = hash_keys(self.seed, self.number, rows, columns) >> np.uint64(11)
+            rows = start + np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
+            draw = hash_keys(self.seed, self.number, rows, block.indices) >> np.uint64(11)
             values = np.floor(values.astype(np.float64) + draw.astype(np.float64) * 2.0**-53)
         with np.errstate(invalid="ignore"):  # what is no number is found below
             counts = values.astype(np.uint32)

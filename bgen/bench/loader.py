@@ -15,6 +15,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,10 +27,15 @@ from bgen.bench import worker
 from bgen.bench.atlas import Atlas
 from bgen.bench.loader_report import draw, show
 from bgen.config.errors import UserError, nearest
+from data_tools.build import build
+from data_tools.check import CheckOptions, check
 from data_tools.write import write_store
 
 PROFILES = ("small", "fast")
 H5AD = "atlas.h5ad"
+WRITTEN = "written.json"
+CREATED_BY = "bgen bench loader"
+SYNTHETIC = CheckOptions(organism="synthetic", accept_unnamed_genes=True)
 PACKAGES = {
     "annbatch": ("annbatch", "zarrs", "torch"),
     "cellstream": ("cellstream",),
@@ -157,22 +163,36 @@ def prepare(root: Path, atlas: Atlas, peers: Mapping[str, str], pythons: Mapping
     folder = root / f"atlas-{atlas.cells}-{atlas.genes}-{atlas.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "types.npy", atlas.cell_type)
-    for profile in PROFILES:
-        if not (folder / profile).exists():
-            say(f"Writing the atlas of {atlas.cells:,} cells as a bgen store, profile {profile}")
-            write_store(folder / profile, atlas.contents(), profile=profile, seed=0, created_by="bgen bench loader")
     h5ad = folder / H5AD
     if peers and not h5ad.exists():
-        say("Writing it as h5ad")
+        say("Writing the atlas as h5ad")
         atlas.write_h5ad(h5ad)
-    for peer in peers:
-        if not (folder / _file(peer)).exists():
-            say(f"Writing it as {peer} does")
-            partial = folder / f".{peer}.partial"
+    written = _written(folder)
+    for name in [*PROFILES, *(peer for peer in peers if _file(peer) == peer)]:
+        if (folder / name).exists():
+            continue
+        say(f"Writing the atlas of {atlas.cells:,} cells for {f'bgen {name}' if name in PROFILES else name}")
+        began = time.perf_counter()
+        if name in PROFILES and not peers:
+            write_store(folder / name, atlas.contents(), profile=name, seed=0, created_by=CREATED_BY)
+        elif name in PROFILES:
+            build(check([h5ad], SYNTHETIC), folder / name, profile=name, created_by=CREATED_BY, workers=2)
+        else:
+            partial = folder / f".{name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            _call(pythons[peer], {"convert": peer, "h5ad": str(h5ad), "out": str(partial)}, f"writing for {peer}")
-            partial.rename(folder / peer)
+            _call(pythons[name], {"convert": name, "h5ad": str(h5ad), "out": str(partial)}, f"writing for {name}")
+            partial.rename(folder / name)
+        if peers:
+            written[name] = round(time.perf_counter() - began, 1)
+            (folder / WRITTEN).write_text(json.dumps(written), encoding="utf-8")
     return folder
+
+
+def _written(folder: Path) -> dict[str, float]:
+    """Return how many seconds each format took to be written from the h5ad, bgen's with its check."""
+    path = folder / WRITTEN
+    found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
 
 
 def _file(peer: str) -> str:
@@ -230,6 +250,7 @@ def _summarise(case: Case, records: list[dict[str, Any]], folder: Path, cells: i
         **{name: statistics.median(record[name] for record in records) for name in numbers},
         "best_wall_rate": max(record["wall_rate"] for record in records),
         "bytes_per_cell": sum(file.stat().st_size for file in files) / cells,
+        "write_s": _written(folder).get(case.path),
         "version": records[0]["version"],
         "python": records[0]["python"],
     }

@@ -24,9 +24,12 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
     table = Table(
         title=_atlas(result),
         caption=f"{machine['cpu']}, {machine['cores']} cores; medians of {result['repetitions']} repetitions of"
-        f" {result['seconds']:g} s; types per batch at random: {random}; x: cells per CPU-second over the peer's",
+        f" {result['seconds']:g} s; types per batch at random: {random}; write: from"
+        f" h5ad, by bgen with 2 processes, its check included; x: cells per CPU-second over the peer's",
     )
-    columns = "loader batch form threads cells/s per_CPU-s B/cell private_MB first_s types x_annbatch x_cellstream"
+    columns = (
+        "loader batch form threads cells/s per_CPU-s B/cell write_s private_MB first_s types x_annbatch x_cellstream"
+    )
     for column in columns.split():
         table.add_column(column.replace("_", " "), justify="left" if column in ("loader", "form") else "right")
     for row in result["rows"]:
@@ -39,6 +42,7 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
             f"{row['wall_rate']:,.0f}",
             f"{row['cpu_rate']:,.0f}",
             f"{row['bytes_per_cell']:,.0f}",
+            f"{row['write_s']:.0f}" if row.get("write_s") else "",
             f"{row['private_mb']:,.0f}",
             f"{row['first_batch_s']:.2f}",
             f"{row['types']:.1f}" if row.get("types") else "",

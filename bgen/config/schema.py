@@ -12,45 +12,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from bgen.config.backbone import BackboneConfig
+from bgen.config.data import DataConfig as DataConfig
+from bgen.config.data import TrajectoriesConfig as TrajectoriesConfig
 from bgen.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
-
-
-class TrajectoriesConfig(Section):
-    """The flow is trained on trajectories of populations instead of single cells (DESIGN, sections 3 and 7)."""
-
-    along: Literal["time", "perturbation"] = Field(
-        "time",
-        description="time: populations of one system by the store's time; perturbation: a system's control population, "
-        "then one of its perturbed ones.",
-    )
-    system: list[str] = Field(
-        default_factory=list,
-        description="obs columns (roles or names) that together name a system, such as donor; none: all is one.",
-    )
-    times: Annotated[int, Field(ge=2)] = Field(8, description="Time points of a trajectory, T, at most.")
-    cells: PositiveInt = Field(32, description="Cells drawn per time point, N.")
-
-    @property
-    def size(self) -> int:
-        """Cells of one trajectory, T N."""
-        return self.times * self.cells
-
-
-class DataConfig(Section):
-    """Which cells are read, and in what order (DESIGN, section 7)."""
-
-    store: str = Field(
-        description="Folder or address (s3://, gs://, https://) of a store that `bgen data build` wrote, of its"
-        " WebDataset form, or AnnData in zarr."
-    )
-    split: str = Field("train", description="Split to train on.")
-    valid: str = Field("valid", description="Split for the held-out loss.")
-    lanes: PositiveInt = Field(8, description="Lanes that an epoch is dealt to; at least the most ranks planned.")
-    window: PositiveInt = Field(16, description="Chunks of each lane among which rows are shuffled.")
-    prefetch: PositiveInt = Field(4, description="Steps read ahead of the training loop.")
-    trajectories: TrajectoriesConfig | None = Field(
-        None, description="Stage flow: train on trajectories of populations; null: on single cells."
-    )
 
 
 class VAEConfig(Section):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bgen.config.data import Access, DataConfig
 from bgen.data.csr_store import CsrStore, members
 from bgen.data.manifest import NAME
-from bgen.data.remote import Access, RemoteFiles, RemoteStore, is_remote
+from bgen.data.remote import RemoteFiles, RemoteStore, is_remote
 from bgen.data.store import Store
 from bgen.data.webdataset_store import INDEX, TarStore
 
@@ -63,3 +64,26 @@ def open_store(
             threads=threads,
         )
     return Store(folder, threads=threads)
+
+
+def open_data(config: DataConfig) -> Store:
+    """Open the store that a configuration names, as it says.
+
+    Raises
+    ------
+    UserError
+        As :func:`open_store`.
+    """
+    given = config.anndata
+    return open_store(
+        config.store,
+        threads=config.threads,
+        access=config.access,
+        roles=given.roles,
+        splits=given.splits,
+        split_by=given.split_by,
+        held_out=given.held_out,
+        matrix=given.matrix,
+        control=given.control,
+        seed=given.seed,
+    )

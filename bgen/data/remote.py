@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 import tensorstore as ts
 from numpy.typing import NDArray
 
+from bgen.config.data import Access
 from bgen.config.errors import UserError
 from bgen.data.cache import DiskCache
 from bgen.data.manifest import NAME, check_files, read_manifest
@@ -27,44 +27,6 @@ from bgen.data.store import Store
 
 SCHEMES = ("s3://", "gs://", "http://", "https://")
 STREAMS = ("gaps", "counts")
-
-
-@dataclass(frozen=True)
-class Access:
-    """How remote stores are read.
-
-    Attributes
-    ----------
-    cache
-        Local folder for copies; None: ``bgen`` in the user's cache folder (XDG_CACHE_HOME).
-    cache_bytes
-        Bytes of chunks that are kept there, of each store.
-    retries
-        How often a request that failed is made again.
-    first_pause, longest_pause
-        Seconds before the first retry, which double with each, and at most.
-    anonymous
-        Read a public bucket without credentials; otherwise they are found as the AWS and Google tools find them.
-    endpoint, region
-        Of an S3 server other than Amazon's; default: AWS_ENDPOINT_URL, AWS_REGION.
-    threads
-        Requests at a time.
-    """
-
-    cache: Path | None = None
-    cache_bytes: int = 20 << 30
-    retries: int = 6
-    first_pause: float = 0.5
-    longest_pause: float = 20.0
-    anonymous: bool = False
-    endpoint: str | None = None
-    region: str | None = None
-    threads: int = 16
-
-    def folder(self) -> Path:
-        """Return the local folder."""
-        home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        return self.cache or Path(home) / "bgen"
 
 
 def is_remote(where: str | Path) -> bool:

@@ -23,7 +23,7 @@ from bgen.config.load import load_config
 from bgen.config.schema import Config, VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.data.manifest import Manifest
-from bgen.data.open import open_store
+from bgen.data.open import open_data
 from bgen.hub.directory import load_directory
 from bgen.models.backbone.flops import backbone_flops
 from bgen.models.latent_flow import LatentFlow
@@ -233,7 +233,7 @@ class _Subject:
         manifest = None
         if genes is None or tokens is None:
             try:
-                manifest = open_store(config.data.store).manifest
+                manifest = open_data(config.data).manifest
             except UserError as error:
                 raise UserError(f"{error}\nOr plan without it: --genes and --expressed (genes of a cell).") from None
         self.genes = genes or (manifest.n_genes if manifest else 0)

@@ -12,6 +12,7 @@ from bgen import __version__
 from bgen.config.errors import UserError
 from bgen.config.output import require_new_folder
 from bgen.data.genes import match_genes
+from bgen.data.open import open_store
 from bgen.data.store import Store
 from bgen.data.to_anndata import read_anndata
 from bgen.evaluate.protocol import baseline_cells
@@ -61,7 +62,7 @@ def score(
         If something is missing, or genes do not agree.
     """
     require_new_folder(out)
-    loaded, store = load_model(model), Store(data)
+    loaded, store = load_model(model), open_store(data)
     train, test = (_read_sample(store, split, seed) for split in ("train", "test"))
     cells = (
         _read_generated(generated) if generated else loaded.generate(SURPLUS * test.n_obs, seed=seed, progress=progress)

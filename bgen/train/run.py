@@ -8,7 +8,9 @@ from typing import Any
 
 from bgen.config.errors import UserError
 from bgen.config.schema import Config
-from bgen.data.open import open_store
+from bgen.data.leakage import assert_no_leakage
+from bgen.data.open import open_data
+from bgen.data.store import Store
 from bgen.distributed import world as ranks
 from bgen.hub.directory import ColumnInfo, SavedModel, count_combinations, save_model
 from bgen.models.latent_flow import LatentFlow
@@ -38,7 +40,9 @@ def train(config: Config, *, resume: bool = False, accept_changed_data: bool = F
         If the configuration, the store and the run folder do not fit together.
     """
     world = check(config)
-    stage = make_stage(config, open_store(config.data.store), world)
+    store = open_data(config.data)
+    _refuse_leakage(store, world)
+    stage = make_stage(config, store, world)
     result = Trainer(config, stage).fit(resume=resume, accept_changed_data=accept_changed_data)
     if not result.interrupted and world.is_main:
         folder = config.out / MODEL
@@ -47,6 +51,18 @@ def train(config: Config, *, resume: bool = False, accept_changed_data: bool = F
         save_model(exported(config, stage, result.step), folder)
     ranks.barrier()
     return result
+
+
+def _refuse_leakage(store: Store, world: ranks.World) -> None:
+    """Let the main rank look for cells or groups that are in two splits; every rank hears of it."""
+    problem = None
+    if world.is_main:
+        try:
+            assert_no_leakage(store)
+        except UserError as error:
+            problem = str(error)
+    if (problem := ranks.from_main(problem)) is not None:
+        raise UserError(problem)
 
 
 def export(run: Path, out: Path) -> None:

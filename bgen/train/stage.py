@@ -19,6 +19,19 @@ class CountsFlops(Protocol):
         ...
 
 
+@runtime_checkable
+class CountsDamage(Protocol):
+    """A stage that may go on without data that is damaged."""
+
+    def damage(self) -> dict[int, str]:
+        """Return the damaged chunks that this rank has met so far, and what is wrong with each."""
+        ...
+
+    def damaged_cells(self) -> int:
+        """Return how many cells of this rank's batches were replaced so far, since others had to stand in."""
+        ...
+
+
 class Stage(Protocol):
     """One stage of training.
 

@@ -18,8 +18,11 @@ from bgen.data.batch import CellBatch
 from bgen.data.genes import hash_genes
 from bgen.data.keys import hash_keys
 from bgen.data.loader import CountReader, TrainLoader, valid_batches
-from bgen.data.open import open_store
+from bgen.data.open import open_data
+from bgen.data.order import Order
+from bgen.data.skip import SkippingReader
 from bgen.data.store import Store
+from bgen.data.weighted_order import weighted_order
 from bgen.distributed.world import World, all_sum, gather
 from bgen.hub.directory import SavedModel, load_directory
 from bgen.models.latent_flow import LatentFlow
@@ -54,17 +57,17 @@ class StoreStage:
 
     def __init__(self, config: Config, store: Store, world: World, columns: Sequence[str]) -> None:
         self.config, self.store, self.world = config, store, world
-        self.reader = CountReader(store, columns)
         data, train = config.data, config.train
-        self.order = store.order(
-            data.split, batch=train.global_batch, lanes=data.lanes, window=data.window, seed=config.seed
-        )
+        self.reader = (SkippingReader if data.on_damage == "skip" else CountReader)(store, columns)
+        self.order = self._order()
         self.fingerprint: dict[str, Any] = {
             "store": store.fingerprint,
             "genes": hash_genes(store.genes["id"].tolist()),
             "split": data.split,
             "order": [config.seed, train.global_batch, data.lanes, data.window],
         }
+        if data.weighting is not None:
+            self.fingerprint["weighting"] = data.weighting.model_dump(mode="json")
         self.trajectories: TrajectorySource | None = None
         if data.trajectories is not None:
             micro_batch = batch_plan(train, world.size).micro
@@ -107,6 +110,29 @@ class StoreStage:
 
     def finish(self, module: nn.Module) -> None:
         """See :class:`bgen.train.stage.Stage`."""
+
+    def damage(self) -> dict[int, str]:
+        """See :class:`bgen.train.stage.CountsDamage`."""
+        return self.reader.skipped if isinstance(self.reader, SkippingReader) else {}
+
+    def damaged_cells(self) -> int:
+        """See :class:`bgen.train.stage.CountsDamage`."""
+        return self.reader.skipped_cells if isinstance(self.reader, SkippingReader) else 0
+
+    def _order(self) -> Order:
+        data, batch, seed = self.config.data, self.config.train.global_batch, self.config.seed
+        if data.weighting is None:
+            return self.store.order(data.split, batch=batch, lanes=data.lanes, window=data.window, seed=seed)
+        return weighted_order(
+            self.store,
+            data.split,
+            batch=batch,
+            lanes=data.lanes,
+            window=data.window,
+            seed=seed,
+            temperature=data.weighting.temperature,
+            by=data.weighting.by,
+        )
 
 
 class VAEStage(StoreStage):
@@ -213,7 +239,7 @@ def rebuild(run: Path, world: World) -> tuple[Config, StoreStage, Path]:
         raise UserError(f"{run} is not a run folder: it has no config.yaml. `bgen train` makes one.")
     config = load_config(run / "config.yaml")
     weights, checkpoint = export_weights(run / "checkpoints")
-    stage = make_stage(config, open_store(config.data.store), world)
+    stage = make_stage(config, open_data(config.data), world)
     stage.module.load_state_dict(weights)
     stage.module.eval()
     return config, stage, checkpoint

@@ -32,7 +32,7 @@ from bgen.train.engine import Engine
 from bgen.train.heldout import held_out
 from bgen.train.saving import Saver, Weights
 from bgen.train.schedules import learning_rate
-from bgen.train.stage import CountsFlops, Stage
+from bgen.train.stage import CountsDamage, CountsFlops, Stage
 from bgen.train.state import RunState
 from bgen.train.watch import HostReport, Watchdog
 
@@ -79,6 +79,8 @@ class Trainer:
         self.out = config.out
         self.checkpoints = Checkpoints(config.out / "checkpoints", config.train.keep, config.train.keep_every)
         self._losses: list[float] = []
+        self._damage_told: list[int] = []
+        self._damaged = 0
 
     def fit(self, resume: bool = False, accept_changed_data: bool = False) -> TrainResult:
         """Train to the last step, to the end of patience or to a signal.
@@ -234,9 +236,12 @@ class Trainer:
         stop = float(self._signals.received is not None)
         module = self.engine.module
         flops = sum(module.training_flops(batch) for batch in micro_batches) if isinstance(module, CountsFlops) else 0
-        here = [float(cells), float(nonzeros), waited, float(flops), stop, *map(float, self.checkpoints.status())]
+        damaged = self._damaged_cells()
+        here = [cells, nonzeros, waited, flops, stop, damaged, *self.checkpoints.status()]
         local = torch.cat([torch.tensor(here, dtype=torch.float64), torch.stack([sums[name] for name in names]).cpu()])
-        cells_all, nonzeros_all, waited_all, flops_all, stop, written, failed, *totals = ranks.all_sum(local).tolist()
+        everywhere = ranks.all_sum(local).tolist()
+        cells_all, nonzeros_all, waited_all, flops_all, stop, damaged_all, written, failed, *totals = everywhere
+        self._damaged = int(damaged_all)
         means = {name: total / cells_all for name, total in zip(names, totals, strict=True)}
         self.throughput.add(int(cells_all), int(nonzeros_all), waited_all / self.world.size, flops_all)
         self.hosts.add(waited + computed)
@@ -281,6 +286,17 @@ class Trainer:
                 f"train.learning_rate ({train.learning_rate:g}) or raise train.warmup, and go on with --resume."
             )
 
+    def _damaged_cells(self) -> int:
+        """Cells of this rank that others stood in for so far; says which chunk each time that one is found damaged."""
+        if not isinstance(self.stage, CountsDamage):
+            return 0
+        for chunk in list(self.stage.damage())[len(self._damage_told) :]:
+            self._damage_told.append(chunk)
+            problem = self.stage.damage()[chunk]
+            print(f"warning: rank {self.world.rank}: chunk {chunk} is skipped: {problem}", file=sys.stderr, flush=True)
+            self._event("damaged chunk", {"chunk": chunk, "rank": self.world.rank, "problem": problem})
+        return self.stage.damaged_cells()
+
     def _waiting_for_data(self, problem: str | None) -> None:
         if problem is not None:
             self._event("data outage", {"problem": problem})
@@ -290,7 +306,8 @@ class Trainer:
     def _log(self) -> None:
         means = self.state.take_means()
         figures = self.throughput.report()
-        self.output.row("train", self.state.step, {**means, "skipped": self.state.skipped, **figures})
+        counts = {"skipped": self.state.skipped} | ({"damaged_cells": self._damaged} if self._damaged else {})
+        self.output.row("train", self.state.step, {**means, **counts, **figures})
         loss = f"loss {means['loss']:.4g} " if means else ""
         mfu = f"MFU {figures['mfu']:.1%}" if "mfu" in figures else "MFU n/a"
         speed = f"{figures['cells_per_s']:,.0f} cells/s {figures.get('tflops_per_s', 0):.3g} TFLOP/s {mfu}"

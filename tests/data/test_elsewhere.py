@@ -67,7 +67,7 @@ def test_tar_shards_train_like_the_store(store: Store, tar: Path) -> None:
     assert same(batches(other, range(30)), batches(store, range(30)))
     assert same(batches(other, range(9, 12), world=3), batches(store, range(9, 12)))
     assert other.names().tolist() == store.names().tolist()
-    assert other.find_damaged_shards() == []
+    assert other.find_damaged_files() == []
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -117,7 +117,7 @@ def test_damage_to_tar_shards_is_found_and_named(tar: Path, tmp_path: Path) -> N
     copy = Path(shutil.copytree(tar, tmp_path / "copy"))
     flip(copy / "shards/00001.tar", 700)
     damaged = TarStore(copy)
-    (problem,) = damaged.find_damaged_shards()
+    (problem,) = damaged.find_damaged_files()
     assert problem.startswith("shards/00001.tar does not have the bytes")
     with pytest.raises(UserError, match=r"chunk 2 in .*shards/00001.tar does not have the bytes"):
         batches(damaged, range(30))

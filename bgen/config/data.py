@@ -1,0 +1,119 @@
+"""Settings of what is read, from where and in what order (DESIGN, sections 6 and 7)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from bgen.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
+
+
+class TrajectoriesConfig(Section):
+    """The flow is trained on trajectories of populations instead of single cells (DESIGN, sections 3 and 7)."""
+
+    along: Literal["time", "perturbation"] = Field(
+        "time",
+        description="time: populations of one system by the store's time; perturbation: a system's control population, "
+        "then one of its perturbed ones.",
+    )
+    system: list[str] = Field(
+        default_factory=list,
+        description="obs columns (roles or names) that together name a system, such as donor; none: all is one.",
+    )
+    times: Annotated[int, Field(ge=2)] = Field(8, description="Time points of a trajectory, T, at most.")
+    cells: PositiveInt = Field(32, description="Cells drawn per time point, N.")
+
+    @property
+    def size(self) -> int:
+        """Cells of one trajectory, T N."""
+        return self.times * self.cells
+
+
+class WeightingConfig(Section):
+    """Sampling by source: source s of n_s cells gets a share proportional to n_s^(1 / temperature)."""
+
+    temperature: Annotated[float, Field(ge=1)] = Field(
+        description="1 takes the cells as they are; the higher, the more alike the shares of large and small sources."
+    )
+    by: str | None = Field(None, description="Categories of this obs column (role or name); null: the input files.")
+
+
+class Access(Section):
+    """How stores at an address (s3://, gs://, https://) are read."""
+
+    cache: Path | None = Field(
+        None, description="Local folder for copies; null: bgen in the user's cache folder (XDG_CACHE_HOME)."
+    )
+    cache_bytes: PositiveInt = Field(20 << 30, description="Bytes of chunks that are kept there, of each store.")
+    retries: NonNegativeInt = Field(6, description="How often a request that failed is made again.")
+    first_pause: NonNegativeFloat = Field(
+        0.5, description="Seconds before the first retry; the pause doubles with each."
+    )
+    longest_pause: NonNegativeFloat = Field(20.0, description="Seconds before a retry, at most.")
+    anonymous: bool = Field(
+        False,
+        description="Read a public bucket without credentials; else they are found as AWS's and Google's tools do.",
+    )
+    endpoint: str | None = Field(None, description="Of an S3 server other than Amazon's; null: AWS_ENDPOINT_URL.")
+    region: str | None = Field(None, description="Of an S3 server; null: AWS_REGION.")
+    threads: PositiveInt = Field(16, description="Requests at a time.")
+
+    def folder(self) -> Path:
+        """Return the local folder."""
+        home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        return self.cache or Path(home) / "bgen"
+
+
+class AnnDataConfig(Section):
+    """What AnnData in zarr does not say itself; a store that `bgen data build` wrote has its own."""
+
+    matrix: str = Field("X", description="Where the counts are: X, layers/counts, ...")
+    roles: dict[str, str] = Field(
+        default_factory=dict, description="Role to obs column: cell_type, batch, time, perturbation, ..."
+    )
+    control: str | None = Field(None, description="The perturbation that means none.")
+    splits: dict[str, Fraction] = Field(
+        default_factory=lambda: {"train": 0.8, "valid": 0.1, "test": 0.1}, description="Split to fraction of the cells."
+    )
+    split_by: str | None = Field(None, description="Column or role whose values are kept together in one split.")
+    held_out: dict[str, list[str]] = Field(
+        default_factory=dict, description="Split to the values of split_by that it consists of."
+    )
+    seed: NonNegativeInt = Field(0, description="Of the splits.")
+
+
+class DataConfig(Section):
+    """Which cells are read, and in what order."""
+
+    store: str = Field(
+        description="Folder or address (s3://, gs://, https://) of a store that `bgen data build` wrote, of its"
+        " WebDataset form, or AnnData in zarr."
+    )
+    split: str = Field("train", description="Split to train on.")
+    valid: str = Field("valid", description="Split for the held-out loss.")
+    lanes: PositiveInt = Field(8, description="Lanes that an epoch is dealt to; at least the most ranks planned.")
+    window: PositiveInt = Field(16, description="Chunks of each lane among which rows are shuffled.")
+    prefetch: PositiveInt = Field(4, description="Steps read ahead of the training loop.")
+    threads: PositiveInt = Field(2, description="Threads of each rank that read and decode.")
+    weighting: WeightingConfig | None = Field(None, description="Sampling by source; null: each cell once an epoch.")
+    trajectories: TrajectoriesConfig | None = Field(
+        None, description="Stage flow: train on trajectories of populations; null: on single cells."
+    )
+    on_damage: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A chunk whose bytes are not those that were written: stop names it and ends the run; skip takes"
+        " other cells in place of its own, and counts them in the record (damaged_cells).",
+    )
+    access: Access = Access()
+    anndata: AnnDataConfig = AnnDataConfig()
+
+    @model_validator(mode="after")
+    def _held_out_is_held_out(self) -> DataConfig:
+        if self.split == self.valid:
+            raise ValueError(f"valid: '{self.valid}' is the split that is trained on; it tells nothing held out")
+        if self.weighting is not None and self.trajectories is not None:
+            raise ValueError("weighting: trajectories draw systems alike; weighting is for single cells")
+        return self
