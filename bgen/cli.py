@@ -13,6 +13,7 @@ from bgen import __version__
 from bgen.config.errors import UserError
 from bgen.config.terminal import Json, Seed, notes, progress_bar, results
 from bgen.distributed.report import report_user_error
+from bgen.tasks.cell_verbs import app as cells_app
 from data_tools.cli import app as data_app
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Show and check configurations.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure throughput, beside peers where they are installed.", no_args_is_help=True)
+app.add_typer(cells_app)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")

@@ -31,7 +31,7 @@ def verbs() -> list[list[str]]:
     found = [[str(command.name or command.callback.__name__)] for command in app.registered_commands]
     for group in app.registered_groups:
         found += [
-            [str(group.name), str(command.name or command.callback.__name__)]
+            [*([group.name] if isinstance(group.name, str) else []), str(command.name or command.callback.__name__)]
             for command in group.typer_instance.registered_commands
         ]
     return found

@@ -13,13 +13,16 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bgen.config.errors import UserError
+from bgen.config.errors import UserError, nearest
 from bgen.data.batch import CellBatch
 from bgen.data.genes import match_genes
 from bgen.data.keys import hash_keys
 from bgen.hub.directory import SavedModel, load_directory
 from bgen.models.latent_flow import LatentFlow
+from bgen.tasks.annotate import annotate_cells
+from bgen.tasks.denoise import denoise_cells
 from bgen.tasks.generate import Progress, generate_cells
+from bgen.tasks.integrate import integrate_cells
 
 BATCH = 1024
 
@@ -86,6 +89,20 @@ class Model:
         embedded.uns["bgen"] = {**dict(adata.uns.get("bgen", {})), "embedding_model": self.saved.fingerprint()}
         return embedded
 
+    def annotate(self, adata: AnnData, label: str, *, layer: str | None = None, threshold: float = 0.5) -> AnnData:
+        """Label cells, with probabilities; see :func:`bgen.tasks.annotate.annotate_cells`."""
+        return annotate_cells(self, adata, label, layer=layer, threshold=threshold)
+
+    def denoise(self, adata: AnnData, *, layer: str | None = None, library_size: float | None = None) -> AnnData:
+        """Add expected counts as a layer; see :func:`bgen.tasks.denoise.denoise_cells`."""
+        return denoise_cells(self, adata, layer=layer, library_size=library_size)
+
+    def integrate(
+        self, adata: AnnData, *, reference: str | None = None, batch: str | None = None, layer: str | None = None
+    ) -> AnnData:
+        """Add a latent and counts without batch effects; see :func:`bgen.tasks.integrate.integrate_cells`."""
+        return integrate_cells(self, adata, reference=reference, batch=batch, layer=layer)
+
     @torch.no_grad()
     def encode(self, adata: AnnData, *, layer: str | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return mean and variance ``[n_cells, D]`` of the cells' latent states.
@@ -101,8 +118,8 @@ class Model:
         UserError
             If too few genes agree, or the matrix holds no counts.
         """
-        counts = self._counts(adata, layer)
-        obs = self._covariates(adata)
+        counts = self.counts(adata, layer)
+        obs = self.covariates(adata)
         means, variances = [], []
         for start in range(0, counts.shape[0], BATCH):
             batch = _batch(counts[start : start + BATCH], {k: v[start : start + BATCH] for k, v in obs.items()}, start)
@@ -111,7 +128,6 @@ class Model:
             variances.append(logvar.exp().numpy())
         return np.concatenate(means), np.concatenate(variances)
 
-    @torch.no_grad()
     def decode(
         self,
         z: NDArray[np.float32],
@@ -122,15 +138,32 @@ class Model:
 
         ``covariates`` are category names per cell; a covariate that is not given is unknown to the decoder.
         """
-        codes = {
-            name: torch.from_numpy(self._codes(name, np.asarray(values))) for name, values in (covariates or {}).items()
-        }
-        likelihood = self.saved.vae.decode(torch.from_numpy(z), torch.from_numpy(library_size), codes)
-        mean: NDArray[np.float32] = likelihood.mean.numpy()
-        return mean
+        codes = {name: self._codes(name, np.asarray(values)) for name, values in (covariates or {}).items()}
+        return self.decode_codes(z, library_size, codes)
 
-    def _counts(self, adata: AnnData, layer: str | None) -> sp.csr_matrix:
-        """Return the model's genes of the data as CSR ``[n_cells, G]``."""
+    @torch.no_grad()
+    def decode_codes(
+        self, z: NDArray[np.float32], library_size: NDArray[np.float32], covariates: Mapping[str, NDArray[np.int64]]
+    ) -> NDArray[np.float32]:
+        """Return the same for covariates by code, as :meth:`covariates` gives them."""
+        expected = []
+        for start in range(0, len(z), BATCH):
+            part = slice(start, start + BATCH)
+            codes = {name: torch.from_numpy(column[part]) for name, column in covariates.items()}
+            state, size = torch.from_numpy(z[part]), torch.from_numpy(library_size[part])
+            expected.append(self.saved.vae.decode(state, size, codes).mean.numpy())
+        return np.concatenate(expected)
+
+    def counts(self, adata: AnnData, layer: str | None = None) -> sp.csr_matrix:
+        """Return the model's genes of the data as CSR ``[n_cells, G]``.
+
+        Raises
+        ------
+        UserError
+            As :meth:`encode`, or if the layer is not there.
+        """
+        if layer is not None and layer not in adata.layers:
+            raise UserError(f"The data has no layer '{layer}'.{nearest(layer, adata.layers.keys())}")
         places = match_genes(self.genes, adata.var_names.astype(str).tolist(), what="the data")
         matrix = sp.csr_matrix(adata.X if layer is None else adata.layers[layer])
         if matrix.nnz and (matrix.data.min() < 0 or not np.array_equal(matrix.data, np.rint(matrix.data))):
@@ -151,7 +184,8 @@ class Model:
         counts.eliminate_zeros()
         return counts
 
-    def _covariates(self, adata: AnnData) -> dict[str, NDArray[np.int64]]:
+    def covariates(self, adata: AnnData) -> dict[str, NDArray[np.int64]]:
+        """Return codes ``[n_cells]`` of the model's covariates; -1 where the data does not tell or it is new."""
         codes = {}
         for name in self.saved.vae.covariates:
             there = next((c for c in (name, self.saved.columns[name].role) if c in adata.obs), None)

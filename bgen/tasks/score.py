@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import anndata
 import numpy as np
 from anndata import AnnData
 
 from bgen import __version__
-from bgen.config.errors import UserError
 from bgen.config.output import require_new_folder
 from bgen.data.genes import match_genes
 from bgen.data.open import open_store
@@ -22,6 +20,7 @@ from bgen.evaluate.scores import Scores
 from bgen.hub.directory import add_metrics
 from bgen.tasks.generate import Progress
 from bgen.tasks.model import Model, load_model
+from bgen.tasks.read import read_h5ad
 from bgen.track import record as records
 
 MOST_CELLS = 20_000
@@ -64,9 +63,7 @@ def score(
     require_new_folder(out)
     loaded, store = load_model(model), open_store(data)
     train, test = (_read_sample(store, split, seed) for split in ("train", "test"))
-    cells = (
-        _read_generated(generated) if generated else loaded.generate(SURPLUS * test.n_obs, seed=seed, progress=progress)
-    )
+    cells = read_h5ad(generated) if generated else loaded.generate(SURPLUS * test.n_obs, seed=seed, progress=progress)
     cells = _align(cells, test)
     cell_type = store.manifest.roles.get("cell_type")
 
@@ -98,15 +95,6 @@ def _read_sample(store: Store, split: str, seed: int) -> AnnData:
     if len(cells) > MOST_CELLS:
         cells = np.sort(np.random.default_rng(seed).choice(cells, MOST_CELLS, replace=False))
     return read_anndata(store, cells)
-
-
-def _read_generated(path: Path) -> AnnData:
-    if not path.is_file():
-        raise UserError(f"There is no file {path}.")
-    try:
-        return anndata.read_h5ad(path)
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as .h5ad: {error}") from None
 
 
 def _align(cells: AnnData, like: AnnData) -> AnnData:
