@@ -329,6 +329,19 @@ def bench_train(
     typer.echo(json.dumps(measured, indent=1))
 
 
+@bench_app.command("ssd")
+def bench_ssd(
+    repetitions: Annotated[int, typer.Option(min=1, help="Runs of the plain loop; the others run more often.")] = 3,
+) -> None:
+    """Measure the chunked state-space scan beside the plain loop, on one thread.
+
+    Example: `bgen bench ssd --repetitions 1`
+    """
+    from bgen.bench.ssd import bench_ssd as measure
+
+    typer.echo(json.dumps(measure(repetitions, say=notes.print), indent=1))
+
+
 @config_app.command("show")
 def config_show(
     config: str,
