@@ -14,6 +14,7 @@ from bgen.config.errors import UserError
 from bgen.config.terminal import Json, Seed, notes, progress_bar, results
 from bgen.distributed.report import report_user_error
 from bgen.tasks.cell_verbs import app as cells_app
+from bgen.tasks.time_verbs import app as time_app
 from data_tools.cli import app as data_app
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="Show and check configurations.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure throughput, beside peers where they are installed.", no_args_is_help=True)
 app.add_typer(cells_app)
+app.add_typer(time_app)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
@@ -200,23 +202,31 @@ def export(
 def generate(
     model: Annotated[Path, typer.Argument(help="Model directory.")],
     out: Annotated[Path, typer.Option(help="The .h5ad to write.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="Cells to generate.")] = 1000,
+    n: Annotated[int, typer.Option("--n", min=1, help="Cells to generate; with times, at each of them.")] = 1000,
     where: Annotated[list[str] | None, typer.Option(help="Condition asked for, column=value; may be repeated.")] = None,
     library_size: Annotated[
         float | None, typer.Option(min=1, help="Total counts per cell; default: generated.")
     ] = None,
+    times: Annotated[
+        str | None, typer.Option(help="Time points of whole trajectories, such as 0,24,48, or all.")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is the conditional model.")] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None, typer.Option(help="Flow times, within 0 to 1, in which guidance acts.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.")] = None,
-    solver: Annotated[str | None, typer.Option(help="euler, heun or midpoint.")] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, heun, midpoint or adaptive.")] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Generate cells as counts.
+    """Generate cells as counts: single cells, or populations over time from a model that was trained on trajectories.
 
     Example: `bgen generate bgen-demo/model --n 1000 --where cell_type=T1 --out cells.h5ad`
+
+    Example: `bgen generate runs/trajectories/model --times 0,24,48 --n 200 --out course.h5ad`
     """
     from bgen.config.output import require_new_file, write_h5ad
-    from bgen.tasks.model import load_model, parse_where
+    from bgen.tasks.model import load_model, parse_times, parse_where
 
     require_new_file(out)
     loaded = load_model(model)
@@ -225,7 +235,9 @@ def generate(
             n,
             where=parse_where(where or []),
             library_size=library_size,
+            times=parse_times(times),
             guidance=guidance,
+            guidance_interval=guidance_interval,
             steps=steps,
             solver=solver,
             seed=seed,

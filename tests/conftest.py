@@ -106,3 +106,18 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
         result = run_bgen(*arguments)
         assert result.code == 0, result
     return made
+
+
+@pytest.fixture(scope="session")
+def course(demo: Demo) -> Path:
+    """Train a small hybrid on the demo's trajectories over time; return its model directory."""
+    out = demo.folder / "course"
+    result = run_bgen(
+        *["train", "trajectories", f"out={out}", f"data.store={demo.store}", f"flow.vae={demo.vae}"],
+        "data.trajectories={system: [donor], times: 3, cells: 16}",
+        "flow.backbone={name: hybrid, width: 32, layers: 1, time: {scale: 24.0, tokens: 2}, mamba2: {head_width: 16}}",
+        *["train.steps=40", "train.global_batch=192", "train.learning_rate=3.0e-3", "train.eval_every=0"],
+        *["train.ema=0", "track.mlflow=false", "track.progress=false"],
+    )
+    assert result.code == 0, result
+    return out / "model"

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from bgen.config.backbone import BackboneConfig
 from bgen.config.data import DataConfig as DataConfig
 from bgen.config.data import TrajectoriesConfig as TrajectoriesConfig
-from bgen.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
+from bgen.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
 class VAEConfig(Section):
@@ -78,16 +78,31 @@ class FlowConfig(Section):
         "stratified", description="Distribution of the flow time t in training."
     )
     patterns: PatternsConfig = PatternsConfig()
+    source: Literal["noise", "neighbours"] = Field(
+        "noise",
+        description="What flows into data. neighbours: on trajectories, time points with an observed neighbour start "
+        "from it, or from the displacement interpolation of both (see bgen/flow/start.py); all others from noise.",
+    )
     prediction: Literal["velocity", "data"] = Field("velocity", description="What the network's output means.")
 
 
 class SampleConfig(Section):
     """Defaults of generation; `bgen generate` can override each."""
 
-    solver: Literal["euler", "heun", "midpoint"] = Field("heun", description="ODE solver.")
-    steps: PositiveInt = Field(20, description="Solver steps from t = 1 (noise) to t = 0 (data).")
+    solver: Literal["euler", "heun", "midpoint", "adaptive"] = Field(
+        "heun", description="ODE solver; adaptive (Dormand-Prince) chooses its own steps by the tolerance."
+    )
+    steps: PositiveInt = Field(20, description="Solver steps from t = 1 (noise) to t = 0 (data); adaptive has its own.")
+    tolerance: PositiveFloat = Field(1e-3, description="Relative and absolute error that solver adaptive allows.")
     guidance: NonNegativeFloat = Field(1.0, description="Guidance scale; 1 is the conditional model itself.")
     guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Range of t in which guidance acts.")
+
+    @model_validator(mode="after")
+    def _interval_within_time(self) -> SampleConfig:
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance_interval: from {low:g} to {high:g} is no range within 0 to 1")
+        return self
 
 
 class OffloadConfig(Section):

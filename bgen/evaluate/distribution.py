@@ -30,6 +30,16 @@ def wasserstein2(real: ArrayLike, generated: ArrayLike) -> float:
     return float(np.sqrt(max(float(cost), 0.0)))
 
 
+def wasserstein1(real: ArrayLike, generated: ArrayLike) -> float:
+    """Return the exact 1-Wasserstein distance: min over couplings P of sum_ij P_ij d(x_i, y_j). In coordinates' units.
+
+    The figure that trajectory benchmarks report; see :func:`wasserstein2`.
+    """
+    x, y = _equal_samples(real, generated)
+    weights = np.full(len(x), 1.0 / len(x))
+    return float(ot.emd2(weights, weights, cdist(x, y), numItermax=_EMD_ITERATIONS))
+
+
 def median_bandwidth(points: ArrayLike) -> float:
     """Return the median Euclidean distance between two different points (Gretton et al., JMLR 2012, section 8)."""
     median = float(np.median(pdist(np.asarray(points, dtype=np.float64))))

@@ -23,7 +23,7 @@ SHORT: dict[Verdict, str] = {
     "worse than the baseline": "worse",
 }
 ARROWS: dict[Better, str] = {"lower": "↓", "higher": "↑", "half": "→½"}
-_STYLES: dict[Verdict, str] = {
+STYLES: dict[Verdict, str] = {
     "at the ceiling": "bold green",
     "better than the baseline": "green",
     "no better than the baseline": "yellow",
@@ -176,7 +176,7 @@ class Scores:
         for score in self.scores:
             verdict = score.verdict
             cells = [score.cell(row) for row in ROWS]
-            mark = f"[{_STYLES[verdict]}]{SHORT[verdict]}[/]"
+            mark = f"[{STYLES[verdict]}]{SHORT[verdict]}[/]"
             table.add_row(f"{score.metric.title} {ARROWS[score.metric.better]}", *cells, mark)
         return table
 

@@ -5,13 +5,18 @@ A step goes from t to s = t + h with h = -1 / steps:
     Euler     z + h v(z, t)                                       order 1, one evaluation a step
     midpoint  z + h v(z + h/2 v(z, t), t + h/2)                   order 2, two evaluations
     Heun      z + h/2 (v(z, t) + v(z + h v(z, t), s))             order 2, two evaluations
+
+``adaptive`` instead chooses its own steps so that an estimate of the error stays below a tolerance: Dormand and Prince,
+1980, orders 5 and 4, through torchdiffeq.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
+from torchdiffeq import odeint
 
 Velocity = Callable[[Tensor, float], Tensor]
 """``v(z, t)``: velocity of the same shape as ``z`` at flow time ``t`` in [0, 1]."""
@@ -41,8 +46,17 @@ SOLVERS: dict[str, Step] = {"euler": euler, "heun": heun, "midpoint": midpoint}
 """Steps by name."""
 
 
-def integrate(v: Velocity, z1: Tensor, steps: int, solver: str) -> Tensor:
-    """Carry noise ``z1`` (any shape) at t = 1 to data at t = 0 in ``steps`` equal steps of a named solver."""
+def integrate(v: Velocity, z1: Tensor, steps: int, solver: str, tolerance: float = 1e-3) -> Tensor:
+    """Carry noise ``z1`` (any shape) at t = 1 to data at t = 0 in ``steps`` equal steps of a named solver.
+
+    ``solver="adaptive"`` takes as many steps as the relative and absolute ``tolerance`` asks for, whatever ``steps``
+    says. It measures the error over all of ``z1`` together, so a cell's result depends, within the tolerance, on what
+    is integrated beside it.
+    """
+    if solver == "adaptive":
+        ends = torch.tensor([1.0, 0.0], dtype=z1.dtype, device=z1.device)
+        found: Tensor = odeint(lambda t, z: v(z, float(t)), z1, ends, rtol=tolerance, atol=tolerance, method="dopri5")
+        return found[-1]
     step = SOLVERS[solver]
     z = z1
     for i in range(steps):

@@ -20,6 +20,7 @@ from bgen.flow.loss import velocity_loss
 from bgen.flow.path import interpolate, velocity, velocity_from_data
 from bgen.flow.patterns import PATTERNS, draw_observed
 from bgen.flow.solvers import Velocity, integrate
+from bgen.flow.start import couple, curvature, start
 from bgen.flow.times import sample_times
 from bgen.models.backbone.flops import backbone_flops
 from bgen.models.backbone.registry import build_backbone
@@ -120,10 +121,19 @@ class LatentFlow(nn.Module):
         weights = {name: getattr(patterns, name) for name in PATTERNS}
         observed = draw_observed(keys_B, batch.exists, batch.control, weights)
         t = torch.where(observed, 0.0, t)
+        reach = None
+        if self.config.source == "neighbours":
+            moved = start(z0, batch.mask, batch.time, observed, z1, keys_BT)
+            z1 = couple(z0, moved, batch.mask, ~observed & observed.any(1, keepdim=True))
+            reach = self._reach(batch.mask, batch.time, observed)
         condition = self.conditions(batch.population_obs(), self._hidden(keys_B).repeat_interleave(T)).view(B, T, -1)
-        predicted = self.velocity(interpolate(z0, z1, t), t, condition, batch.mask, batch.time)
+        predicted = self.velocity(interpolate(z0, z1, t), t, condition, batch.mask, batch.time, reach)
         loss_B = velocity_loss(predicted, velocity(z0, z1), batch.mask & ~observed[..., None])
         return {"loss": loss_B.repeat_interleave(T * N)}
+
+    def _reach(self, mask: Tensor, time: Tensor, observed: Tensor) -> Tensor:
+        """How far a time point can lie off the straight line of its neighbours, ``[B, T]``."""
+        return curvature(time, mask.any(-1), observed, self.config.backbone.time.scale)
 
     def _hidden(self, keys: Tensor) -> Tensor:
         """Whose conditions are hidden, ``[B]``."""
@@ -158,14 +168,22 @@ class LatentFlow(nn.Module):
             return [(self.conditions, conditions), (self.backbone, build_backbone(self.size, base))]
 
     def velocity(
-        self, z_t: Tensor, t: Tensor, condition: Tensor, mask: Tensor | None = None, time: Tensor | None = None
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        condition: Tensor,
+        mask: Tensor | None = None,
+        time: Tensor | None = None,
+        reach: Tensor | None = None,
     ) -> Tensor:
         """Velocity ``[B, T, N, D + 1]`` at ``z_t`` of that shape.
 
-        ``t [B, T]``, embedded ``condition [B, T, C]``, and ``mask [B, T, N]`` and ``time [B, T]`` of a trajectory.
+        ``t [B, T]``, embedded ``condition [B, T, C]``, and ``mask [B, T, N]``, ``time [B, T]`` and ``reach [B, T]`` (a
+        factor on the velocity) of a trajectory.
         """
         output = self.backbone(z_t, t, condition, mask, time).float()
-        return velocity_from_data(z_t, output, t) if self.config.prediction == "data" else output
+        v = velocity_from_data(z_t, output, t) if self.config.prediction == "data" else output
+        return v if reach is None else v * reach[..., None, None]
 
     def sample(
         self,
@@ -251,22 +269,28 @@ class LatentFlow(nn.Module):
             fixed = (log_library - self.vae.latent_mean[-1]) / self.vae.latent_std[-1]
             v = _hold_last(v, z1[..., -1] - fixed)
         if places is None:
-            return integrate(v, z1, settings.steps, settings.solver)
+            return integrate(v, z1, settings.steps, settings.solver, settings.tolerance)
         if places.observed is not None and places.latents is not None:
             moving = places.mask & ~places.observed[..., None]
+            if self.config.source == "neighbours":
+                z1 = start(places.latents, places.mask, places.time, places.observed, z1, keys[..., 0])
             z1, v = torch.where(places.observed[..., None, None], places.latents, z1), _hold(v, moving)
-        return integrate(v, z1, settings.steps, settings.solver) * places.mask[..., None]
+        z0 = integrate(v, z1, settings.steps, settings.solver, settings.tolerance)
+        return z0 * places.mask[..., None]
 
     def _velocity_at(self, condition: Tensor, places: Places | None) -> Velocity:
         """``v(z, t)`` for ``z [B, T, N, D + 1]`` with conditions ``[B, T, C]``; observed time points are at t = 0."""
         mask, time = (None, None) if places is None else (places.mask, places.time)
         observed = None if places is None else places.observed
+        reach = None
+        if self.config.source == "neighbours" and places is not None and places.observed is not None:
+            reach = self._reach(places.mask, places.time, places.observed)
 
         def v(z: Tensor, t: float) -> Tensor:
             times = torch.full(z.shape[:2], t, device=z.device)
             if observed is not None:
                 times = times * ~observed
-            return self.velocity(z, times, condition, mask, time)
+            return self.velocity(z, times, condition, mask, time, reach)
 
         return v
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,12 +17,15 @@ from bgen.config.errors import UserError, nearest
 from bgen.data.batch import CellBatch
 from bgen.data.genes import match_genes
 from bgen.data.keys import hash_keys
+from bgen.evaluate.time_point import TimeScores
 from bgen.hub.directory import SavedModel, load_directory
 from bgen.models.latent_flow import LatentFlow
 from bgen.tasks.annotate import annotate_cells
 from bgen.tasks.denoise import denoise_cells
-from bgen.tasks.generate import Progress, generate_cells
+from bgen.tasks.generate import Progress, generate_cells, sample_settings
 from bgen.tasks.integrate import integrate_cells
+from bgen.tasks.time import Observed, Systems, predict_times, read_times, select_cells
+from bgen.tasks.trajectories import TimeAxis, generate_trajectories, trained_over_time
 
 BATCH = 1024
 
@@ -62,21 +65,167 @@ class Model:
         *,
         where: Mapping[str, Any] | None = None,
         library_size: float | None = None,
+        times: Sequence[float] | Literal["all"] | None = None,
         guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         steps: int | None = None,
         solver: str | None = None,
         seed: int = 0,
         progress: Progress | None = None,
     ) -> AnnData:
-        """Generate cells; see :func:`bgen.tasks.generate.generate_cells`."""
-        return generate_cells(
+        """Generate cells; see :func:`bgen.tasks.generate.generate_cells`.
+
+        With ``times`` ("all": those of the training cells), whole trajectories with n cells at each time point; see
+        :func:`bgen.tasks.trajectories.generate_trajectories`. A model trained on trajectories takes all times unless
+        others are given.
+        """
+        settings = sample_settings(
+            self.saved.sample, guidance=guidance, guidance_interval=guidance_interval, steps=steps, solver=solver
+        )
+        if times is None and not trained_over_time(self.saved):
+            return generate_cells(
+                self.saved,
+                n,
+                where=where or {},
+                library_size=library_size,
+                settings=settings,
+                seed=seed,
+                progress=progress,
+            )
+        return generate_trajectories(
             self.saved,
             n,
+            times=None if times is None or times == "all" else times,
             where=where or {},
             library_size=library_size,
-            guidance=guidance,
-            steps=steps,
-            solver=solver,
+            settings=settings,
+            seed=seed,
+            progress=progress,
+        )
+
+    def interpolate(
+        self,
+        adata: AnnData,
+        times: float | Sequence[float],
+        *,
+        n: int | None = None,
+        where: Mapping[str, Any] | None = None,
+        library_size: float | None = None,
+        sample: Mapping[str, Any] | None = None,
+        time_column: str | None = None,
+        layer: str | None = None,
+        seed: int = 0,
+    ) -> AnnData:
+        """Generate cells at time points that the data lack, from the time points around; AnnData of integer counts.
+
+        See :meth:`predict_times`.
+        """
+        return self.predict_times(
+            adata,
+            times,
+            forecast=False,
+            n=n,
+            where=where,
+            library_size=library_size,
+            sample=sample,
+            time_column=time_column,
+            layer=layer,
+            seed=seed,
+        )[0]
+
+    def forecast(
+        self,
+        adata: AnnData,
+        times: float | Sequence[float],
+        *,
+        n: int | None = None,
+        where: Mapping[str, Any] | None = None,
+        library_size: float | None = None,
+        sample: Mapping[str, Any] | None = None,
+        time_column: str | None = None,
+        layer: str | None = None,
+        seed: int = 0,
+    ) -> AnnData:
+        """Generate cells at later time points from the data before them; otherwise as :meth:`interpolate`."""
+        return self.predict_times(
+            adata,
+            times,
+            forecast=True,
+            n=n,
+            where=where,
+            library_size=library_size,
+            sample=sample,
+            time_column=time_column,
+            layer=layer,
+            seed=seed,
+        )[0]
+
+    def predict_times(
+        self,
+        adata: AnnData,
+        times: float | Sequence[float],
+        *,
+        forecast: bool,
+        n: int | None = None,
+        where: Mapping[str, Any] | None = None,
+        library_size: float | None = None,
+        sample: Mapping[str, Any] | None = None,
+        time_column: str | None = None,
+        layer: str | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> tuple[AnnData, dict[float, TimeScores]]:
+        """Generate cells at times that are treated as missing from the data, and score them where they are not.
+
+        Parameters
+        ----------
+        adata
+            Raw counts in X (or ``layer``) and a time for every cell in obs; genes are matched by id.
+        times
+            Times asked for, in the model's unit. Cells that the data hold there are not shown to the model; they are
+            what it is compared with (also in ``uns['bgen']['scores']`` of the result).
+        forecast
+            From earlier time points alone; otherwise from both sides.
+        n
+            Cells per time; None: as many as the data hold there, else the mean of the neighbours.
+        where
+            Condition to value: only cells that agree are looked at, and such cells are generated.
+        library_size
+            Expected total counts of every cell; None: generated.
+        sample
+            Overrides of the model's :class:`bgen.config.schema.SampleConfig`, such as ``{"steps": 4}``.
+        time_column
+            obs column of the times; None: the model's name of it, or "time".
+
+        Raises
+        ------
+        UserError
+            If the model knows no trajectories, or data, times or conditions do not fit it.
+        """
+        axis = TimeAxis.of(self.saved)
+        wanted = [float(times)] if isinstance(times, int | float) else [float(time) for time in times]
+        asked = where or {}
+        settings = sample_settings(self.saved.sample, **(sample or {}))
+        adata = select_cells(self.saved, adata, asked)
+        mean, variance = self.encode(adata, layer=layer)
+        known = [c for c in self.saved.columns if c != axis.column]
+        observed = Observed(
+            counts=self.counts(adata, layer),
+            mean=mean,
+            variance=variance,
+            time=read_times(adata, axis, time_column),
+            columns={name: values for name in known if (values := self._column(adata, name)) is not None},
+            systems=Systems.of(adata, axis.system),
+        )
+        return predict_times(
+            self.saved,
+            observed,
+            wanted,
+            forecast=forecast,
+            where=asked,
+            n=n,
+            library_size=library_size,
+            settings=settings,
             seed=seed,
             progress=progress,
         )
@@ -188,10 +337,19 @@ class Model:
         """Return codes ``[n_cells]`` of the model's covariates; -1 where the data does not tell or it is new."""
         codes = {}
         for name in self.saved.vae.covariates:
-            there = next((c for c in (name, self.saved.columns[name].role) if c in adata.obs), None)
-            unknown = np.full(adata.n_obs, -1)
-            codes[name] = unknown if there is None else self._codes(name, adata.obs[there].astype(str).to_numpy())
+            found = self._column(adata, name)
+            codes[name] = np.full(adata.n_obs, -1) if found is None else found
         return codes
+
+    def _column(self, adata: AnnData, name: str) -> NDArray[Any] | None:
+        """Return a column that the model knows as codes or float32 numbers; None if the data lack it."""
+        info = self.saved.columns[name]
+        there = next((c for c in (name, info.role) if c in adata.obs), None)
+        if there is None:
+            return None
+        if info.kind == "category":
+            return self._codes(name, adata.obs[there].astype(str).to_numpy())
+        return adata.obs[there].to_numpy(np.float32)
 
     def _codes(self, name: str, values: NDArray[Any]) -> NDArray[np.int64]:
         """Return the codes of category names; one that the model does not know is unknown, -1."""
@@ -219,6 +377,16 @@ def parse_where(texts: Sequence[str]) -> dict[str, str]:
             raise UserError(f"'{text}' is not a condition: write column=value, such as cell_type=B.")
         where[name.strip()] = value.strip()
     return where
+
+
+def parse_times(text: str | None) -> list[float] | Literal["all"] | None:
+    """Read time points: numbers with commas between, or "all"."""
+    if text is None or text == "all":
+        return "all" if text else None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--times {text}: write numbers with commas between, such as 0,24,48, or all.") from None
 
 
 def _batch(counts: sp.csr_matrix, obs: Mapping[str, NDArray[np.int64]], first: int) -> CellBatch:

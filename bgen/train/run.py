@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bgen.config.errors import UserError
 from bgen.config.schema import Config
 from bgen.data.leakage import assert_no_leakage
@@ -20,6 +23,9 @@ from bgen.train.trainer import Trainer, TrainResult, check
 
 MODEL = "model"
 """Folder of the exported model in a run folder."""
+
+MOST_TIMES = 256
+"""Times of the training cells that an exported model remembers."""
 
 
 def train(config: Config, *, resume: bool = False, accept_changed_data: bool = False) -> TrainResult:
@@ -63,6 +69,18 @@ def _refuse_leakage(store: Store, world: ranks.World) -> None:
             problem = str(error)
     if (problem := ranks.from_main(problem)) is not None:
         raise UserError(problem)
+
+
+def _times(store: Store, cells: NDArray[np.int64]) -> list[float]:
+    """Return the distinct times of cells, ascending, in the store's unit; at most :data:`MOST_TIMES`, evenly spread."""
+    column = store.manifest.roles.get("time")
+    if column is None or store.manifest.columns[column].kind != "number":
+        return []
+    values = store.column(column)[1][cells]
+    times = np.unique(values[np.isfinite(values)])
+    if len(times) > MOST_TIMES:
+        times = times[np.linspace(0, len(times) - 1, MOST_TIMES).round().astype(int)]
+    return [float(time) for time in times]
 
 
 def export(run: Path, out: Path) -> None:
@@ -116,6 +134,7 @@ def exported(config: Config, stage: StoreStage, step: int) -> SavedModel:
             "sources": [source.name for source in manifest.sources],
             "split": config.data.split,
             "trajectories": config.data.trajectories and config.data.trajectories.model_dump(mode="json"),
+            "times": _times(store, cells),
             "cells": len(cells),
             "steps": step,
             "seed": config.seed,

@@ -1,0 +1,92 @@
+"""Where the path of a time point starts, at t = 1: noise, or what its observed neighbours say of it.
+
+    between two observed time points    their displacement interpolation at that time (the OT-midpoint)
+    after the last, before the first    the cells of the nearest observed time point
+    nothing observed                    standard normal noise
+
+From such a start the velocity has only to learn what straight lines at constant speed miss; a network that predicts
+zero gives the baseline itself. Data and start are paired at least cost within each population, so that paths are short
+and do not cross.
+
+Axes: B trajectories, T time points, N cells per time point, D latent size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bgen.flow.displacement import displace, draw, pair
+
+
+def neighbours(exists: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each time point the observed ones before and after it: int64 ``[B, T]`` each, -1 where none is.
+
+    ``exists`` and ``observed`` are bool ``[B, T]``.
+    """
+    T = exists.shape[1]
+    place = torch.arange(T, device=exists.device).expand(exists.shape)
+    known = exists & observed
+    before = torch.where(known, place, -1).cummax(1).values
+    after = torch.where(known, place, T).flip(1).cummin(1).values.flip(1)
+    before = torch.cat([torch.full_like(before[:, :1], -1), before[:, :-1]], 1)
+    after = torch.cat([after[:, 1:], torch.full_like(after[:, :1], T)], 1)
+    return before, torch.where(after == T, -1, after)
+
+
+@torch.no_grad()
+def start(z: Tensor, mask: Tensor, time: Tensor, observed: Tensor, noise: Tensor, seeds: Tensor) -> Tensor:
+    """Return ``z_1 [B, T, N, D]``.
+
+    Parameters
+    ----------
+    z
+        ``[B, T, N, D]``: data where observed; anything elsewhere.
+    mask, time, observed
+        ``[B, T, N]`` cells that exist, ``[B, T]`` when, ``[B, T]`` what is given.
+    noise
+        ``[B, T, N, D]``: what time points without an observed neighbour start from.
+    seeds
+        int64 ``[B, T]``: the draw from the plan is a pure function of them.
+    """
+    exists = mask.any(-1)
+    before, after = neighbours(exists, observed)
+    z1 = noise.clone()
+    for b, t in (exists & ~observed & ((before >= 0) | (after >= 0))).nonzero().tolist():
+        low, high = int(before[b, t]), int(after[b, t])
+        wanted = int(mask[b, t].sum())
+        rng = np.random.default_rng(int(seeds[b, t]) & (2**63 - 1))
+        sides = [z[b, k][mask[b, k]].cpu().numpy() for k in (low, high) if k >= 0]
+        if len(sides) == 2:
+            share = float((time[b, t] - time[b, low]) / (time[b, high] - time[b, low]).clamp_min(1e-12))
+            points, weights = displace(sides[0], sides[1], share)
+        else:
+            points = rng.permutation(sides[0]).astype(np.float64)
+            weights = np.full(len(points), 1 / len(points))
+        chosen = points[draw(weights, wanted, rng)]
+        z1[b, t, mask[b, t]] = torch.from_numpy(chosen).to(z1)
+    return z1
+
+
+@torch.no_grad()
+def couple(z0: Tensor, z1: Tensor, mask: Tensor, moving: Tensor) -> Tensor:
+    """Return ``z_1`` with the cells of the time points ``moving [B, T]`` in the order of their partners in ``z_0``."""
+    paired = z1.clone()
+    for b, t in (mask.any(-1) & moving).nonzero().tolist():
+        there = mask[b, t]
+        x0, x1 = z0[b, t][there], z1[b, t][there]
+        paired[b, t, there] = x1[torch.from_numpy(pair(x0.cpu().numpy(), x1.cpu().numpy())).to(x1.device)]
+    return paired
+
+
+def curvature(time: Tensor, exists: Tensor, observed: Tensor, scale: float) -> Tensor:
+    """Return ``(t - a) (b - t) / scale^2 [B, T]`` between observed neighbours at times a and b; 1 elsewhere.
+
+    What a straight line between a and b misses of a smooth path is this times half its acceleration (to second order),
+    so the acceleration that one gap teaches holds for another gap.
+    """
+    before, after = neighbours(exists, observed)
+    here = time.gather(1, before.clamp_min(0)), time.gather(1, after.clamp_min(0))
+    product = (time - here[0]) * (here[1] - time) / scale**2
+    return torch.where((before >= 0) & (after >= 0), product, 1.0)
