@@ -14,6 +14,7 @@ from bgen.config.errors import UserError
 from bgen.config.terminal import Json, Seed, notes, progress_bar, results
 from bgen.distributed.report import report_user_error
 from bgen.tasks.cell_verbs import app as cells_app
+from bgen.tasks.perturb_verbs import app as perturb_app
 from bgen.tasks.time_verbs import app as time_app
 from data_tools.cli import app as data_app
 
@@ -29,6 +30,7 @@ config_app = typer.Typer(help="Show and check configurations.", no_args_is_help=
 bench_app = typer.Typer(help="Measure throughput, beside peers where they are installed.", no_args_is_help=True)
 app.add_typer(cells_app)
 app.add_typer(time_app)
+app.add_typer(perturb_app)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")

@@ -28,6 +28,7 @@ NEED_TORCH = [
     "batch",
     "buffers",
     "loader",
+    "memory",
     "packed",
     "skip",
     "to_anndata",

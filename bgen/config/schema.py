@@ -86,6 +86,21 @@ class FlowConfig(Section):
     prediction: Literal["velocity", "data"] = Field("velocity", description="What the network's output means.")
 
 
+class PerturbConfig(Section):
+    """The flow from control to perturbed cells, and the fold changes of genes (:mod:`bgen.models.perturbation`)."""
+
+    width: PositiveInt = Field(64, description="Width of the embeddings and of the network.")
+    blocks: NonNegativeInt = Field(2, description="Residual blocks of the network.")
+    gene_components: PositiveInt = Field(16, description="Size of the genes' co-expression rows.")
+    combine: Literal["additive", "joint"] = Field(
+        "additive", description="A set acts as the sum of its members, or as the network of their summed embeddings."
+    )
+    coupling: Literal["ot", "independent"] = Field(
+        "ot", description="Control and perturbed cells of a stratum are paired by optimal transport, or at random."
+    )
+    forget: Fraction = Field(0.2, description="Share of pairs whose target is treated as unseen in training.")
+
+
 class SampleConfig(Section):
     """Defaults of generation; `bgen generate` can override each."""
 
@@ -207,12 +222,13 @@ class TrackConfig(Section):
 class Config(Section):
     """One training run."""
 
-    stage: Literal["vae", "flow"]
+    stage: Literal["vae", "flow", "perturb"] = Field(description="perturb: by `bgen finetune --task perturb` only.")
     out: Path = Field(description="Run folder: checkpoints, record, resolved configuration.")
     seed: NonNegativeInt = 0
     data: DataConfig
     vae: VAEConfig = VAEConfig()
     flow: FlowConfig = FlowConfig()
+    perturb: PerturbConfig = PerturbConfig()
     sample: SampleConfig = SampleConfig()
     train: TrainConfig = TrainConfig()
     track: TrackConfig = TrackConfig()

@@ -6,6 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 _ROWS = ("model", "baseline", "ceiling")
+_KINDS = {
+    "flow": ("latent rectified flow on a VAE", "cells = model.generate(1000)  # AnnData of integer counts"),
+    "vae": ("variational autoencoder", "model.embed(adata)  # adds obsm['X_bgen']"),
+    "annotator": ("classifier of cells on a VAE", "model.annotate(adata)  # adds the label and its probability to obs"),
+    "perturbation": (
+        "flow from control to perturbed cells on a VAE",
+        'cells = model.perturb(controls, "GENE")  # AnnData of integer counts',
+    ),
+}
 
 
 def model_card(config: Mapping[str, Any], preprocessing: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
@@ -13,7 +22,7 @@ def model_card(config: Mapping[str, Any], preprocessing: Mapping[str, Any], metr
     about = config["about"]
     columns = preprocessing["columns"]
     asked = config.get("conditions", [])
-    kind = "latent rectified flow on a VAE" if config["kind"] == "flow" else "variational autoencoder"
+    kind, use = _KINDS[config["kind"]]
     lines = [
         "---",
         "library_name: bgen",
@@ -30,9 +39,7 @@ def model_card(config: Mapping[str, Any], preprocessing: Mapping[str, Any], metr
         "import bgen",
         "",
         'model = bgen.load("this/directory")',
-        "cells = model.generate(1000)  # AnnData of integer counts"
-        if config["kind"] == "flow"
-        else "model.embed(adata)  # adds obsm['X_bgen']",
+        use,
         "```",
         "",
         "## Trained on",
@@ -41,6 +48,15 @@ def model_card(config: Mapping[str, Any], preprocessing: Mapping[str, Any], metr
         f"- store `{about.get('store', '')[:16]}`, split `{about.get('split', '')}`,"
         f" {about.get('steps', 0):,} steps, seed {about.get('seed', 0)}",
     ]
+    if "parent" in about:
+        parent = about["parent"]
+        lines += [
+            f"- fine-tuned from **{parent['name']}** (weights `{parent['fingerprint'][:16]}`): task {about['task']},"
+            f" mode {about['mode']}",
+        ]
+    for key, title in (("labels", "Labels"), ("perturbations", "Perturbations")):
+        if key in about:
+            lines += ["", f"{title}: {', '.join(about[key][:50])}{', ...' if len(about[key]) > 50 else ''}."]
     if asked:
         lines += ["", "## What generation can be asked for", ""]
         for name in asked:

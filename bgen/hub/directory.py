@@ -32,11 +32,17 @@ from torch import Tensor, nn
 
 from bgen import __version__
 from bgen.config.errors import UserError, nearest
-from bgen.config.schema import FlowConfig, SampleConfig, VAEConfig
+from bgen.config.schema import FlowConfig, PerturbConfig, SampleConfig, VAEConfig
 from bgen.data.genes import hash_genes, read_genes, write_genes
 from bgen.hub.card import model_card
+from bgen.models.annotator import Annotator
 from bgen.models.latent_flow import LatentFlow
+from bgen.models.perturbation import PerturbationFlow
 from bgen.models.vae import VAE
+
+Module = VAE | LatentFlow | Annotator | PerturbationFlow
+KINDS: dict[type, str] = {VAE: "vae", LatentFlow: "flow", Annotator: "annotator", PerturbationFlow: "perturbation"}
+"""Kinds of model, as config.json names them."""
 
 FORMAT = 1
 FILES = ("config.json", "model.safetensors", "genes.csv", "preprocessing.json", "conditions.csv")
@@ -72,7 +78,7 @@ class SavedModel:
     Attributes
     ----------
     module
-        :class:`VAE` or :class:`LatentFlow`, in evaluation mode.
+        One of :data:`KINDS`, in evaluation mode.
     genes
         Gene table (see :mod:`bgen.data.genes`).
     columns
@@ -87,7 +93,7 @@ class SavedModel:
         Scores of the evaluation, if there was one.
     """
 
-    module: VAE | LatentFlow
+    module: Module
     genes: pd.DataFrame
     columns: dict[str, ColumnInfo]
     combinations: pd.DataFrame
@@ -98,12 +104,12 @@ class SavedModel:
     @property
     def vae(self) -> VAE:
         """The autoencoder."""
-        return self.module.vae if isinstance(self.module, LatentFlow) else self.module
+        return self.module if isinstance(self.module, VAE) else self.module.vae
 
     @property
     def kind(self) -> str:
-        """ "flow" or "vae"."""
-        return "flow" if isinstance(self.module, LatentFlow) else "vae"
+        """One of :data:`KINDS`."""
+        return KINDS[type(self.module)]
 
     def column_name(self, name: str) -> str:
         """Return the column that ``name``, a column or a role, means; UserError names the nearest."""
@@ -151,6 +157,8 @@ def save_model(model: SavedModel, folder: Path) -> None:
     if isinstance(model.module, LatentFlow):
         config["flow"] = model.module.config.model_dump(mode="json", exclude={"vae"})
         config["conditions"] = model.module.conditions.names
+    if isinstance(model.module, PerturbationFlow):
+        config["perturb"] = model.module.config.model_dump(mode="json")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.module.state_dict().items()}
     save_file(state, partial / "model.safetensors")
     write_genes(model.genes, partial)
@@ -236,11 +244,18 @@ def count_combinations(columns: Mapping[str, NDArray[Any]], limit: int = 65_536,
     return pd.DataFrame({name: values[picked] for name, values in columns.items()}).assign(cells=1)
 
 
-def _build(config: Mapping[str, Any], columns: Mapping[str, ColumnInfo]) -> VAE | LatentFlow:
+def _build(config: Mapping[str, Any], columns: Mapping[str, ColumnInfo]) -> Module:
     covariates = {name: len(columns[name].categories) for name in config["covariates"]}
     vae = VAE(VAEConfig.model_validate(config["vae"]), config["n_genes"], covariates)
     if config["kind"] == "vae":
         return vae
+    if config["kind"] == "annotator":
+        return Annotator(vae, torch.ones(len(config["about"]["labels"])))
+    if config["kind"] == "perturbation":
+        settings = PerturbConfig.model_validate(config["perturb"])
+        rows = torch.zeros(vae.n_genes, settings.gene_components)
+        effects = torch.zeros(len(config["about"]["effects"]), vae.n_genes)
+        return PerturbationFlow(settings, vae, len(config["about"]["perturbations"]), rows, 1.0, effects)
     conditions = {name: columns[name] for name in config["conditions"]}
     return LatentFlow(
         FlowConfig.model_validate(config["flow"]),

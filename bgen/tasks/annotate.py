@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
@@ -27,6 +28,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from bgen.config.errors import UserError, nearest
 from bgen.evaluate.space import fit_space
+from bgen.models.annotator import Annotator
 from bgen.models.latent_flow import LatentFlow
 from bgen.tasks.read import require_cells, text_column
 
@@ -67,7 +69,7 @@ class Head:
 def annotate_cells(
     model: Model,
     adata: AnnData,
-    label: str,
+    label: str | None = None,
     *,
     layer: str | None = None,
     threshold: float = 0.5,
@@ -79,7 +81,7 @@ def annotate_cells(
     ----------
     label
         obs column. Cells that have a value there are the reference; where the column is missing or empty, the model's
-        own training labels of that name are.
+        own training labels of that name are. None: the labels that the model was fine-tuned for.
     threshold
         Least probability of a label; below it the cell is "unknown".
 
@@ -98,6 +100,8 @@ def annotate_cells(
     require_cells(adata)
     if not 0 <= threshold < 1:
         raise UserError(f"The threshold is a probability from 0 to below 1, not {threshold:g}.")
+    if label is None:
+        return _with_its_own_head(model, adata, layer, threshold)
     latents = _whitened(model, model.encode(adata, layer=layer)[0])
     given = text_column(adata, label) if label in adata.obs else np.full(adata.n_obs, "")
     labelled = given != ""
@@ -116,19 +120,57 @@ def annotate_cells(
         summary["macro_f1"] = cross_validated_f1(reference, names)
         summary["macro_f1_pca"] = cross_validated_f1(baseline, names)
     probabilities, novelty = head.probabilities(latents), head.novelty(latents)
-    classes = head.classifier.classes_.astype(str)
-    best = probabilities.argmax(1)
-    probability = probabilities[np.arange(len(best)), best]
-    told = np.where((probability >= threshold) & (novelty <= 1), classes[best], ABSTAINED)
-    annotated = adata.copy()
-    annotated.obs[f"{label}_bgen"] = pd.Categorical(told)
-    annotated.obs[f"{label}_probability"] = probability
-    annotated.obs[f"{label}_novelty"] = novelty
-    annotated.obsm[f"{label}_probabilities"] = pd.DataFrame(probabilities, index=adata.obs_names, columns=classes)
+    annotated = _told(adata, label, head.classifier.classes_.astype(str), probabilities, threshold, novelty)
+    told = annotated.obs[f"{label}_bgen"].to_numpy()
     query = told[~labelled] if not labelled.all() else told
     summary["query_cells"] = len(query)
     summary["abstained"] = int((query == ABSTAINED).sum())
     annotated.uns["bgen_annotate"] = summary
+    return annotated
+
+
+def _with_its_own_head(model: Model, adata: AnnData, layer: str | None, threshold: float) -> AnnData:
+    """Annotate with the classifier that fine-tuning trained."""
+    module = model.saved.module
+    if not isinstance(module, Annotator):
+        raise UserError(
+            "Give --label, the obs column with the labels of your reference cells: only a model made by"
+            " `bgen finetune --task annotate` has labels of its own."
+        )
+    about = model.saved.about
+    probabilities = module.probabilities(torch.from_numpy(model.encode(adata, layer=layer)[0])).double().numpy()
+    annotated = _told(adata, about["label"], np.array(about["labels"]), probabilities, threshold, None)
+    abstained = int((annotated.obs[f"{about['label']}_bgen"] == ABSTAINED).sum())
+    annotated.uns["bgen_annotate"] = {
+        "model": model.saved.fingerprint(),
+        "label": about["label"],
+        "threshold": threshold,
+        "reference": "cells that the model was fine-tuned on",
+        "reference_cells": {"all": int(about["cells"])},
+        "query_cells": adata.n_obs,
+        "abstained": abstained,
+    }
+    return annotated
+
+
+def _told(
+    adata: AnnData,
+    label: str,
+    classes: NDArray[np.str_],
+    probabilities: NDArray[np.float64],
+    threshold: float,
+    novelty: NDArray[np.float64] | None,
+) -> AnnData:
+    """Return a copy with the columns that :func:`annotate_cells` promises; novelty only where it is known."""
+    best = probabilities.argmax(1)
+    probability = probabilities[np.arange(len(best)), best]
+    sure = (probability >= threshold) & (novelty is None or novelty <= 1)
+    annotated = adata.copy()
+    annotated.obs[f"{label}_bgen"] = pd.Categorical(np.where(sure, classes[best], ABSTAINED))
+    annotated.obs[f"{label}_probability"] = probability
+    if novelty is not None:
+        annotated.obs[f"{label}_novelty"] = novelty
+    annotated.obsm[f"{label}_probabilities"] = pd.DataFrame(probabilities, index=adata.obs_names, columns=classes)
     return annotated
 
 

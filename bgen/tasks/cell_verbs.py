@@ -44,7 +44,10 @@ def annotate(
     model: ModelFolder,
     data: Data,
     out: Out,
-    label: Annotated[str, typer.Option(help="obs column: cells that have a value there are the reference.")],
+    label: Annotated[
+        str | None,
+        typer.Option(help="obs column: cells with a value there are the reference; default: the model's own."),
+    ] = None,
     threshold: Annotated[float, typer.Option(help="Least probability; below it the cell is 'unknown'.")] = 0.5,
     layer: Layer = None,
     as_json: Json = False,

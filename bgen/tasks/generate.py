@@ -69,7 +69,10 @@ def generate_cells(
     """
     flow = model.module
     if not isinstance(flow, LatentFlow):
-        raise UserError("This model is a VAE: it embeds cells. To generate cells, train a flow on it (stage: flow).")
+        kind = "VAE" if model.kind == "vae" else f"{model.kind} model"
+        raise UserError(
+            f"This model is a {kind}: it embeds cells. To generate cells, train a flow on it (stage: flow)."
+        )
     asked = asked_codes(model, flow, where)
     rows, unseen = draw_rows(model.combinations, asked, n, seed)
     keys = torch.from_numpy(hash_keys(seed, np.arange(n)).view(np.int64))

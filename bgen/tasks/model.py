@@ -24,6 +24,7 @@ from bgen.tasks.annotate import annotate_cells
 from bgen.tasks.denoise import denoise_cells
 from bgen.tasks.generate import Progress, generate_cells, sample_settings
 from bgen.tasks.integrate import integrate_cells
+from bgen.tasks.perturb import perturb_cells
 from bgen.tasks.time import Observed, Systems, predict_times, read_times, select_cells
 from bgen.tasks.trajectories import TimeAxis, generate_trajectories, trained_over_time
 
@@ -238,7 +239,9 @@ class Model:
         embedded.uns["bgen"] = {**dict(adata.uns.get("bgen", {})), "embedding_model": self.saved.fingerprint()}
         return embedded
 
-    def annotate(self, adata: AnnData, label: str, *, layer: str | None = None, threshold: float = 0.5) -> AnnData:
+    def annotate(
+        self, adata: AnnData, label: str | None = None, *, layer: str | None = None, threshold: float = 0.5
+    ) -> AnnData:
         """Label cells, with probabilities; see :func:`bgen.tasks.annotate.annotate_cells`."""
         return annotate_cells(self, adata, label, layer=layer, threshold=threshold)
 
@@ -251,6 +254,23 @@ class Model:
     ) -> AnnData:
         """Add a latent and counts without batch effects; see :func:`bgen.tasks.integrate.integrate_cells`."""
         return integrate_cells(self, adata, reference=reference, batch=batch, layer=layer)
+
+    def perturb(
+        self,
+        adata: AnnData,
+        perturbation: str,
+        *,
+        control: tuple[str, str] | None = None,
+        dose: float | None = None,
+        n: int | None = None,
+        layer: str | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> AnnData:
+        """Predict perturbed cells from control cells; see :func:`bgen.tasks.perturb.perturb_cells`."""
+        return perturb_cells(
+            self, adata, perturbation, control=control, dose=dose, n=n, layer=layer, seed=seed, progress=progress
+        )
 
     @torch.no_grad()
     def encode(self, adata: AnnData, *, layer: str | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

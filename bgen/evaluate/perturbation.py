@@ -1,0 +1,273 @@
+"""The protocol ``perturbation-v1``: do predicted perturbed cells look like held-out real ones?
+
+Frozen: a change of any figure needs a new protocol id. For each held-out perturbation and each of several seeds the
+real perturbed cells are split into two halves: one is what predictions are compared with, the other is the ceiling.
+
+- An effect is the difference of mean log(1 + counts per 10,000) between perturbed and control cells. The control cells
+  are real and the same in every row, also where a model would predict its own (a model that only scales its own
+  controls can otherwise win or lose the discrimination score).
+- A baseline is an effect that needs no model: "control copy" (none), "train mean" (the average effect over training
+  perturbations), and whatever else the caller gives, such as "additive", "same in training" or "nearest dose". As cells
+  it is the real control cells moved by the effect.
+- Verdicts come from a paired bootstrap over perturbations of the difference to each baseline.
+
+Axes: N cells, G genes, P held-out perturbations, D components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+from rich.table import Table
+
+from bgen.config.errors import UserError
+from bgen.evaluate.distribution import energy_distance
+from bgen.evaluate.scores import Better, Metric
+from bgen.evaluate.space import Space, fit_space, log_cp10k
+
+PROTOCOL = "perturbation-v1"
+TOP = 20
+MAX_CELLS = 500
+MIN_CELLS = 10
+BOOTSTRAPS = 2000
+CONTROL_COPY, TRAIN_MEAN, MODEL, CEILING = "control copy", "train mean", "model", "ceiling"
+
+METRICS = (
+    Metric("pearson", "Pearson delta", "higher", 3, "Correlation over genes of predicted and real effects."),
+    Metric("pearson_top", f"Pearson, top {TOP} DE", "higher", 3, "The same over the genes with the clearest effects."),
+    Metric("direction", f"direction, top {TOP} DE", "higher", 3, "Share of those genes moved to the right side."),
+    Metric("slope", f"slope, top {TOP} DE", "higher", 2, "Predicted effect in units of the real one; 1 is right."),
+    Metric("energy", "E-distance", "lower", 3, "Energy distance of predicted and real perturbed cells."),
+    Metric(
+        "discrimination",
+        "discrimination",
+        "higher",
+        3,
+        "1: closer to its own real effect than to any other; 0.5: chance.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One held-out perturbation.
+
+    Attributes
+    ----------
+    label
+        Its name.
+    real, control
+        Counts ``[N, G]`` of real perturbed cells, and of real control cells of the same kind.
+    predicted
+        Counts of predicted cells, at least as many as half of ``real``.
+    baselines
+        Name to effect ``[G]``: those of this perturbation, without "control copy" and "train mean".
+    targets
+        Genes that were perturbed themselves: the discrimination score leaves them out.
+    """
+
+    label: str
+    real: sp.csr_matrix
+    control: sp.csr_matrix
+    predicted: sp.csr_matrix
+    baselines: Mapping[str, NDArray[np.float64]]
+    targets: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PerturbationScores:
+    """values: row (model, baselines, ceiling) to metric to ``[seeds, P]``; NaN where a row has no such figure."""
+
+    labels: tuple[str, ...]
+    values: dict[str, dict[str, NDArray[np.float64]]]
+
+    def mean(self, row: str, key: str) -> float:
+        """Mean over perturbations and seeds."""
+        return float(np.nanmean(self.values[row][key]))
+
+    def verdict(self, baseline: str, key: str, better: Better) -> str:
+        """Compare the model with a baseline: 95 % interval of a paired bootstrap over perturbations."""
+        difference = self.values[MODEL][key].mean(0) - self.values[baseline][key].mean(0)
+        if key == "slope":
+            difference = np.abs(self.values[baseline][key].mean(0) - 1) - np.abs(self.values[MODEL][key].mean(0) - 1)
+        elif better == "lower":
+            difference = -difference
+        difference = difference[np.isfinite(difference)]
+        if len(difference) < 2:
+            return "too few perturbations to tell"
+        rng = np.random.default_rng(0)
+        means = rng.choice(difference, (BOOTSTRAPS, len(difference))).mean(1)
+        low, high = np.quantile(means, [0.025, 0.975])
+        return "better than" if low > 0 else "worse than" if high < 0 else "no better than"
+
+    def sentences(self) -> list[str]:
+        """Say in plain words where the model stands against each baseline."""
+        said = []
+        for row in self.values:
+            if row in (MODEL, CEILING):
+                continue
+            by_verdict: dict[str, list[str]] = {}
+            for metric in METRICS:
+                if np.isfinite(self.values[row][metric.key]).any():
+                    by_verdict.setdefault(self.verdict(row, metric.key, metric.better), []).append(metric.title)
+            parts = "; ".join(f"{verdict} it in {', '.join(titles)}" for verdict, titles in by_verdict.items())
+            said.append(f"{row}: the model is {parts}.")
+        return said
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        rows = {
+            row: {
+                key: {"mean": _number(self.mean(row, key)), "by_seed": [_number(v) for v in np.nanmean(v, 1)]}
+                for key, v in figures.items()
+                if np.isfinite(v).any()
+            }
+            for row, figures in self.values.items()
+        }
+        return {"protocol": PROTOCOL, "perturbations": list(self.labels), "rows": rows, "words": self.sentences()}
+
+    def table(self) -> Table:
+        """Return a table: a row per model, baseline and ceiling."""
+        table = Table(title=f"Scores ({PROTOCOL})", box=None, pad_edge=False)
+        table.add_column("", no_wrap=True)
+        for metric in METRICS:
+            table.add_column(metric.title, justify="right")
+        for row, figures in self.values.items():
+            cells = []
+            for metric in METRICS:
+                values = figures[metric.key]
+                if np.isfinite(values).any():
+                    by_seed = np.nanmean(values, 1)
+                    cells.append(f"{by_seed.mean():.{metric.digits}f}±{by_seed.std(ddof=1):.{metric.digits}f}")
+                else:
+                    cells.append("-")
+            table.add_row(row, *cells)
+        return table
+
+
+def mean_log(counts: sp.csr_matrix) -> NDArray[np.float64]:
+    """Mean of log(1 + counts per 10,000) over cells ``[G]``."""
+    return np.asarray(log_cp10k(counts).mean(0, dtype=np.float64)).ravel()
+
+
+def evaluate_perturbations(
+    train: sp.csr_matrix, held_out: Sequence[HeldOut], train_mean: NDArray[np.float64], *, seeds: int = 3
+) -> PerturbationScores:
+    """Score predictions of held-out perturbations.
+
+    Parameters
+    ----------
+    train
+        Counts of training cells: the embedding of the E-distance is fitted on them.
+    held_out
+        Perturbations that were not trained on (or not in these cells).
+    train_mean
+        Average effect over training perturbations ``[G]``.
+    seeds
+        Random halves, at least 2.
+
+    Raises
+    ------
+    UserError
+        If there is nothing to score, or a perturbation has fewer than 20 real cells.
+    """
+    short = [f"{one.label} ({one.real.shape[0]})" for one in held_out if one.real.shape[0] < 2 * MIN_CELLS]
+    if not held_out or short or seeds < 2:
+        raise UserError(
+            f"Each held-out perturbation needs at least {2 * MIN_CELLS} real cells, and one and two seeds are needed;"
+            f" too few: {', '.join(short) or 'perturbations or seeds'}."
+        )
+    space = fit_space(train)
+    runs = [_one_seed(space, held_out, train_mean, seed) for seed in range(seeds)]
+    rows = runs[0].keys()
+    values = {row: {metric.key: np.array([run[row][metric.key] for run in runs]) for metric in METRICS} for row in rows}
+    return PerturbationScores(tuple(one.label for one in held_out), values)
+
+
+def _one_seed(
+    space: Space, held_out: Sequence[HeldOut], train_mean: NDArray[np.float64], seed: int
+) -> dict[str, dict[str, list[float]]]:
+    names = list(dict.fromkeys(name for one in held_out for name in one.baselines))
+    rows: dict[str, dict[str, list[float]]] = {
+        row: {metric.key: [] for metric in METRICS} for row in (MODEL, CONTROL_COPY, TRAIN_MEAN, *names, CEILING)
+    }
+    real_effects, effects = [], []
+    for number, one in enumerate(held_out):
+        rng = np.random.default_rng([seed, number])
+        order = rng.permutation(one.real.shape[0])
+        first, second = one.real[order[: len(order) // 2]], one.real[order[len(order) // 2 :]]
+        control_mean = mean_log(one.control)
+        real, other = mean_log(second) - control_mean, mean_log(first) - control_mean
+        top = _clearest(one.real, one.control)
+        n = min(first.shape[0], second.shape[0], one.predicted.shape[0], MAX_CELLS)
+        some = {
+            name: cells[rng.permutation(cells.shape[0])[:n]]
+            for name, cells in (("real", second), (MODEL, one.predicted), (CEILING, first))
+        }
+        # With replacement if there are few: what matters is that every row has as many cells.
+        controls = one.control[rng.choice(one.control.shape[0], n, replace=one.control.shape[0] < n)]
+        found = {MODEL: mean_log(one.predicted) - control_mean, CEILING: other, CONTROL_COPY: np.zeros_like(real)}
+        found |= {TRAIN_MEAN: train_mean, **one.baselines}
+        points = space.project(some["real"])
+        for row, figures in rows.items():
+            if row not in found:
+                for metric in METRICS[:-1]:
+                    figures[metric.key].append(np.nan)
+                continue
+            effect = found[row]
+            cells = space.project(some[row]) if row in some else space.project(controls) + effect @ space.components.T
+            figures["pearson"].append(_correlation(effect, real))
+            figures["pearson_top"].append(_correlation(effect[top], real[top]))
+            figures["direction"].append(float((np.sign(effect[top]) == np.sign(real[top])).mean()))
+            # The noise of the two halves is independent, so the denominator is not inflated by it.
+            figures["slope"].append(float(effect[top] @ real[top] / max(float(other[top] @ real[top]), 1e-9)))
+            figures["energy"].append(energy_distance(points, cells))
+        real_effects.append(real)
+        effects.append(found)
+    for row, figures in rows.items():
+        figures["discrimination"] = [
+            _discrimination(effects[i][row], real_effects, i, one.targets) if row in effects[i] else np.nan
+            for i, one in enumerate(held_out)
+        ]
+    return rows
+
+
+def _clearest(perturbed: sp.csr_matrix, control: sp.csr_matrix) -> NDArray[np.intp]:
+    """Return the genes with the largest absolute Welch t between real perturbed and control cells."""
+    means, errors = [], []
+    for cells in (perturbed, control):
+        logs = log_cp10k(cells)
+        mean = np.asarray(logs.mean(0, dtype=np.float64)).ravel()
+        means.append(mean)
+        errors.append((np.asarray(logs.multiply(logs).mean(0)).ravel() - mean**2) / cells.shape[0])
+    t = np.abs(means[0] - means[1]) / np.sqrt(np.maximum(errors[0] + errors[1], 1e-12))
+    return np.argsort(-t, kind="stable")[:TOP]
+
+
+def _correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Pearson correlation; 0 where one side does not vary (an effect of nothing explains nothing)."""
+    if x.std() < 1e-12 or y.std() < 1e-12:
+        return 0.0
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def _discrimination(
+    effect: NDArray[np.float64], real: Sequence[NDArray[np.float64]], own: int, targets: NDArray[np.int64]
+) -> float:
+    """Return 1 - (real effects closer than the own one, ties half) / (P - 1), by L1 distance."""
+    if len(real) < 2:
+        return float("nan")
+    kept = np.setdiff1d(np.arange(len(effect)), targets)
+    distance = np.array([np.abs(effect[kept] - other[kept]).sum() for other in real])
+    others = np.delete(distance, own)
+    closer = (others < distance[own]).sum() + 0.5 * (others == distance[own]).sum()
+    return float(1 - closer / len(others))
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,56 @@
+"""A classifier of cells: an encoder and a linear head, which may be trained together.
+
+Axes: B cells, D latent size, K labels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bgen.data.batch import CellBatch
+from bgen.models.thinning import thin
+from bgen.models.vae import VAE
+
+LABEL = "label"
+"""Name of the obs column of a batch that holds the codes of the labels."""
+
+
+class Annotator(nn.Module):
+    """log p(label | cell) = log softmax(A z + b), with z the whitened latent mean.
+
+    Parameters
+    ----------
+    vae
+        Trained.
+    weights
+        Labels to their weight in the loss ``[K]`` (of mean 1 over the training cells), so that rare ones count.
+    """
+
+    label_weights: Tensor
+
+    def __init__(self, vae: VAE, label_weights: Tensor) -> None:
+        super().__init__()
+        self.vae = vae
+        self.head = nn.Linear(vae.config.latent, len(label_weights))
+        self.register_buffer("label_weights", label_weights)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, batch: CellBatch) -> dict[str, Tensor]:
+        """Return ``loss`` (weighted cross-entropy, nats) and ``error`` per cell ``[B]``; counts thinned in training."""
+        counts = thin(batch, self.vae.config.thinning) if self.training else batch.counts
+        logits = self.logits(self.vae.encoder(batch, counts)[0])
+        codes = batch.obs[LABEL]
+        loss = F.cross_entropy(logits, codes, weight=self.label_weights, reduction="none")
+        return {"loss": loss, "error": (logits.argmax(1) != codes).float()}
+
+    def logits(self, mean: Tensor) -> Tensor:
+        """``[B, K]`` for latent means ``[B, D]``."""
+        return self.head((mean - self.vae.latent_mean[:-1]) / self.vae.latent_std[:-1])
+
+    @torch.no_grad()
+    def probabilities(self, mean: Tensor) -> Tensor:
+        """``[B, K]`` for latent means ``[B, D]``."""
+        return torch.softmax(self.logits(mean), dim=1)

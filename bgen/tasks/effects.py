@@ -1,0 +1,144 @@
+"""Average effects of a screen's perturbations, and from them the effect of any set, dose or unseen target.
+
+Single perturbations are shrunk towards nothing, combinations towards the sum of their members. Between trained doses
+the effect is interpolated over the logarithm of the dose; below the lowest it falls with the dose to nothing, above the
+highest it stays. An unseen target is predicted by ridge regression on genes' co-expression rows, towards the average
+perturbation, with the strength of the ridge chosen by leaving perturbations out.
+
+Axes: R trained sets with their dose, P perturbations, G genes, E size of a gene's row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from bgen.models.effects import raw_effects, shrink
+from bgen.tasks.screen import ScreenData
+
+RIDGES = (1.0, 10.0, 100.0, np.inf)
+LEAST_TARGETS = 6
+"""Targets from which unseen ones are predicted otherwise than by the average."""
+
+
+@dataclass(frozen=True)
+class Effects:
+    """sets: members of each, sorted; doses ``[R]`` (NaN: none); values ``[R, G]`` natural logs."""
+
+    sets: list[tuple[str, ...]]
+    doses: NDArray[np.float64]
+    values: NDArray[np.float32]
+
+    def of(
+        self,
+        parts: Sequence[str],
+        dose: float | None,
+        gene_rows: NDArray[np.float32],
+        targets: NDArray[np.int64],
+        places: dict[str, int],
+    ) -> NDArray[np.float64]:
+        """Return the effect ``[G]`` of a set.
+
+        Parameters
+        ----------
+        gene_rows
+            ``[G, E]``.
+        targets
+            Target genes of ``parts``; -1 for a drug.
+        places
+            Target gene of every trained perturbation; -1 for a drug.
+        """
+        own = self._trained(tuple(sorted(parts)), dose)
+        if own is not None:
+            return own
+        total = np.zeros(self.values.shape[1])
+        for part, target in zip(parts, targets, strict=True):
+            one = self._trained((part,), dose)
+            total += one if one is not None else self._unseen(int(target), gene_rows, places)
+        return total
+
+    def _trained(self, members: tuple[str, ...], dose: float | None) -> NDArray[np.float64] | None:
+        rows = [row for row, names in enumerate(self.sets) if names == members]
+        if not rows:
+            return None
+        doses, values = self.doses[rows], self.values[rows].astype(np.float64)
+        if dose is None or np.isnan(doses).all():
+            mean: NDArray[np.float64] = values.mean(0)
+            return mean
+        order = np.argsort(doses)
+        doses, values = doses[order], values[order]
+        if dose <= doses[0]:
+            return values[0] * (dose / doses[0] if doses[0] > 0 else 1.0)
+        above = int(np.searchsorted(doses, dose))
+        if above == len(doses):
+            return values[-1]
+        low, high = np.log(doses[above - 1 : above + 1])
+        part = (np.log(dose) - low) / (high - low)
+        return (1 - part) * values[above - 1] + part * values[above]
+
+    def _unseen(self, target: int, gene_rows: NDArray[np.float32], places: dict[str, int]) -> NDArray[np.float64]:
+        singles = {names[0]: row for row, names in enumerate(self.sets) if len(names) == 1}
+        names = [name for name in singles if places[name] >= 0]
+        if not names:
+            return np.zeros(self.values.shape[1])
+        y = self.values[[singles[name] for name in names]].astype(np.float64)
+        genes = np.array([places[name] for name in names])
+        own = y[np.arange(len(genes)), genes].copy()
+        mean = y.mean(0)
+        y[np.arange(len(genes)), genes] = mean[genes]
+        predicted = mean
+        if len(names) >= LEAST_TARGETS:
+            predicted = mean + _ridge(gene_rows[genes], y - mean, gene_rows[target])
+        predicted = predicted.copy()
+        predicted[target] = own.mean()
+        return predicted
+
+
+def fit_effects(data: ScreenData, labels: pd.DataFrame) -> Effects:
+    """Estimate the effect of every label of a screen; ``labels`` has columns ``members`` and ``dose``."""
+    screen, counts = data.screen, data.cells.counts
+    control = np.flatnonzero(screen.label < 0)
+    sets = [tuple(sorted(names)) for names in labels["members"]]
+    doses = labels["dose"].to_numpy(np.float64)
+    values = np.zeros((len(sets), counts.shape[1]))
+    for row in sorted(range(len(sets)), key=lambda row: len(sets[row])):
+        cells = np.flatnonzero(screen.label == row)
+        if len(cells) < 2:
+            continue
+        estimate, error = raw_effects(counts, cells, control, screen.stratum)
+        rows = [_row(sets, doses, (name,), doses[row]) for name in sets[row]]
+        parts = [at for at in rows if at is not None] if len(sets[row]) > 1 else []
+        expected = values[parts].sum(0) if parts else np.zeros(counts.shape[1])
+        values[row] = expected + shrink(estimate - expected, error)
+    return Effects(sets, doses, values.astype(np.float32))
+
+
+def _row(sets: list[tuple[str, ...]], doses: NDArray[np.float64], names: tuple[str, ...], dose: float) -> int | None:
+    for row, other in enumerate(sets):
+        if other == names and (doses[row] == dose or (np.isnan(doses[row]) and np.isnan(dose))):
+            return row
+    return None
+
+
+def _ridge(x: NDArray[np.float32], y: NDArray[np.float64], at: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Predict ``[G]`` at a row ``[E]`` from ``x [P, E]``, ``y [P, G]`` of mean 0."""
+    rows = x.astype(np.float64)
+    centre = rows.mean(0)
+    rows = rows - centre
+    kernel = rows @ rows.T
+    best, chosen = np.inf, np.inf
+    for ridge in RIDGES:
+        hat = np.zeros_like(kernel) if np.isinf(ridge) else kernel @ np.linalg.inv(kernel + ridge * np.eye(len(rows)))
+        hat += 1 / len(rows)  # the intercept
+        left_out = (y - hat @ y) / np.maximum(1 - np.diag(hat), 1e-3)[:, None]
+        if (left_out**2).sum() < best:
+            best, chosen = float((left_out**2).sum()), ridge
+    if np.isinf(chosen):
+        return np.zeros(y.shape[1])
+    weights = np.linalg.solve(kernel + chosen * np.eye(len(rows)), rows @ (at.astype(np.float64) - centre))
+    predicted: NDArray[np.float64] = weights @ y
+    return predicted

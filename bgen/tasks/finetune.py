@@ -1,0 +1,370 @@
+"""``bgen finetune``: a trained model, adapted to the user's cells; the result is again a model directory.
+
+The autoencoder is adapted first (to new genes, new batches, another tissue), then what the task needs is trained on it:
+the flow (``generate``), a classifier (``annotate``), the flow from control to perturbed cells (``perturb``). Modes:
+``full`` trains all weights; ``lora`` low-rank changes of the linear layers, and what is new; ``head`` leaves the
+autoencoder as it is (but for the rows of new batches and genes) and trains the task's last layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from numpy.typing import NDArray
+from torch import nn
+
+from bgen.config.errors import UserError
+from bgen.config.load import load_config
+from bgen.config.output import require_new_folder
+from bgen.config.schema import Config
+from bgen.data.memory import MemoryCells
+from bgen.distributed import world as ranks
+from bgen.hub.directory import ColumnInfo, Module, SavedModel, count_combinations, load_directory, save_model
+from bgen.models.annotator import LABEL, Annotator
+from bgen.models.grow import grow_flow, grow_vae
+from bgen.models.latent_flow import LatentFlow
+from bgen.models.perturbation import PerturbationFlow
+from bgen.nn.lora import add_lora, merge_lora
+from bgen.tasks.effects import fit_effects
+from bgen.tasks.model import Model
+from bgen.tasks.read import require_cells, text_column
+from bgen.tasks.screen import Columns, gene_rows, read_screen, require_controls, require_plain_counts
+from bgen.train.memory import MemoryStage, held_out
+from bgen.train.pairs import PairStage
+from bgen.train.trainer import Trainer, check
+
+Task = Literal["generate", "annotate", "perturb"]
+Mode = Literal["full", "lora", "head"]
+Say = Callable[[str], None]
+
+RANK = 8
+WATCHED = 0.15
+"""Share of the cells that early stopping watches."""
+
+LEAST_CELLS = 30
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to fine-tune for.
+
+    Attributes
+    ----------
+    task, mode
+        See the module.
+    label
+        annotate: obs column of labels.
+    columns
+        perturb: how the data says what was done to a cell.
+    layer
+        Layer with the raw counts; None: X.
+    add_genes
+        Give the model the data's genes that it does not know; otherwise they are left out.
+    floor
+        Least share of the model's genes that the data must have.
+    """
+
+    task: Task
+    mode: Mode = "full"
+    label: str | None = None
+    columns: Columns | None = None
+    layer: str | None = None
+    add_genes: bool = False
+    floor: float = 0.8
+
+
+def finetune(
+    folder: Path, adata: AnnData, out: Path, request: Request, *, overrides: Sequence[str] = (), say: Say = print
+) -> SavedModel:
+    """Fine-tune a model directory on cells and write ``out/model``.
+
+    Parameters
+    ----------
+    folder
+        The parent: any model directory; ``generate`` needs a flow.
+    out
+        New folder for the runs and the model.
+    overrides
+        ``section.key=value`` for the configuration "finetune".
+    say
+        Told what is matched, new and trained.
+
+    Raises
+    ------
+    UserError
+        If data and model do not fit, a column is missing, or ``out`` is not empty.
+    """
+    require_new_folder(out)
+    require_cells(adata)
+    parent = load_directory(folder)
+    if adata.n_obs < LEAST_CELLS:
+        raise UserError(f"The data has {adata.n_obs} cells; fine-tuning needs at least {LEAST_CELLS}.")
+    if request.task == "generate" and not isinstance(parent.module, LatentFlow):
+        raise UserError(f"This model is a {parent.kind}; --task generate needs a flow (bgen train, stage: flow).")
+    labels = _check_columns(adata, request)
+    base = load_config("finetune", [f"data.store={folder}", *overrides])
+    adata = adata.copy()
+    grown = grow(parent, adata, request, say)
+    model = Model(grown)
+    cells = MemoryCells(model.counts(adata, request.layer), _columns(grown, adata))
+    watched = held_out(np.arange(len(cells), dtype=np.int64), WATCHED, base.seed)
+    _adapt_vae(grown, parent, cells, watched, _run(base, "vae", out / "vae"), request.mode, say)
+    done: Module
+    facts: dict[str, Any] = {}
+    if request.task == "generate":
+        done = _train_flow(grown, cells, watched, _run(base, "flow", out / "flow"), request.mode)
+    elif request.task == "annotate":
+        done, facts = _train_annotator(model, labels, cells, _run(base, "vae", out / "annotator"), request)
+    else:
+        done, facts = _train_perturbation(model, adata, _run(base, "perturb", out / "perturbation"), request)
+    used = list(dict.fromkeys([*_conditions(done), *grown.vae.covariates]))
+    made = replace(
+        grown,
+        module=done,
+        columns={name: grown.columns[name] for name in used},
+        combinations=count_combinations({name: cells.obs[name] for name in used}),
+        about=_about(parent, request, adata, out, facts),
+        metrics=None,
+    )
+    if ranks.read_world().rank == 0:
+        save_model(made, out / "model")
+    ranks.barrier()
+    return made
+
+
+def grow(parent: SavedModel, adata: AnnData, request: Request, say: Say) -> SavedModel:
+    """Return the parent with rows for the data's new batches, conditions and (if asked) genes, and say what is new."""
+    genes, names = parent.genes["id"].tolist(), adata.var_names.astype(str)
+    known = names.isin(genes)
+    share = known.sum() / len(genes)
+    say(f"{known.sum():,} of the model's {len(genes):,} genes are in the data ({share:.0%}).")
+    if share < request.floor:
+        raise UserError(
+            f"The data has {known.sum():,} of the model's {len(genes):,} genes ({share:.0%}, at least"
+            f" {request.floor:.0%} are needed; --floor lowers that). The model's ids look like {', '.join(genes[:3])};"
+            f" those of the data like {', '.join(names[:3])}."
+        )
+    new_genes = names[~known] if request.add_genes else names[:0]
+    if (~known).any():
+        fate = "added to the model" if request.add_genes else "left out; --add-genes adds them"
+        say(f"{(~known).sum():,} genes of the data are new to the model: {fate}.")
+    columns = dict(parent.columns)
+    for name, info in parent.columns.items():
+        if info.kind == "category" and (column := _find(info, name, adata)) is not None:
+            there = text_column(adata, column)
+            new = sorted(set(there.tolist()) - set(info.categories) - {""})
+            if new:
+                columns[name] = replace(info, categories=[*info.categories, *new])
+                say(f"New in {name}: {', '.join(new[:8])}{', ...' if len(new) > 8 else ''}.")
+    sizes = {name: len(columns[name].categories) for name in columns}
+    shares = None
+    if len(new_genes):
+        total = np.asarray((adata.X if request.layer is None else adata.layers[request.layer]).sum(0)).ravel()
+        shares = torch.from_numpy(total[~known] / max(total[known].sum(), 1.0)).float()
+    vae = grow_vae(parent.vae, {name: sizes[name] for name in parent.vae.covariates}, shares)
+    module: Module = vae
+    if isinstance(parent.module, LatentFlow):
+        module = grow_flow(parent.module, vae, {name: sizes[name] for name in parent.module.conditions.sizes})
+    symbols = adata.var["symbol"].astype(str)[new_genes] if "symbol" in adata.var else new_genes
+    added = pd.DataFrame({"id": new_genes, "symbol": np.asarray(symbols), "cells": 0})
+    table = pd.concat([parent.genes[["id", "symbol", "cells"]], added], ignore_index=True)
+    return replace(parent, module=module, genes=table, columns=columns)
+
+
+def _adapt_vae(
+    grown: SavedModel,
+    parent: SavedModel,
+    cells: MemoryCells,
+    watched: tuple[NDArray[np.int64], NDArray[np.int64]],
+    config: Config,
+    mode: Mode,
+    say: Say,
+) -> None:
+    """Train the autoencoder on the data; in mode head only if it has new rows, and then only those tables."""
+    vae = grown.vae
+    is_larger = vae.n_genes > parent.vae.n_genes or vae.covariates != parent.vae.covariates
+    if mode == "head" and not is_larger:
+        return
+    vae.requires_grad_(True)
+    if mode == "lora":
+        add_lora(vae, RANK)
+    if mode != "full":
+        tables = ["covariates.", "decoder.logits.bias", "scaled_log_theta"]
+        if vae.n_genes > parent.vae.n_genes:
+            tables += ["encoder.weight", "decoder.logits."]
+        for name, parameter in vae.named_parameters():
+            in_tables = any(part in name for part in tables)
+            parameter.requires_grad_(in_tables or "parametrizations.weight.0" in name)
+    # Whatever is built on the parent's latents was whitened by its statistics, so they stay.
+    say(f"Adapting the autoencoder ({_trained(vae):,} parameters) ...")
+    _fit(config, MemoryStage(config, vae, cells, *watched, ranks.start(), _fingerprint(grown), "nll"), say)
+    merge_lora(vae)
+    vae.requires_grad_(False).eval()
+
+
+def _train_flow(
+    grown: SavedModel,
+    cells: MemoryCells,
+    watched: tuple[NDArray[np.int64], NDArray[np.int64]],
+    config: Config,
+    mode: Mode,
+) -> LatentFlow:
+    flow = grown.module
+    assert isinstance(flow, LatentFlow), "checked at the start"
+    if mode == "full":
+        flow.conditions.requires_grad_(True)
+        flow.backbone.requires_grad_(True)
+    else:
+        if mode == "lora":
+            add_lora(flow.backbone, RANK)
+        else:
+            flow.backbone.requires_grad_(False)
+            flow.backbone.head.requires_grad_(True)
+        flow.conditions.requires_grad_(True)
+    _fit(config, MemoryStage(config, flow, cells, *watched, ranks.start(), _fingerprint(grown)), None)
+    merge_lora(flow.backbone)
+    return flow
+
+
+def _check_columns(adata: AnnData, request: Request) -> NDArray[np.str_]:
+    """Raise UserError for what is wrong with the task's columns, before anything is trained; return its labels."""
+    if request.task == "generate":
+        return np.full(adata.n_obs, "")
+    if request.task == "perturb":
+        if request.columns is None:
+            raise UserError("--task perturb needs --perturbation COLUMN and --control VALUE.")
+        for name in (*request.columns.strata, request.columns.perturbation):
+            given = text_column(adata, name)
+        require_controls(given, request.columns.control, f"obs['{request.columns.perturbation}']")
+        if set(given) <= {request.columns.control, ""}:
+            raise UserError(
+                f"All cells of obs['{request.columns.perturbation}'] are controls: there is nothing to learn from."
+            )
+        return given
+    if request.label is None:
+        raise UserError("--task annotate needs --label: the obs column with the labels.")
+    given = text_column(adata, request.label)
+    names, numbers = np.unique(given[given != ""], return_counts=True)
+    short = [f"{name} ({n})" for name, n in zip(names, numbers, strict=True) if n < 5]
+    if len(names) < 2 or short:
+        raise UserError(
+            f"obs['{request.label}'] must hold at least two labels with at least 5 cells each;"
+            f" {'too few: ' + ', '.join(short) if short else 'it holds ' + str(len(names))}."
+        )
+    return given
+
+
+def _train_annotator(
+    model: Model, given: NDArray[np.str_], cells: MemoryCells, config: Config, request: Request
+) -> tuple[Annotator, dict[str, Any]]:
+    names, numbers = np.unique(given[given != ""], return_counts=True)
+    codes = pd.Index(names).get_indexer(pd.Index(given)).astype(np.int64)
+    weights = numbers.sum() / (len(names) * numbers)
+    annotator = Annotator(model.saved.vae, torch.from_numpy(weights).float())
+    if request.mode == "lora":
+        add_lora(annotator.vae.encoder, RANK)
+    else:
+        annotator.vae.encoder.requires_grad_(request.mode == "full")
+    annotator.head.requires_grad_(True)
+    labelled = MemoryCells(cells.counts, {**cells.obs, LABEL: codes})
+    train, valid = held_out(np.flatnonzero(codes >= 0), WATCHED, config.seed)
+    _fit(config, MemoryStage(config, annotator, labelled, train, valid, ranks.start(), _fingerprint(model.saved)), None)
+    merge_lora(annotator.vae.encoder)
+    annotator.requires_grad_(False)
+    return annotator, {"labels": names.tolist(), "label": request.label}
+
+
+def _train_perturbation(
+    model: Model, adata: AnnData, config: Config, request: Request
+) -> tuple[PerturbationFlow, dict[str, Any]]:
+    assert request.columns is not None, "checked at the start"
+    vae = model.saved.vae
+    require_plain_counts(vae)
+    data = read_screen(model, adata, request.columns, request.layer)
+    rows = gene_rows(data.cells.counts[data.screen.label < 0], config.perturb.gene_components)
+    effects = fit_effects(data, data.labels)
+    flow = PerturbationFlow(
+        config.perturb,
+        vae,
+        len(data.names),
+        torch.from_numpy(rows),
+        data.dose_scale,
+        torch.from_numpy(effects.values),
+    )
+    train, valid = held_out(np.flatnonzero(data.screen.label >= 0), 0.1, config.seed)
+    stage = PairStage(config, flow, data.cells, data.screen, train, valid, ranks.start(), _fingerprint(model.saved))
+    _fit(config, stage, None)
+    doses = [None if np.isnan(dose) else float(dose) for dose in effects.doses]
+    facts: dict[str, Any] = {
+        "perturbations": data.names,
+        "control": request.columns.control,
+        "strata": list(request.columns.strata),
+        "effects": [{"set": list(names), "dose": dose} for names, dose in zip(effects.sets, doses, strict=True)],
+    }
+    return flow, facts
+
+
+def _fit(config: Config, stage: MemoryStage, say: Say | None) -> None:
+    check(config)
+    torch.manual_seed(config.seed)
+    result = Trainer(config, stage).fit()
+    if result.interrupted:
+        raise UserError(f"Stopped by a signal at step {result.step}; nothing was exported.")
+    if say is not None:
+        say(f"{result.step} steps, best held-out {stage.monitor} {result.best:.4g}.")
+
+
+def _run(base: Config, stage: Literal["vae", "flow", "perturb"], out: Path) -> Config:
+    flow = base.flow.model_copy(update={"vae": Path(base.data.store)})
+    return base.model_copy(update={"stage": stage, "out": out, "flow": flow})
+
+
+def _columns(saved: SavedModel, adata: AnnData) -> dict[str, NDArray[Any]]:
+    """Return codes or numbers ``[n_cells]`` of every column that the model knows; unknown where the data lacks it."""
+    columns: dict[str, NDArray[Any]] = {}
+    for name, info in saved.columns.items():
+        column = _find(info, name, adata)
+        if info.kind == "category":
+            there = text_column(adata, column) if column is not None else np.full(adata.n_obs, "")
+            columns[name] = pd.Index(info.categories).get_indexer(pd.Index(there)).astype(np.int64)
+        elif column is None:
+            columns[name] = np.full(adata.n_obs, np.nan, np.float32)
+        else:
+            columns[name] = pd.to_numeric(adata.obs[column], errors="coerce").to_numpy(np.float32)
+    return columns
+
+
+def _find(info: ColumnInfo, name: str, adata: AnnData) -> str | None:
+    return next((column for column in (name, info.role) if column in adata.obs), None)
+
+
+def _conditions(module: nn.Module) -> list[str]:
+    return module.conditions.names if isinstance(module, LatentFlow) else []
+
+
+def _fingerprint(saved: SavedModel) -> dict[str, Any]:
+    return {"parent": saved.fingerprint(), "genes": len(saved.genes)}
+
+
+def _trained(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _about(parent: SavedModel, request: Request, adata: AnnData, out: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **{key: parent.about[key] for key in ("organism", "units", "control", "roles") if key in parent.about},
+        "name": out.resolve().name,
+        "sources": [f"{adata.n_obs:,} cells of the user"],
+        "cells": adata.n_obs,
+        "task": request.task,
+        "mode": request.mode,
+        "parent": {"name": parent.about.get("name", "a bgen model"), "fingerprint": parent.fingerprint()},
+        **facts,
+    }

@@ -1,0 +1,58 @@
+"""The protocol for perturbations: real cells reach the ceiling, and every figure falls where it must."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from bgen.config.errors import UserError
+from bgen.evaluate.perturbation import CEILING, CONTROL_COPY, MODEL, HeldOut, evaluate_perturbations, mean_log
+
+
+def cells(rng: np.random.Generator, shares: np.ndarray, n: int) -> sp.csr_matrix:
+    library = rng.lognormal(7, 0.3, n)[:, None]
+    return sp.csr_matrix(rng.poisson(rng.gamma(5, 0.2, (n, len(shares))) * library * shares).astype(np.float32))
+
+
+def held_out(rng: np.random.Generator, scale: float = 1.0) -> tuple[sp.csr_matrix, list[HeldOut]]:
+    base = rng.dirichlet(np.full(80, 2.0))
+    control = cells(rng, base, 400)
+    made = []
+    for number in range(6):
+        effect = np.zeros(80)
+        effect[rng.choice(80, 15, replace=False)] = rng.normal(0, 1, 15)
+        real = cells(rng, base * np.exp(effect), 300)
+        predicted = cells(rng, base * np.exp(scale * effect), 200)
+        own = mean_log(predicted) - mean_log(control)
+        made.append(HeldOut(f"p{number}", real, control, predicted, {"half": 0.5 * own}, np.array([], np.int64)))
+    return control, made
+
+
+def test_the_truth_is_at_the_ceiling_and_nothing_is_not() -> None:
+    control, made = held_out(np.random.default_rng(0))
+    scores = evaluate_perturbations(control, made, np.zeros(80))
+    for key in ("pearson", "pearson_top", "discrimination", "direction"):
+        assert scores.mean(MODEL, key) == pytest.approx(scores.mean(CEILING, key), abs=0.03)
+    assert scores.mean(MODEL, "slope") == pytest.approx(1, abs=0.1)
+    assert scores.mean("half", "slope") == pytest.approx(0.5, abs=0.05)
+    assert scores.mean(MODEL, "energy") < 0.05 * scores.mean(CONTROL_COPY, "energy")
+    assert scores.mean(CONTROL_COPY, "pearson") == 0
+    assert scores.mean(CONTROL_COPY, "discrimination") < 0.8
+    assert scores.verdict(CONTROL_COPY, "energy", "lower") == "better than"
+    assert "control copy: the model is better than it in Pearson delta" in scores.sentences()[0]
+
+
+def test_a_model_that_predicts_nothing_is_told_so() -> None:
+    control, made = held_out(np.random.default_rng(1), scale=0.0)
+    scores = evaluate_perturbations(control, made, np.zeros(80))
+    assert scores.verdict(CONTROL_COPY, "energy", "lower") != "better than"
+    assert abs(scores.mean(MODEL, "pearson")) < 0.2
+    assert scores.as_json()["rows"]["control copy"]["energy"]["mean"] > 0
+
+
+def test_too_few_real_cells_are_told() -> None:
+    control, made = held_out(np.random.default_rng(2))
+    few = HeldOut("x", made[0].real[:9], control, made[0].predicted, {}, np.array([], np.int64))
+    with pytest.raises(UserError, match=r"at least 20 real cells.*x \(9\)"):
+        evaluate_perturbations(control, [few], np.zeros(80))
