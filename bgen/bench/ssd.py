@@ -46,10 +46,7 @@ def bench_ssd(repetitions: int = 5, say: Say = lambda line: None) -> dict[str, A
         for length, sequences in SHAPES:
             say(f"scan of {sequences} x {length} points")
             inputs = _inputs(sequences, length)
-            chunked, loop = (
-                functools.partial(_scan, scan, inputs)  # type: ignore[arg-type]
-                for scan in (ssd_chunked, ssd_sequential)
-            )
+            chunked, loop = (functools.partial(_scan, scan, inputs) for scan in (ssd_chunked, ssd_sequential))
             # the loop takes seconds: fewer of it, each after as many of the other
             times = _interleave({"chunked": chunked, "loop": loop}, {"chunked": 4 * repetitions, "loop": repetitions})
             scans.append({"length": length, "sequences": sequences, **times, "ratio": times["loop"] / times["chunked"]})

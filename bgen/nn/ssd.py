@@ -12,6 +12,8 @@ R = H / K heads per group; the T points are cut into C chunks of Q points.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -108,12 +110,14 @@ def ssd_chunked(
             run_BCQ = _runs(sequence_BT, padding).view(B, C, Q)
             other_BCQQ = run_BCQ[..., :, None] != run_BCQ[..., None, :]
             forbidden = (other_BCQQ | future_QQ)[:, :, None, None]
-        # Added rather than filled in, and in place: then the only work left for the gradient is that of exp.
-        bar = torch.zeros_like(forbidden, dtype=wide).masked_fill_(forbidden, -torch.inf)
-        apart_BCKRQQ = total_BCKRQ[..., :, None] - total_BCKRQ[..., None, :]
-        decay_BCKRQQ = apart_BCKRQQ.add_(bar).exp_()
-        weight_BCKRQQ = decay_BCKRQQ * (c_BCKQS @ b_BCKQS.transpose(-1, -2))[:, :, :, None]
-        y_BCQKRP = (weight_BCKRQQ @ x_BCQKRP.permute(0, 1, 3, 4, 2, 5)).permute(0, 1, 4, 2, 3, 5)
+        y_NKRQP: Tensor = WithinChunks.apply(
+            x_BCQKRP.reshape(B * C, Q, K, R, P).permute(0, 2, 3, 1, 4),
+            total_BCKRQ.reshape(B * C, K, R, Q),
+            b_BCKQS.reshape(B * C, K, Q, S),
+            c_BCKQS.reshape(B * C, K, Q, S),
+            torch.zeros_like(forbidden, dtype=wide).masked_fill_(forbidden, -torch.inf).view(-1, 1, 1, Q, Q),
+        )
+        y_BCQKRP = y_NKRQP.view(B, C, K, R, Q, P).permute(0, 1, 4, 2, 3, 5)
 
         state = None
         if C > 1 or initial_BHPS is not None or want_state:
@@ -129,7 +133,8 @@ def ssd_chunked(
                 from_start_BCKRQ = from_start_BCKRQ * (run_BCQ == before_BC[..., None])[:, :, None, None]
                 through_BCKR = through_BCKR * (last_BC == before_BC)[..., None, None]
             left_BCQKRP = x_BCQKRP * to_end_BCKRQ.permute(0, 1, 4, 2, 3)[..., None]
-            left_BCKRPS = left_BCQKRP.permute(0, 1, 3, 4, 5, 2).reshape(B, C, K, R * P, Q) @ b_BCKQS
+            # [R P, Q] @ [Q, S], the first transposed in place where there is one group
+            left_BCKRPS = left_BCQKRP.view(B, C, Q, K, R * P).permute(0, 1, 3, 4, 2) @ b_BCKQS
             if initial_BHPS is None:
                 h_BKRPS = x_BTHP.new_zeros(B, K, R, P, S, dtype=wide)
             else:
@@ -142,7 +147,8 @@ def ssd_chunked(
             state = h_BKRPS.view(B, H, P, S) if want_state else None
             entering_BCKPS = torch.stack(entering, dim=1).view(B, C, K, R * P, S)
             carried_BCKQRP = (c_BCKQS @ entering_BCKPS.transpose(-1, -2)).view(B, C, K, Q, R, P)
-            y_BCQKRP = y_BCQKRP + carried_BCKQRP.transpose(2, 3) * from_start_BCKRQ.permute(0, 1, 4, 2, 3)[..., None]
+            from_start_BCQKR1 = from_start_BCKRQ.permute(0, 1, 4, 2, 3)[..., None]
+            y_BCQKRP = torch.addcmul(y_BCQKRP, carried_BCKQRP.transpose(2, 3), from_start_BCQKR1)
         return y_BCQKRP.reshape(B, C * Q, H, P)[:, :T].to(dtype), state
 
 
@@ -150,3 +156,60 @@ def _runs(sequence_BT: Tensor, padding: int) -> Tensor:
     """Number the runs of equal values 0, 1, 2, ..., so that a value that comes back later is another sequence."""
     starts_BT = F.pad(sequence_BT.diff(dim=1) != 0, (1, 0))
     return F.pad(starts_BT, (0, padding)).cumsum(dim=1)
+
+
+BLOCK = 1 << 17
+"""Weights that are computed at a time on a CPU: what its nearer caches hold."""
+
+
+class WithinChunks(torch.autograd.Function):
+    """``y_i = sum over j of W_ij x_j``, ``W_ij = (c_i . b_j) exp(total_i - total_j)``, j over what is not barred to i.
+
+    The weights W are what costs: they are never held as a whole on a CPU, and computed again for the gradient. That of
+    ``total`` needs none of them: sum_j dW_ij W_ij = dy_i . y_i and sum_i dW_ij W_ij = x_j . dx_j.
+
+    Axes: N chunks of all sequences.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_NKRQP: Tensor, total_NKRQ: Tensor, b_NKQS: Tensor, c_NKQS: Tensor, bar: Tensor) -> Tensor:
+        """Return ``y_NKRQP``; ``bar`` is 0 or -inf, ``[1 or N, 1, 1, Q, Q]``."""
+        y_NKRQP = x_NKRQP.new_empty(x_NKRQP.shape)
+        for part in _blocks(x_NKRQP):
+            _, weight = _weights(total_NKRQ[part], b_NKQS[part], c_NKQS[part], _part(bar, part))
+            torch.matmul(weight, x_NKRQP[part].contiguous(), out=y_NKRQP[part])
+        ctx.save_for_backward(x_NKRQP, total_NKRQ, b_NKQS, c_NKQS, bar, y_NKRQP)
+        return y_NKRQP
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy_NKRQP: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the inputs."""
+        x_NKRQP, total_NKRQ, b_NKQS, c_NKQS, bar, y_NKRQP = ctx.saved_tensors
+        dx_NKRQP, dtotal_NKRQ = torch.empty_like(y_NKRQP), torch.empty_like(total_NKRQ)
+        db_NKQS, dc_NKQS = torch.empty_like(b_NKQS), torch.empty_like(c_NKQS)
+        for part in _blocks(x_NKRQP):
+            x, dy, b, c = x_NKRQP[part].contiguous(), dy_NKRQP[part].contiguous(), b_NKQS[part], c_NKQS[part]
+            decay, weight = _weights(total_NKRQ[part], b, c, _part(bar, part))
+            dx = torch.matmul(weight.mT, dy, out=dx_NKRQP[part])
+            torch.sub((dy * y_NKRQP[part]).sum(-1), (x * dx).sum(-1), out=dtotal_NKRQ[part])
+            dcb = (dy @ x.mT).mul_(decay).sum(2)
+            torch.matmul(dcb.mT, c, out=db_NKQS[part])
+            torch.matmul(dcb, b, out=dc_NKQS[part])
+        return dx_NKRQP, dtotal_NKRQ, db_NKQS, dc_NKQS, None
+
+
+def _blocks(x_NKRQP: Tensor) -> list[slice]:
+    """Cut the chunks so that the weights of a part stay in a CPU's cache."""
+    N, K, R, Q, _ = x_NKRQP.shape
+    step = max(1, BLOCK // (K * R * Q * Q)) if x_NKRQP.device.type == "cpu" else N
+    return [slice(start, start + step) for start in range(0, N, step)]
+
+
+def _part(bar: Tensor, part: slice) -> Tensor:
+    return bar if len(bar) == 1 else bar[part]
+
+
+def _weights(total: Tensor, b: Tensor, c: Tensor, bar: Tensor) -> tuple[Tensor, Tensor]:
+    decay = (total[..., :, None] - total[..., None, :]).add_(bar).exp_()
+    return decay, decay * (c @ b.mT)[:, :, None]
