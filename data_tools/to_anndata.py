@@ -51,7 +51,8 @@ def to_anndata(
     Raises
     ------
     UserError
-        If ``out`` is there, has another ending, or a count is not exact in float32; or the store is damaged.
+        If ``out`` is there or has another ending, a column's name cannot be written, a count is not exact in float32,
+        or the store is damaged.
     """
     if out.suffix not in (".h5ad", ".zarr"):
         raise UserError(f"--out {out}: end it in .h5ad or .zarr.")
@@ -59,6 +60,8 @@ def to_anndata(
         raise UserError(f"{out} is there already. Choose another --out, or remove it first.")
     if dtype not in ("float32", "uint32"):
         raise UserError(f"The counts are float32 or uint32, not '{dtype}'.")
+    if out.suffix == ".zarr" and (slashed := [name for name in store.manifest.columns if "/" in name]):
+        raise UserError(f"AnnData in zarr cannot hold obs columns with a '/' in their name ({slashed[0]}): use .h5ad.")
     cells = np.arange(len(store)) if split is None else store.cells_of_split(split)
     partial = out.with_name(f".{out.stem}.partial{out.suffix}")
     _remove(partial)

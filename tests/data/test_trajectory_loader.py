@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
+import anndata
 import numpy as np
 import pytest
 import torch
@@ -9,10 +13,13 @@ import torch
 from bgen.config.errors import UserError
 from bgen.config.schema import TrajectoriesConfig
 from bgen.data.loader import CountReader
+from bgen.data.open import open_store
 from bgen.data.populations import TrajectoryOrder
 from bgen.data.store import Store
 from bgen.data.trajectory_batch import TrajectoryBatch
 from bgen.data.trajectory_loader import TrajectoryLoader, read_trajectories, valid_trajectories
+from data_tools.to_anndata import to_anndata
+from data_tools.to_webdataset import to_webdataset
 
 SHAPE = TrajectoriesConfig(system=["cell_type"], times=4, cells=30)
 
@@ -86,3 +93,32 @@ def test_what_a_store_lacks_is_said(store: Store) -> None:
         read_trajectories(store, "train", SHAPE.model_copy(update={"system": ["donor"]}))
     with pytest.raises(UserError, match="no column or role 'perturbation'"):
         read_trajectories(store, "train", SHAPE.model_copy(update={"along": "perturbation"}))
+
+
+@pytest.mark.parametrize("form", ["tar", "anndata"])
+def test_other_forms_of_the_store_give_the_same_trajectories(form: str, store: Store, tmp_path: Path) -> None:
+    if form == "tar":
+        to_webdataset(store, tmp_path / "tars", blocks_per_shard=2)
+        other = open_store(tmp_path / "tars")
+    else:
+        with pytest.raises(UserError, match=r"'/' in their name \(a/b c\)"):
+            to_anndata(store, tmp_path / "cells.zarr")
+        to_anndata(store, tmp_path / "cells.h5ad")
+        adata = anndata.read_h5ad(tmp_path / "cells.h5ad")
+        del adata.obs["a/b c"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # anndata's remarks on zarr versions
+            adata.write_zarr(tmp_path / "cells.zarr")
+        roles = {"time": "hours", "cell_type": "celltype"}
+        other = open_store(tmp_path / "cells.zarr", roles=roles, splits={"train": 1.0})
+    (found,) = TrajectoryLoader(CountReader(other, ["celltype"]), order(other), seed=0, micro_batch=4).read(3)
+    truth = CountReader(other, ["celltype"]).read_cells(found.cells.numpy())
+    assert found.indices.tolist() == truth.indices.tolist()
+    assert found.counts.tolist() == truth.counts.tolist()
+    assert found.obs["celltype"].tolist() == truth.obs["celltype"].tolist()
+    if form == "tar":
+        (same,) = TrajectoryLoader(CountReader(store, ["celltype"]), order(store), seed=0, micro_batch=4).read(3)
+        assert found.cells.tolist() == same.cells.tolist()
+        assert found.counts.tolist() == same.counts.tolist()
+    times = other.column("time")[1][found.cells.numpy()].reshape(found.mask.shape)
+    assert (times == found.time.numpy()[:, :, None])[found.mask.numpy()].all()
