@@ -28,9 +28,14 @@ _BLOCK = 1 << 19  # entries, 2 MB of float32
 
 
 def nonzero_term(x: Tensor, log_mu: Tensor, log1p_ratio: Tensor, theta: Tensor) -> Tensor:
-    """The bracket of the module's formula, elementwise over the non-zeros; differentiable by autograd.
+    """The bracket of the module's formula, elementwise over the non-zeros; differentiable by autograd."""
+    return x * (log_mu - log1p_ratio) + _count_term(x, theta)
 
-    A is the second to fourth term: Stirling's formula for Gamma at ``high = theta + 4 + x`` over that at
+
+def _count_term(x: Tensor, theta: Tensor) -> Tensor:
+    """``A(x, theta) - log x!``, elementwise; zero for a count of one.
+
+    A is all but the last term: Stirling's formula for Gamma at ``high = theta + 4 + x`` over that at
     ``low = theta + 4``, less ``x log theta``, and the four factors of the recurrence.
     """
     low = theta + _SHIFT
@@ -39,12 +44,21 @@ def nonzero_term(x: Tensor, log_mu: Tensor, log1p_ratio: Tensor, theta: Tensor) 
     for k in range(_SHIFT):
         product = product * (1 + x / (theta + k))
     return (
-        x * (log_mu - log1p_ratio)
-        + ((low - 0.5) * torch.log1p(x / low) - x)
+        ((low - 0.5) * torch.log1p(x / low) - x)
         + x * torch.log(high / theta)
         + (_stirling(high) - _stirling(low) - torch.log(product))
         - torch.lgamma(x + 1)
     )
+
+
+def _above_one(counts: Tensor) -> Tensor:
+    """Positions of the counts that :func:`_count_term` is evaluated for: without ones, which are more than half.
+
+    On a GPU all of them: there, knowing how many there are costs more than what is saved.
+    """
+    if counts.device.type == "cpu":
+        return (counts != 1).nonzero().squeeze(1)
+    return torch.arange(len(counts), device=counts.device)
 
 
 def _stirling(y: Tensor) -> Tensor:
@@ -120,8 +134,10 @@ class SparseNB(torch.autograd.Function):
         log_mu = logits.view(-1).index_select(0, flat) + (log_library - log_normaliser).index_select(0, rows)
         theta_nnz = theta.index_select(0, indices)
         log1p_ratio = torch.log1p(ratio.view(-1).index_select(0, flat))
-        term = nonzero_term(counts, log_mu, log1p_ratio, theta_nnz)
-        ctx.save_for_backward(theta, library, indptr, indices, counts, rows, flat, ratio, theta_nnz)
+        many = _above_one(counts)
+        counts_many, theta_many = counts.index_select(0, many), theta_nnz.index_select(0, many)
+        term = (log_mu - log1p_ratio).mul_(counts).index_add_(0, many, _count_term(counts_many, theta_many))
+        ctx.save_for_backward(theta, library, indptr, indices, counts, rows, flat, ratio, many, counts_many, theta_many)
         return torch.segment_reduce(term, "sum", offsets=indptr, initial=0.0) - zeros
 
     @staticmethod
@@ -132,10 +148,11 @@ class SparseNB(torch.autograd.Function):
         With ``q = r / (1 + r)``: d log p / d log mu = x (1 - q) - theta q and
         d log p / d log theta = theta (q - L) + x q + theta dA/dtheta; the softmax subtracts rho times the row's sum.
         """
-        theta, library, indptr, indices, counts, rows, flat, ratio, theta_nnz = ctx.saved_tensors
+        theta, library, indptr, indices, counts, rows, flat, ratio, many, counts_many, theta_many = ctx.saved_tensors
         ratio_nnz = ratio.view(-1).index_select(0, flat)
         q_nnz = ratio_nnz / (ratio_nnz + 1)
-        slope = _gamma_ratio_slope(counts, theta_nnz).addcmul_(counts, q_nnz).mul_(grad.index_select(0, rows))
+        grad_nnz = grad.index_select(0, rows)
+        slope = (counts * q_nnz).index_add_(0, many, _gamma_ratio_slope(counts_many, theta_many)).mul_(grad_nnz)
         grad_log_theta = torch.zeros_like(theta)
         at_nonzero = counts * (1 - q_nnz)
         row_sum = torch.segment_reduce(at_nonzero, "sum", offsets=indptr, initial=0.0)
@@ -148,5 +165,5 @@ class SparseNB(torch.autograd.Function):
             grad_log_theta += weight @ q
             rest = (q @ theta - row_sum[part]) / library[part]
             q.mul_(-theta).addcmul_(torch.mul(r, theta, out=scratch), rest[:, None]).mul_(weight[:, None])
-        grad_logits.view(-1).index_add_(0, flat, at_nonzero.mul_(grad.index_select(0, rows)))
+        grad_logits.view(-1).index_add_(0, flat, at_nonzero.mul_(grad_nnz))
         return grad_logits, grad_log_theta.mul_(theta).index_add_(0, indices, slope), None, None, None, None, None

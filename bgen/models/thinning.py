@@ -8,6 +8,7 @@ Axes: B cells, NNZ non-zero counts.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,15 +30,37 @@ def thin(batch: CellBatch, share: float) -> Tensor:
     choice = uniform(batch.keys, Stream.THIN_CELL, 2)
     chosen = choice[:, 0] < share
     keep = KEPT[0] + (KEPT[1] - KEPT[0]) * choice[:, 1]
-    rows = batch.rows
-    entries = chosen.index_select(0, rows).nonzero().squeeze(1)
-    rows = rows.index_select(0, entries)
-    counts = batch.counts.index_select(0, entries)
+    state = row_state(batch.keys, Stream.THIN_COUNT)
+    if batch.counts.device.type != "cpu":
+        rows = batch.rows
+        entries = chosen.index_select(0, rows).nonzero().squeeze(1)
+        return _thin_entries(batch, batch.counts, entries, rows.index_select(0, entries), state, keep)
+    from bgen.models.thinning_cpu import thin_small  # numba takes a while to import
+
+    done, large, large_rows = thin_small(
+        batch.indptr.numpy(),
+        batch.indices.numpy(),
+        batch.counts.numpy(),
+        state.numpy().view(np.uint64),
+        chosen.numpy(),
+        keep.numpy(),
+        _EXACT,
+    )
+    left = torch.from_numpy(large), torch.from_numpy(large_rows)
+    return _thin_entries(batch, torch.from_numpy(done), *left, state, keep)
+
+
+def _thin_entries(
+    batch: CellBatch, counts: Tensor, entries: Tensor, rows: Tensor, state: Tensor, keep: Tensor
+) -> Tensor:
+    """``counts [NNZ]`` with those at ``entries``, which lie in ``rows``, thinned."""
+    if len(entries) == 0:
+        return counts
+    chosen = batch.counts.index_select(0, entries)
     # The position in the key's sequence is the gene, so a draw does not depend on which other genes are present.
-    genes = batch.indices.index_select(0, entries)
-    bits = at(row_state(batch.keys, Stream.THIN_COUNT).index_select(0, rows), genes)
-    thinned = counts - binomial(counts, 1 - keep.index_select(0, rows), unit_from_bits(bits))
-    return batch.counts.index_copy(0, entries, thinned)
+    bits = at(state.index_select(0, rows), batch.indices.index_select(0, entries).long())
+    thinned = chosen - binomial(chosen, 1 - keep.index_select(0, rows), unit_from_bits(bits))
+    return counts.index_copy(0, entries, thinned)
 
 
 def binomial(n: Tensor, p: Tensor, u: Tensor) -> Tensor:

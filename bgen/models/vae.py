@@ -88,7 +88,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent state to the distribution of counts."""
+    """Latent state to the parameters of the distribution of counts."""
 
     def __init__(self, config: VAEConfig, n_genes: int, covariates: Mapping[str, int]) -> None:
         super().__init__()
@@ -108,17 +108,18 @@ class Decoder(nn.Module):
         """``[G]``: log inverse dispersion of each gene."""
         return self.scaled_log_theta * _DISPERSION_SPEED
 
-    def forward(
-        self, z: Tensor, library: Tensor, obs: Mapping[str, Tensor], keys: Tensor | None
-    ) -> NegativeBinomial | ZeroInflatedNegativeBinomial:
-        """Return the likelihood of B x G counts for ``z [B, D]`` and ``library [B]``."""
+    def forward(self, z: Tensor, obs: Mapping[str, Tensor], keys: Tensor | None) -> tuple[Tensor, ...]:
+        """Return logits ``[B, G]``, log theta ``[G]`` and, for zinb, dropout logits ``[B, G]`` for ``z [B, D]``.
+
+        Tensors, not an object that holds them: ZeRO 3 finds in a module's output what its gradients come in by.
+        """
         hidden = F.silu(self.covariates(self.stem(z), obs))
         for block in self.blocks:
             hidden = block(hidden, keys)
         hidden = self.norm(hidden)
         if self.dropout_logits is None:
-            return NegativeBinomial(self.logits(hidden), library, self.log_theta)
-        return ZeroInflatedNegativeBinomial(self.logits(hidden), library, self.log_theta, self.dropout_logits(hidden))
+            return self.logits(hidden), self.log_theta
+        return self.logits(hidden), self.log_theta, self.dropout_logits(hidden)
 
 
 class VAE(nn.Module):
@@ -170,7 +171,7 @@ class VAE(nn.Module):
         counts = thin(batch, self.config.thinning) if self.training and self.config.thinning > 0 else batch.counts
         mean, logvar = self.encoder(batch, counts)
         z = self.posterior_sample(mean, logvar, batch.keys)
-        nll = -self.decoder(z, batch.library, batch.obs, batch.keys).log_prob_sparse(batch)
+        nll = -self.decode(z, batch.library, batch.obs, batch.keys).log_prob_sparse(batch)
         kl_BD = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
         penalised = (kl_BD - self.config.free_bits).clamp_min(0) if self.config.free_bits > 0 else kl_BD
         return {
@@ -203,7 +204,10 @@ class VAE(nn.Module):
         ``covariates`` are codes ``[B]`` by column; an absent column counts as unknown. ``keys [B]`` are needed in
         training mode only, for dropout.
         """
-        return self.decoder(z, library, covariates, keys)
+        logits, log_theta, *dropout_logits = self.decoder(z, covariates, keys)
+        if dropout_logits:
+            return ZeroInflatedNegativeBinomial(logits, library, log_theta, *dropout_logits)
+        return NegativeBinomial(logits, library, log_theta)
 
     @torch.no_grad()
     def latents(self, batch: CellBatch) -> Tensor:

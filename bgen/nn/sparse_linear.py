@@ -14,6 +14,9 @@ from scipy import sparse
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+SPARSE_SHARE = 0.15
+"""Share of stored values up to which the sparse product is the quicker one on a CPU."""
+
 
 def densify(rows: Tensor, indices: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     """Dense ``[B, G]`` with ``values [NNZ]`` at ``(rows, indices)``; zero elsewhere."""
@@ -58,13 +61,17 @@ class _SparseMatmul(torch.autograd.Function):
 def sparse_matmul(weight: Tensor, indptr: Tensor, indices: Tensor, values: Tensor, rows: Tensor) -> Tensor:
     """``X @ W``, ``[B, H]``, for ``X [B, G]`` in CSR form and a dense ``weight [G, H]``.
 
-    Sparse on a CPU with MKL, dense elsewhere (on a GPU a dense product is cheaper than gathering).
+    Sparse on a CPU with MKL where few values are stored, dense elsewhere (on a GPU a dense product is cheaper than
+    gathering).
 
-    Measured at B = 1,024, H = 128, 10 % non-zeros, forward and backward, in milliseconds for this, for densifying and
-    multiplying, and for ``embedding_bag``: one thread, G = 500: 1.8, 3.1, 3.2; G = 2,000: 8, 12 to 17, 12 to 14; two
-    threads, G = 2,000: 4.9, 7 to 8, 10 to 17; G = 16,791: 45, 83, 144. It also won at B = 512 and at H = 256.
+    Measured at B = 1,024, H = 128, forward and backward, in milliseconds for this, for densifying and multiplying, and
+    for ``embedding_bag``, at 10 % non-zeros: one thread, G = 500: 1.8, 3.1, 3.2; G = 2,000: 8, 12 to 17, 12 to 14; two
+    threads, G = 2,000: 4.9, 7 to 8, 10 to 17; G = 16,791: 45, 83, 144. It also won at B = 512 and at H = 256. At 24 %,
+    G = 2,000: one thread 21 and 15, two threads 14 and 10; at B = 128 3.6 and 2.4, 2.2 and 1.1.
     """
-    if weight.device.type == "cpu" and torch.backends.mkl.is_available():
+    shape = len(indptr) - 1, len(weight)
+    sparse_enough = len(values) < SPARSE_SHARE * shape[0] * shape[1]
+    if weight.device.type == "cpu" and torch.backends.mkl.is_available() and sparse_enough:
         with torch.autocast("cpu", enabled=False):
             return _SparseMatmul.apply(weight, indptr, indices, values)
-    return densify(rows, indices, values, (len(indptr) - 1, len(weight))) @ weight
+    return densify(rows, indices, values, shape) @ weight

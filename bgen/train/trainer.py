@@ -29,6 +29,7 @@ from bgen.train import restore
 from bgen.train.batches import Batches
 from bgen.train.deepspeed_json import deepspeed_config
 from bgen.train.engine import Engine
+from bgen.train.heap import keep_heap
 from bgen.train.heldout import held_out
 from bgen.train.saving import Saver, Weights
 from bgen.train.schedules import learning_rate
@@ -109,6 +110,8 @@ class Trainer:
         elif ranks.from_main((self.out / RECORD).exists() or bool(files.committed(self.checkpoints.root))):
             raise UserError(f"{self.out} already holds a run. Give --resume to go on with it, or another out=.")
         self._require_writable()
+        if self.world.device.type == "cpu":
+            keep_heap()
         status = "FAILED"
         with StopSignals() as self._signals:
             self._watchdog = Watchdog(self.out / "stacks")
@@ -395,4 +398,8 @@ def check(config: Config) -> ranks.World:
 def _seed(seed: int, step: int, rank: int) -> None:
     """Seed torch for one step on one rank, so that dropout is the same after a restart without saving any state."""
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+    number = int.from_bytes(digest, "little") >> 1
+    # torch.manual_seed asks every kind of device, which takes a twentieth of a small model's step.
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(number)
