@@ -34,6 +34,8 @@ app.add_typer(perturb_app)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
+track_app = typer.Typer(help="What MLflow knows of runs.", no_args_is_help=True)
+app.add_typer(track_app, name="track")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as train.steps=500.", show_default=False)]
 
@@ -73,8 +75,14 @@ def train(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of one that comes with bgen.")],
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest verified checkpoint.")] = False,
+    accept_changed_data: Annotated[
+        bool, typer.Option("--accept-changed-data", help="With --resume: also on other data than it began with.")
+    ] = False,
 ) -> None:
     """Train a VAE or a flow; on several ranks under torchrun or deepspeed.
+
+    Exit code: 0 when done; train.requeue_exit after a signal, with a checkpoint saved; 75 if there was no room for
+    that checkpoint; 2 after a mistake that has to be mended first.
 
     Example: `bgen train configs/demo/vae.yaml train.steps=500`
 
@@ -83,7 +91,11 @@ def train(
     from bgen.config.load import load_config
     from bgen.train.run import train as run
 
-    run(load_config(config, overrides or []), resume=resume)
+    if accept_changed_data and not resume:
+        raise UserError("--accept-changed-data is about a run that goes on: give --resume as well.")
+    loaded = load_config(config, overrides or [])
+    if run(loaded, resume=resume, accept_changed_data=accept_changed_data).interrupted:
+        raise typer.Exit(loaded.train.requeue_exit)
 
 
 @app.command()
@@ -189,15 +201,23 @@ def doctor(
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder of `bgen train`.")],
     out: Annotated[Path, typer.Option(help="Folder of the model; must not be there, or be empty.")],
+    log: Annotated[bool, typer.Option("--log", help="Also make it an artifact of the run at MLflow.")] = False,
+    register: Annotated[
+        str | None, typer.Option(help="Name at MLflow's model registry that gets it as a new version.")
+    ] = None,
 ) -> None:
     """Write the newest verified checkpoint of a run as a model directory: safetensors and JSON, no pickle.
 
-    Example: `bgen export runs/flow --out my-model`
+    Example: `bgen export runs/flow --out my-model --register blood`
     """
     from bgen.train.run import export as run_export
 
     run_export(run, out)
     results.print(f"Model: {out}")
+    if log or register is not None:
+        from bgen.track.publish import log_model
+
+        results.print(f"MLflow: {log_model(run, out, register)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -259,6 +279,9 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for report.html and metrics.json.")],
     generated: Annotated[Path | None, typer.Option(help="Score these cells instead of generating new ones.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions, each with its own samples.")] = 3,
+    run: Annotated[
+        Path | None, typer.Option(help="Run folder of the model: its run at MLflow gets the scores as a child.")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -270,6 +293,11 @@ def evaluate(
 
     with progress_bar() as progress:
         scores = score(model, data, out, generated=generated, seeds=seeds, seed=seed, progress=progress)
+    if run is not None:
+        from bgen.track.publish import log_evaluation
+
+        child = log_evaluation(run, out.name, scores.means(), [out / "metrics.json", out / "report.html"])
+        notes.print(f"MLflow: child run {child}", highlight=False)
     if as_json:
         typer.echo(json.dumps(scores.as_json()))
     else:
@@ -323,12 +351,35 @@ def bench_train(
     batch: Annotated[int | None, typer.Option(min=1, help="Cells of a step; default: the configuration's.")] = None,
     genes: Annotated[int, typer.Option(min=1, help="Genes of a VAE.")] = 20_000,
     compare: Annotated[bool, typer.Option("--compare", help="Time mixers over time at equal parameters.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for train.json and train.png of --compare.")] = Path("bench"),
+    versus: Annotated[str | None, typer.Option(help="scvi: train a VAE beside scvi-tools'.")] = None,
+    data: Annotated[Path | None, typer.Option(help="--versus: an .h5ad of counts; default: simulated cells.")] = None,
+    python: Annotated[Path | None, typer.Option(help="--versus: the Python that has the other; default: this.")] = None,
+    epochs: Annotated[int, typer.Option(min=2, help="--versus: passes over the training cells.")] = 100,
+    repetitions: Annotated[int, typer.Option(min=1, help="--versus: trainings of each, in turn; medians.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="--versus: threads; default: one per core.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for what --compare and --versus write.")] = Path("bench"),
 ) -> None:
-    """Measure the training step of a configuration, or with --compare every mixer over time.
+    """Measure the training step of a configuration, with --compare every mixer over time, or with --versus a VAE.
 
     Example: `bgen bench train demo/flow --batch 64`
+
+    Example: `bgen bench train --versus scvi --python peers/bin/python --data cells.h5ad`
     """
+    if versus is not None:
+        from bgen.bench.versus import versus as measure_versus
+
+        measure_versus(
+            versus,
+            out,
+            data=data,
+            python=python,
+            batches=(128, 1024) if batch is None else (batch,),
+            epochs=epochs,
+            threads=threads,
+            repetitions=repetitions,
+            say=notes.print,
+        )
+        return
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device is cpu or cuda, not '{device}'.")
     if compare:
@@ -354,6 +405,21 @@ def bench_ssd(
     from bgen.bench.ssd import bench_ssd as measure
 
     typer.echo(json.dumps(measure(repetitions, say=notes.print), indent=1))
+
+
+@track_app.command("sync")
+def track_sync(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    uri: Annotated[str | None, typer.Option(help="Tracking URI; default: the run's own.")] = None,
+) -> None:
+    """Send what MLflow did not receive: after an outage, or from hosts that cannot reach it.
+
+    Example: `bgen track sync runs/vae runs/flow`
+    """
+    from bgen.track.publish import sync
+
+    for run in runs:
+        results.print(sync(run, uri), highlight=False, soft_wrap=True)
 
 
 @config_app.command("show")

@@ -118,6 +118,10 @@ class Scores:
                 return score
         raise KeyError(key)
 
+    def means(self) -> dict[str, float]:
+        """Return the mean of every figure under ``metric/row``, for trackers."""
+        return {f"{score.metric.key}/{row}": getattr(score, row).mean for score in self.scores for row in ROWS}
+
     def headline(self) -> str:
         """Return one sentence in plain words."""
         verdicts = [score.verdict for score in self.scores]

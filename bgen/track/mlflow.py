@@ -90,7 +90,6 @@ class MlflowMirror:
 
     def start(self) -> None:
         """Begin to mirror; returns at once."""
-        _do_not_wait_for_servers()
         self._thread.start()
 
     def send_all(self, status: str | None) -> int:
@@ -101,7 +100,6 @@ class MlflowMirror:
         UserError
             If MLflow does not answer.
         """
-        _do_not_wait_for_servers()
         try:
             self._connect(new_attempt=False)
             self._send()
@@ -159,6 +157,7 @@ class MlflowMirror:
 
     def client(self) -> MlflowClient:
         """A client of the tracking server."""
+        _do_not_wait_for_servers()
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
         from mlflow import MlflowClient
 

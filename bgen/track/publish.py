@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,11 +59,12 @@ def log_evaluation(
 
     client, parent, experiment = _find(run, uri)
     tags = {"mlflow.parentRunId": parent, "mlflow.runName": name}
-    child: str = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-    client.log_batch(child, metrics=[Metric(key, value, 0, 0) for key, value in metrics.items()])
-    for path in artifacts:
-        client.log_artifact(child, str(path))
-    client.set_terminated(child, "FINISHED")
+    with _answering(client):
+        child: str = client.create_run(experiment, run_name=name, tags=tags).info.run_id
+        client.log_batch(child, metrics=[Metric(key, value, 0, 0) for key, value in metrics.items()])
+        for path in artifacts:
+            client.log_artifact(child, str(path))
+        client.set_terminated(child, "FINISHED")
     return child
 
 
@@ -85,30 +88,39 @@ def log_model(run: Path, model: Path, register: str | None = None, uri: str | No
         If the run is not at MLflow, or MLflow does not answer.
     """
     client, run_id, _ = _find(run, uri)
-    client.log_artifacts(run_id, str(model), "model")
-    source = f"{client.get_run(run_id).info.artifact_uri}/model"
-    if register is not None:
-        if not client.search_registered_models(f"name = '{register}'"):
-            client.create_registered_model(register)
-        client.create_model_version(register, source, run_id)
+    with _answering(client):
+        client.log_artifacts(run_id, str(model), "model")
+        source = f"{client.get_run(run_id).info.artifact_uri}/model"
+        if register is not None:
+            if not client.search_registered_models(f"name = '{register}'"):
+                client.create_registered_model(register)
+            client.create_model_version(register, source, run_id)
     return source
 
 
 def _find(run: Path, uri: str | None) -> tuple[MlflowClient, str, str]:
     """Client, identifier of the MLflow run, identifier of its experiment."""
     mirror = _mirror(run, uri)
-    try:
-        client = mirror.client()
+    client = mirror.client()
+    found: list[Any] = []
+    with _answering(client):
         experiment = client.get_experiment_by_name(mirror.experiment)
-        found: list[Any] = []
         if experiment is not None:
             wanted = f"tags.`{RUN_TAG}` = '{mirror.run}'"
             found = client.search_runs([experiment.experiment_id], wanted, max_results=1)
-    except Exception as error:  # whatever MLflow raises
-        raise UserError(f"MLflow at {mirror.uri} does not answer: {str(error).splitlines()[0][:300]}") from error
     if not found:
         raise UserError(f"MLflow at {mirror.uri} has no run of {run}. `bgen track sync {run}` sends it.")
     return client, found[0].info.run_id, found[0].info.experiment_id
+
+
+@contextmanager
+def _answering(client: MlflowClient) -> Iterator[None]:
+    """Turn whatever MLflow raises into a message."""
+    try:
+        yield
+    except Exception as error:  # MLflow has no common base class for what its transport raises
+        said = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        raise UserError(f"MLflow at {client.tracking_uri} does not answer: {said}") from error
 
 
 def _mirror(run: Path, uri: str | None) -> MlflowMirror:

@@ -9,10 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,19 +36,65 @@ def server_command() -> str | None:
     return os.environ.get("BGEN_MLFLOW")
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, int]]:
-    """Address and process group of a server."""
+@contextmanager
+def postgresql() -> Iterator[str]:
+    """Address of a database of a fresh PostgreSQL server."""
+    found = [*sorted(Path("/usr/lib/postgresql").glob("*/bin")), *map(Path, os.environ["PATH"].split(os.pathsep))]
+    binaries = next((folder for folder in found if (folder / "initdb").exists()), None)
+    if binaries is None:
+        pytest.skip("no PostgreSQL server")
+    # It refuses to be run by root.
+    user = "postgres" if os.geteuid() == 0 else None
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    with tempfile.TemporaryDirectory(prefix="bgen-postgres-") as folder:
+        if user is not None:
+            shutil.chown(folder, user)
+        common: dict[str, Any] = {"user": user, "cwd": folder, "stdout": subprocess.DEVNULL}
+        subprocess.run([binaries / "initdb", "-D", "data", "-U", "bgen", "-A", "trust"], check=True, **common)
+        options = ["-D", "data", "-k", folder, "-p", port, "-c", "listen_addresses=127.0.0.1"]
+        server = subprocess.Popen([binaries / "postgres", *options], stderr=subprocess.DEVNULL, **common)
+        try:
+            create = [binaries / "createdb", "-h", "127.0.0.1", "-p", port, "-U", "bgen", "tracking"]
+            deadline = time.monotonic() + 60
+            while subprocess.run(create, stderr=subprocess.DEVNULL, check=False, **common).returncode != 0:
+                assert time.monotonic() < deadline
+                assert server.poll() is None
+                time.sleep(0.5)
+            yield f"postgresql://bgen@127.0.0.1:{port}/tracking"
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(60)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, int]]:
+    """Address and process group of a server, with either database behind it."""
     command = server_command()
     if command is None:
         pytest.skip("no `mlflow server`: install the extra serve, or set BGEN_MLFLOW to the mlflow command of another")
+    folder = tmp_path / "server"
+    folder.mkdir()
+    if request.param == "sqlite":
+        with running(command, folder, f"sqlite:///{folder / 'db'}") as found:
+            yield found
+        return
+    python = Path(command).with_name("python")
+    if subprocess.run([python, "-c", "import psycopg2"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("the environment of `mlflow server` has no psycopg2")
+    with postgresql() as database, running(command, folder, database) as found:
+        yield found
+
+
+@contextmanager
+def running(command: str, folder: Path, database: str) -> Iterator[tuple[str, int]]:
+    """A tracking server on a database."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    folder = tmp_path / "server"
-    folder.mkdir()
     arguments = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    arguments += ["--backend-store-uri", f"sqlite:///{folder / 'db'}", "--artifacts-destination", str(folder / "files")]
+    arguments += ["--backend-store-uri", database, "--artifacts-destination", str(folder / "files")]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen([command, *arguments], stdout=log, stderr=log, start_new_session=True)
     uri = f"http://127.0.0.1:{port}"
