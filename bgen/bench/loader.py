@@ -143,7 +143,7 @@ def bench_loader(
             row["types"] = _run(case, folder, where, 0.5, types=True)["types"]
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": _machine(),
+        "machine": machine(),
         "atlas": {**asdict(atlas), "nonzeros_per_cell": _nonzeros(folder)},
         "random_types": {str(batch): _random_types(atlas, batch) for batch in batches},
         "seconds": seconds,
@@ -280,7 +280,8 @@ def _nonzeros(folder: Path) -> float:
     return float(manifest["n_nonzeros"] / manifest["n_cells"])
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Return what is measured on: processor, cores, memory, system."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
