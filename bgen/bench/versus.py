@@ -3,7 +3,8 @@
 One hidden layer of 128 in encoder and decoder, 10 latent dimensions, negative binomial with an inverse dispersion per
 gene, library size observed; the same cells for training and the same for judging, the same number of epochs, the same
 KL warm-up. What is not architecture is each side's default: thinning, LayerNorm and a cosine schedule for bgen,
-BatchNorm, dropout and a constant rate for scvi-tools. The sides run in turn (:mod:`bgen.bench.versus_worker`).
+BatchNorm, dropout and a constant rate for scvi-tools. All use all cores, bgen in three ways: in one process, in a
+process per core, and so in bf16. They run in turn (:mod:`bgen.bench.versus_worker`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from rich.table import Table
 from bgen import __version__
 from bgen.bench import versus_worker
 from bgen.bench.loader import Say, machine
-from bgen.bench.versus_worker import PACKAGES, SIDES, Job
+from bgen.bench.versus_worker import Job
 from bgen.config.errors import UserError, nearest
 from bgen.data.manifest import Source
 from bgen.evaluate.counts import variable_genes
@@ -38,11 +39,27 @@ from data_tools.simulate import simulate
 from data_tools.write import Contents, write_store
 
 HIDDEN, LATENT, LEARNING_RATE = 128, 10, 1e-3
+PACKAGES = {"scvi": "scvi-tools"}
 TEST_SHARE = 0.2
 KL_SHARE = 0.25
 """Share of the epochs in which the KL weight rises."""
 
 MEASURED = ("cells_per_s", "seconds", "nll", "kl", "bound")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: whose training, in which precision, in how many processes."""
+
+    side: str
+    precision: str
+    ranks: int
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        ranks = f", {self.ranks} ranks" if self.ranks > 1 else ""
+        return f"{self.side}{ranks}{', bf16' if self.precision == 'bf16' else ''}"
 
 
 def versus(
@@ -92,46 +109,50 @@ def versus(
     UserError
         If the peer is unknown or not installed, the data is too small, or a training fails.
     """
-    if peer not in SIDES or peer == "bgen":
-        raise UserError(
-            f"--versus {peer}: bgen is compared with {', '.join(set(SIDES) - {'bgen'})}.{nearest(peer, SIDES)}"
-        )
+    if peer not in PACKAGES:
+        raise UserError(f"--versus {peer}: bgen is compared with {', '.join(PACKAGES)}.{nearest(peer, PACKAGES)}")
     pythons = {"bgen": Path(sys.executable), peer: python or Path(sys.executable)}
     _require(peer, pythons[peer])
     if epochs < 2:
         raise UserError("--epochs: at least 2, because the first one is not timed.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = threads or cores
+    variants = [Variant(peer, "float32", 1), Variant("bgen", "float32", 1)]
+    if threads > 1:
+        variants += [Variant("bgen", precision, threads) for precision in ("float32", "bf16")]
     rows = []
     with tempfile.TemporaryDirectory(prefix="bgen-versus-") as folder:
         facts = prepare(Path(folder), data, genes, max(batches), seed)
         say(f"{facts['train']:,} cells for training, {facts['test']:,} held out, {facts['genes']:,} genes")
         for batch in batches:
-            found: dict[str, list[dict[str, Any]]] = {peer: [], "bgen": []}
+            found: dict[Variant, list[dict[str, Any]]] = {variant: [] for variant in variants}
             for repetition in range(repetitions):
-                for side in found:
-                    say(f"batch {batch}, {side}, {epochs} epochs ({repetition + 1} of {repetitions})")
+                for number, variant in enumerate(variants):
+                    say(f"batch {batch}, {variant.label}, {epochs} epochs ({repetition + 1} of {repetitions})")
                     job = Job(
-                        side=side,
+                        side=variant.side,
                         folder=folder,
-                        out=str(Path(folder) / f"{side}_{batch}_{repetition}"),
+                        out=str(Path(folder) / f"{number}_{batch}_{repetition}"),
                         batch=batch,
                         epochs=epochs,
                         kl_epochs=max(1, round(KL_SHARE * epochs)),
                         hidden=HIDDEN,
                         latent=LATENT,
                         learning_rate=LEARNING_RATE,
-                        threads=threads or cores,
+                        precision=variant.precision,
+                        ranks=variant.ranks,
+                        threads=threads // variant.ranks,
                         seed=seed + repetition,
                     )
-                    found[side].append(_run(job, pythons[side]))
-            rows += [_summarise(side, batch, results) for side, results in found.items()]
+                    found[variant].append(_run(job, pythons[variant.side]))
+            rows += [_summarise(variant, batch, results) for variant, results in found.items()]
     for row in rows:
         base = next(other for other in rows if other["side"] == peer and other["batch"] == row["batch"])
         row["times"] = row["cells_per_s"] / base["cells_per_s"]
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "threads": threads or cores,
+        "threads": threads,
         "data": facts,
         "epochs": epochs,
         "repetitions": repetitions,
@@ -209,7 +230,8 @@ def _run(job: Job, python: Path) -> dict[str, Any]:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
     else:
         environment.pop("PYTHONPATH", None)
-    command = [str(python), str(versus_worker.__file__), json.dumps(asdict(job))]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.ranks}"] if job.ranks > 1 else []
+    command = [str(python), *launcher, str(versus_worker.__file__), json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=job.folder)
     if done.returncode != 0:
         raise UserError(f"training with {job.side} failed:\n{done.stderr.strip()[-3000:]}")
@@ -217,10 +239,10 @@ def _run(job: Job, python: Path) -> dict[str, Any]:
     return result
 
 
-def _summarise(side: str, batch: int, results: list[dict[str, Any]]) -> dict[str, Any]:
+def _summarise(variant: Variant, batch: int, results: list[dict[str, Any]]) -> dict[str, Any]:
     medians = {name: statistics.median(result[name] for result in results) for name in MEASURED}
     versions = {name: results[0][name] for name in ("version", "torch", "python")}
-    return {"side": side, "batch": batch, **medians, **versions}
+    return {"label": variant.label, **asdict(variant), "batch": batch, **medians, **versions}
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -231,12 +253,12 @@ def _show(result: dict[str, Any]) -> None:
         caption=f"{computer['cpu']}, {result['threads']} threads; held-out nats a cell: -log p(x|z), and the bound of "
         "-log p(x)",
     )
-    for name in ("batch", "side", "version", "cells/s", "times", "-log p(x|z)", "bound"):
-        table.add_column(name, justify="left" if name in ("side", "version") else "right")
+    for name in ("batch", "library", "version", "cells/s", "times", "-log p(x|z)", "bound"):
+        table.add_column(name, justify="left" if name in ("library", "version") else "right")
     for row in result["rows"]:
         table.add_row(
             str(row["batch"]),
-            row["side"],
+            row["label"],
             row["version"],
             f"{row['cells_per_s']:,.0f}",
             f"{row['times']:.2f}",

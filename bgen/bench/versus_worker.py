@@ -9,9 +9,9 @@ Axes: B cells, G genes, D latent size.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -43,8 +43,10 @@ class Job:
         Width of the one hidden layer of encoder and decoder, and size of the latent.
     learning_rate
         Adam's; bgen warms up and decays from it, scvi-tools keeps it.
-    threads
-        Threads of torch.
+    precision
+        bgen's ``train.precision``.
+    ranks, threads
+        Processes of bgen, and threads of torch in each.
     seed
         Seed.
     """
@@ -58,6 +60,8 @@ class Job:
     hidden: int
     latent: int
     learning_rate: float
+    precision: str
+    ranks: int
     threads: int
     seed: int
 
@@ -68,6 +72,8 @@ class Trained:
 
     Attributes
     ----------
+    version
+        Of the side's library.
     cells, seconds
         Cells that were trained on after the first epoch, and how long it took.
     judge
@@ -75,6 +81,7 @@ class Trained:
         function from z ``[B, D]`` to mean ``[B, G]`` and inverse dispersion ``[G]``; all float64 arrays.
     """
 
+    version: str
     cells: int
     seconds: float
     judge: Callable[[], Iterator[tuple[Any, Any, Any, Callable[[Any], tuple[Any, Any]]]]]
@@ -85,6 +92,7 @@ def bgen(job: Job) -> Trained:
     import numpy as np
     import torch
 
+    from bgen import __version__
     from bgen.config.load import load_config
     from bgen.data.loader import CountReader
     from bgen.data.open import open_store
@@ -106,6 +114,7 @@ def bgen(job: Job) -> Trained:
         "train.steps": math.ceil(job.epochs * epoch),
         "train.global_batch": job.batch,
         "train.learning_rate": job.learning_rate,
+        "train.precision": job.precision,
         "train.warmup": per_epoch,
         "train.eval_every": 0,
         "train.patience": 0,
@@ -129,7 +138,8 @@ def bgen(job: Job) -> Trained:
 
             yield counts, mean, logvar, decode
 
-    return Trained((rows[-1]["step"] - rows[0]["step"]) * job.batch, rows[-1]["time"] - rows[0]["time"], judge)
+    cells = (rows[-1]["step"] - rows[0]["step"]) * job.batch
+    return Trained(__version__, cells, rows[-1]["time"] - rows[0]["time"], judge)
 
 
 def scvi(job: Job) -> Trained:
@@ -181,11 +191,10 @@ def scvi(job: Job) -> Trained:
 
             yield counts.astype(np.float64), mean, logvar, decode
 
-    return Trained((job.epochs - 1) * adata.n_obs, ends[-1] - ends[0], judge)
+    return Trained(package.__version__, (job.epochs - 1) * adata.n_obs, ends[-1] - ends[0], judge)
 
 
 SIDES = {f.__name__: f for f in (bgen, scvi)}
-PACKAGES = {"bgen": "bgen-flow", "scvi": "scvi-tools"}
 
 
 def nb_log_prob(counts: Any, mean: Any, theta: Any) -> Any:
@@ -232,9 +241,10 @@ def main() -> None:
     job = Job(**json.loads(sys.argv[1]))
     torch.set_num_threads(job.threads)
     trained = SIDES[job.side](job)
+    if os.environ.get("RANK", "0") != "0":
+        return
     rate = {"cells_per_s": trained.cells / trained.seconds, "seconds": trained.seconds}
-    version = importlib.metadata.version(PACKAGES[job.side])
-    versions = {"version": version, "torch": torch.__version__, "python": sys.version.split()[0]}
+    versions = {"version": trained.version, "torch": torch.__version__, "python": sys.version.split()[0]}
     print(json.dumps({**rate, **held_out(trained), **versions}), flush=True)
 
 

@@ -204,7 +204,7 @@ class TrainConfig(Section):
         300.0, description="Seconds to go on trying when a batch cannot be read (the file system is away)."
     )
     requeue_exit: Annotated[int, Field(ge=0, le=255)] = Field(
-        0, description="Exit code after a signal and a saved checkpoint; the scheduler's code for requeue."
+        0, description="Exit code of `bgen train` after a signal and a saved checkpoint; a scheduler may requeue by it."
     )
 
 

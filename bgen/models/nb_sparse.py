@@ -122,22 +122,24 @@ class SparseNB(torch.autograd.Function):
     ) -> Tensor:
         """Return log p(cell), ``[B]``."""
         logits = logits.contiguous()
-        theta, log_library = log_theta.exp(), library.log()
+        theta = log_theta.exp()
         flat = rows * logits.shape[1] + indices
-        ratio = torch.empty_like(logits)
-        log_normaliser, zeros = torch.empty_like(library), torch.empty_like(library)
+        ratio, zeros = torch.empty_like(logits), torch.empty_like(library)
         for part in _blocks(logits):
             rho = torch.softmax(logits[part], dim=1, out=ratio[part])
-            log_normaliser[part] = logits[part].amax(dim=1) - rho.amax(dim=1).log_()
             rho.mul_(library[part, None]).mul_(theta.reciprocal())
             zeros[part] = torch.log1p(rho) @ theta
-        log_mu = logits.view(-1).index_select(0, flat) + (log_library - log_normaliser).index_select(0, rows)
-        theta_nnz = theta.index_select(0, indices)
-        log1p_ratio = torch.log1p(ratio.view(-1).index_select(0, flat))
+        ratio_nnz = ratio.view(-1).index_select(0, flat)
+        q_nnz = ratio_nnz.div_(ratio_nnz + 1)
+        # log mu - log(1 + r) = log theta + log q; where rho underflowed, q is taken to be the smallest float.
+        log_q = q_nnz.clamp_min(torch.finfo(q_nnz.dtype).tiny).log_()
         many = _above_one(counts)
-        counts_many, theta_many = counts.index_select(0, many), theta_nnz.index_select(0, many)
-        term = (log_mu - log1p_ratio).mul_(counts).index_add_(0, many, _count_term(counts_many, theta_many))
-        ctx.save_for_backward(theta, library, indptr, indices, counts, rows, flat, ratio, many, counts_many, theta_many)
+        counts_many, theta_many = counts.index_select(0, many), theta.index_select(0, indices.index_select(0, many))
+        term = log_q.add_(log_theta.index_select(0, indices)).mul_(counts)
+        term.index_add_(0, many, _count_term(counts_many, theta_many))
+        ctx.save_for_backward(
+            theta, library, indptr, indices, counts, rows, flat, ratio, q_nnz, many, counts_many, theta_many
+        )
         return torch.segment_reduce(term, "sum", offsets=indptr, initial=0.0) - zeros
 
     @staticmethod
@@ -148,9 +150,8 @@ class SparseNB(torch.autograd.Function):
         With ``q = r / (1 + r)``: d log p / d log mu = x (1 - q) - theta q and
         d log p / d log theta = theta (q - L) + x q + theta dA/dtheta; the softmax subtracts rho times the row's sum.
         """
-        theta, library, indptr, indices, counts, rows, flat, ratio, many, counts_many, theta_many = ctx.saved_tensors
-        ratio_nnz = ratio.view(-1).index_select(0, flat)
-        q_nnz = ratio_nnz / (ratio_nnz + 1)
+        theta, library, indptr, indices, counts, rows, flat, ratio, q_nnz, *above_one = ctx.saved_tensors
+        many, counts_many, theta_many = above_one
         grad_nnz = grad.index_select(0, rows)
         slope = (counts * q_nnz).index_add_(0, many, _gamma_ratio_slope(counts_many, theta_many)).mul_(grad_nnz)
         grad_log_theta = torch.zeros_like(theta)
