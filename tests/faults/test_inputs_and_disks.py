@@ -162,6 +162,30 @@ def test_a_store_that_stays_away(tmp_path: Path) -> None:
     assert len(resumed.losses) == 5
 
 
+def test_a_start_that_hangs_ends_with_the_stacks(tmp_path: Path) -> None:
+    """The first batch never comes: after train.start_timeout the run says where it stands, and ends."""
+    code = """
+import sys, time
+from toy import ToyStage, toy_config
+from bgen.train.trainer import Trainer
+
+stage = ToyStage(toy_config(sys.argv[1], {"start_timeout": 2, "step_timeout": 1000}))
+
+def never(start):
+    time.sleep(1000)
+    yield
+
+stage.train_batches = never
+Trainer(stage.config, stage).fit()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment(), timeout=200, check=False)
+    assert done.returncode == 1
+    stacks = (tmp_path / "run" / "stacks" / "rank_0.txt").read_text()
+    assert "in never" in stacks
+    assert "Timeout" in stacks
+
+
 def test_a_lock_that_a_killed_build_left(tmp_path: Path) -> None:
     """Fault 15: DeepSpeed would wait for ever at the lock of an op that it builds on CPU hosts."""
     version = f"py{sys.version_info.major}{sys.version_info.minor}_cpu"

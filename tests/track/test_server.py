@@ -62,7 +62,7 @@ def postgresql() -> Iterator[str]:
                 assert time.monotonic() < deadline
                 assert server.poll() is None
                 time.sleep(0.5)
-            yield f"postgresql://bgen@127.0.0.1:{port}/tracking"
+            yield f"postgresql+psycopg2://bgen@127.0.0.1:{port}/tracking"
         finally:
             server.send_signal(signal.SIGINT)
             server.wait(60)
