@@ -422,6 +422,26 @@ def track_sync(
         results.print(sync(run, uri), highlight=False, soft_wrap=True)
 
 
+@bench_app.command("time")
+def bench_time(
+    file: Annotated[Path, typer.Argument(help="The course: .csv (emt), .npz (eb), .h5ad (worm, simulated).")],
+    data: Annotated[str, typer.Option(help="emt, eb, worm or simulated (of `bgen data simulate`).")],
+    out: Annotated[Path, typer.Option(help="Folder for time.json.")],
+    seeds: Annotated[int, typer.Option(help="Trainings of every left-out time point.")] = 3,
+    point: Annotated[list[float] | None, typer.Option(help="Time point left out; default: each inner one.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps of what is trained; default: each its own.")
+    ] = None,
+) -> None:
+    """Leave time points of a course out, generate them, and compare with baselines and OT-CFM.
+
+    Example: `bgen bench time cells.h5ad --data simulated --point 24 --seeds 2 --steps 20 --out bench-time`
+    """
+    from bgen.bench.time import bench_time as compare
+
+    results.print(compare(data, file, out, seeds=seeds, points=point, steps=steps, say=notes.print).table())
+
+
 @config_app.command("show")
 def config_show(
     config: str,

@@ -84,7 +84,7 @@ def test_scores_stand_beside_baselines_where_the_truth_is_there(bgen: Any, here:
     score = json.loads(done.out)["scores"]["24"]
     assert score["protocol"] == "time-point-v1"
     rows = score["metrics"]["w2"]["rows"]
-    assert list(rows) == ["model", "previous", "next", "OT-midpoint", "ceiling"]
+    assert list(rows) == ["model", "previous", "next", "OT-midpoint", "OT-midpoint as counts", "ceiling"]
     assert rows["ceiling"]["mean"] < rows["previous"]["mean"]
     table = bgen("forecast", "model", "cells.h5ad", "--time", 48, "--out", "at48.h5ad")
     assert "trend" in table.out

@@ -4,7 +4,8 @@ Frozen: a change of any figure needs a new protocol id. The cells of one time po
 compared with generated ones and with baselines that see the same neighbouring time points:
 
     previous, next    their cells as they are
-    OT-midpoint       displacement interpolation of both, at the missing point's share of the gap
+    OT-midpoint       displacement interpolation of both in the embedding, at the missing point's share s of the gap
+      as counts       the same pairs, each as one cell that keeps 1 - s of the one's counts and s of the other's
     trend             where nothing comes after: the previous cells, moved on by the mean's last step
 
 For each of several seeds the real cells are halved at random. Every row is compared with n cells of the one half, and
@@ -27,11 +28,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
+from scipy import sparse
 
 from bgen.config.errors import UserError
 from bgen.evaluate import distribution
 from bgen.evaluate.scores import CLOSE, NOISE, SHORT, STYLES, Estimate, Metric, Verdict
-from bgen.flow.displacement import displace, draw
+from bgen.flow.displacement import displace, draw, transport_plan
 
 PROTOCOL = "time-point-v1"
 MAX_CELLS = 1000
@@ -71,6 +73,31 @@ def interpolation_baselines(previous: NDArray[Any], following: NDArray[Any], sha
         "next": Pool(following),
         "OT-midpoint": Pool(*displace(some[0], some[1], share)),
     }
+
+
+def mixed_counts(
+    previous: sparse.csr_matrix,
+    following: sparse.csr_matrix,
+    previous_at: NDArray[Any],
+    following_at: NDArray[Any],
+    share: float,
+) -> sparse.csr_matrix:
+    """Return the OT-midpoint as counts ``[n, G]``, n cells as in the larger population.
+
+    Partners i, j are those of the plan in the embedding, at ``[N, D]`` and ``[M, D]``; their cell is
+    Binomial(x_i, 1 - share) + Binomial(x_j, share), so that it is as noisy as measured cells are.
+    """
+    rng = np.random.default_rng(0)
+    some = [rng.permutation(side.shape[0])[:PLAN_CELLS] for side in (previous, following)]
+    i, j, weights = transport_plan(previous_at[some[0]], following_at[some[1]])
+    chosen = draw(weights, max(len(some[0]), len(some[1])), rng)
+    parts = []
+    for counts, keep in ((previous[some[0][i[chosen]]], 1 - share), (following[some[1][j[chosen]]], share)):
+        kept = rng.binomial(np.rint(counts.data).astype(np.int64), keep).astype(np.float32)
+        parts.append(sparse.csr_matrix((kept, counts.indices, counts.indptr), shape=counts.shape))
+    mixed = sparse.csr_matrix(parts[0] + parts[1])
+    mixed.eliminate_zeros()
+    return mixed
 
 
 def forecast_baselines(previous: NDArray[Any], before: NDArray[Any] | None, ratio: float) -> dict[str, Pool]:

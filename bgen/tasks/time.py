@@ -32,6 +32,7 @@ from bgen.evaluate.time_point import (
     evaluate_time_point,
     forecast_baselines,
     interpolation_baselines,
+    mixed_counts,
 )
 from bgen.hub.directory import SavedModel
 from bgen.models.latent_flow import LatentFlow, Places
@@ -184,7 +185,8 @@ def predict_times(
         parts += made
         truth = observed.counts[np.isin(observed.system, [task.system for task in tasks]) & (observed.time == moment)]
         if truth.shape[0] >= 2 * MIN_CELLS:
-            scores[moment] = _score(observed, tasks, truth, sp.vstack(made, format="csr"), axis, forecast)
+            seen = ~np.isin(observed.time, moments)
+            scores[moment] = _score(observed, seen, tasks, truth, sp.vstack(made, format="csr"), axis, forecast)
         if progress:
             progress("generating", number + 1, len(moments))
     table = pd.concat(obs, ignore_index=True)
@@ -398,11 +400,16 @@ def _like_neighbours(observed: Observed, task: Task, rng: np.random.Generator) -
 
 
 def _score(
-    observed: Observed, tasks: Sequence[Task], truth: sp.csr_matrix, made: sp.csr_matrix, axis: TimeAxis, forecast: bool
+    observed: Observed,
+    seen: NDArray[np.bool_],
+    tasks: Sequence[Task],
+    truth: sp.csr_matrix,
+    made: sp.csr_matrix,
+    axis: TimeAxis,
+    forecast: bool,
 ) -> TimeScores:
-    """Compare with the truth, in principal components of the observed cells that were used."""
-    used = np.concatenate([rows for task in tasks for rows in task.context.values()])
-    space = fit_space(observed.counts[used])
+    """Compare with the truth, in principal components of the cells ``seen`` (a bool per cell): those not asked for."""
+    space = fit_space(observed.counts[seen])
     found: dict[str, list[tuple[Pool, int]]] = {}
     for task in tasks:
         sides = task.side(False), task.side(True)
@@ -412,8 +419,11 @@ def _score(
             gap = sides[0][-1] - sides[0][-2] if len(sides[0]) > 1 else 1.0
             pools = forecast_baselines(previous, before, (task.time - sides[0][-1]) / gap)
         else:
-            following = space.project(observed.counts[task.context[sides[1][0]]])
+            ends = [observed.counts[task.context[time]] for time in (sides[0][-1], sides[1][0])]
+            following = space.project(ends[1])
             pools = interpolation_baselines(previous, following, task.share)
+            mixed = mixed_counts(ends[0], ends[1], previous, following, task.share)
+            pools["OT-midpoint as counts"] = Pool(space.project(mixed))
         for name, pool in pools.items():
             found.setdefault(name, []).append((pool, task.n))
     baselines = {name: _together(pools) for name, pools in found.items() if len(pools) == len(tasks)}

@@ -1,0 +1,99 @@
+"""A hybrid flow on a time course of counts: the whole job of a user, without one time point.
+
+Variable genes are chosen, the store is built, VAE and flow are trained on the other time points; then the missing one
+is interpolated and scored by :meth:`bgen.tasks.model.Model.predict_times`, as ``bgen interpolate`` does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import anndata
+import numpy as np
+from anndata import AnnData
+
+from bgen import __version__
+from bgen.bench.time_course import Recipe
+from bgen.config.errors import UserError
+from bgen.config.load import load_config
+from bgen.config.output import write_h5ad
+from bgen.evaluate.counts import variable_genes
+from bgen.evaluate.time_point import TimeScores
+from bgen.tasks.model import load_model
+from bgen.train.run import train
+from data_tools.build import build
+from data_tools.check import check
+
+GENES = 2000
+"""Variable genes that are kept, chosen on the time points that the model may see."""
+
+VAE_STEPS, BATCH = 600, 128
+
+
+def score_missing_time(
+    cells: AnnData, time: float, folder: Path, recipe: Recipe, *, system: Sequence[str], seed: int
+) -> TimeScores:
+    """Train without the cells of one time, generate that time from its neighbours, and score it.
+
+    Parameters
+    ----------
+    cells
+        Counts in X; obs: ``time`` (a number for every time point), ``batch``, and the columns of ``system``.
+    folder
+        New folder for store and runs.
+    """
+    seen = cells[cells.obs["time"] != time]
+    genes = np.sort(variable_genes(seen.X, min(GENES, cells.n_vars)))
+    seen, cells = seen[:, genes].copy(), cells[:, genes].copy()
+    folder.mkdir(parents=True)
+    write_h5ad(seen, folder / "seen.h5ad")
+    report = check([folder / "seen.h5ad"])
+    if report.errors:
+        raise UserError(f"The cells cannot be used: `bgen data check {folder / 'seen.h5ad'}` says why.")
+    build(report, folder / "store", created_by=f"bgen {__version__}", splits={"train": 0.9, "valid": 0.1}, seed=seed)
+    common = [f"seed={seed}", f"data.store={folder / 'store'}", "track.mlflow=false", "track.progress=false"]
+    vae = [
+        *common,
+        f"out={folder / 'vae'}",
+        "vae.covariates=[batch]",
+        f"train.steps={VAE_STEPS}",
+        f"train.global_batch={BATCH}",
+    ]
+    train(load_config("demo/vae", vae))
+    shape = {"system": list(system), "times": recipe.times, "cells": recipe.cells}
+    flow_settings = recipe.flow.model_dump(mode="json", exclude={"vae"})
+    flow = [
+        *common,
+        f"out={folder / 'flow'}",
+        f"flow.vae={folder / 'vae'}",
+        *(f"flow.{name}={json.dumps(value)}" for name, value in flow_settings.items()),
+        f"sample={json.dumps(recipe.sample.model_dump(mode='json'))}",
+        f"data.trajectories={json.dumps(shape)}",
+        f"train.steps={recipe.steps}",
+        f"train.global_batch={recipe.batch * recipe.times * recipe.cells}",
+        f"train.learning_rate={recipe.learning_rate}",
+        f"train.ema={recipe.ema}",
+        "train.warmup=50",
+        "train.eval_every=0",
+    ]
+    train(load_config("trajectories", flow))
+    _, scores = load_model(folder / "flow" / "model").predict_times(cells, time, forecast=False, seed=seed)
+    return scores[time]
+
+
+def read_worm(path: Path) -> tuple[AnnData, list[str]]:
+    """Read C. elegans neuron lineages (Packer et al., Science 2019): time is the mean minute of each of the 8 bins."""
+    cells = anndata.read_h5ad(path)
+    bins, minute = cells.obs["embryo_time_bin"].astype(str), cells.obs["embryo_time"].astype(float)
+    cells.obs["time"] = minute.groupby(bins.to_numpy()).transform("mean").round(1)
+    cells.uns["time_unit"] = "minutes"
+    cells.obs = cells.obs[["time", "batch", "cell_type"]].copy()
+    return cells, []
+
+
+def read_simulated(path: Path) -> tuple[AnnData, list[str]]:
+    """Read what ``bgen data simulate`` wrote: trajectories are donors."""
+    cells = anndata.read_h5ad(path)
+    return cells, ["donor"]
