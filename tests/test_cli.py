@@ -111,7 +111,9 @@ def test_evaluate_writes_table_report_and_card(bgen: Any, demo: Any, tmp_path: P
     assert "2-Wasserstein" in scored.out
     assert "ceiling" in scored.out
     assert (tmp_path / "report" / "report.html").stat().st_size > 50_000
-    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())["metrics"]
+    told = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    metrics = told["metrics"]
+    assert any("nearest training cell" in note for note in told["notes"])
     assert {"model", "baseline", "ceiling", "verdict"} <= set(metrics["w2"])
     assert "| 2-Wasserstein" in (model / "README.md").read_text()
 

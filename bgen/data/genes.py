@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from bgen.config.errors import UserError
 
 NAME = "genes.csv"
+VERSIONED = r"^(ENS[A-Z]{0,6}G\d{11})\.\d+"
+"""An Ensembl gene id with its version."""
+
 COLUMNS = ["id", "symbol", "cells"]
 """``id`` is the key, ``symbol`` for people, ``cells`` how many cells express the gene."""
 
@@ -32,6 +35,13 @@ def hash_genes(ids: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
+def plain_ids(ids: Sequence[str]) -> list[str]:
+    """Return ids as a store has them: Ensembl gene ids without their version; unchanged if that would merge some."""
+    names = pd.Index(ids).astype(str)
+    plain = names.str.replace(VERSIONED, r"\1", regex=True)
+    return (plain if plain.is_unique else names).tolist()
+
+
 def match_genes(wanted: Sequence[str], there: Sequence[str], *, floor: float = 0.8, what: str) -> NDArray[np.int64]:
     """Return for each gene of ``wanted`` its place in ``there``, or -1.
 
@@ -47,7 +57,7 @@ def match_genes(wanted: Sequence[str], there: Sequence[str], *, floor: float = 0
     UserError
         Naming both vocabularies if too few genes agree.
     """
-    places = pd.Index(there).get_indexer(pd.Index(wanted))
+    places = pd.Index(plain_ids(there)).get_indexer(pd.Index(wanted))
     found = int((places >= 0).sum())
     if found < floor * len(wanted):
         raise UserError(

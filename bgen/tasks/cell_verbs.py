@@ -103,6 +103,12 @@ def denoise(
         f"{scores['model']:.1f}; best PCA {scores['pca']:.1f}, mean profile {scores['mean']:.1f},"
         f" raw {scores['raw']:.1f}."
     ]
+    if "calibration" in scores:
+        covered = scores["calibration"]
+        said.append(
+            "Held-out counts within the central 50 and 90 % that the model gives them:"
+            f" {covered['coverage_50']:.0%} and {covered['coverage_90']:.0%}."
+        )
     if told["genes_unknown_to_the_model"]:
         said.append(f"{told['genes_unknown_to_the_model']:,} genes unknown to the model are NaN.")
     _finish(cells, out, told, said, as_json)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from bgen.config.errors import UserError
 from bgen.data.genes import match_genes
-from bgen.evaluate.denoising import molecular_cross_validation
+from bgen.evaluate.calibration import calibration
+from bgen.evaluate.denoising import molecular_cross_validation, split_molecules
 from bgen.tasks.read import in_genes_of, require_cells
 
 if TYPE_CHECKING:
@@ -65,7 +66,10 @@ def denoise_cells(
 
 
 def denoising_scores(model: Model, adata: AnnData, *, layer: str | None = None, seed: int = 0) -> dict[str, Any]:
-    """Score denoising by molecular cross-validation on at most 1,000 cells, beside PCA and the mean over cells."""
+    """Score denoising by molecular cross-validation on at most 1,000 cells, beside PCA and the mean over cells.
+
+    Returns the deviances, and the share of held-out counts in the central 50 and 90 % of the model's distributions.
+    """
     rows = np.sort(np.random.default_rng(seed).permutation(adata.n_obs)[:SCORED_CELLS])
     some = adata[rows]
     genes = pd.Index(model.genes)
@@ -75,7 +79,13 @@ def denoising_scores(model: Model, adata: AnnData, *, layer: str | None = None, 
         z, _ = model.encode(thinned)
         return _expected(model, thinned, z, half, np.arange(len(genes)), None).astype(np.float64)
 
-    return molecular_cross_validation(model.counts(some, layer), {"model": by_model}, seed=seed)
+    counts = model.counts(some, layer)
+    scores: dict[str, Any] = molecular_cross_validation(counts, {"model": by_model}, seed=seed)
+    if model.saved.vae.config.likelihood == "nb":
+        first, second = split_molecules(counts, seed)
+        theta = np.exp(model.saved.vae.decoder.log_theta.detach().numpy().astype(np.float64))
+        scores["calibration"] = calibration(second, by_model(first), theta, seed=seed).as_json()
+    return scores
 
 
 def _expected(

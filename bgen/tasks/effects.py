@@ -21,6 +21,7 @@ from bgen.models.effects import raw_effects, shrink
 from bgen.tasks.screen import ScreenData
 
 RIDGES = (1.0, 10.0, 100.0, np.inf)
+LEAST_CELLS = 2
 LEAST_TARGETS = 6
 """Targets from which unseen ones are predicted otherwise than by the average."""
 
@@ -105,14 +106,13 @@ def fit_effects(data: ScreenData, labels: pd.DataFrame) -> Effects:
     sets = [tuple(sorted(names)) for names in labels["members"]]
     doses = labels["dose"].to_numpy(np.float64)
     values = np.zeros((len(sets), counts.shape[1]))
-    for row in sorted(range(len(sets)), key=lambda row: len(sets[row])):
+    for row in sorted(range(len(sets)), key=lambda row: len(sets[row])):  # combinations after their members
         cells = np.flatnonzero(screen.label == row)
-        if len(cells) < 2:
+        if len(cells) < LEAST_CELLS:
             continue
         estimate, error = raw_effects(counts, cells, control, screen.stratum)
-        rows = [_row(sets, doses, (name,), doses[row]) for name in sets[row]]
-        parts = [at for at in rows if at is not None] if len(sets[row]) > 1 else []
-        expected = values[parts].sum(0) if parts else np.zeros(counts.shape[1])
+        parts = [_row(sets, doses, (name,), doses[row]) for name in sets[row]] if len(sets[row]) > 1 else []
+        expected = values[[at for at in parts if at is not None]].sum(0)
         values[row] = expected + shrink(estimate - expected, error)
     return Effects(sets, doses, values.astype(np.float32))
 

@@ -24,6 +24,7 @@ from bgen.config.errors import UserError
 from bgen.config.load import load_config
 from bgen.config.output import require_new_folder
 from bgen.config.schema import Config
+from bgen.data.genes import plain_ids
 from bgen.data.memory import MemoryCells
 from bgen.distributed import world as ranks
 from bgen.hub.directory import ColumnInfo, Module, SavedModel, count_combinations, load_directory, save_model
@@ -141,7 +142,7 @@ def finetune(
 
 def grow(parent: SavedModel, adata: AnnData, request: Request, say: Say) -> SavedModel:
     """Return the parent with rows for the data's new batches, conditions and (if asked) genes, and say what is new."""
-    genes, names = parent.genes["id"].tolist(), adata.var_names.astype(str)
+    genes, names = parent.genes["id"].tolist(), pd.Index(plain_ids(adata.var_names.tolist()))
     known = names.isin(genes)
     share = known.sum() / len(genes)
     say(f"{known.sum():,} of the model's {len(genes):,} genes are in the data ({share:.0%}).")
@@ -172,8 +173,8 @@ def grow(parent: SavedModel, adata: AnnData, request: Request, say: Say) -> Save
     module: Module = vae
     if isinstance(parent.module, LatentFlow):
         module = grow_flow(parent.module, vae, {name: sizes[name] for name in parent.module.conditions.sizes})
-    symbols = adata.var["symbol"].astype(str)[new_genes] if "symbol" in adata.var else new_genes
-    added = pd.DataFrame({"id": new_genes, "symbol": np.asarray(symbols), "cells": 0})
+    symbols = adata.var["symbol"].astype(str).to_numpy()[~known] if "symbol" in adata.var else names[~known]
+    added = pd.DataFrame({"id": new_genes, "symbol": np.asarray(symbols)[: len(new_genes)], "cells": 0})
     table = pd.concat([parent.genes[["id", "symbol", "cells"]], added], ignore_index=True)
     return replace(parent, module=module, genes=table, columns=columns)
 

@@ -12,6 +12,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from bgen.config.errors import UserError, nearest
+from bgen.data.genes import plain_ids
 
 MISSING = {"", "nan", "none", "na", "unknown", "unassigned", "unlabelled"}
 """Texts, in lower case, that say that a cell has no label."""
@@ -61,7 +62,7 @@ def text_column(adata: AnnData, name: str) -> NDArray[np.str_]:
 
 def in_genes_of(adata: AnnData, genes: Sequence[str], values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return values ``[n_cells, G]`` of the genes of a model as a layer of the data, NaN for genes not among them."""
-    places = pd.Index(genes).get_indexer(adata.var_names.astype(str))
+    places = pd.Index(genes).get_indexer(pd.Index(plain_ids(adata.var_names.tolist())))
     layer = np.full(adata.shape, np.nan, np.float32)
     layer[:, places >= 0] = values[:, places[places >= 0]]
     return layer

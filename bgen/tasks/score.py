@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import scipy.sparse as sp
 from anndata import AnnData
 
 from bgen import __version__
@@ -13,6 +15,7 @@ from bgen.data.genes import match_genes
 from bgen.data.open import open_store
 from bgen.data.store import Store
 from bgen.data.to_anndata import read_anndata
+from bgen.evaluate.memorisation import memorisation
 from bgen.evaluate.protocol import baseline_cells
 from bgen.evaluate.protocol import evaluate as run_protocol
 from bgen.evaluate.report import write_report
@@ -72,6 +75,8 @@ def score(
             progress("evaluating", done, total)
 
     scores = run_protocol(train, test, cells, cell_type=cell_type, seeds=seeds, on_progress=advance)
+    copied = memorisation(sp.csr_matrix(train.X), sp.csr_matrix(test.X), sp.csr_matrix(cells.X), seed=seed)
+    scores = replace(scores, notes=(*scores.notes, copied.sentence()))
     out.mkdir(parents=True, exist_ok=True)
     scores.save(out / "metrics.json")
     write_report(

@@ -102,3 +102,12 @@ def test_decoding_gives_expected_counts(model: Model, cells: anndata.AnnData) ->
     np.testing.assert_allclose(expected.sum(1), library, rtol=1e-4)
     real, decoded = np.asarray(cells.X.mean(0)).ravel(), expected.mean(0)
     assert np.corrcoef(np.log1p(real), np.log1p(decoded))[0, 1] > 0.9
+
+
+def test_versions_of_ensembl_ids_do_not_matter() -> None:
+    from bgen.data.genes import match_genes, plain_ids
+
+    ids = ["ENSG00000240216.7", "ENSMUSG00000000001.4_PAR", "G12.5"]
+    assert plain_ids(ids) == ["ENSG00000240216", "ENSMUSG00000000001_PAR", "G12.5"]
+    assert plain_ids(["ENSG00000240216.7", "ENSG00000240216.8"]) == ["ENSG00000240216.7", "ENSG00000240216.8"]
+    assert match_genes(["G12.5", "ENSG00000240216"], ids, what="the data").tolist() == [2, 0]
