@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from bgen.config.errors import UserError
 from bgen.data.batch import CellBatch
+from bgen.data.packed import PackedBatch
 from bgen.train.stage import Stage
 
 # Seconds between two attempts, at most.
@@ -32,9 +33,9 @@ class Batches:
 
     def __init__(self, stage: Stage, step: int, patience: float, waiting: Callable[[str | None], None]) -> None:
         self._stage, self._step, self._patience, self._waiting = stage, step, patience, waiting
-        self._batches: Iterator[Sequence[CellBatch]] | None = None
+        self._batches: Iterator[Sequence[CellBatch | PackedBatch]] | None = None
 
-    def next(self) -> tuple[Sequence[CellBatch], float]:
+    def next(self) -> tuple[Sequence[CellBatch | PackedBatch], float]:
         """The next step's micro batches, and the seconds that they were waited for.
 
         Raises

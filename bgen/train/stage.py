@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from bgen.data.batch import CellBatch
+from bgen.data.packed import PackedBatch
 
 
 @runtime_checkable
@@ -51,8 +52,10 @@ class Stage(Protocol):
     monitor: str
     fingerprint: dict[str, Any]
 
-    def train_batches(self, start_step: int) -> Iterator[Sequence[CellBatch]]:
+    def train_batches(self, start_step: int) -> Iterator[Sequence[CellBatch | PackedBatch]]:
         """Per step, from ``start_step`` on and without end: this rank's micro batches, on the CPU.
+
+        Packed ones are unpacked where they are needed.
 
         Every rank yields as many, of the same size; the cells are a pure function of the step.
         """

@@ -20,6 +20,7 @@ from bgen.checkpoint.commit import Checkpoints
 from bgen.config.errors import UserError
 from bgen.config.schema import Config
 from bgen.data.batch import CellBatch
+from bgen.data.packed import PackedBatch
 from bgen.distributed import world as ranks
 from bgen.distributed.signals import StopSignals
 from bgen.track.output import RECORD, RunOutput, run_identifier
@@ -210,7 +211,7 @@ class Trainer:
             return True
         return False
 
-    def _step(self, micro_batches: Sequence[CellBatch], waited: float) -> bool:
+    def _step(self, micro_batches: Sequence[CellBatch | PackedBatch], waited: float) -> bool:
         """One optimiser step on the global batch; returns whether any rank was asked to stop."""
         train, state = self.config.train, self.state
         _seed(self.config.seed, state.step, self.world.rank)
@@ -218,9 +219,14 @@ class Trainer:
         unfinite: list[Tensor] = []
         spike = False
         computed = 0.0
+        flops = 0
         for number, batch in enumerate(micro_batches, 1):
             begin = time.perf_counter()
-            losses = self.engine.forward(batch.to(self.world.device))
+            moved = batch.to(self.world.device)
+            unpacked = moved.to_csr() if isinstance(moved, PackedBatch) else moved
+            losses = self.engine.forward(unpacked)
+            if isinstance(self.engine.module, CountsFlops):
+                flops += self.engine.module.training_flops(unpacked)
             computed += time.perf_counter() - begin
             for name, loss in losses.items():
                 total = loss.detach().double().sum()
@@ -237,8 +243,6 @@ class Trainer:
         cells = sum(len(batch) for batch in micro_batches)
         nonzeros = sum(len(batch.counts) for batch in micro_batches)
         stop = float(self._signals.received is not None)
-        module = self.engine.module
-        flops = sum(module.training_flops(batch) for batch in micro_batches) if isinstance(module, CountsFlops) else 0
         damaged = self._damaged_cells()
         here = [cells, nonzeros, waited, flops, stop, damaged, *self.checkpoints.status()]
         local = torch.cat([torch.tensor(here, dtype=torch.float64), torch.stack([sums[name] for name in names]).cpu()])
@@ -264,7 +268,9 @@ class Trainer:
         self.output.progress(state.step)
         return stop > 0
 
-    def _skipped(self, micro_batches: Sequence[CellBatch], unfinite: list[Tensor], spike: float | None) -> None:
+    def _skipped(
+        self, micro_batches: Sequence[CellBatch | PackedBatch], unfinite: list[Tensor], spike: float | None
+    ) -> None:
         """Note a step that was not applied, and its cells; end the run if there were too many in a row."""
         train, state = self.config.train, self.state
         state.skipped += 1

@@ -11,8 +11,12 @@ from typing import Any
 import anndata
 import numpy as np
 
+from bgen.config.load import load_config
 from bgen.data.manifest import hash_folder, read_manifest
+from bgen.data.open import open_data
 from bgen.data.store import Store
+from bgen.train.stages import make_stage
+from bgen.train.trainer import Trainer, check
 from data_tools.write import write_array
 
 SHORT = ["train.steps=8", "train.global_batch=64", "train.log_every=1", "train.eval_every=0", "train.patience=0"]
@@ -128,3 +132,16 @@ def test_values_are_held_out_by_name_and_tar_shards_are_verified(bgen: Any, demo
     damaged = bgen("data", "verify", shards)
     assert damaged.code == 2
     assert tar.name in damaged.err
+
+
+def test_packed_batches_train_like_unpacked_ones(demo: Any, tmp_path: Path) -> None:
+    """What a GPU gets is moved packed and unpacked there; that its unpacking is right is shown in tests/data."""
+    losses = []
+    for packed in (False, True):
+        out = tmp_path / f"packed{packed}"
+        config = load_config("demo/vae", [f"out={out}", f"data.store={demo.store}", *SHORT, *QUIET])
+        stage = make_stage(config, open_data(config.data), check(config))
+        stage.packed = packed
+        losses.append(Trainer(config, stage).fit().losses)
+    assert len(losses[0]) == 8
+    assert losses[0] == losses[1]
