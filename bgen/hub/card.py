@@ -66,7 +66,14 @@ def model_card(config: Mapping[str, Any], preprocessing: Mapping[str, Any], metr
             lines.append(f"- `{name}`" + (f" ({info['role']})" if info["role"] != name else "") + f": {described}")
     if config["covariates"]:
         lines += ["", f"Covariates of encoder and decoder: {', '.join(config['covariates'])}."]
-    lines += ["", "## How good it is", "", *(_scores(metrics) if metrics else ["Not evaluated yet: `bgen evaluate`."])]
+    lines += ["", "## How good it is", ""]
+    if "held_out" in about:
+        lines += _held_out(about["held_out"])
+    elif metrics is not None:
+        lines += _scores(metrics)
+    else:
+        advice = "`bgen finetune --hold-out`" if config["kind"] == "perturbation" else "`bgen evaluate`"
+        lines.append(f"Not evaluated yet: {advice}.")
     lines += [
         "",
         "## Limits",
@@ -76,6 +83,22 @@ def model_card(config: Mapping[str, Any], preprocessing: Mapping[str, Any], metr
         "",
     ]
     return "\n".join(lines)
+
+
+def _held_out(scores: Mapping[str, Any]) -> list[str]:
+    rows: Mapping[str, Mapping[str, Any]] = scores["rows"]
+    names = list(rows["model"])
+    lines = [
+        f"Protocol `{scores['protocol']}` on {len(scores['perturbations'])} held-out perturbations"
+        f" ({', '.join(scores['perturbations'][:10])}):",
+        "",
+        f"| | {' | '.join(names)} |",
+        f"|---|{'---|' * len(names)}",
+    ]
+    for row, figures in rows.items():
+        cells = [f"{figures[name]['mean']:.3g}" if name in figures else "" for name in names]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return [*lines, "", *(f"- {sentence}" for sentence in scores["words"])]
 
 
 def _scores(metrics: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Average effects of a screen's perturbations, and from them the effect of any set, dose or unseen target.
 
-Single perturbations are shrunk towards nothing, combinations towards the sum of their members. Between trained doses
+Single perturbations are shrunk towards nothing, combinations towards the sum of their members, the doses of one drug
+towards the direction that they have in common. Between trained doses
 the effect is interpolated over the logarithm of the dose; below the lowest it falls with the dose to nothing, above the
 highest it stays. An unseen target is predicted by ridge regression on genes' co-expression rows, towards the average
 perturbation, with the strength of the ridge chosen by leaving perturbations out.
@@ -106,15 +107,44 @@ def fit_effects(data: ScreenData, labels: pd.DataFrame) -> Effects:
     sets = [tuple(sorted(names)) for names in labels["members"]]
     doses = labels["dose"].to_numpy(np.float64)
     values = np.zeros((len(sets), counts.shape[1]))
+    shapes = _shapes(data, sets, control)
     for row in sorted(range(len(sets)), key=lambda row: len(sets[row])):  # combinations after their members
         cells = np.flatnonzero(screen.label == row)
         if len(cells) < LEAST_CELLS:
             continue
         estimate, error = raw_effects(counts, cells, control, screen.stratum)
-        parts = [_row(sets, doses, (name,), doses[row]) for name in sets[row]] if len(sets[row]) > 1 else []
-        expected = values[[at for at in parts if at is not None]].sum(0)
+        expected = np.zeros(counts.shape[1])
+        if len(sets[row]) > 1:
+            parts = [_row(sets, doses, (name,), doses[row]) for name in sets[row]]
+            expected = values[[at for at in parts if at is not None]].sum(0)
+        elif sets[row] in shapes:
+            expected = _along(shapes[sets[row]], estimate, error)
         values[row] = expected + shrink(estimate - expected, error)
     return Effects(sets, doses, values.astype(np.float32))
+
+
+def _shapes(
+    data: ScreenData, sets: list[tuple[str, ...]], control: NDArray[np.int64]
+) -> dict[tuple[str, ...], NDArray[np.float64]]:
+    """Return the effect ``[G]`` of all cells of a single perturbation, for those at several doses."""
+    shapes: dict[tuple[str, ...], NDArray[np.float64]] = {}
+    for names in set(sets):
+        rows = [row for row, other in enumerate(sets) if other == names]
+        cells = np.flatnonzero(np.isin(data.screen.label, rows))
+        if len(names) == 1 and len(rows) > 1 and len(cells) >= LEAST_CELLS:
+            shapes[names] = shrink(*raw_effects(data.cells.counts, cells, control, data.screen.stratum))
+    return shapes
+
+
+def _along(
+    shape: NDArray[np.float64], estimate: NDArray[np.float64], error: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the part of an estimate ``[G]`` along a shape: ``a shape``, a shrunk by its own error."""
+    information = float((shape**2 / error**2).sum())
+    if information == 0:
+        return np.zeros_like(shape)
+    a = float((shape * estimate / error**2).sum()) / information
+    return max(0.0, 1 - 1 / max(information * a**2, 1e-12)) * a * shape
 
 
 def _row(sets: list[tuple[str, ...]], doses: NDArray[np.float64], names: tuple[str, ...], dose: float) -> int | None:

@@ -27,6 +27,7 @@ from bgen.config.schema import Config
 from bgen.data.genes import plain_ids
 from bgen.data.memory import MemoryCells
 from bgen.distributed import world as ranks
+from bgen.evaluate.perturbation import PerturbationScores
 from bgen.hub.directory import ColumnInfo, Module, SavedModel, count_combinations, load_directory, save_model
 from bgen.models.annotator import LABEL, Annotator
 from bgen.models.grow import grow_flow, grow_vae
@@ -35,6 +36,7 @@ from bgen.models.perturbation import PerturbationFlow
 from bgen.nn.lora import add_lora, merge_lora
 from bgen.tasks.effects import fit_effects
 from bgen.tasks.model import Model
+from bgen.tasks.perturb_score import score_held_out, split_screen
 from bgen.tasks.read import require_cells, text_column
 from bgen.tasks.screen import Columns, gene_rows, read_screen, require_controls, require_plain_counts
 from bgen.train.memory import MemoryStage, held_out
@@ -70,6 +72,8 @@ class Request:
         Give the model the data's genes that it does not know; otherwise they are left out.
     floor
         Least share of the model's genes that the data must have.
+    hold_out
+        perturb: labels (``LABEL`` or ``LABEL@DOSE``) to keep from training and to score predictions on.
     """
 
     task: Task
@@ -79,11 +83,20 @@ class Request:
     layer: str | None = None
     add_genes: bool = False
     floor: float = 0.8
+    hold_out: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The model that was written, and its scores on what was held out, if anything was."""
+
+    model: SavedModel
+    scores: PerturbationScores | None
 
 
 def finetune(
     folder: Path, adata: AnnData, out: Path, request: Request, *, overrides: Sequence[str] = (), say: Say = print
-) -> SavedModel:
+) -> Tuned:
     """Fine-tune a model directory on cells and write ``out/model``.
 
     Parameters
@@ -112,6 +125,10 @@ def finetune(
     labels = _check_columns(adata, request)
     base = load_config("finetune", [f"data.store={folder}", *overrides])
     adata = adata.copy()
+    kept_back: AnnData | None = None
+    if request.hold_out and request.columns is not None:
+        adata, kept_back = split_screen(adata, request.columns, request.hold_out, base.seed)
+        labels = _check_columns(adata, request)
     grown = grow(parent, adata, request, say)
     model = Model(grown)
     cells = MemoryCells(model.counts(adata, request.layer), _columns(grown, adata))
@@ -134,10 +151,15 @@ def finetune(
         about=_about(parent, request, adata, out, facts),
         metrics=None,
     )
+    scores: PerturbationScores | None = None
+    if kept_back is not None and request.columns is not None:
+        say("Scoring on what was held out ...")
+        scores = score_held_out(Model(made), adata, kept_back, request.columns, layer=request.layer)
+        made.about["held_out"] = scores.as_json()
     if ranks.read_world().rank == 0:
         save_model(made, out / "model")
     ranks.barrier()
-    return made
+    return Tuned(made, scores)
 
 
 def grow(parent: SavedModel, adata: AnnData, request: Request, say: Say) -> SavedModel:

@@ -73,6 +73,10 @@ def finetune(
     within: Annotated[
         list[str] | None, typer.Option(help="perturb: compare within this obs column; may be repeated.")
     ] = None,
+    hold_out: Annotated[
+        list[str] | None,
+        typer.Option(help="perturb: keep LABEL (or LABEL@DOSE) from training and score predictions; may be repeated."),
+    ] = None,
     add_genes: Annotated[bool, typer.Option("--add-genes", help="Add genes that the model does not know.")] = False,
     floor: Annotated[float, typer.Option(min=0, max=1, help="Least share of the model's genes in the data.")] = 0.8,
     layer: Annotated[str | None, typer.Option(help="Layer with the raw counts; default: X.")] = None,
@@ -97,12 +101,18 @@ def finetune(
     if task == "annotate" and label is None:
         raise UserError("--task annotate needs --label, the obs column with the labels.")
     columns = Columns(perturbation, control, dose, within or []) if perturbation and control else None
-    request = Request(task, mode, label, columns, layer, add_genes, floor)  # type: ignore[arg-type]
-    made = run(model, read_h5ad(data), out, request, overrides=overrides or [], say=_quiet if as_json else notes.print)
+    request = Request(task, mode, label, columns, layer, add_genes, floor, hold_out or [])  # type: ignore[arg-type]
+    tuned = run(model, read_h5ad(data), out, request, overrides=overrides or [], say=_quiet if as_json else notes.print)
     if as_json:
-        typer.echo(json.dumps({"model": str(out / "model"), "kind": made.kind, "parent": made.about["parent"]}))
-    else:
-        results.print(f"Model: {out / 'model'}", highlight=False, soft_wrap=True)
+        about = tuned.model.about
+        told = {"model": str(out / "model"), "kind": tuned.model.kind, "parent": about["parent"]}
+        typer.echo(json.dumps({**told, "held_out": about.get("held_out")}))
+        return
+    if tuned.scores is not None:
+        results.print(tuned.scores.table())
+        for sentence in tuned.scores.sentences():
+            results.print(sentence, highlight=False)
+    results.print(f"Model: {out / 'model'}", highlight=False, soft_wrap=True)
 
 
 def _quiet(_: str) -> None:

@@ -153,6 +153,24 @@ def test_perturb_as_in_its_example(bgen: Any, screen_model: Path, demo: Any, tmp
     assert not (tmp_path / "x.h5ad").exists()
 
 
+def test_held_out_perturbations_are_scored(bgen: Any, demo: Any, cells: anndata.AnnData, tmp_path: Path) -> None:
+    labels = sorted(set(cells.obs["perturbation"].astype(str)) - {"control"})
+    pair = next(label for label in labels if "+" in label)
+    asked = ["finetune", demo.model, demo.cells, "--task", "perturb", "--perturbation", "perturbation"]
+    asked += ["--control", "control", "--mode", "head", "--out", tmp_path / "out", *QUICK]
+    wrong = bgen(*asked, "--hold-out", "G9")
+    assert wrong.code == 2
+    assert "no cell has the label 'G9'" in wrong.err
+    done = bgen(*asked, "--hold-out", pair, "--hold-out", labels[0], "--json")
+    assert done.code == 0, done
+    scores = json.loads(done.out)["held_out"]
+    assert sorted(scores["perturbations"]) == sorted([labels[0], pair])
+    assert {"model", "control copy", "train mean", "ceiling"} <= set(scores["rows"])
+    about = json.loads((tmp_path / "out/model/config.json").read_text())["about"]
+    assert pair not in ["+".join(row["set"]) for row in about["effects"]]
+    assert "| control copy |" in (tmp_path / "out/model/README.md").read_text()
+
+
 def test_mistakes_of_finetuning(bgen: Any, demo: Any, cells: anndata.AnnData, tmp_path: Path) -> None:
     out = ["--out", tmp_path / "out"]
     for arguments, part in (

@@ -1,0 +1,130 @@
+"""Scores of a perturbation model on perturbations, or doses, that it was not trained on.
+
+The user names what is held out; its cells and a part of the control cells are kept from training, predicted from those
+control cells, and compared by the protocol ``perturbation-v1`` with baselines that need no model: control copy, train
+mean, the sum of the members' training effects for combinations, and the nearest trained dose.
+
+Axes: N cells, G genes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import scipy.sparse as sp
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from bgen.config.errors import UserError, nearest
+from bgen.data.keys import hash_keys
+from bgen.evaluate.perturbation import HeldOut, PerturbationScores, evaluate_perturbations, mean_log
+from bgen.tasks.model import Model
+from bgen.tasks.read import text_column
+from bgen.tasks.screen import Columns, find_genes, members, require_controls
+
+CONTROL_SHARE = 0.25
+"""Part of the control cells from which held-out perturbations are predicted."""
+
+DOSE = "@"
+"""Between a label and its dose: "dex@10"."""
+
+Key = tuple[tuple[str, ...], float | None]
+"""Members of a set, sorted, and the dose."""
+
+
+def split_screen(adata: AnnData, columns: Columns, held_out: Sequence[str], seed: int) -> tuple[AnnData, AnnData]:
+    """Return the cells to train on, and those that are kept back: of the held-out labels, and some controls.
+
+    Parameters
+    ----------
+    held_out
+        Labels, with ``@dose`` to hold out one dose only.
+
+    Raises
+    ------
+    UserError
+        If a label has no cells.
+    """
+    label = text_column(adata, columns.perturbation)
+    control = require_controls(label, columns.control, f"obs['{columns.perturbation}']")
+    back = control & (hash_keys(seed, np.arange(adata.n_obs)) / 2.0**64 < CONTROL_SHARE)
+    keys = _keys(adata, columns)
+    for text in held_out:
+        wanted = _read(text)
+        here = np.array([_agrees(key, wanted) for key in keys]) & ~control
+        if not here.any():
+            names = sorted(set(label.tolist()) - {columns.control, ""})
+            raise UserError(f"--hold-out: no cell has the label '{text}'.{nearest(text, names)}")
+        back |= here
+    return adata[~back].copy(), adata[back].copy()
+
+
+def score_held_out(
+    model: Model, train: AnnData, back: AnnData, columns: Columns, *, layer: str | None = None, seeds: int = 3
+) -> PerturbationScores:
+    """Predict what was kept back and score it; both sets are as :func:`split_screen` returns them."""
+    counts, held = model.counts(train, layer), model.counts(back, layer)
+    keys, held_keys = _keys(train, columns), _keys(back, columns)
+    control = np.array([key[0] == (columns.control,) for key in keys])
+    held_control = np.array([key[0] == (columns.control,) for key in held_keys])
+    base = mean_log(counts[control])
+    groups: dict[Key, list[int]] = {}
+    for row, key in enumerate(keys):
+        if not control[row] and key[0]:
+            groups.setdefault(key, []).append(row)
+    effects = {key: mean_log(counts[rows]) - base for key, rows in groups.items()}
+    cells = back[held_control].copy()
+    made = []
+    for key in sorted(set(held_keys), key=str):
+        if key[0] == (columns.control,):
+            continue
+        real = np.flatnonzero([other == key for other in held_keys])
+        name = "+".join(key[0])
+        predicted = model.perturb(cells, name, dose=key[1], n=max(cells.n_obs, len(real)), layer=layer)
+        targets = find_genes(model.saved.genes, key[0])
+        made.append(
+            HeldOut(
+                label=name if key[1] is None else f"{name}{DOSE}{key[1]:g}",
+                real=held[real],
+                control=held[np.flatnonzero(held_control)],
+                predicted=sp.csr_matrix(predicted.X),
+                baselines=_baselines(key, effects),
+                targets=targets[targets >= 0],
+            )
+        )
+    return evaluate_perturbations(counts, made, np.mean(list(effects.values()), axis=0), seeds=seeds)
+
+
+def _baselines(key: Key, effects: Mapping[Key, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+    names, dose = key
+    found = {}
+    if dose is not None and dose > 0:
+        others = [other[1] for other in effects if other[0] == names and other[1]]
+        if others:
+            found["nearest dose"] = effects[names, min(others, key=lambda other: abs(np.log(other / dose)))]
+    if len(names) > 1 and all(((name,), dose) in effects for name in names):
+        found["additive"] = np.sum([effects[(name,), dose] for name in names], axis=0)
+    return found
+
+
+def _keys(adata: AnnData, columns: Columns) -> list[Key]:
+    """Return the set and dose of every cell; controls have no dose."""
+    label = text_column(adata, columns.perturbation)
+    doses = np.full(adata.n_obs, np.nan) if columns.dose is None else adata.obs[columns.dose].to_numpy(np.float64)
+    return [
+        (tuple(sorted(members(text))), None if np.isnan(dose) or text == columns.control else float(dose))
+        for text, dose in zip(label, doses, strict=True)
+    ]
+
+
+def _read(text: str) -> Key:
+    name, sign, dose = text.partition(DOSE)
+    try:
+        return tuple(sorted(members(name))), float(dose) if sign else None
+    except ValueError:
+        raise UserError(f"--hold-out {text}: '{dose}' is no dose; write LABEL{DOSE}NUMBER.") from None
+
+
+def _agrees(key: Key, wanted: Key) -> bool:
+    return key[0] == wanted[0] and wanted[1] in (None, key[1])
