@@ -13,6 +13,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests that leave the process group first: DeepSpeed remembers its groups, and does not survive it."""
+    items.sort(key=lambda item: "distributed" not in item.path.parts)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def private_extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep what torch would compile apart from every other program's, so that no stale lock can hang a test."""

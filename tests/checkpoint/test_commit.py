@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,8 @@ from bgen.distributed import world as ranks
 
 
 @pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
+def _alone() -> None:
     ranks.start(30)
-    yield
-    ranks.stop()
 
 
 def save(checkpoints: Checkpoints, step: int, facts: dict[str, Any] | None = None) -> Path:
