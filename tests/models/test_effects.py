@@ -7,6 +7,8 @@ import pytest
 import scipy.sparse as sp
 
 from bgen.models.effects import raw_effects, shrink
+from data_tools.simulate import simulate
+from data_tools.simulate_truth import counterfactual_mean
 
 
 def screen(rng: np.random.Generator, effect: np.ndarray, n: int = 400) -> tuple[sp.csr_matrix, np.ndarray]:
@@ -49,3 +51,26 @@ def test_where_all_genes_respond_little_is_shrunk() -> None:
     truth = rng.normal(size=1000)
     kept = shrink(truth + 0.1 * rng.normal(size=1000), np.full(1000, 0.1))
     assert np.polyfit(truth, kept, 1)[0] == pytest.approx(1 / 1.01, abs=0.03)
+
+
+def test_sums_of_shrunken_effects_predict_unseen_combinations_better_than_sums_of_raw_ones() -> None:
+    cells = simulate("demo", cells=3000, seed=1)
+    cells = cells[(cells.obs["drug"] == "vehicle").to_numpy()].copy()
+    label = cells.obs["perturbation"].astype(str).to_numpy()
+    control = np.flatnonzero(label == "control")
+    stratum = np.asarray(cells.obs.groupby(["cell_type", "time"], observed=True).ngroup())
+    counts = sp.csr_matrix(cells.X)
+    pairs = sorted({name for name in label if "+" in name})
+    raw, kept = {}, {}
+    for name in {part for pair in pairs for part in pair.split("+")}:
+        raw[name], error = raw_effects(counts, np.flatnonzero(label == name), control, stratum)
+        kept[name] = shrink(raw[name], error)
+    some = cells[control[:300]].copy()
+    before = counterfactual_mean(some, "control").mean(0)
+    correlations = []
+    for pair in pairs:
+        truth = np.log(counterfactual_mean(some, pair).mean(0) / before)
+        sums = [sum(effects[part] for part in pair.split("+")) for effects in (kept, raw)]
+        correlations.append([np.corrcoef(truth, total)[0, 1] for total in sums])
+    shrunken, additive = np.mean(correlations, axis=0)
+    assert shrunken > additive + 0.1
