@@ -6,6 +6,7 @@ Axes: B cells of the batch, G genes of the store, NNZ stored counts.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -63,7 +64,7 @@ class CellBatch:
         """int64 ``[B]``: places of the cells in the global batch."""
         return torch.arange(self.first_slot, self.first_slot + len(self), device=self.indptr.device)
 
-    @property
+    @cached_property
     def rows(self) -> Tensor:
         """int64 ``[NNZ]``: the cell that each entry belongs to."""
         return torch.repeat_interleave(torch.arange(len(self), device=self.indptr.device), self.indptr.diff())
