@@ -71,10 +71,16 @@ def test_other_optimisers_and_precisions_resume_exactly(tmp_path: Path, settings
 
 
 def test_what_deepspeed_counts_and_profiles(tmp_path: Path) -> None:
-    config = toy_config(tmp_path / "run", {"steps": 4, "zero": 1, "comms_log": True, "flops_profile": 2})
-    result, _ = run(config)
-    (row,) = [row for row in record.read(result.record) if row.get("event") == "communication"]
-    assert any(isinstance(value, dict) and value["calls"] > 0 and value["bytes"] > 0 for value in row.values())
+    per_step = []
+    for steps in (20, 200):
+        config = toy_config(tmp_path / "run", {"steps": steps, "zero": 1, "comms_log": True, "flops_profile": 2})
+        result, _ = run(config, resume=steps > 20)
+        row = [row for row in record.read(result.record) if row.get("event") == "communication"][-1]
+        kinds = [value for value in row.values() if isinstance(value, dict)]
+        assert any(kind["calls"] > 0 and kind["bytes"] > 0 for kind in kinds)
+        per_step.append(sum(kind["ms"] for kind in kinds) / len(result.losses))
+    # Sums of running totals would be nine times as much a step in nine times as many steps.
+    assert 0 < per_step[1] < 4 * per_step[0]
     assert "Flops Profiler" in (tmp_path / "run" / "flops.txt").read_text()
 
 
