@@ -29,7 +29,7 @@ from data_tools.check import check
 GENES = 2000
 """Variable genes that are kept, chosen on the time points that the model may see."""
 
-VAE_STEPS, BATCH = 600, 128
+VAE_STEPS, BATCH = 1000, 128
 
 
 def score_missing_time(
@@ -58,7 +58,7 @@ def score_missing_time(
         *common,
         f"out={folder / 'vae'}",
         "vae.covariates=[batch]",
-        f"train.steps={VAE_STEPS}",
+        f"train.steps={min(VAE_STEPS, 10 * recipe.steps)}",
         f"train.global_batch={BATCH}",
     ]
     train(load_config("demo/vae", vae))

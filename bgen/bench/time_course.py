@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bgen.config.backbone import BackboneConfig
-from bgen.config.schema import FlowConfig, PatternsConfig, SampleConfig
+from bgen.config.schema import FlowConfig, SampleConfig
 from bgen.data.keys import hash_keys
 from bgen.data.populations import Trajectories, TrajectoryOrder
 from bgen.models.latent_flow import LatentFlow, Places
 from bgen.models.measured import MeasuredLatents, batch_of_grids
+from bgen.tasks.finetune_time import neighbour_flow
 
 F32 = NDArray[np.float32]
 
@@ -58,30 +58,11 @@ class Recipe:
 
 
 def recipe(*, steps: int | None = None, scale: float = 1.0, cells: int = 128) -> Recipe:
-    """Return the one recipe of all courses; ``scale`` is a typical gap in time.
-
-    The network sees the neighbouring populations and the cells, not the date: from a handful of time points it could
-    only learn dates by heart.
-    """
-    backbone = BackboneConfig.model_validate(
-        {
-            "name": "hybrid",
-            "width": 32,
-            "layers": 1,
-            "pattern": ["time", "none"],
-            "attention": {"heads": 2},
-            "mamba2": {"head_width": 16, "state": 16},
-            "time": {"scale": scale, "tokens": 4},
-        }
-    )
-    flow = FlowConfig(
-        backbone=backbone,
-        source="neighbours",
-        condition_dropout=0.0,
-        patterns=PatternsConfig(noise=0, forecast=0, interpolate=1, perturb=0, independent=1),
-    )
+    """Return the one recipe of all courses; ``scale`` is a typical gap in time."""
     sample = SampleConfig(steps=4)
-    return Recipe(flow, sample, times=3, cells=cells, batch=4, steps=steps or 300, learning_rate=2e-3, ema=0.99)
+    return Recipe(
+        neighbour_flow(scale), sample, times=3, cells=cells, batch=4, steps=steps or 300, learning_rate=2e-3, ema=0.99
+    )
 
 
 def train(course: Course, recipe: Recipe, seed: int) -> LatentFlow:

@@ -1,7 +1,8 @@
 """``bgen finetune``: a trained model, adapted to the user's cells; the result is again a model directory.
 
 The autoencoder is adapted first (to new genes, new batches, another tissue), then what the task needs is trained on it:
-the flow (``generate``), a classifier (``annotate``), the flow from control to perturbed cells (``perturb``). Modes:
+the flow (``generate``), a classifier (``annotate``), the flow from control to perturbed cells (``perturb``), the flow
+over the user's time course (``time``). Modes:
 ``full`` trains all weights; ``lora`` low-rank changes of the linear layers, and what is new; ``head`` leaves the
 autoencoder as it is (but for the rows of new batches and genes) and trains the task's last layers.
 """
@@ -20,6 +21,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from torch import nn
 
+from bgen.config.data import TrajectoriesConfig
 from bgen.config.errors import UserError
 from bgen.config.load import load_config
 from bgen.config.output import require_new_folder
@@ -35,15 +37,18 @@ from bgen.models.latent_flow import LatentFlow
 from bgen.models.perturbation import PerturbationFlow
 from bgen.nn.lora import add_lora, merge_lora
 from bgen.tasks.effects import fit_effects
+from bgen.tasks.finetune_time import Course, course_facts, course_flow, course_shape, read_course
 from bgen.tasks.model import Model
 from bgen.tasks.perturb_score import score_held_out, split_screen
 from bgen.tasks.read import require_cells, text_column
 from bgen.tasks.screen import Columns, gene_rows, read_screen, require_controls, require_plain_counts
+from bgen.tasks.trajectories import trained_over_time
+from bgen.train.courses import CourseStage
 from bgen.train.memory import MemoryStage, held_out
 from bgen.train.pairs import PairStage
 from bgen.train.trainer import Trainer, check
 
-Task = Literal["generate", "annotate", "perturb"]
+Task = Literal["generate", "annotate", "perturb", "time"]
 Mode = Literal["full", "lora", "head"]
 Say = Callable[[str], None]
 
@@ -68,6 +73,8 @@ class Request:
         perturb: how the data says what was done to a cell.
     layer
         Layer with the raw counts; None: X.
+    time, system
+        time: obs column of the times, and the obs columns that name a trajectory.
     add_genes
         Give the model the data's genes that it does not know; otherwise they are left out.
     floor
@@ -84,6 +91,8 @@ class Request:
     add_genes: bool = False
     floor: float = 0.8
     hold_out: Sequence[str] = ()
+    time: str | None = None
+    system: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,7 @@ def finetune(
     if request.task == "generate" and not isinstance(parent.module, LatentFlow):
         raise UserError(f"This model is a {parent.kind}; --task generate needs a flow (bgen train, stage: flow).")
     labels = _check_columns(adata, request)
+    course = read_course(adata, request.time, list(request.system)) if request.task == "time" else None
     base = load_config("finetune", [f"data.store={folder}", *overrides])
     adata = adata.copy()
     kept_back: AnnData | None = None
@@ -140,6 +150,8 @@ def finetune(
         done = _train_flow(grown, cells, watched, _run(base, "flow", out / "flow"), request.mode)
     elif request.task == "annotate":
         done, facts = _train_annotator(model, labels, cells, _run(base, "vae", out / "annotator"), request)
+    elif course is not None:
+        done, facts = _train_course(grown, adata, cells, course, _run(base, "flow", out / "flow"))
     else:
         done, facts = _train_perturbation(model, adata, _run(base, "perturb", out / "perturbation"), request)
     used = list(dict.fromkeys([*_conditions(done), *grown.vae.covariates]))
@@ -256,9 +268,35 @@ def _train_flow(
     return flow
 
 
+def _train_course(
+    grown: SavedModel, adata: AnnData, cells: MemoryCells, course: Course, config: Config
+) -> tuple[LatentFlow, dict[str, Any]]:
+    """Train the flow over time: the parent's, if it has one of the same column, else a new one."""
+    keep = trained_over_time(grown) and grown.about["roles"].get("time") == course.column
+    shape = course_shape(course, config.train.global_batch)
+    if keep:
+        shape = TrajectoriesConfig.model_validate({**grown.about["trajectories"], "system": course.system})
+    flow = course_flow(grown, course, keep=keep)
+    whole = max(1, config.train.global_batch // shape.size) * shape.size
+    train = config.train.model_copy(update={"global_batch": whole, "micro_batch": None})
+    stage = CourseStage(
+        config.model_copy(update={"train": train}),
+        flow,
+        cells,
+        shape,
+        course.code,
+        course.time,
+        *course.split(WATCHED, config.seed),
+        ranks.start(),
+        _fingerprint(grown),
+    )
+    _fit(stage.config, stage, None)
+    return flow, course_facts(course, shape, adata, grown.about.get("roles", {}))
+
+
 def _check_columns(adata: AnnData, request: Request) -> NDArray[np.str_]:
     """Raise UserError for what is wrong with the task's columns, before anything is trained; return its labels."""
-    if request.task == "generate":
+    if request.task in ("generate", "time"):
         return np.full(adata.n_obs, "")
     if request.task == "perturb":
         if request.columns is None:

@@ -14,7 +14,7 @@ from bgen.config.terminal import Json, Seed, notes, progress_bar, results
 
 app = typer.Typer(help="Perturbations and fine-tuning.")
 
-TASKS = ("generate", "annotate", "perturb")
+TASKS = ("generate", "annotate", "perturb", "time")
 MODES = ("full", "lora", "head")
 
 
@@ -62,7 +62,7 @@ def perturb(
 def finetune(
     model: Annotated[Path, typer.Argument(help="Model directory: the parent.")],
     data: Annotated[Path, typer.Argument(help="The .h5ad with your cells: raw counts.")],
-    task: Annotated[str, typer.Option(help="generate, annotate or perturb.")],
+    task: Annotated[str, typer.Option(help="generate, annotate, perturb or time.")],
     out: Annotated[Path, typer.Option(help="New folder; the model is OUT/model.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Overrides such as train.steps=500.")] = None,
     mode: Annotated[str, typer.Option(help="full, lora or head: how much is trained.")] = "full",
@@ -71,12 +71,14 @@ def finetune(
     control: Annotated[str | None, typer.Option(help="perturb: its value for control cells.")] = None,
     dose: Annotated[str | None, typer.Option(help="perturb: obs column of doses.")] = None,
     within: Annotated[
-        list[str] | None, typer.Option(help="perturb: compare within this obs column; may be repeated.")
+        list[str] | None,
+        typer.Option(help="perturb: compare, time: trajectories within this obs column; may be repeated."),
     ] = None,
     hold_out: Annotated[
         list[str] | None,
         typer.Option(help="perturb: keep LABEL (or LABEL@DOSE) from training and score predictions; may be repeated."),
     ] = None,
+    time: Annotated[str | None, typer.Option(help="time: obs column with the time of each cell.")] = None,
     add_genes: Annotated[bool, typer.Option("--add-genes", help="Add genes that the model does not know.")] = False,
     floor: Annotated[float, typer.Option(min=0, max=1, help="Least share of the model's genes in the data.")] = 0.8,
     layer: Annotated[str | None, typer.Option(help="Layer with the raw counts; default: X.")] = None,
@@ -88,6 +90,8 @@ def finetune(
 
     Example: `bgen finetune bgen-demo/model my.h5ad --task perturb --perturbation perturbation --control control
     --within cell_type --out my-model`
+
+    Example: `bgen finetune bgen-demo/model course.h5ad --task time --time day --within donor --out my-course`
     """
     from bgen.tasks.finetune import Request
     from bgen.tasks.finetune import finetune as run
@@ -101,7 +105,18 @@ def finetune(
     if task == "annotate" and label is None:
         raise UserError("--task annotate needs --label, the obs column with the labels.")
     columns = Columns(perturbation, control, dose, within or []) if perturbation and control else None
-    request = Request(task, mode, label, columns, layer, add_genes, floor, hold_out or [])  # type: ignore[arg-type]
+    request = Request(
+        task,  # type: ignore[arg-type]
+        mode,  # type: ignore[arg-type]
+        label,
+        columns,
+        layer,
+        add_genes,
+        floor,
+        hold_out or [],
+        time,
+        within or [],
+    )
     tuned = run(model, read_h5ad(data), out, request, overrides=overrides or [], say=_quiet if as_json else notes.print)
     if as_json:
         about = tuned.model.about

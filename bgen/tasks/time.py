@@ -168,6 +168,9 @@ def predict_times(
     axis = TimeAxis.of(model)
     flow = model.module
     assert isinstance(flow, LatentFlow)
+    name = "forecast" if forecast else "interpolate"
+    if getattr(flow.config.patterns, name) == 0:
+        raise UserError(f"This model was not trained to {name}: flow.patterns.{name} was 0.")
     asked = asked_codes(model, flow, where)
     moments = [float(time) for time in np.unique(np.asarray(times, dtype=np.float64))]
     axis.require_known(moments)
@@ -196,7 +199,7 @@ def predict_times(
     adata = AnnData(sp.vstack(parts, format="csr"), obs=table, var=model.genes.set_index("id").rename_axis("gene"))
     adata.uns["bgen"] = {
         **provenance(model, settings, seed, where, library_size),
-        "task": "forecast" if forecast else "interpolate",
+        "task": name,
         "scores": {f"{time:g}": score.as_json() for time, score in scores.items()},
     }
     if axis.unit:

@@ -131,6 +131,11 @@ def generate_trajectories(
     axis = TimeAxis.of(model)
     flow = model.module
     assert isinstance(flow, LatentFlow)
+    if flow.config.patterns.noise == 0:
+        raise UserError(
+            "This model was trained to fill in and to forecast time points, from others that are given: use"
+            " `bgen interpolate` or `bgen forecast`. (flow.patterns.noise was 0.)"
+        )
     moments = axis.trained if times is None else np.unique(np.asarray(times, dtype=np.float64))
     axis.require_known(moments)
     asked = asked_codes(model, flow, where)

@@ -1,0 +1,90 @@
+"""From a model of single cells and a time course to a model that fills in its missing time points."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pytest
+
+import bgen
+from bgen.config.errors import UserError
+from bgen.tasks.finetune_time import read_course
+
+QUICK = ["train.steps=30", "train.eval_every=15", "train.global_batch=192", "track.progress=false"]
+
+
+@pytest.fixture(scope="module")
+def cells(demo: Any) -> anndata.AnnData:
+    found = anndata.read_h5ad(demo.cells)
+    found.obs["day"] = found.obs["time"] / 24
+    del found.obs["time"]
+    found.uns["time_unit"] = "days"
+    return found
+
+
+@pytest.fixture(scope="module")
+def tuned(bgen: Any, demo: Any, cells: anndata.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command line's own example."""
+    folder = tmp_path_factory.mktemp("course")
+    cells.write_h5ad(folder / "course.h5ad")
+    done = bgen(
+        *("finetune", demo.model, folder / "course.h5ad", "--task", "time", "--time", "day", "--within", "donor"),
+        *("--out", folder / "my-course", "--mode", "head", *QUICK),
+    )
+    assert done.code == 0, done
+    return folder / "my-course" / "model"
+
+
+def test_the_tuned_model_fills_in_and_forecasts(tuned: Path, cells: anndata.AnnData) -> None:
+    model = bgen.load(tuned)
+    assert model.saved.about["times"] == [0, 1, 2]
+    made = model.interpolate(cells, 0.5, n=60, sample={"steps": 2})
+    assert made.shape == (60, 120)
+    assert set(made.obs["donor"]) == set(cells.obs["donor"])
+    assert made.uns["time_unit"] == "days"
+    at_day_1 = model.interpolate(cells, 1)
+    assert at_day_1.n_obs == (cells.obs["day"] == 1).sum()
+    rows = at_day_1.uns["bgen"]["scores"]["1"]["metrics"]["energy"]["rows"]
+    assert rows["model"]["mean"] < rows["previous"]["mean"]  # it starts from the OT-midpoint
+    assert model.forecast(cells, [2.0]).n_obs == (cells.obs["day"] == 2).sum()
+    with pytest.raises(UserError, match="fill in"):
+        model.generate(10)
+
+
+def test_a_model_over_time_lends_its_flow(demo: Any, course: Path, tmp_path: Path) -> None:
+    from bgen.tasks.finetune import Request, finetune
+
+    cells = anndata.read_h5ad(demo.cells)
+    request = Request("time", "head", time="time", system=["donor"])
+    made = finetune(course, cells, tmp_path / "out", request, overrides=QUICK, say=lambda _: None).model
+    assert made.about["trajectories"]["times"] == 3
+    assert made.about["parent"]["name"] == "course"
+    assert bgen.load(tmp_path / "out" / "model").generate(20, times=[0, 48]).n_obs == 40
+
+
+def test_every_population_of_a_course_is_split(cells: anndata.AnnData) -> None:
+    course = read_course(cells, "day", ["donor"])
+    train, watched = course.split(0.15, 0)
+    assert len(np.intersect1d(train, watched)) == 0
+    assert len(train) + len(watched) == cells.n_obs
+    for time in course.times:
+        for code in (0, 1):
+            here = (course.time == time) & (course.code == code)
+            assert here[watched].sum() == pytest.approx(0.15 * here.sum(), abs=1)
+
+
+def test_mistakes(demo: Any, bgen: Any, cells: anndata.AnnData) -> None:
+    for column, match in ((None, "needs --time"), ("dai", "'day'"), ("cell_type", "holds no number")):
+        with pytest.raises(UserError, match=match):
+            read_course(cells, column, [])
+    with pytest.raises(UserError, match="obs has no column 'donr'"):
+        read_course(cells, "day", ["donr"])
+    with pytest.raises(UserError, match="2 time points"):
+        read_course(cells[cells.obs["day"] > 0], "day", [])
+    spread = cells.copy()
+    spread.obs["day"] = np.arange(spread.n_obs)
+    with pytest.raises(UserError, match="round"):
+        read_course(spread, "day", [])
