@@ -35,6 +35,7 @@ from bgen.models.annotator import LABEL, Annotator
 from bgen.models.grow import grow_flow, grow_vae
 from bgen.models.latent_flow import LatentFlow
 from bgen.models.perturbation import PerturbationFlow
+from bgen.models.vae import VAE
 from bgen.nn.lora import add_lora, merge_lora
 from bgen.tasks.effects import fit_effects
 from bgen.tasks.finetune_time import Course, course_facts, course_flow, course_shape, read_course
@@ -142,6 +143,7 @@ def finetune(
     grown = grow(parent, adata, request, say)
     model = Model(grown)
     cells = MemoryCells(model.counts(adata, request.layer), _columns(grown, adata))
+    _widen_library(grown.vae, cells)
     watched = held_out(np.arange(len(cells), dtype=np.int64), WATCHED, base.seed)
     _adapt_vae(grown, parent, cells, watched, _run(base, "vae", out / "vae"), request.mode, say)
     done: Module
@@ -242,6 +244,13 @@ def _adapt_vae(
     _fit(config, MemoryStage(config, vae, cells, *watched, ranks.start(), _fingerprint(grown), "nll"), say)
     merge_lora(vae)
     vae.requires_grad_(False).eval()
+
+
+def _widen_library(vae: VAE, cells: MemoryCells) -> None:
+    """Let generated cells have the sizes of the data's cells, too."""
+    library = np.log(np.maximum(np.asarray(cells.counts.sum(1)).ravel(), 1.0))
+    low, high = vae.log_library_range.tolist()
+    vae.log_library_range.copy_(torch.tensor([min(low, library.min()), max(high, library.max())]))
 
 
 def _train_flow(

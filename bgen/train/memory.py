@@ -15,7 +15,6 @@ from bgen.data.batch import CellBatch
 from bgen.data.keys import hash_keys
 from bgen.data.memory import MemoryCells, keys_of_step, rows_of_step
 from bgen.distributed.world import World
-from bgen.models.vae import VAE
 from bgen.train.deepspeed_json import batch_plan
 
 
@@ -87,12 +86,7 @@ class MemoryStage:
         return self.cells.batch(prepared[part], keys[part], step, part.start)
 
     def finish(self, module: nn.Module) -> None:
-        """See :class:`bgen.train.stage.Stage`; a VAE gets its whitening from the training cells."""
-        if isinstance(module, VAE) and any(parameter.requires_grad for parameter in module.parameters()):
-            stats = module.whitening_stats()
-            for part in np.array_split(self.train, -(-len(self.train) // 1024)):
-                module.accumulate_whitening(stats, self.cells.batch(part, hash_keys(0, part)).to(self.world.device))
-            module.fit_whitening(stats)
+        """See :class:`bgen.train.stage.Stage`; nothing is left to do."""
 
 
 def held_out(cells: NDArray[np.int64], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

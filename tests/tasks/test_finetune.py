@@ -61,6 +61,19 @@ def test_new_batches_and_conditions_get_rows(demo: Any, cells: anndata.AnnData, 
     assert model.saved.columns["batch"].categories[: len(old)] == old
 
 
+def test_deeper_cells_are_generated_in_the_parents_latent_space(
+    demo: Any, cells: anndata.AnnData, tmp_path: Path
+) -> None:
+    deep = cells[:200].copy()
+    deep.X = deep.X * 20
+    tune(demo, deep, tmp_path / "out", Request("generate"), "train.steps=200", "train.learning_rate=0.005")
+    parent, model = bgen.load(demo.model), bgen.load(tmp_path / "out" / "model")
+    # What flows is whitened by the parent's statistics: the flow would else start in another space.
+    assert np.array_equal(parent.saved.vae.latent_mean, model.saved.vae.latent_mean)
+    totals = [np.median(np.asarray(x.X.sum(1))) for x in (deep, model.generate(300), cells)]
+    assert totals[1] > 3 * totals[2]
+
+
 @pytest.mark.parametrize("mode", ["lora", "head"])
 def test_modes_train_less_than_all(demo: Any, cells: anndata.AnnData, tmp_path: Path, mode: Any) -> None:
     tune(demo, cells[:200].copy(), tmp_path / "out", Request("generate", mode))
