@@ -210,7 +210,9 @@ def _one_seed(
         order = rng.permutation(one.real.shape[0])
         first, second = one.real[order[: len(order) // 2]], one.real[order[len(order) // 2 :]]
         control_mean = mean_log(one.control)
-        shuffled = rng.permutation(one.control.shape[0])
+        # The same halves for every perturbation: else a real effect would be furthest from its own other half, whose
+        # controls are the rest of its own.
+        shuffled = np.random.default_rng(seed).permutation(one.control.shape[0])
         first_control, second_control = (one.control[half] for half in np.array_split(shuffled, 2))
         real, other = mean_log(second) - mean_log(second_control), mean_log(first) - mean_log(first_control)
         top = _clearest(first, first_control)

@@ -15,13 +15,15 @@ def cells(rng: np.random.Generator, shares: np.ndarray, n: int) -> sp.csr_matrix
     return sp.csr_matrix(rng.poisson(rng.gamma(5, 0.2, (n, len(shares))) * library * shares).astype(np.float32))
 
 
-def held_out(rng: np.random.Generator, scale: float = 1.0) -> tuple[sp.csr_matrix, list[HeldOut]]:
+def held_out(
+    rng: np.random.Generator, scale: float = 1.0, strength: float = 1.0
+) -> tuple[sp.csr_matrix, list[HeldOut]]:
     base = rng.dirichlet(np.full(80, 2.0))
     control = cells(rng, base, 400)
     made = []
     for number in range(6):
         effect = np.zeros(80)
-        effect[rng.choice(80, 15, replace=False)] = rng.normal(0, 1, 15)
+        effect[rng.choice(80, 15, replace=False)] = rng.normal(0, strength, 15)
         real = cells(rng, base * np.exp(effect), 300)
         predicted = cells(rng, base * np.exp(scale * effect), 200)
         own = mean_log(predicted) - mean_log(control)
@@ -56,3 +58,9 @@ def test_too_few_real_cells_are_told() -> None:
     few = HeldOut("x", made[0].real[:9], control, made[0].predicted, {}, np.array([], np.int64))
     with pytest.raises(UserError, match=r"at least 20 real cells.*x \(9\)"):
         evaluate_perturbations(control, [few], np.zeros(80))
+
+
+def test_few_controls_do_not_set_an_effect_apart_from_its_other_half() -> None:
+    control, made = held_out(np.random.default_rng(3), strength=0.3)
+    few = [HeldOut(one.label, one.real, control[:10], one.predicted, {}, one.targets) for one in made]
+    assert evaluate_perturbations(control, few, np.zeros(80)).mean(CEILING, "discrimination") > 0.8
