@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from bgen import __version__
+from bgen.bench.verbs import app as bench_app
 from bgen.config.errors import UserError
 from bgen.config.terminal import Json, Seed, notes, progress_bar, results
 from bgen.distributed.report import report_user_error
@@ -27,7 +28,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 config_app = typer.Typer(help="Show and check configurations.", no_args_is_help=True)
-bench_app = typer.Typer(help="Measure throughput, beside peers where they are installed.", no_args_is_help=True)
 app.add_typer(cells_app)
 app.add_typer(time_app)
 app.add_typer(perturb_app)
@@ -305,108 +305,6 @@ def evaluate(
         results.print(f"Report: {out / 'report.html'}")
 
 
-@bench_app.command("loader")
-def bench_loader(
-    out: Annotated[Path, typer.Option(help="Folder for loader.json and loader.png.")],
-    cells: Annotated[int, typer.Option(min=1000, help="Cells of the synthetic atlas.")] = 400_000,
-    atlas: Annotated[Path | None, typer.Option(help="Where the atlas is kept; default: the user's cache.")] = None,
-    peer: Annotated[list[str] | None, typer.Option(help="Loader to measure beside bgen; may be repeated.")] = None,
-    python: Annotated[
-        list[str] | None, typer.Option(help="Python that has a peer, NAME=PATH ('*': all others); may be repeated.")
-    ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Length of each measurement.")] = 4.0,
-    repetitions: Annotated[int, typer.Option(min=1, help="Measurements of each case, interleaved.")] = 3,
-    threads: Annotated[int, typer.Option(min=2, help="Threads of the cases with several.")] = 2,
-) -> None:
-    """Measure the stream of counts beside other loaders, on one synthetic atlas.
-
-    Example: `bgen bench loader --out bench --cells 20000`
-    """
-    from bgen.bench.loader import bench_loader as measure
-
-    pythons = {}
-    for text in python or []:
-        name, sign, path = text.partition("=")
-        if not sign:
-            raise UserError(f"--python {text}: write NAME=PATH, such as annbatch=/opt/venv/bin/python.")
-        pythons[name] = Path(path)
-    measure(
-        out,
-        cells=cells,
-        atlas_folder=atlas,
-        peers=peer,
-        pythons=pythons,
-        seconds=seconds,
-        repetitions=repetitions,
-        threads=threads,
-        say=notes.print,
-    )
-
-
-@bench_app.command("train")
-def bench_train(
-    config: Annotated[str, typer.Argument(help="YAML file, or the name of one that comes with bgen.")] = "demo/flow",
-    overrides: Overrides = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    batch: Annotated[int | None, typer.Option(min=1, help="Cells of a step; default: the configuration's.")] = None,
-    genes: Annotated[int, typer.Option(min=1, help="Genes of a VAE.")] = 20_000,
-    compare: Annotated[bool, typer.Option("--compare", help="Time mixers over time at equal parameters.")] = False,
-    versus: Annotated[str | None, typer.Option(help="scvi: train a VAE beside scvi-tools'.")] = None,
-    data: Annotated[Path | None, typer.Option(help="--versus: an .h5ad of counts; default: simulated cells.")] = None,
-    python: Annotated[Path | None, typer.Option(help="--versus: the Python that has the other; default: this.")] = None,
-    epochs: Annotated[int, typer.Option(min=2, help="--versus: passes over the training cells.")] = 100,
-    repetitions: Annotated[int, typer.Option(min=1, help="--versus: trainings of each, in turn; medians.")] = 1,
-    threads: Annotated[int | None, typer.Option(min=1, help="--versus: threads; default: one per core.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for what --compare and --versus write.")] = Path("bench"),
-) -> None:
-    """Measure the training step of a configuration, with --compare every mixer over time, or with --versus a VAE.
-
-    Example: `bgen bench train demo/flow --batch 64`
-
-    Example: `bgen bench train --versus scvi --python peers/bin/python --data cells.h5ad`
-    """
-    if versus is not None:
-        from bgen.bench.versus import versus as measure_versus
-
-        measure_versus(
-            versus,
-            out,
-            data=data,
-            python=python,
-            batches=(128, 1024) if batch is None else (batch,),
-            epochs=epochs,
-            threads=threads,
-            repetitions=repetitions,
-            say=notes.print,
-        )
-        return
-    if device not in ("cpu", "cuda"):
-        raise UserError(f"--device is cpu or cuda, not '{device}'.")
-    if compare:
-        from bgen.bench.mixers import compare as measure_mixers
-
-        measured = measure_mixers(out, device=device)
-    else:
-        from bgen.bench.train import bench_train as measure
-        from bgen.config.load import load_config
-
-        measured = measure(load_config(config, overrides or []), device=device, batch=batch, genes=genes)
-    typer.echo(json.dumps(measured, indent=1))
-
-
-@bench_app.command("ssd")
-def bench_ssd(
-    repetitions: Annotated[int, typer.Option(min=1, help="Runs of the plain loop; the others run more often.")] = 3,
-) -> None:
-    """Measure the chunked state-space scan beside the plain loop, on one thread.
-
-    Example: `bgen bench ssd --repetitions 1`
-    """
-    from bgen.bench.ssd import bench_ssd as measure
-
-    typer.echo(json.dumps(measure(repetitions, say=notes.print), indent=1))
-
-
 @track_app.command("sync")
 def track_sync(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
@@ -420,26 +318,6 @@ def track_sync(
 
     for run in runs:
         results.print(sync(run, uri), highlight=False, soft_wrap=True)
-
-
-@bench_app.command("time")
-def bench_time(
-    file: Annotated[Path, typer.Argument(help="The course: .csv (emt), .npz (eb), .h5ad (worm, simulated).")],
-    data: Annotated[str, typer.Option(help="emt, eb, worm or simulated (of `bgen data simulate`).")],
-    out: Annotated[Path, typer.Option(help="Folder for time.json.")],
-    seeds: Annotated[int, typer.Option(help="Trainings of every left-out time point.")] = 3,
-    point: Annotated[list[float] | None, typer.Option(help="Time point left out; default: each inner one.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Training steps of what is trained; default: each its own.")
-    ] = None,
-) -> None:
-    """Leave time points of a course out, generate them, and compare with baselines and OT-CFM.
-
-    Example: `bgen bench time cells.h5ad --data simulated --point 24 --seeds 2 --steps 20 --out bench-time`
-    """
-    from bgen.bench.time import bench_time as compare
-
-    results.print(compare(data, file, out, seeds=seeds, points=point, steps=steps, say=notes.print).table())
 
 
 @config_app.command("show")
