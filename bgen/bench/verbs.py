@@ -1,4 +1,4 @@
-"""``bgen bench ...``: verbs to functions, nothing else. Heavy imports stand inside the verbs, so ``--help`` is quick."""
+"""``bgen bench ...``: verbs to functions. Heavy imports stand inside the verbs, so ``--help`` is quick."""
 
 from __future__ import annotations
 
