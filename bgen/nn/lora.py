@@ -30,18 +30,27 @@ class LowRank(nn.Module):
         return weight + self.scale * (self.b @ self.a)
 
 
-def add_lora(module: nn.Module, rank: int, alpha: float | None = None) -> list[str]:
-    """Freeze a module and put a low-rank change onto each of its linear layers; returns their names.
+def lora_layers(module: nn.Module, rank: int) -> list[str]:
+    """Return the names of the linear layers that :func:`add_lora` changes: both sides four times the rank or more."""
+    return [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and min(layer.weight.shape) >= 4 * rank
+    ]
 
-    ``alpha`` defaults to the rank. A layer smaller than four times the rank stays as it is.
+
+def add_lora(module: nn.Module, rank: int, alpha: float | None = None) -> list[str]:
+    """Freeze a module and put a low-rank change onto each of its large linear layers; returns their names.
+
+    ``alpha`` defaults to the rank.
     """
     module.requires_grad_(False)
-    changed = []
-    for name, layer in list(module.named_modules()):
-        if isinstance(layer, nn.Linear) and min(layer.weight.shape) >= 4 * rank:
-            parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank, alpha or float(rank)))
-            changed.append(name)
-    return changed
+    names = lora_layers(module, rank)
+    for name in names:
+        layer = module.get_submodule(name)
+        assert isinstance(layer, nn.Linear), "lora_layers names no others"
+        parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank, alpha or float(rank)))
+    return names
 
 
 def merge_lora(module: nn.Module) -> None:

@@ -4,7 +4,10 @@ The autoencoder is adapted first (to new genes, new batches, another tissue), th
 the flow (``generate``), a classifier (``annotate``), the flow from control to perturbed cells (``perturb``), the flow
 over the user's time course (``time``). Modes:
 ``full`` trains all weights; ``lora`` low-rank changes of the linear layers, and what is new; ``head`` leaves the
-autoencoder as it is (but for the rows of new batches and genes) and trains the task's last layers.
+autoencoder as it is (but for the rows of new batches and genes) and trains the task's last layers. A network that the
+parent does not have (a classifier, a flow from control cells, a first flow over time) is new and trained whole.
+
+Under a launcher every rank reads the data and trains its share of each batch; rank 0 speaks, scores and writes.
 """
 
 from __future__ import annotations
@@ -26,19 +29,17 @@ from bgen.config.errors import UserError
 from bgen.config.load import load_config
 from bgen.config.output import require_new_folder
 from bgen.config.schema import Config
-from bgen.data.genes import plain_ids
 from bgen.data.memory import MemoryCells
 from bgen.distributed import world as ranks
 from bgen.evaluate.perturbation import PerturbationScores
-from bgen.hub.directory import ColumnInfo, Module, SavedModel, count_combinations, load_directory, save_model
+from bgen.hub.directory import Module, SavedModel, count_combinations, load_directory, save_model
 from bgen.models.annotator import LABEL, Annotator
-from bgen.models.grow import grow_flow, grow_vae
 from bgen.models.latent_flow import LatentFlow
 from bgen.models.perturbation import PerturbationFlow
-from bgen.models.vae import VAE
-from bgen.nn.lora import add_lora, merge_lora
+from bgen.nn.lora import add_lora, lora_layers, merge_lora
 from bgen.tasks.effects import fit_effects
-from bgen.tasks.finetune_time import Course, course_facts, course_flow, course_shape, read_course
+from bgen.tasks.finetune_grow import grow, known_columns, widen_library
+from bgen.tasks.finetune_time import Course, course_facts, course_shape, new_course_flow, read_course
 from bgen.tasks.model import Model
 from bgen.tasks.perturb_score import score_held_out, split_screen
 from bgen.tasks.read import require_cells, text_column
@@ -98,7 +99,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The model that was written, and its scores on what was held out, if anything was."""
+    """The model that rank 0 wrote, and (there) its scores on what was held out, if anything was."""
 
     model: SavedModel
     scores: PerturbationScores | None
@@ -118,7 +119,7 @@ def finetune(
     overrides
         ``section.key=value`` for the configuration "finetune".
     say
-        Told what is matched, new and trained.
+        Told on rank 0 what is matched, new and trained.
 
     Raises
     ------
@@ -134,16 +135,22 @@ def finetune(
         raise UserError(f"This model is a {parent.kind}; --task generate needs a flow (bgen train, stage: flow).")
     labels = _check_columns(adata, request)
     course = read_course(adata, request.time, list(request.system)) if request.task == "time" else None
+    if request.mode == "lora":
+        _require_wide_enough(parent, request.task)
     base = load_config("finetune", [f"data.store={folder}", *overrides])
+    world = check(base)
+    if not world.is_main:
+        say = _say_nothing
+    torch.manual_seed(base.seed)  # new rows and new networks
     adata = adata.copy()
     kept_back: AnnData | None = None
     if request.hold_out and request.columns is not None:
         adata, kept_back = split_screen(adata, request.columns, request.hold_out, base.seed)
         labels = _check_columns(adata, request)
-    grown = grow(parent, adata, request, say)
+    grown = grow(parent, adata, add_genes=request.add_genes, floor=request.floor, layer=request.layer, say=say)
     model = Model(grown)
-    cells = MemoryCells(model.counts(adata, request.layer), _columns(grown, adata))
-    _widen_library(grown.vae, cells)
+    cells = MemoryCells(model.counts(adata, request.layer), known_columns(grown, adata))
+    widen_library(grown.vae, cells)
     watched = held_out(np.arange(len(cells), dtype=np.int64), WATCHED, base.seed)
     _adapt_vae(grown, parent, cells, watched, _run(base, "vae", out / "vae"), request.mode, say)
     done: Module
@@ -153,7 +160,7 @@ def finetune(
     elif request.task == "annotate":
         done, facts = _train_annotator(model, labels, cells, _run(base, "vae", out / "annotator"), request)
     elif course is not None:
-        done, facts = _train_course(grown, adata, cells, course, _run(base, "flow", out / "flow"))
+        done, facts = _train_course(grown, adata, cells, course, _run(base, "flow", out / "flow"), request.mode, say)
     else:
         done, facts = _train_perturbation(model, adata, _run(base, "perturb", out / "perturbation"), request)
     used = list(dict.fromkeys([*_conditions(done), *grown.vae.covariates]))
@@ -166,53 +173,14 @@ def finetune(
         metrics=None,
     )
     scores: PerturbationScores | None = None
+    if not world.is_main:  # scoring may take longer than ranks wait for each other, so nothing waits for it
+        return Tuned(made, scores)
     if kept_back is not None and request.columns is not None:
         say("Scoring on what was held out ...")
         scores = score_held_out(Model(made), adata, kept_back, request.columns, layer=request.layer)
         made.about["held_out"] = scores.as_json()
-    if ranks.read_world().rank == 0:
-        save_model(made, out / "model")
-    ranks.barrier()
+    save_model(made, out / "model")
     return Tuned(made, scores)
-
-
-def grow(parent: SavedModel, adata: AnnData, request: Request, say: Say) -> SavedModel:
-    """Return the parent with rows for the data's new batches, conditions and (if asked) genes, and say what is new."""
-    genes, names = parent.genes["id"].tolist(), pd.Index(plain_ids(adata.var_names.tolist()))
-    known = names.isin(genes)
-    share = known.sum() / len(genes)
-    say(f"{known.sum():,} of the model's {len(genes):,} genes are in the data ({share:.0%}).")
-    if share < request.floor:
-        raise UserError(
-            f"The data has {known.sum():,} of the model's {len(genes):,} genes ({share:.0%}, at least"
-            f" {request.floor:.0%} are needed; --floor lowers that). The model's ids look like {', '.join(genes[:3])};"
-            f" those of the data like {', '.join(names[:3])}."
-        )
-    new_genes = names[~known] if request.add_genes else names[:0]
-    if (~known).any():
-        fate = "added to the model" if request.add_genes else "left out; --add-genes adds them"
-        say(f"{(~known).sum():,} genes of the data are new to the model: {fate}.")
-    columns = dict(parent.columns)
-    for name, info in parent.columns.items():
-        if info.kind == "category" and (column := _find(info, name, adata)) is not None:
-            there = text_column(adata, column)
-            new = sorted(set(there.tolist()) - set(info.categories) - {""})
-            if new:
-                columns[name] = replace(info, categories=[*info.categories, *new])
-                say(f"New in {name}: {', '.join(new[:8])}{', ...' if len(new) > 8 else ''}.")
-    sizes = {name: len(columns[name].categories) for name in columns}
-    shares = None
-    if len(new_genes):
-        total = np.asarray((adata.X if request.layer is None else adata.layers[request.layer]).sum(0)).ravel()
-        shares = torch.from_numpy(total[~known] / max(total[known].sum(), 1.0)).float()
-    vae = grow_vae(parent.vae, {name: sizes[name] for name in parent.vae.covariates}, shares)
-    module: Module = vae
-    if isinstance(parent.module, LatentFlow):
-        module = grow_flow(parent.module, vae, {name: sizes[name] for name in parent.module.conditions.sizes})
-    symbols = adata.var["symbol"].astype(str).to_numpy()[~known] if "symbol" in adata.var else names[~known]
-    added = pd.DataFrame({"id": new_genes, "symbol": np.asarray(symbols)[: len(new_genes)], "cells": 0})
-    table = pd.concat([parent.genes[["id", "symbol", "cells"]], added], ignore_index=True)
-    return replace(parent, module=module, genes=table, columns=columns)
 
 
 def _adapt_vae(
@@ -241,16 +209,9 @@ def _adapt_vae(
             parameter.requires_grad_(in_tables or "parametrizations.weight.0" in name)
     # Whatever is built on the parent's latents was whitened by its statistics, so they stay.
     say(f"Adapting the autoencoder ({_trained(vae):,} parameters) ...")
-    _fit(config, MemoryStage(config, vae, cells, *watched, ranks.start(), _fingerprint(grown), "nll"), say)
+    _fit(config, MemoryStage(config, vae, cells, *watched, ranks.current(), _fingerprint(grown), "nll"), say)
     merge_lora(vae)
     vae.requires_grad_(False).eval()
-
-
-def _widen_library(vae: VAE, cells: MemoryCells) -> None:
-    """Let generated cells have the sizes of the data's cells, too."""
-    library = np.log(np.maximum(np.asarray(cells.counts.sum(1)).ravel(), 1.0))
-    low, high = vae.log_library_range.tolist()
-    vae.log_library_range.copy_(torch.tensor([min(low, library.min()), max(high, library.max())]))
 
 
 def _train_flow(
@@ -262,32 +223,34 @@ def _train_flow(
 ) -> LatentFlow:
     flow = grown.module
     assert isinstance(flow, LatentFlow), "checked at the start"
-    if mode == "full":
-        flow.conditions.requires_grad_(True)
-        flow.backbone.requires_grad_(True)
-    else:
-        if mode == "lora":
-            add_lora(flow.backbone, RANK)
-        else:
-            flow.backbone.requires_grad_(False)
-            flow.backbone.head.requires_grad_(True)
-        flow.conditions.requires_grad_(True)
-    _fit(config, MemoryStage(config, flow, cells, *watched, ranks.start(), _fingerprint(grown)), None)
+    _choose_trained(flow, mode)
+    _fit(config, MemoryStage(config, flow, cells, *watched, ranks.current(), _fingerprint(grown)), None)
     merge_lora(flow.backbone)
     return flow
 
 
 def _train_course(
-    grown: SavedModel, adata: AnnData, cells: MemoryCells, course: Course, config: Config
+    grown: SavedModel,
+    adata: AnnData,
+    cells: MemoryCells,
+    course: Course,
+    config: Config,
+    mode: Mode,
+    say: Say,
 ) -> tuple[LatentFlow, dict[str, Any]]:
     """Train the flow over time: the parent's, if it has one of the same column, else a new one."""
-    keep = trained_over_time(grown) and grown.about["roles"].get("time") == course.column
-    shape = course_shape(course, config.train.global_batch)
-    if keep:
+    train, world = config.train, ranks.current()
+    if trained_over_time(grown) and grown.about["roles"].get("time") == course.column:
+        assert isinstance(grown.module, LatentFlow), "only flows are trained over time"
+        flow = grown.module
+        _choose_trained(flow, mode)
         shape = TrajectoriesConfig.model_validate({**grown.about["trajectories"], "system": course.system})
-    flow = course_flow(grown, course, keep=keep)
-    whole = max(1, config.train.global_batch // shape.size) * shape.size
-    train = config.train.model_copy(update={"global_batch": whole, "micro_batch": None})
+    else:
+        say("The model has no flow over this time: a new one is trained on the autoencoder.")
+        flow = new_course_flow(grown.vae, course)
+        shape = course_shape(course, train.global_batch)
+    share = max(1, train.global_batch // (shape.size * world.size))  # whole trajectories on each rank
+    train = train.model_copy(update={"global_batch": share * shape.size * world.size, "micro_batch": None})
     stage = CourseStage(
         config.model_copy(update={"train": train}),
         flow,
@@ -296,11 +259,32 @@ def _train_course(
         course.code,
         course.time,
         *course.split(WATCHED, config.seed),
-        ranks.start(),
+        world,
         _fingerprint(grown),
     )
     _fit(stage.config, stage, None)
+    merge_lora(flow.backbone)
     return flow, course_facts(course, shape, adata, grown.about.get("roles", {}))
+
+
+def _choose_trained(flow: LatentFlow, mode: Mode) -> None:
+    """Choose which of the flow's parameters are trained; lora: give it its low-rank changes."""
+    flow.conditions.requires_grad_(True)
+    flow.backbone.requires_grad_(mode == "full")
+    if mode == "lora":
+        add_lora(flow.backbone, RANK)
+    elif mode == "head":
+        flow.backbone.head.requires_grad_(True)
+
+
+def _require_wide_enough(parent: SavedModel, task: Task) -> None:
+    """Raise UserError if low-rank changes fit nowhere in the parent's flow and the task adapts it."""
+    flow = parent.module
+    if task in ("generate", "time") and isinstance(flow, LatentFlow) and not lora_layers(flow.backbone, RANK):
+        raise UserError(
+            f"--mode lora: no layer of the model's flow is {4 * RANK} wide or more, so low-rank changes would save"
+            " nothing. Take --mode full or head."
+        )
 
 
 def _check_columns(adata: AnnData, request: Request) -> NDArray[np.str_]:
@@ -345,7 +329,9 @@ def _train_annotator(
     annotator.head.requires_grad_(True)
     labelled = MemoryCells(cells.counts, {**cells.obs, LABEL: codes})
     train, valid = held_out(np.flatnonzero(codes >= 0), WATCHED, config.seed)
-    _fit(config, MemoryStage(config, annotator, labelled, train, valid, ranks.start(), _fingerprint(model.saved)), None)
+    _fit(
+        config, MemoryStage(config, annotator, labelled, train, valid, ranks.current(), _fingerprint(model.saved)), None
+    )
     merge_lora(annotator.vae.encoder)
     annotator.requires_grad_(False)
     return annotator, {"labels": names.tolist(), "label": request.label}
@@ -369,7 +355,7 @@ def _train_perturbation(
         torch.from_numpy(effects.values),
     )
     train, valid = held_out(np.flatnonzero(data.screen.label >= 0), 0.1, config.seed)
-    stage = PairStage(config, flow, data.cells, data.screen, train, valid, ranks.start(), _fingerprint(model.saved))
+    stage = PairStage(config, flow, data.cells, data.screen, train, valid, ranks.current(), _fingerprint(model.saved))
     _fit(config, stage, None)
     doses = [None if np.isnan(dose) else float(dose) for dose in effects.doses]
     facts: dict[str, Any] = {
@@ -382,8 +368,6 @@ def _train_perturbation(
 
 
 def _fit(config: Config, stage: MemoryStage, say: Say | None) -> None:
-    check(config)
-    torch.manual_seed(config.seed)
     result = Trainer(config, stage).fit()
     if result.interrupted:
         raise UserError(f"Stopped by a signal at step {result.step}; nothing was exported.")
@@ -396,27 +380,12 @@ def _run(base: Config, stage: Literal["vae", "flow", "perturb"], out: Path) -> C
     return base.model_copy(update={"stage": stage, "out": out, "flow": flow})
 
 
-def _columns(saved: SavedModel, adata: AnnData) -> dict[str, NDArray[Any]]:
-    """Return codes or numbers ``[n_cells]`` of every column that the model knows; unknown where the data lacks it."""
-    columns: dict[str, NDArray[Any]] = {}
-    for name, info in saved.columns.items():
-        column = _find(info, name, adata)
-        if info.kind == "category":
-            there = text_column(adata, column) if column is not None else np.full(adata.n_obs, "")
-            columns[name] = pd.Index(info.categories).get_indexer(pd.Index(there)).astype(np.int64)
-        elif column is None:
-            columns[name] = np.full(adata.n_obs, np.nan, np.float32)
-        else:
-            columns[name] = pd.to_numeric(adata.obs[column], errors="coerce").to_numpy(np.float32)
-    return columns
-
-
-def _find(info: ColumnInfo, name: str, adata: AnnData) -> str | None:
-    return next((column for column in (name, info.role) if column in adata.obs), None)
-
-
 def _conditions(module: nn.Module) -> list[str]:
     return module.conditions.names if isinstance(module, LatentFlow) else []
+
+
+def _say_nothing(_: str) -> None:
+    """What ranks other than the first say."""
 
 
 def _fingerprint(saved: SavedModel) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from bgen.config.data import TrajectoriesConfig
 from bgen.config.errors import UserError, nearest
 from bgen.config.schema import FlowConfig, PatternsConfig
 from bgen.data.keys import hash_keys
-from bgen.hub.directory import SavedModel
 from bgen.models.latent_flow import LatentFlow
+from bgen.models.vae import VAE
 from bgen.tasks.read import text_column
 
 LEAST_TIMES, LEAST_CELLS = 3, 10
@@ -104,15 +104,9 @@ def course_shape(course: Course, batch: int) -> TrajectoriesConfig:
     )
 
 
-def course_flow(grown: SavedModel, course: Course, *, keep: bool) -> LatentFlow:
-    """Return the flow to train: the parent's (``keep``), or a new one that is told nothing but the populations."""
-    if keep:
-        assert isinstance(grown.module, LatentFlow)
-        flow = grown.module
-        flow.conditions.requires_grad_(True)
-        flow.backbone.requires_grad_(True)
-        return flow
-    return LatentFlow(neighbour_flow(float(np.median(np.diff(course.times))), forecast=0.5), grown.vae, {}, {})
+def new_course_flow(vae: VAE, course: Course) -> LatentFlow:
+    """Return a flow to train that is told nothing but the populations."""
+    return LatentFlow(neighbour_flow(float(np.median(np.diff(course.times))), forecast=0.5), vae, {}, {})
 
 
 def neighbour_flow(scale: float, *, forecast: float = 0.0) -> FlowConfig:

@@ -93,6 +93,7 @@ def finetune(
 
     Example: `bgen finetune bgen-demo/model course.h5ad --task time --time day --within donor --out my-course`
     """
+    from bgen.distributed.world import read_world
     from bgen.tasks.finetune import Request
     from bgen.tasks.finetune import finetune as run
     from bgen.tasks.read import read_h5ad
@@ -118,6 +119,8 @@ def finetune(
         within or [],
     )
     tuned = run(model, read_h5ad(data), out, request, overrides=overrides or [], say=_quiet if as_json else notes.print)
+    if not read_world().is_main:  # rank 0 reports for all
+        return
     if as_json:
         about = tuned.model.about
         told = {"model": str(out / "model"), "kind": tuned.model.kind, "parent": about["parent"]}

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import anndata
 import torch
 from torch import Tensor
 from toy import ToyModel, ToyStage, run, toy_config
@@ -106,6 +107,35 @@ def endless(folder: Path) -> dict[str, Any]:
     """Runs until it is asked to stop."""
     result, _ = run(toy_config(folder / "run", {"steps": 1_000_000, "checkpoint_every": 1_000_000}))
     return {"interrupted": result.interrupted, "step": result.step}
+
+
+def tune(folder: Path, out: Path, zero: int) -> None:
+    """Fine-tune the models in ``folder`` on its cells, for every task in every mode, each into a folder in ``out``."""
+    from bgen.tasks.finetune import Request, finetune
+    from bgen.tasks.screen import Columns
+
+    raw = folder / "partition_everything.json"
+    raw.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+    cells = anndata.read_h5ad(folder / "cells.h5ad")
+    settings = ["train.steps=10", "train.eval_every=5", "train.global_batch=192", "train.log_every=1"]
+    settings += ["track.progress=false", f"train.zero={zero}", *([f"train.deepspeed={raw}"] if zero == 3 else [])]
+    for mode in ("full", "lora", "head"):
+        over_time = Request("time", mode, time="time", system=["donor"])
+        for name, parent, request in (
+            ("generate", "model", Request("generate", mode)),
+            ("annotate", "model", Request("annotate", mode, label="cell_type")),
+            ("perturb", "model", Request("perturb", mode, columns=Columns("perturbation", "control"))),
+            ("time", "model", over_time),
+            ("course", "course", over_time),  # a parent with a flow over time
+        ):
+            finetune(folder / parent, cells, out / f"{name}_{mode}", request, overrides=settings, say=lambda _: None)
+
+
+def tuned(folder: Path) -> dict[str, Any]:
+    """Every kind of fine-tuning, at ZeRO 1 and 3."""
+    for zero in (1, 3):
+        tune(folder, folder / f"two_{zero}", zero)
+    return {}
 
 
 def killed_while_saving(folder: Path) -> dict[str, Any]:

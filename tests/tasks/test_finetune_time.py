@@ -11,6 +11,7 @@ import pytest
 
 import bgen
 from bgen.config.errors import UserError
+from bgen.tasks.finetune import Request, finetune
 from bgen.tasks.finetune_time import read_course
 
 QUICK = ["train.steps=30", "train.eval_every=15", "train.global_batch=192", "track.progress=false"]
@@ -54,15 +55,34 @@ def test_the_tuned_model_fills_in_and_forecasts(tuned: Path, cells: anndata.AnnD
         model.generate(10)
 
 
-def test_a_model_over_time_lends_its_flow(demo: Any, course: Path, tmp_path: Path) -> None:
-    from bgen.tasks.finetune import Request, finetune
-
+@pytest.mark.parametrize("mode", ["full", "lora", "head"])
+def test_a_model_over_time_lends_its_flow(demo: Any, course: Path, tmp_path: Path, mode: Any) -> None:
     cells = anndata.read_h5ad(demo.cells)
-    request = Request("time", "head", time="time", system=["donor"])
+    request = Request("time", mode, time="time", system=["donor"])
     made = finetune(course, cells, tmp_path / "out", request, overrides=QUICK, say=lambda _: None).model
     assert made.about["trajectories"]["times"] == 3
     assert made.about["parent"]["name"] == "course"
     assert bgen.load(tmp_path / "out" / "model").generate(20, times=[0, 48]).n_obs == 40
+    before, after = (bgen.load(path).saved.module.state_dict() for path in (course, tmp_path / "out" / "model"))
+    assert before.keys() == after.keys()
+    changed = {name.removeprefix("backbone.") for name in before if not before[name].equal(after[name])}
+    assert any(name.startswith("head.") for name in changed) == (mode != "lora")
+    blocks = {name for name in changed if name.startswith("blocks.")}
+    assert bool(blocks) == (mode != "head")
+    assert all(name.endswith("weight") for name in blocks) == (mode != "full")
+
+
+def test_low_rank_changes_need_layers_that_are_wide_enough(bgen: Any, demo: Any, course: Path, tmp_path: Path) -> None:
+    narrow = bgen(
+        *("train", "trajectories", f"out={tmp_path / 'run'}", f"data.store={demo.store}", f"flow.vae={demo.vae}"),
+        *("data.trajectories={system: [donor], times: 3, cells: 16}", "flow.backbone={name: mlp, width: 16}"),
+        *("train.steps=2", "train.global_batch=192", "train.eval_every=0", "track.mlflow=false"),
+    )
+    assert narrow.code == 0, narrow
+    asked = ("finetune", tmp_path / "run" / "model", demo.cells, "--task", "time", "--time", "time", "--mode", "lora")
+    done = bgen(*asked, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "32 wide or more" in done.err
 
 
 def test_every_population_of_a_course_is_split(cells: anndata.AnnData) -> None:
