@@ -99,6 +99,7 @@ class PerturbConfig(Section):
         "ot", description="Control and perturbed cells of a stratum are paired by optimal transport, or at random."
     )
     forget: Fraction = Field(0.2, description="Share of pairs whose target is treated as unseen in training.")
+    scale: bool = Field(True, description="Multiply average effects by what held-back training cells say.")
 
 
 class SampleConfig(Section):

@@ -39,26 +39,33 @@ def raw_effects(
     perturbed, control
         Numbers of the cells on either side.
     stratum
-        ``[N]``: controls are weighted such that they come from the strata as the perturbed cells do. A stratum without
-        controls is compared with all of them.
+        ``[N]``: see :func:`control_weights`.
     """
     library = np.maximum(np.asarray(counts.sum(1)).ravel(), 1.0)
     size = np.median(library[control])
-    here, share = np.unique(stratum[perturbed], return_counts=True)
-    weight = np.zeros(len(library))
-    weight[perturbed] = 1 / len(perturbed)
-    mean_p, var_p = _moments(counts, perturbed, weight[perturbed], size / library)
-    weight[:] = 0
-    for number, cells in zip(here, share, strict=True):
-        pool = control[stratum[control] == number]
-        pool = pool if len(pool) else control
-        weight[pool] += cells / len(perturbed) / len(pool)
-    mean_c, var_c = _moments(counts, control, weight[control], size / library)
+    mean_p, var_p = _moments(counts, perturbed, np.full(len(perturbed), 1 / len(perturbed)), size / library)
+    mean_c, var_c = _moments(counts, control, control_weights(perturbed, control, stratum), size / library)
     # A gene's mean cannot be known better than by Poisson noise at the number of cells.
     floor_p, floor_c = PSEUDO_CELLS / len(perturbed), PSEUDO_CELLS / len(control)
     mean_p, mean_c = mean_p + floor_p, mean_c + floor_c
     var_p, var_c = var_p + floor_p**2, var_c + floor_c**2
     return np.log(mean_p / mean_c), np.sqrt(var_p / mean_p**2 + var_c / mean_c**2)
+
+
+def control_weights(
+    perturbed: NDArray[np.int64], control: NDArray[np.int64], stratum: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return the weight of each control cell, such that they come from the strata as the perturbed cells do.
+
+    The sum is 1. A stratum without controls is compared with all of them.
+    """
+    weight = np.zeros(len(control))
+    here, share = np.unique(stratum[perturbed], return_counts=True)
+    for number, cells in zip(here, share, strict=True):
+        pool = stratum[control] == number
+        pool = pool if pool.any() else np.ones(len(control), bool)
+        weight[pool] += cells / len(perturbed) / pool.sum()
+    return weight
 
 
 def _moments(

@@ -28,12 +28,21 @@ LEAST_TARGETS = 6
 
 
 @dataclass(frozen=True)
+class Scale:
+    """By what effects of trained perturbations and of unseen targets are multiplied (:mod:`bgen.tasks.scale`)."""
+
+    trained: float = 1.0
+    unseen: float = 1.0
+
+
+@dataclass(frozen=True)
 class Effects:
-    """sets: members of each, sorted; doses ``[R]`` (NaN: none); values ``[R, G]`` natural logs."""
+    """sets: members of each, sorted; doses ``[R]`` (NaN: none); values ``[R, G]`` natural logs, not scaled."""
 
     sets: list[tuple[str, ...]]
     doses: NDArray[np.float64]
     values: NDArray[np.float32]
+    scale: Scale = Scale()
 
     def of(
         self,
@@ -56,11 +65,14 @@ class Effects:
         """
         own = self._trained(tuple(sorted(parts)), dose)
         if own is not None:
-            return own
+            return self.scale.trained * own
         total = np.zeros(self.values.shape[1])
         for part, target in zip(parts, targets, strict=True):
             one = self._trained((part,), dose)
-            total += one if one is not None else self._unseen(int(target), gene_rows, places)
+            if one is not None:
+                total += self.scale.trained * one
+            else:
+                total += self.scale.unseen * self.unseen(int(target), gene_rows, places)
         return total
 
     def _trained(self, members: tuple[str, ...], dose: float | None) -> NDArray[np.float64] | None:
@@ -82,7 +94,14 @@ class Effects:
         part = (np.log(dose) - low) / (high - low)
         return (1 - part) * values[above - 1] + part * values[above]
 
-    def _unseen(self, target: int, gene_rows: NDArray[np.float32], places: dict[str, int]) -> NDArray[np.float64]:
+    def without(self, row: int) -> Effects:
+        """Leave one of the R out."""
+        return Effects(
+            self.sets[:row] + self.sets[row + 1 :], np.delete(self.doses, row), np.delete(self.values, row, 0)
+        )
+
+    def unseen(self, target: int, gene_rows: NDArray[np.float32], places: dict[str, int]) -> NDArray[np.float64]:
+        """Return the effect ``[G]`` of a target that was not trained on, not scaled; arguments as of :meth:`of`."""
         singles = {names[0]: row for row, names in enumerate(self.sets) if len(names) == 1}
         names = [name for name in singles if places[name] >= 0]
         if not names:

@@ -13,7 +13,7 @@ Under a launcher every rank reads the data and trains its share of each batch; r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,12 +37,13 @@ from bgen.models.annotator import LABEL, Annotator
 from bgen.models.latent_flow import LatentFlow
 from bgen.models.perturbation import PerturbationFlow
 from bgen.nn.lora import add_lora, lora_layers, merge_lora
-from bgen.tasks.effects import fit_effects
+from bgen.tasks.effects import Scale, fit_effects
 from bgen.tasks.finetune_grow import grow, known_columns, widen_library
 from bgen.tasks.finetune_time import Course, course_facts, course_shape, new_course_flow, read_course
 from bgen.tasks.model import Model
 from bgen.tasks.perturb_score import score_held_out, split_screen
 from bgen.tasks.read import require_cells, text_column
+from bgen.tasks.scale import fit_scale
 from bgen.tasks.screen import Columns, gene_rows, read_screen, require_controls, require_plain_counts
 from bgen.tasks.trajectories import trained_over_time
 from bgen.train.courses import CourseStage
@@ -357,12 +358,14 @@ def _train_perturbation(
     train, valid = held_out(np.flatnonzero(data.screen.label >= 0), 0.1, config.seed)
     stage = PairStage(config, flow, data.cells, data.screen, train, valid, ranks.current(), _fingerprint(model.saved))
     _fit(config, stage, None)
+    scale = fit_scale(flow, data, config.seed) if config.perturb.scale else Scale()
     doses = [None if np.isnan(dose) else float(dose) for dose in effects.doses]
     facts: dict[str, Any] = {
         "perturbations": data.names,
         "control": request.columns.control,
         "strata": list(request.columns.strata),
         "effects": [{"set": list(names), "dose": dose} for names, dose in zip(effects.sets, doses, strict=True)],
+        "effect_scale": asdict(scale),
     }
     return flow, facts
 

@@ -5,7 +5,7 @@ Axes: N cells, G genes of the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from bgen.config.errors import UserError, nearest
 from bgen.data.keys import hash_keys
 from bgen.models.perturbation import PerturbationFlow, PerturbationSet
 from bgen.nn.random import Stream, normal
-from bgen.tasks.effects import Effects
+from bgen.tasks.effects import Effects, Scale
 from bgen.tasks.generate import ENTRIES, Progress
 from bgen.tasks.read import require_cells, text_column
 from bgen.tasks.screen import LEAST_CONTROLS, find_genes, make_sets, members, require_controls, whitened_latents
@@ -87,7 +87,12 @@ def perturb_cells(
     latents = whitened_latents(model, adata, layer)
     codes = {name: column[rows] for name, column in model.covariates(adata).items()}
     mean, std = (torch.from_numpy(values) for values in latents)
-    folds = _anchor(model, flow, adata, (mean, std), sets, effect, layer)
+    some = np.sort(np.random.default_rng(0).permutation(adata.n_obs)[:ANCHOR_CELLS])
+    drawn = torch.from_numpy(some)
+    before = mean[drawn] + std[drawn] * normal(drawn, Stream.POSTERIOR, flow.size)
+    covariates = {name: torch.from_numpy(column[some]) for name, column in model.covariates(adata).items()}
+    moved = flow.transport(before, sets.repeat(len(some)), STEPS)
+    folds = anchor(flow, moved, covariates, model.counts(adata, layer), effect)
     parts = []
     step = max(1, ENTRIES // flow.vae.n_genes)
     for start in range(0, wanted, step):
@@ -118,28 +123,21 @@ def perturb_cells(
     return made
 
 
-def _anchor(
-    model: Model,
+def anchor(
     flow: PerturbationFlow,
-    adata: AnnData,
-    latents: tuple[Tensor, Tensor],
-    sets: PerturbationSet,
+    moved: Tensor,
+    covariates: Mapping[str, Tensor],
+    control: sp.csr_matrix,
     effect: NDArray[np.float64],
-    layer: str | None,
 ) -> Tensor:
     """Return what to add to the decoder's logits ``[G]`` so that the average cell is control average times effect.
 
-    The control average is the measured one: so neither the flow's nor the decoder's average error enters.
+    The control average is the measured one, of the counts ``control``: so neither the flow's nor the decoder's average
+    error enters. ``moved`` are transported control latents, and ``effect`` natural logs ``[G]``.
     """
-    some = np.sort(np.random.default_rng(0).permutation(adata.n_obs)[:ANCHOR_CELLS])
-    picked = torch.from_numpy(some)
-    mean, std = latents
-    before = mean[picked] + std[picked] * normal(picked, Stream.POSTERIOR, flow.size)
-    covariates = {name: torch.from_numpy(column[some]) for name, column in model.covariates(adata).items()}
-    decoded = flow.mean_share(flow.transport(before, sets.repeat(len(some)), STEPS), covariates).double()
-    counts = model.counts(adata, layer)
-    library = np.maximum(np.asarray(counts.sum(1)).ravel(), 1.0)
-    measured = torch.from_numpy(np.asarray(counts.T @ (1 / library)) / len(library))
+    decoded = flow.mean_share(moved, covariates).double()
+    library = np.maximum(np.asarray(control.sum(1)).ravel(), 1.0)
+    measured = torch.from_numpy(np.asarray(control.T @ (1 / library)) / len(library))
     # Half a molecule in all these cells on both sides: a gene that none of them shows has no ratio.
     least = 0.5 / float(library.sum())
     return (torch.from_numpy(effect) + torch.log((measured + least) / (decoded + least))).float()
@@ -185,6 +183,7 @@ def ask(
         [tuple(row["set"]) for row in rows],
         np.array([np.nan if row["dose"] is None else row["dose"] for row in rows], np.float64),
         flow.effects.numpy(),
+        Scale(**about.get("effect_scale", {})),
     )
     places = dict(zip(names, targets.tolist(), strict=False))
     return sets, effects.of(parts, dose, flow.gene_embedding.numpy(), genes, places), unseen

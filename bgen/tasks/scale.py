@@ -1,0 +1,250 @@
+"""By what average effects are multiplied, measured on training cells that they were not fitted to.
+
+Shrinking brings estimates of effects closer to the truth gene by gene, but makes them smaller together; and a decoder
+with the right average share of a gene can still have its average logarithm wrong. Both show when effects are fitted to
+a part of the cells and predictions are compared with the rest:
+
+- trained perturbations: sum <r', r> / sum <p, r>, with p the predicted and r' the measured effect of the part, r that
+  of the rest, all as differences of mean log(1 + counts per 10,000). The noise of r' and r is independent, so scaled
+  predictions are as large as effects really are.
+- unseen targets: sum <p, r> / sum <p, p'>, with p predicted from the other targets, p' once more with other noise. This
+  is least squares: most of an unseen effect cannot be known, and to predict its full size would lead further away.
+
+Sums go over genes, folds and perturbations. The ratio is drawn to 1 as its error between perturbations demands.
+
+Axes: N cells, G genes, L labels that are looked at, D latent size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bgen.data.memory import MemoryCells
+from bgen.evaluate.perturbation import mean_log
+from bgen.evaluate.space import log_cp10k
+from bgen.models.effects import control_weights
+from bgen.models.perturbation import PerturbationFlow, PerturbationSet
+from bgen.tasks.effects import Effects, Scale, fit_effects
+from bgen.tasks.perturb import STEPS, anchor
+from bgen.tasks.screen import ScreenData
+
+FOLDS = 5
+LABELS = 30
+LEAST_CELLS = 20
+"""Of a label that is looked at."""
+
+CONTROLS = 5000
+SOURCES = 300
+"""Control cells from which each label is predicted."""
+
+ROUNDS = 2
+"""Mean logarithms do not grow in proportion with logarithms of means, so the ratio is measured again where it led."""
+
+LEAST_TARGETS = 3
+SURE = 3.0
+"""Standard errors by which effects have to be there."""
+
+LIMITS = (0.5, 2.0)
+
+F64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """Control cells of one label: transported latents ``[n, D + 1]``, counts ``[n, G]`` and covariates ``[n]``.
+
+    ``bases [2, G]`` are means of the logarithm of what the decoder makes of the cells themselves, drawn twice.
+    """
+
+    moved: Tensor
+    counts: sp.csr_matrix
+    covariates: dict[str, Tensor]
+    bases: F64
+
+    def predict(self, flow: PerturbationFlow, effect: F64, seed: int) -> F64:
+        """Return the predicted effect ``[G]`` on the mean logarithm, for an effect on the logarithm of the mean.
+
+        Even and odd seeds have no noise in common.
+        """
+        drawn = _mean_log(flow, self.moved, self.counts, self.covariates, effect, seed + 2)
+        return drawn - self.bases[seed % 2]
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """Effects fitted to a part of the cells, and the effects ``[L, G]`` measured in that part and in the rest."""
+
+    effects: Effects
+    part: F64
+    rest: F64
+
+
+def fit_scale(flow: PerturbationFlow, data: ScreenData, seed: int) -> Scale:
+    """Return the scales for the effects of a trained flow; 1 where there is too little to tell."""
+    rng = np.random.default_rng([seed, 5])
+    some = _choose(data, rng)
+    labels = range(len(some.labels))
+    fold = rng.integers(FOLDS, size=len(some.screen.label))
+    folds = [_fold(some, np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(FOLDS)]
+    sources = [_sources(flow, some, label, rng, known=True) for label in labels]
+    real = np.array([[one.part[label] @ one.rest[label] for one in folds] for label in labels])
+    trained, error = 1.0, 0.0
+    for _ in range(ROUNDS):
+        predicted = np.zeros_like(real)
+        for label in labels:
+            for number, one in enumerate(folds):
+                effect = trained * one.effects.values[label].astype(np.float64)
+                predicted[label, number] = sources[label].predict(flow, effect, number) @ one.rest[label]
+        ratio, error = _ratio(real, predicted)
+        error *= trained
+        trained = float(np.clip(trained * ratio, *LIMITS))
+    return Scale(_towards_one(trained, error), _unseen(flow, some, folds, rng))
+
+
+def _unseen(flow: PerturbationFlow, data: ScreenData, folds: list[_Fold], rng: np.random.Generator) -> float:
+    """Return the scale for targets that were not trained on, by leaving each one out in turn."""
+    places = dict(zip(data.names, data.targets.tolist(), strict=True))
+    labels = [row for row, names in enumerate(data.labels["members"]) if places[names[0]] >= 0]
+    if len(labels) < LEAST_TARGETS or data.labels["dose"].notna().any():
+        return 1.0
+    rows = flow.gene_embedding.numpy()
+    fits, sizes = np.zeros((2, len(labels), FOLDS))
+    for at, label in enumerate(labels):
+        sources = _sources(flow, data, label, rng, known=False)
+        target = places[data.labels["members"][label][0]]
+        for number, one in enumerate(folds):
+            effect = one.effects.without(label).unseen(target, rows, places)
+            first, second = (sources.predict(flow, effect, 2 * number + again) for again in (0, 1))
+            fits[at, number] = (first + second) @ one.rest[label] / 2
+            sizes[at, number] = first @ second
+    ratio, error = _ratio(fits, sizes)
+    return _towards_one(float(np.clip(ratio, 0.0, LIMITS[1])), error)
+
+
+def _ratio(over: F64, under: F64) -> tuple[float, float]:
+    """Return the ratio of the sums of numbers ``[L, FOLDS]``, and its standard error.
+
+    The error is the larger one of those between labels and between folds: all labels share the noise of the controls.
+    1 and 0 if the folds do not agree that ``under`` is above 0.
+    """
+    size = float(under.sum())
+    if len(under) < 2 or size < SURE * _error(under.sum(0) - size / FOLDS):
+        return 1.0, 0.0
+    ratio = float(over.sum()) / size
+    off = over - ratio * under
+    return ratio, max(_error(off.sum(0)), _error(off.sum(1))) / size
+
+
+def _error(deviations: F64) -> float:
+    """Return the standard error of a sum from the deviations of its terms from their mean."""
+    n = len(deviations)
+    return float(np.sqrt(n / (n - 1) * (deviations**2).sum()))
+
+
+def _towards_one(ratio: float, error: float) -> float:
+    """Shrink a ratio by its error: what could as well be 1 becomes 1."""
+    away = ratio - 1
+    return 1 + away * max(0.0, 1 - error**2 / max(away**2, 1e-12))
+
+
+def _choose(data: ScreenData, rng: np.random.Generator) -> ScreenData:
+    """Return the cells of some controls and of random single perturbations, each at all its doses."""
+    label = data.screen.label
+    large = np.bincount(label[label >= 0], minlength=len(data.labels)) >= LEAST_CELLS
+    rows_of: dict[str, list[int]] = {}
+    for row, names in enumerate(data.labels["members"]):
+        if len(names) == 1 and large[row]:
+            rows_of.setdefault(names[0], []).append(row)
+    chosen: list[int] = []
+    for at in rng.permutation(len(rows_of)):
+        if len(chosen) < LABELS:
+            chosen += list(rows_of.values())[at]
+    control = rng.permutation(np.flatnonzero(label < 0))[:CONTROLS]
+    kept = np.sort(np.concatenate([control, np.flatnonzero(np.isin(label, chosen))]))
+    number = np.full(len(data.labels) + 1, -1)  # the last place is that of controls, numbered -1
+    number[chosen] = np.arange(len(chosen))
+    taken = _take(data, kept)
+    screen = replace(
+        taken.screen,
+        label=number[taken.screen.label],
+        known=data.screen.known[chosen],
+        gene=data.screen.gene[chosen],
+        dose=data.screen.dose[chosen],
+        there=data.screen.there[chosen],
+    )
+    return replace(taken, screen=screen, labels=data.labels.iloc[chosen].reset_index(drop=True))
+
+
+def _take(data: ScreenData, rows: NDArray[np.int64]) -> ScreenData:
+    screen, cells = data.screen, data.cells
+    return replace(
+        data,
+        cells=MemoryCells(cells.counts[rows], {name: column[rows] for name, column in cells.obs.items()}),
+        screen=replace(
+            screen,
+            mean=screen.mean[rows],
+            std=screen.std[rows],
+            label=screen.label[rows],
+            stratum=screen.stratum[rows],
+        ),
+    )
+
+
+def _fold(data: ScreenData, part: NDArray[np.int64], rest: NDArray[np.int64]) -> _Fold:
+    of_part, of_rest = _take(data, part), _take(data, rest)
+    return _Fold(fit_effects(of_part, data.labels), _measure(of_part), _measure(of_rest))
+
+
+def _measure(data: ScreenData) -> F64:
+    """Return the effect of every label on the mean logarithm ``[L, G]``, within strata; 0 for one without cells."""
+    logs, screen = log_cp10k(data.cells.counts), data.screen
+    control = np.flatnonzero(screen.label < 0)
+    found = np.zeros((len(data.labels), logs.shape[1]))
+    for label in range(len(found)):
+        cells = np.flatnonzero(screen.label == label)
+        if len(cells) and len(control):
+            weight = control_weights(cells, control, screen.stratum)
+            found[label] = np.asarray(logs[cells].mean(0)).ravel() - logs[control].T @ weight
+    return found
+
+
+def _sources(
+    flow: PerturbationFlow, data: ScreenData, label: int, rng: np.random.Generator, *, known: bool
+) -> _Sources:
+    """Draw control cells from the strata of a label and carry them over; ``known``: not as an unseen target."""
+    screen = data.screen
+    control = np.flatnonzero(screen.label < 0)
+    weight = control_weights(np.flatnonzero(screen.label == label), control, screen.stratum)
+    rows = rng.choice(control, SOURCES, p=weight)
+    sets = PerturbationSet(
+        *(torch.from_numpy(part[[label]]) for part in (screen.known, screen.gene, screen.dose, screen.there))
+    )
+    if not known:
+        sets.known.fill_(-1)
+    noise = rng.standard_normal(screen.mean[rows].shape).astype(np.float32)
+    latents = torch.from_numpy(screen.mean[rows] + screen.std[rows] * noise)
+    moved = flow.transport(latents, sets.repeat(SOURCES), STEPS)
+    covariates = {name: torch.from_numpy(column[rows]) for name, column in data.cells.obs.items()}
+    counts = data.cells.counts[rows]
+    bases = [_mean_log(flow, latents, counts, covariates, np.zeros(counts.shape[1]), seed) for seed in (0, 1)]
+    return _Sources(moved, counts, covariates, np.array(bases))
+
+
+def _mean_log(
+    flow: PerturbationFlow,
+    latents: Tensor,
+    control: sp.csr_matrix,
+    covariates: dict[str, Tensor],
+    effect: F64,
+    seed: int,
+) -> F64:
+    """Decode latents ``[n, D + 1]`` such that shares change by an effect, and return the mean logarithm ``[G]``."""
+    folds = anchor(flow, latents, covariates, control, effect)
+    cells = flow.decode(latents, folds, covariates).sample(torch.arange(SOURCES) + seed * SOURCES)
+    return mean_log(sp.csr_matrix(cells.numpy()))

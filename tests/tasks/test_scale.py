@@ -1,0 +1,102 @@
+"""The scale of average effects: sizes that shrinking took away come back, and only where the data can tell."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+
+from bgen.config.schema import PerturbConfig, VAEConfig
+from bgen.data.memory import MemoryCells
+from bgen.evaluate.perturbation import mean_log
+from bgen.models.perturbation import PerturbationFlow
+from bgen.models.vae import VAE
+from bgen.tasks.effects import Effects, Scale, fit_effects
+from bgen.tasks.perturb import anchor
+from bgen.tasks.scale import fit_scale
+from bgen.tasks.screen import ScreenData, make_sets
+from bgen.train.pairs import Screen
+
+GENES, LABELS, CELLS, LIBRARY = 80, 6, 60, 100.0
+
+
+class World:
+    """A screen of cells with few molecules, in which perturbations change most genes a little."""
+
+    def __init__(self, strength: float, seed: int = 0) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.shares = self.rng.dirichlet(np.full(GENES, 3.0))
+        self.effects = strength * self.rng.normal(size=(LABELS, GENES))
+
+    def cells(self, label: int | None, n: int) -> sp.csr_matrix:
+        shares = self.shares * np.exp(0 if label is None else self.effects[label])
+        return sp.csr_matrix(self.rng.poisson(LIBRARY * shares / shares.sum(), (n, GENES)).astype(np.float32))
+
+    def screen(self) -> ScreenData:
+        counts = sp.vstack([self.cells(None, 600), *(self.cells(label, CELLS) for label in range(LABELS))], "csr")
+        label = np.repeat(np.arange(-1, LABELS), [600, *[CELLS] * LABELS])
+        names, targets = [f"p{k}" for k in range(LABELS)], np.arange(LABELS)
+        members, doses = [[name] for name in names], np.full(LABELS, np.nan)
+        sets = make_sets(members, doses, names, targets)
+        latents = whitened(len(label)).numpy()
+        columns = [part.numpy() for part in (sets.known, sets.gene, sets.dose, sets.there)]
+        screen = Screen(latents, 0 * latents, label, np.zeros_like(label), *columns)
+        labels = pd.DataFrame({"label": names, "dose": doses, "members": members})
+        return ScreenData(MemoryCells(counts, {}), screen, labels, names, targets, 1.0)
+
+
+def whitened(n: int) -> torch.Tensor:
+    """Latents of cells that differ in nothing; the last dimension is the logarithm of the library size."""
+    latents = torch.zeros(n, VAEConfig().latent + 1)
+    latents[:, -1] = np.log(LIBRARY)
+    return latents
+
+
+def fitted(data: ScreenData) -> tuple[PerturbationFlow, Effects]:
+    """A flow that carries nobody anywhere, on a decoder that knows nothing: the average effects do everything."""
+    torch.manual_seed(0)
+    effects = fit_effects(data, data.labels)
+    vae = VAE(VAEConfig(), GENES, {})
+    vae.decoder.scaled_log_theta.data.fill_(10.0)  # the cells are Poisson
+    flow = PerturbationFlow(PerturbConfig(), vae, LABELS, torch.zeros(GENES, 4), 1.0, torch.from_numpy(effects.values))
+    return flow, effects
+
+
+def slope(world: World, flow: PerturbationFlow, effects: Effects, scale: float) -> float:
+    """Size of predicted effects on the mean logarithm in units of real ones, each measured on many new cells."""
+    control = world.cells(None, 1500)
+    base = mean_log(control)
+    latents = whitened(1500)
+    products, squares = 0.0, 0.0
+    for label in range(LABELS):
+        real = mean_log(world.cells(label, 1500)) - base
+        folds = anchor(flow, latents, {}, control, scale * effects.values[label].astype(np.float64))
+        made = flow.decode(latents, folds, {}).sample(torch.arange(1500))
+        products += float((mean_log(sp.csr_matrix(made.numpy())) - base) @ real)
+        squares += float(real @ real)
+    return products / squares
+
+
+def test_the_size_that_shrinking_took_comes_back() -> None:
+    world = World(0.25)
+    data = world.screen()
+    flow, effects = fitted(data)
+    scale = fit_scale(flow, data, 0)
+    assert slope(world, flow, effects, 1.0) < 0.8
+    assert slope(world, flow, effects, scale.trained) == pytest.approx(1, abs=0.1)
+
+
+def test_nothing_is_scaled_where_nothing_happens() -> None:
+    data = World(0.0).screen()
+    assert fit_scale(fitted(data)[0], data, 0) == Scale()
+
+
+def test_unseen_targets_are_damped_where_the_others_say_nothing_about_them() -> None:
+    world = World(0.25)
+    data = world.screen()
+    assert fit_scale(fitted(data)[0], data, 0).unseen < 0.4
+    world.effects += 0.5 * world.rng.normal(size=GENES)  # all alike
+    data = world.screen()
+    assert fit_scale(fitted(data)[0], data, 0).unseen == pytest.approx(1, abs=0.1)
