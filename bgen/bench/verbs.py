@@ -136,3 +136,40 @@ def bench_time(
     from bgen.bench.time import bench_time as compare
 
     results.print(compare(data, file, out, seeds=seeds, points=point, steps=steps, say=notes.print).table())
+
+
+@app.command("cells")
+def bench_cells(
+    file: Annotated[Path, typer.Argument(help="An .h5ad of counts.")],
+    out: Annotated[Path, typer.Option(help="Folder for cells.json.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Overrides such as vae.train.steps=500.", show_default=False)
+    ] = None,
+    genes: Annotated[int, typer.Option(min=0, help="Variable genes, chosen on the training cells; 0: all.")] = 2000,
+    seeds: Annotated[int, typer.Option(help="Splits, each with its own training.")] = 3,
+    steps: Annotated[str, typer.Option(help="Numbers of solver steps.")] = "50,4,1",
+    python: Annotated[Path | None, typer.Option(help="A Python with scvi-tools, to stand in the table.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of scvi-tools; default: its own.")] = None,
+) -> None:
+    """Train on four fifths of a data set, generate, and compare with the other fifth: flow, VAE, baseline, peer.
+
+    Example: `bgen bench cells cells.h5ad --genes 100 --seeds 2 --out bench vae.train.steps=20 flow.train.steps=20`
+    """
+    from bgen.bench.cells import bench_cells as compare
+
+    try:
+        numbers = [int(text) for text in steps.split(",")]
+    except ValueError:
+        raise UserError(f"--steps {steps}: numbers with commas, such as 50,4,1.") from None
+    compared = compare(
+        file,
+        out,
+        genes=genes,
+        seeds=seeds,
+        steps=numbers,
+        python=python,
+        epochs=epochs,
+        overrides=overrides or [],
+        say=notes.print,
+    )
+    results.print(compared.table())

@@ -112,7 +112,7 @@ def versus(
     if peer not in PACKAGES:
         raise UserError(f"--versus {peer}: bgen is compared with {', '.join(PACKAGES)}.{nearest(peer, PACKAGES)}")
     pythons = {"bgen": Path(sys.executable), peer: python or Path(sys.executable)}
-    _require(peer, pythons[peer])
+    require_peer(peer, pythons[peer])
     if epochs < 2:
         raise UserError("--epochs: at least 2, because the first one is not timed.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -213,7 +213,8 @@ def prepare(folder: Path, data: Path | None, genes: int, batch: int, seed: int) 
     }
 
 
-def _require(peer: str, python: Path) -> None:
+def require_peer(peer: str, python: Path) -> None:
+    """Raise a UserError unless the Python has the peer."""
     look = f"import importlib.metadata as m; m.version('{PACKAGES[peer]}')"
     try:
         done = subprocess.run([str(python), "-c", look], capture_output=True, check=False).returncode
@@ -223,13 +224,17 @@ def _require(peer: str, python: Path) -> None:
         raise UserError(f"{python} does not have {PACKAGES[peer]}: install it there, or name another with --python.")
 
 
+def peer_environment(threads: int) -> dict[str, str]:
+    """Return the environment of a process in a peer's Python, which must not find this one's packages."""
+    rest = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**rest, "OMP_NUM_THREADS": str(threads)}
+
+
 def _run(job: Job, python: Path) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads)}
+    environment = peer_environment(job.threads)
     if job.side == "bgen":
         here = str(Path(versus_worker.__file__).parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
-    else:
-        environment.pop("PYTHONPATH", None)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.ranks}"] if job.ranks > 1 else []
     command = [str(python), *launcher, str(versus_worker.__file__), json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=job.folder)

@@ -127,13 +127,27 @@ def _configs(out: Path, manifest: Manifest, seed: int, overrides: Sequence[str])
     batches = manifest.roles.get("batch")
     covariates = [batches] if batches and manifest.columns[batches].kind == "category" else []
     conditions = [manifest.roles[role] for role in ASKED if role in manifest.roles]
-    given: dict[str, list[str]] = {"vae": [], "flow": []}
-    for text in overrides:
-        stage, _, rest = text.partition(".")
-        if stage not in given:
-            raise UserError(f"'{text}': in the demo write vae.train.steps=500 or flow.train.steps=500.")
-        given[stage].append(rest)
+    given = stage_overrides(overrides)
     common: list[Any] = [f"seed={seed}", f"data.store={out / 'store'}", "track.experiment=bgen-demo"]
     vae = [*common, f"out={out / 'vae'}", f"vae.covariates={covariates}", *given["vae"]]
     flow = [*common, f"out={out / 'flow'}", f"flow.vae={out / 'vae'}", f"flow.conditions={conditions}", *given["flow"]]
     return {"vae": load_config("demo/vae", vae), "flow": load_config("demo/flow", flow)}
+
+
+def stage_overrides(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Sort ``vae.section.key=value`` and ``flow.section.key=value`` by stage.
+
+    Raises
+    ------
+    UserError
+        If one is of neither.
+    """
+    given: dict[str, list[str]] = {"vae": [], "flow": []}
+    for text in overrides:
+        stage, _, rest = text.partition(".")
+        if stage not in given:
+            raise UserError(
+                f"'{text}': write vae.train.steps=500 or flow.train.steps=500, for one of the two trainings."
+            )
+        given[stage].append(rest)
+    return given
