@@ -121,6 +121,9 @@ def integrate(
     out: Out,
     reference: Annotated[str | None, typer.Option(help="Batch to decode as; default: the largest.")] = None,
     batch: Annotated[str | None, typer.Option(help="Covariate to remove; default: batch.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="obs column of cell types: also score by scib-metrics (bgen[integration]).")
+    ] = None,
     layer: Layer = None,
     as_json: Json = False,
 ) -> None:
@@ -132,13 +135,15 @@ def integrate(
     from bgen.tasks.read import read_h5ad
 
     require_new_file(out)
-    cells = load_model(model).integrate(read_h5ad(data), reference=reference, batch=batch, layer=layer)
+    cells = load_model(model).integrate(read_h5ad(data), reference=reference, batch=batch, label=label, layer=layer)
     told = dict(cells.uns["bgen_integrate"])
     said = [f"Counts in layers['integrated'] are as of {told['batch']} '{told['reference']}'."]
     if "mixing" in told:
         said.append(
             f"Mixing of batches (1 is perfect): {told['mixing']:.2f}; principal components {told['mixing_pca']:.2f}."
         )
+    for figure, values in told.get("scib", {}).items():
+        said.append(f"{figure:>20} {values['model']:.3f}; principal components {values['PCA']:.3f}.")
     if told["cells_of_unknown_batches"]:
         said.append(f"{told['cells_of_unknown_batches']:,} cells are of batches that the model does not know.")
     _finish(cells, out, told, said, as_json)

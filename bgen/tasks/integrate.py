@@ -14,6 +14,7 @@ import numpy as np
 from anndata import AnnData
 
 from bgen.config.errors import UserError, nearest
+from bgen.evaluate.integration import UNINTEGRATED, require_scib, scib_figures
 from bgen.evaluate.mixing import batch_mixing
 from bgen.evaluate.space import fit_space
 from bgen.tasks.read import in_genes_of, require_cells, text_column
@@ -31,6 +32,7 @@ def integrate_cells(
     *,
     reference: str | None = None,
     batch: str | None = None,
+    label: str | None = None,
     layer: str | None = None,
 ) -> AnnData:
     """Return a copy of the data without batch effects.
@@ -41,6 +43,8 @@ def integrate_cells(
         Batch as which counts are decoded; default: the one with most cells in the data.
     batch
         Covariate of the model that is removed (column or role); default: its role "batch", or its only covariate.
+    label
+        obs column of cell types, to score by scib-metrics what is lost of them; default: not scored.
     layer
         Layer with the raw counts; default X.
 
@@ -49,14 +53,19 @@ def integrate_cells(
     AnnData
         With ``obsm['X_bgen_integrated'] [N, D]``, expected counts at the cell's own size in ``layers['integrated']``
         (NaN for genes that the model does not know), and in ``uns['bgen_integrate']`` how well batches mix
-        (:func:`bgen.evaluate.mixing.batch_mixing`), beside uncorrected principal components.
+        (:func:`bgen.evaluate.mixing.batch_mixing`), beside uncorrected principal components; with ``label`` the figures
+        of scib-metrics of both (:func:`bgen.evaluate.integration.scib_figures`) under ``scib``.
 
     Raises
     ------
     UserError
-        If the model has no such covariate, the data does not have the column, or none of its batches is known.
+        If the model has no such covariate, the data does not have a column, none of its batches is known, or
+        scib-metrics is asked for and not installed.
     """
     require_cells(adata)
+    types = None if label is None else text_column(adata, label)
+    if types is not None:
+        require_scib()
     name = _covariate(model, batch)
     info = model.saved.columns[name]
     column = next((column for column in (name, info.role) if column in adata.obs), name)
@@ -87,8 +96,11 @@ def integrate_cells(
         "cells_of_unknown_batches": int((~known).sum()),
     }
     if len(np.unique(values)) > 1:
+        components = fit_space(counts).project(counts)
         summary["mixing"] = batch_mixing(z, values)
-        summary["mixing_pca"] = batch_mixing(fit_space(counts).project(counts), values)
+        summary["mixing_pca"] = batch_mixing(components, values)
+        if types is not None:
+            summary["scib"] = scib_figures({"model": z, UNINTEGRATED: components}, values, types)
     integrated.uns["bgen_integrate"] = summary
     return integrated
 

@@ -250,10 +250,16 @@ class Model:
         return denoise_cells(self, adata, layer=layer, library_size=library_size)
 
     def integrate(
-        self, adata: AnnData, *, reference: str | None = None, batch: str | None = None, layer: str | None = None
+        self,
+        adata: AnnData,
+        *,
+        reference: str | None = None,
+        batch: str | None = None,
+        label: str | None = None,
+        layer: str | None = None,
     ) -> AnnData:
         """Add a latent and counts without batch effects; see :func:`bgen.tasks.integrate.integrate_cells`."""
-        return integrate_cells(self, adata, reference=reference, batch=batch, layer=layer)
+        return integrate_cells(self, adata, reference=reference, batch=batch, label=label, layer=layer)
 
     def perturb(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,14 @@ def test_integration_decodes_every_cell_as_of_one_batch(model: Model, cells: ann
     np.testing.assert_allclose(made.layers["integrated"][own], as_measured[own][:, there], rtol=1e-3, atol=1e-5)
     assert np.abs(made.layers["integrated"][~own] - as_measured[~own][:, there]).max() > 0.01
     assert 0 < made.uns["bgen_integrate"]["mixing"] < 1.5
+
+
+def test_scoring_an_integration_needs_its_library(model: Model, cells: anndata.AnnData) -> None:
+    if importlib.util.find_spec("scib_metrics") is None:
+        with pytest.raises(UserError, match=r"pip install 'bgen\[integration\]'"):
+            model.integrate(cells, label="cell_type")
+    with pytest.raises(UserError, match="no column 'type'"):
+        model.integrate(cells, label="type")
 
 
 def test_mistakes_are_told(model: Model, cells: anndata.AnnData) -> None:
