@@ -110,6 +110,7 @@ def bgen(job: Job) -> Trained:
         "vae.hidden": job.hidden,
         "vae.latent": job.latent,
         "vae.blocks": 0,
+        "vae.kl_weight": 1.0,
         "vae.kl_warmup": math.ceil(job.kl_epochs * epoch),
         "train.steps": math.ceil(job.epochs * epoch),
         "train.global_batch": job.batch,

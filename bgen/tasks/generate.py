@@ -188,14 +188,20 @@ def asked_codes(model: SavedModel, flow: LatentFlow, where: Mapping[str, Any]) -
 def draw_rows(
     combinations: pd.DataFrame, asked: Mapping[str, float], n: int, seed: int
 ) -> tuple[dict[str, NDArray[Any]], bool]:
-    """Draw a row of conditions for each cell: columns ``[n]``; also whether no training cell had what was asked for."""
+    """Draw a row of conditions for each cell: columns ``[n]``; also whether no training cell had what was asked for.
+
+    Systematic sampling: each cell's row has the distribution of the training cells, and the number of cells with a row
+    differs from what is expected by less than one.
+    """
     agree = np.ones(len(combinations), bool)
     for name, value in asked.items():
         agree &= np.isclose(combinations[name].to_numpy(float), value)
     unseen = not agree.any()
     table = combinations if unseen else combinations[agree]
     weights = table["cells"].to_numpy(float)
-    picked = np.random.default_rng(seed).choice(len(table), size=n, p=weights / weights.sum())
+    rng = np.random.default_rng(seed)
+    heights = (rng.random() + np.arange(n)) / n * weights.sum()
+    picked = rng.permutation(np.searchsorted(weights.cumsum(), heights, side="right").clip(max=len(table) - 1))
     rows: dict[str, NDArray[Any]] = {}
     for name in combinations.columns.drop("cells"):
         column = table[name].to_numpy()[picked]

@@ -8,12 +8,14 @@ from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 
 import bgen
 from bgen.config.errors import UserError
 from bgen.data.store import Store
 from bgen.data.to_anndata import read_split
+from bgen.tasks.generate import draw_rows
 from bgen.tasks.model import Model
 
 
@@ -69,6 +71,18 @@ def test_conditions_not_asked_for_follow_the_training_cells(model: Model) -> Non
     nowhere = model.generate(5, where={"time": 1234.5})
     assert nowhere.uns["bgen"]["unseen"]
     assert (nowhere.obs["time"] == 1234.5).all()
+
+
+def test_conditions_come_in_the_training_cells_proportions() -> None:
+    table = pd.DataFrame({"kind": np.arange(4), "cells": [500, 3, 300, 197]})
+    drawn = [draw_rows(table, {}, 100, seed)[0]["kind"] for seed in range(200)]
+    numbers = np.array([np.bincount(kinds, minlength=4) for kinds in drawn])
+    expected = table["cells"].to_numpy() / 10
+    assert np.abs(numbers - expected).max() < 1
+    np.testing.assert_allclose(numbers.mean(0), expected, atol=0.15)
+    # In no order: what cell 0 is follows the proportions, too.
+    first = np.bincount([kinds[0] for kinds in drawn], minlength=4) / 2
+    np.testing.assert_allclose(first, expected, atol=12)
 
 
 def test_embedding_matches_genes_by_id(model: Model, cells: anndata.AnnData) -> None:
