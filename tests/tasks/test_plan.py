@@ -72,7 +72,7 @@ def test_flops_of_the_flow_are_those_that_torch_counts() -> None:
 
 def test_flops_of_the_vae() -> None:
     """Per cell: the sparse first layer twice, three times the other matrices."""
-    genes, hidden, latent, tokens = 1000, 64, 16, 100
+    genes, hidden, latent, tokens = 1000, 64, 24, 100
     block = 2 * hidden * hidden
     dense = hidden * 2 * latent + latent * hidden + 2 * block + hidden * genes
     assert tiny().flops_per_cell == 2 * (2 * tokens * hidden) + 3 * 2 * dense
