@@ -12,6 +12,8 @@ it is computed by Stirling's series after the recurrence ``Gamma(y) = Gamma(y + 
 that does not subtract large numbers: torch's float32 lgamma loses all digits of the difference from theta = 1e4 on,
 and its digamma is five times slower on a CPU.
 
+On a CPU in float32 the passes are compiled ones (:mod:`bgen.models.nb_cpu`); elsewhere they are torch's.
+
 Axes: B cells, G genes, NNZ non-zero counts.
 """
 
@@ -24,7 +26,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _SHIFT = 4
-_BLOCK = 1 << 19  # entries, 2 MB of float32
 
 
 def nonzero_term(x: Tensor, log_mu: Tensor, log1p_ratio: Tensor, theta: Tensor) -> Tensor:
@@ -49,16 +50,6 @@ def _count_term(x: Tensor, theta: Tensor) -> Tensor:
         + (_stirling(high) - _stirling(low) - torch.log(product))
         - torch.lgamma(x + 1)
     )
-
-
-def _above_one(counts: Tensor) -> Tensor:
-    """Positions of the counts that :func:`_count_term` is evaluated for: without ones, which are more than half.
-
-    On a GPU all of them: there, knowing how many there are costs more than what is saved.
-    """
-    if counts.device.type == "cpu":
-        return (counts != 1).nonzero().squeeze(1)
-    return torch.arange(len(counts), device=counts.device)
 
 
 def _stirling(y: Tensor) -> Tensor:
@@ -94,15 +85,6 @@ def log_softmax_at(logits: Tensor, rho: Tensor, rows: Tensor, flat: Tensor) -> T
     return logits.reshape(-1).index_select(0, flat) - normaliser.index_select(0, rows)
 
 
-def _blocks(x: Tensor) -> list[slice]:
-    """Rows of ``x [B, G]`` in blocks that stay in a CPU's cache over several passes; all at once on a GPU.
-
-    Measured at B = 1,024, G = 16,791 on one thread: 130 ms instead of 225 ms, although log1p is then computed twice.
-    """
-    rows = max(1, _BLOCK // x.shape[1]) if x.device.type == "cpu" else len(x)
-    return [slice(start, start + rows) for start in range(0, len(x), rows)]
-
-
 class SparseNB(torch.autograd.Function):
     """Log-probability of sparse counts, ``[B]``; gradients for ``logits [B, G]`` and ``log_theta [G]``.
 
@@ -123,23 +105,19 @@ class SparseNB(torch.autograd.Function):
         """Return log p(cell), ``[B]``."""
         logits = logits.contiguous()
         theta = log_theta.exp()
+        ctx.compiled = logits.device.type == "cpu" and logits.dtype == torch.float32
+        if ctx.compiled:
+            return _forward_on_cpu(ctx, logits, log_theta, theta, library, indptr, indices, counts)
         flat = rows * logits.shape[1] + indices
-        ratio, zeros = torch.empty_like(logits), torch.empty_like(library)
-        for part in _blocks(logits):
-            rho = torch.softmax(logits[part], dim=1, out=ratio[part])
-            rho.mul_(library[part, None]).mul_(theta.reciprocal())
-            zeros[part] = torch.log1p(rho) @ theta
+        ratio = torch.softmax(logits, dim=1).mul_(library[:, None]).mul_(theta.reciprocal())
+        zeros = torch.log1p(ratio) @ theta
         ratio_nnz = ratio.view(-1).index_select(0, flat)
         q_nnz = ratio_nnz.div_(ratio_nnz + 1)
         # log mu - log(1 + r) = log theta + log q; where rho underflowed, q is taken to be the smallest float.
         log_q = q_nnz.clamp_min(torch.finfo(q_nnz.dtype).tiny).log_()
-        many = _above_one(counts)
-        counts_many, theta_many = counts.index_select(0, many), theta.index_select(0, indices.index_select(0, many))
-        term = log_q.add_(log_theta.index_select(0, indices)).mul_(counts)
-        term.index_add_(0, many, _count_term(counts_many, theta_many))
-        ctx.save_for_backward(
-            theta, library, indptr, indices, counts, rows, flat, ratio, q_nnz, many, counts_many, theta_many
-        )
+        theta_nnz = theta.index_select(0, indices)
+        term = log_q.add_(log_theta.index_select(0, indices)).mul_(counts).add_(_count_term(counts, theta_nnz))
+        ctx.save_for_backward(theta, library, indptr, indices, counts, rows, flat, ratio, q_nnz, theta_nnz)
         return torch.segment_reduce(term, "sum", offsets=indptr, initial=0.0) - zeros
 
     @staticmethod
@@ -150,21 +128,43 @@ class SparseNB(torch.autograd.Function):
         With ``q = r / (1 + r)``: d log p / d log mu = x (1 - q) - theta q and
         d log p / d log theta = theta (q - L) + x q + theta dA/dtheta; the softmax subtracts rho times the row's sum.
         """
-        theta, library, indptr, indices, counts, rows, flat, ratio, q_nnz, *above_one = ctx.saved_tensors
-        many, counts_many, theta_many = above_one
+        if ctx.compiled:
+            return *_backward_on_cpu(ctx, grad), None, None, None, None, None
+        theta, library, indptr, indices, counts, rows, flat, ratio, q_nnz, theta_nnz = ctx.saved_tensors
         grad_nnz = grad.index_select(0, rows)
-        slope = (counts * q_nnz).index_add_(0, many, _gamma_ratio_slope(counts_many, theta_many)).mul_(grad_nnz)
-        grad_log_theta = torch.zeros_like(theta)
+        slope = (counts * q_nnz).add_(_gamma_ratio_slope(counts, theta_nnz)).mul_(grad_nnz)
         at_nonzero = counts * (1 - q_nnz)
-        row_sum = torch.segment_reduce(at_nonzero, "sum", offsets=indptr, initial=0.0)
-        grad_logits = torch.empty_like(ratio)
-        for part in _blocks(ratio):
-            r, weight = ratio[part], grad[part]
-            grad_log_theta -= weight @ torch.log1p(r)
-            scratch = r + 1
-            q = torch.div(r, scratch, out=grad_logits[part])
-            grad_log_theta += weight @ q
-            rest = (q @ theta - row_sum[part]) / library[part]
-            q.mul_(-theta).addcmul_(torch.mul(r, theta, out=scratch), rest[:, None]).mul_(weight[:, None])
+        q = ratio / (ratio + 1)
+        grad_log_theta = (grad @ q - grad @ torch.log1p(ratio)).mul_(theta).index_add_(0, indices, slope)
+        rest = (q @ theta - torch.segment_reduce(at_nonzero, "sum", offsets=indptr, initial=0.0)) / library
+        grad_logits = q.mul_(-theta).addcmul_(ratio * theta, rest[:, None]).mul_(grad[:, None])
         grad_logits.view(-1).index_add_(0, flat, at_nonzero.mul_(grad_nnz))
-        return grad_logits, grad_log_theta.mul_(theta).index_add_(0, indices, slope), None, None, None, None, None
+        return grad_logits, grad_log_theta, None, None, None, None, None
+
+
+def _forward_on_cpu(
+    ctx: Any, logits: Tensor, log_theta: Tensor, theta: Tensor, library: Tensor, *csr: Tensor
+) -> Tensor:
+    from bgen.models import nb_cpu  # numba takes a while to import
+    from bgen.nn.threads import parts
+
+    ratio, log_prob = torch.empty_like(logits), torch.empty_like(library)
+    terms, slopes = nb_cpu.tables(theta.numpy())
+    number = parts(len(logits), logits.numel())
+    arrays: Any = [tensor.detach().numpy() for tensor in (logits, log_theta, theta, library, *csr, ratio, log_prob)]
+    nb_cpu.forward(number, terms, *arrays)
+    ctx.save_for_backward(theta, library, *csr, ratio, torch.from_numpy(slopes))
+    return log_prob
+
+
+def _backward_on_cpu(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients for logits ``[B, G]`` and log theta ``[G]``."""
+    from bgen.models import nb_cpu
+    from bgen.nn.threads import parts
+
+    *saved, ratio, slopes = ctx.saved_tensors
+    grad_logits = torch.empty_like(ratio)
+    number = parts(len(ratio), ratio.numel())
+    arrays: Any = [tensor.numpy() for tensor in (slopes, grad.contiguous(), *saved, ratio, grad_logits)]
+    shares = nb_cpu.backward(number, *arrays)
+    return grad_logits, torch.from_numpy(shares.sum(axis=0))

@@ -36,6 +36,7 @@ def thin(batch: CellBatch, share: float) -> Tensor:
         entries = chosen.index_select(0, rows).nonzero().squeeze(1)
         return _thin_entries(batch, batch.counts, entries, rows.index_select(0, entries), state, keep)
     from bgen.models.thinning_cpu import thin_small  # numba takes a while to import
+    from bgen.nn.threads import parts
 
     done, large, large_rows = thin_small(
         batch.indptr.numpy(),
@@ -45,6 +46,7 @@ def thin(batch: CellBatch, share: float) -> Tensor:
         chosen.numpy(),
         keep.numpy(),
         _EXACT,
+        parts(len(batch), len(batch.counts)),
     )
     left = torch.from_numpy(large), torch.from_numpy(large_rows)
     return _thin_entries(batch, torch.from_numpy(done), *left, state, keep)

@@ -12,24 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
-_ONE, _27, _30, _31, _41 = (np.uint64(n) for n in (1, 27, 30, 31, 41))
-_HALF, _UNIT = np.float32(0.5), np.float32(2.0**-23)
+_1, _27, _30, _31, _41 = (np.uint64(n) for n in (1, 27, 30, 31, 41))
+_HALF, _ONE, _UNIT = np.float32(0.5), np.float32(1), np.float32(2.0**-23)
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, parallel=True)
 def thin_small(
-    indptr: NDArray[np.int64],
+    indptr: I64,
     indices: NDArray[np.int32],
     counts: F32,
     state: NDArray[np.uint64],
     chosen: NDArray[np.bool_],
     keep: F32,
     most: int,
-) -> tuple[F32, NDArray[np.int64], NDArray[np.int64]]:
+    parts: int,
+) -> tuple[F32, I64, I64]:
     """Thin the counts up to ``most`` by the exact binomial, as :func:`bgen.models.thinning.binomial` does.
 
     Parameters
@@ -40,36 +42,73 @@ def thin_small(
         ``[B]``: where the cells' sequences of random bits start.
     chosen, keep
         ``[B]``: which cells are thinned, and the share of their counts that they keep.
+    most
+        Counts above it are left.
+    parts
+        How many parts of the rows to take at a time.
 
     Returns
     -------
     The counts ``[NNZ]``, and positions and rows of the larger ones in chosen cells, which are left as they were.
     """
     out = counts.copy()
-    large, large_rows, found = np.empty(len(counts), np.int64), np.empty(len(counts), np.int64), 0
-    for row in range(len(chosen)):
+    large, large_rows = np.empty(len(counts), np.int64), np.empty(len(counts), np.int64)
+    found = np.zeros(parts, np.int64)
+    cells = len(chosen)
+    for part in numba.prange(parts):
+        begin, end = cells * part // parts, cells * (part + 1) // parts
+        found[part] = _rows(indptr, indices, counts, state, chosen, keep, most, begin, end, out, large, large_rows)
+    total = 0
+    for part in range(parts):
+        begin = indptr[cells * part // parts]
+        for number in range(found[part]):
+            large[total], large_rows[total] = large[begin + number], large_rows[begin + number]
+            total += 1
+    return out, large[:total].copy(), large_rows[:total].copy()
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _rows(
+    indptr: I64,
+    indices: NDArray[np.int32],
+    counts: F32,
+    state: NDArray[np.uint64],
+    chosen: NDArray[np.bool_],
+    keep: F32,
+    most: int,
+    begin: int,
+    end: int,
+    out: F32,
+    large: I64,
+    large_rows: I64,
+) -> int:
+    """Thin the rows from ``begin`` to ``end``; note from their first entry on which were left, and return how many."""
+    none_removed = np.ones(most + 1, np.float32)  # probability by count
+    left = indptr[begin]
+    for row in range(begin, end):
         if not chosen[row]:
             continue
-        p = np.float32(1) - keep[row]
-        odds = p / (np.float32(1) - p)
+        p = _ONE - keep[row]
+        kept = _ONE - p
+        odds = p / kept
+        for n in range(most):
+            none_removed[n + 1] = none_removed[n] * kept
         for entry in range(indptr[row], indptr[row + 1]):
             n = counts[entry]
             if n > most:
-                large[found], large_rows[found] = entry, row
-                found += 1
+                large[left], large_rows[left] = entry, row
+                left += 1
                 continue
-            bits = state[row] + (np.uint64(indices[entry]) + _ONE) * _GOLDEN
+            bits = state[row] + (np.uint64(indices[entry]) + _1) * _GOLDEN
             bits = (bits ^ (bits >> _30)) * _MIX_1
             bits = (bits ^ (bits >> _27)) * _MIX_2
             bits ^= bits >> _31
             u = (np.float32(bits >> _41) + _HALF) * _UNIT
-            probability = np.float32(1)
-            for _ in range(int(n)):
-                probability *= np.float32(1) - p
+            probability = none_removed[int(n)]
             cumulative, k = probability, np.float32(0)
             while u > cumulative and k < n:
-                probability *= (n - k) / (k + np.float32(1)) * odds
-                k += np.float32(1)
+                probability *= (n - k) / (k + _ONE) * odds
+                k += _ONE
                 cumulative += probability
             out[entry] = n - k
-    return out, large[:found].copy(), large_rows[:found].copy()
+    return left - indptr[begin]

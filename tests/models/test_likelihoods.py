@@ -8,8 +8,9 @@ from torch import Tensor
 
 from bgen.data.batch import CellBatch
 from bgen.models.likelihoods import NegativeBinomial, ZeroInflatedNegativeBinomial
+from bgen.models.nb_cpu import TABLED
 from bgen.models.nb_sampling import sample_negative_binomial
-from bgen.models.nb_sparse import _BLOCK, _gamma_ratio_slope, nonzero_term
+from bgen.models.nb_sparse import _gamma_ratio_slope, nonzero_term
 
 B, G = 7, 23
 
@@ -129,28 +130,38 @@ def test_term_of_a_nonzero_where_lgamma_loses_its_digits() -> None:
         assert ((got - exact).abs() < 1e-6 * exact.abs() + 1e-6 * x + 1e-6).all()
 
 
-def test_blocks_of_rows_change_nothing() -> None:
-    genes = _BLOCK // 3
+@pytest.mark.parametrize("threads", [1, 3])
+def test_compiled_passes_equal_torchs(threads: int) -> None:
+    # enough genes that three threads are worth it, counts on both sides of what is tabled
     generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(8, genes, generator=generator).requires_grad_()
-    theta = torch.zeros(genes, requires_grad=True)
-    counts = torch.zeros(8, genes)
-    counts[torch.arange(8), torch.arange(8) * 1000] = 3.0
-    library = torch.full((8,), 100.0)
-    together = NegativeBinomial(logits, library, theta).log_prob_sparse(batch_of(counts))
-    alone = torch.cat(
-        [
-            NegativeBinomial(logits[i : i + 1], library[:1], theta).log_prob_sparse(batch_of(counts[i : i + 1]))
-            for i in range(8)
-        ]
-    )
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
-    for a, b in zip(
-        torch.autograd.grad(together.sum(), (logits, theta)),
-        torch.autograd.grad(alone.sum(), (logits, theta)),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    cells, genes = 40, 6000
+    logits = 2 * torch.randn(cells, genes, generator=generator)
+    log_theta = 3 * torch.randn(genes, generator=generator)
+    library = 20_000 * torch.rand(cells, generator=generator)
+    counts = torch.poisson(torch.softmax(logits, 1) * library[:, None], generator=generator)
+    assert ((counts > 1) & (counts < TABLED)).any()
+    assert (counts > TABLED).any()
+    weight = torch.randn(cells, generator=generator)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            parameters = [p.to(dtype).requires_grad_() for p in (logits, log_theta)]
+            value = likelihood(parameters, library.to(dtype)).log_prob_sparse(batch_of(counts))
+            found.append([value, *torch.autograd.grad(value, parameters, weight.to(dtype))])
+    finally:
+        torch.set_num_threads(before)
+    for compiled, reference in zip(*found, strict=True):
+        torch.testing.assert_close(compiled.double(), reference, rtol=1e-4, atol=2e-5 * float(reference.abs().max()))
+
+
+def test_a_logit_that_is_not_finite_is_not_hidden() -> None:
+    for bad in (float("nan"), float("inf")):
+        logits = torch.zeros(2, 5)
+        logits[1, 3] = bad
+        value = NegativeBinomial(logits, torch.ones(2), torch.zeros(5)).log_prob_sparse(batch_of(torch.ones(2, 5)))
+        assert value.isfinite().tolist() == [True, False]
 
 
 @pytest.mark.parametrize(("mu", "theta"), [(0.05, 0.3), (3.0, 1.0), (40.0, 5.0), (150.0, 1e6), (900.0, 2.0)])

@@ -1,0 +1,24 @@
+"""How many threads a compiled loop over rows takes.
+
+numba's threads are OpenMP's, as torch's are: a pool of Python's own would compete with torch's, which keep a core busy
+for a while after each of its operations (measured: 8.6 ms instead of 5.6 for a product and a loop of 2.8 each).
+"""
+
+from __future__ import annotations
+
+import numba
+import torch
+
+WORTH = 1 << 16
+"""Elements of work that a thread is worth."""
+
+
+def parts(rows: int, work: int) -> int:
+    """Into how many parts to cut ``rows`` that are ``work`` elements in all: at most one per thread of torch.
+
+    Call it right before the loop, which is to be a ``numba.prange`` over the parts: it also limits numba's threads.
+    """
+    most: int = getattr(numba.config, "NUMBA_NUM_THREADS")  # noqa: B009 - made at run time
+    found = max(1, min(torch.get_num_threads(), most, rows, work // WORTH))
+    numba.set_num_threads(found)
+    return found
