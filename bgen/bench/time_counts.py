@@ -14,17 +14,13 @@ import anndata
 import numpy as np
 from anndata import AnnData
 
-from bgen import __version__
+from bgen.bench.store import store_of
 from bgen.bench.time_course import Recipe
-from bgen.config.errors import UserError
 from bgen.config.load import load_config
-from bgen.config.output import write_h5ad
 from bgen.evaluate.counts import variable_genes
 from bgen.evaluate.time_point import TimeScores
 from bgen.tasks.model import load_model
 from bgen.train.run import train
-from data_tools.build import build
-from data_tools.check import check
 
 GENES = 2000
 """Variable genes that are kept, chosen on the time points that the model may see."""
@@ -47,13 +43,8 @@ def score_missing_time(
     seen = cells[cells.obs["time"] != time]
     genes = np.sort(variable_genes(seen.X, min(GENES, cells.n_vars)))
     seen, cells = seen[:, genes].copy(), cells[:, genes].copy()
-    folder.mkdir(parents=True)
-    write_h5ad(seen, folder / "seen.h5ad")
-    report = check([folder / "seen.h5ad"])
-    if report.errors:
-        raise UserError(f"The cells cannot be used: `bgen data check {folder / 'seen.h5ad'}` says why.")
-    build(report, folder / "store", created_by=f"bgen {__version__}", splits={"train": 0.9, "valid": 0.1}, seed=seed)
-    common = [f"seed={seed}", f"data.store={folder / 'store'}", "track.mlflow=false", "track.progress=false"]
+    store = store_of(seen, folder / "data", seed)
+    common = [f"seed={seed}", f"data.store={store}", "track.mlflow=false", "track.progress=false"]
     vae = [
         *common,
         f"out={folder / 'vae'}",

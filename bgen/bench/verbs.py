@@ -173,3 +173,35 @@ def bench_cells(
         say=notes.print,
     )
     results.print(compared.table())
+
+
+@app.command("perturb")
+def bench_perturb(
+    file: Annotated[Path, typer.Argument(help="The screen, .h5ad: raw counts in X.")],
+    leave: Annotated[
+        list[str], typer.Option(help="group:COLUMN, targets:N, combinations:N or doses; may be repeated.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for perturb.json and a page for each --leave.")],
+    perturbation: Annotated[str, typer.Option(help="obs column that names the perturbation.")] = "perturbation",
+    control: Annotated[str, typer.Option(help="Its value for control cells.")] = "control",
+    dose: Annotated[str | None, typer.Option(help="obs column of doses.")] = None,
+    within: Annotated[list[str] | None, typer.Option(help="Compare within this obs column; may be repeated.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of every split.")] = 3,
+    steps: Annotated[int, typer.Option(min=2, help="Training steps of the VAE; the flow has half as many.")] = 800,
+    overrides: Overrides = None,
+) -> None:
+    """Leave groups, targets, combinations or doses of a screen out, predict them, and compare with baselines.
+
+    Example: `bgen bench perturb cells.h5ad --leave group:batch --leave targets:2 --within cell_type --out bench`
+    """
+    from bgen.bench.perturb import Training
+    from bgen.bench.perturb import bench_perturb as compare
+    from bgen.tasks.screen import Columns
+
+    columns = Columns(perturbation, control, dose, within or [])
+    training = Training(steps, overrides or [])
+    for left_out, scores in compare(file, columns, leave, out, training, seeds=seeds, say=notes.print).items():
+        results.print(f"\nLeft out: {left_out}", highlight=False)
+        results.print(scores.table())
+        for sentence in scores.sentences():
+            results.print(sentence, highlight=False)

@@ -7,9 +7,9 @@ ceiling, and chooses the genes with the clearest effects. So no row is measured 
 - An effect is the difference of mean log(1 + counts per 10,000) between perturbed and control cells. The control cells
   are real and the same in every row, also where a model would predict its own (a model that only scales its own
   controls can otherwise win or lose the discrimination score).
-- A baseline is an effect that needs no model: "control copy" (none), "train mean" (the average effect over training
-  perturbations), and whatever else the caller gives, such as "additive", "same in training" or "nearest dose". As cells
-  it is the real control cells moved by the effect.
+- A baseline is an effect that needs no model: "control copy" (none) and what the caller gives: "train mean" (the
+  average effect over training perturbations), "additive", "same in training", "nearest dose". As cells it is the real
+  control cells moved by the effect.
 - The slope is sum <predicted, real> / sum <other half, real> over perturbations and genes: the noise of the two halves
   is independent, so that it does not enter the denominator.
 - Verdicts come from a paired bootstrap over perturbations of the difference to each baseline.
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -69,7 +69,7 @@ class HeldOut:
     predicted
         Counts of predicted cells, at least as many as half of ``real``.
     baselines
-        Name to effect ``[G]``: those of this perturbation, without "control copy" and "train mean".
+        Name to effect ``[G]``, without "control copy".
     targets
         Genes that were perturbed themselves: the discrimination score leaves them out.
     """
@@ -84,14 +84,35 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class PerturbationScores:
-    """values: row (model, baselines, ceiling) to metric to ``[seeds, P]``; NaN where a row has no such figure."""
+    """What was found.
+
+    Attributes
+    ----------
+    values
+        Row (model, baselines, ceiling) to metric to ``[seeds, P]``; NaN where a row has no such figure.
+    predicted, real
+        Effects ``[P, G]``, the real ones of all held-out cells.
+    """
 
     labels: tuple[str, ...]
     values: dict[str, dict[str, NDArray[np.float64]]]
+    predicted: NDArray[np.float64]
+    real: NDArray[np.float64]
 
     def mean(self, row: str, key: str) -> float:
         """Mean over perturbations and seeds."""
         return float(np.nanmean(self.values[row][key]))
+
+    def interval(self, row: str, key: str) -> tuple[float, float]:
+        """95 % interval of the mean: bootstrap over perturbations, of their means over seeds."""
+        if key == "slope":
+            draws = self._slopes(row)
+        else:
+            values = self.values[row][key]
+            means = np.nanmean(values[:, np.isfinite(values).any(0)], 0)
+            draws = means[_draws(len(means))].mean(1)
+        low, high = np.quantile(draws, [0.025, 0.975])
+        return float(low), float(high)
 
     def verdict(self, baseline: str, key: str, better: Better) -> str:
         """Compare the model with a baseline: 95 % interval of a paired bootstrap over perturbations."""
@@ -107,11 +128,16 @@ class PerturbationScores:
 
     def _slope_verdict(self, baseline: str) -> str:
         """Compare distances from 1, of which only the mean over perturbations has a meaning."""
-        rows = {row: self.values[row]["slope"].mean(0) for row in (MODEL, baseline, CEILING)}
-        draws = _draws(len(rows[MODEL]))
-        size = rows[CEILING][draws].mean(1)
-        off = {row: np.abs(rows[row][draws].mean(1) / size - 1) for row in (MODEL, baseline)}
+        off = {row: np.abs(self._slopes(row) - 1) for row in (MODEL, baseline)}
         return _in_words(off[baseline] - off[MODEL])
+
+    def _slopes(self, row: str) -> NDArray[np.float64]:
+        """Return bootstrapped slopes: ratios of sums over perturbations, of those that have the row."""
+        products, size = self.values[row]["slope"].mean(0), self.values[CEILING]["slope"].mean(0)
+        there = np.isfinite(products)
+        draws = _draws(int(there.sum()))
+        slopes: NDArray[np.float64] = products[there][draws].mean(1) / size[there][draws].mean(1)
+        return slopes
 
     def sentences(self) -> list[str]:
         """Say in plain words where the model stands against each baseline."""
@@ -131,7 +157,12 @@ class PerturbationScores:
         """Return everything as plain JSON values."""
         rows = {
             row: {
-                key: {"mean": _number(self.mean(row, key)), "by_seed": [_number(v) for v in np.nanmean(v, 1)]}
+                key: {
+                    "mean": _number(self.mean(row, key)),
+                    "interval": self.interval(row, key),
+                    "by_seed": [_number(v) for v in np.nanmean(v, 1)],
+                    "by_perturbation": [_number(v) for v in v.mean(0)],
+                }
                 for key, v in figures.items()
                 if np.isfinite(v).any()
             }
@@ -141,21 +172,50 @@ class PerturbationScores:
 
     def table(self) -> Table:
         """Return a table: a row per model, baseline and ceiling."""
-        table = Table(title=f"Scores ({PROTOCOL})", box=None, pad_edge=False)
+        seeds, n = next(iter(self.values[MODEL].values())).shape
+        table = Table(
+            title=f"Scores ({PROTOCOL})",
+            caption=f"Means over {n} held-out perturbations and {seeds} seeds, with 95 % intervals over perturbations.",
+            box=None,
+            pad_edge=False,
+        )
         table.add_column("", no_wrap=True)
         for metric in METRICS:
             table.add_column(metric.title, justify="right")
         for row, figures in self.values.items():
             cells = []
             for metric in METRICS:
-                values = figures[metric.key]
-                if np.isfinite(values).any():
-                    by_seed = np.nanmean(values, 1)
-                    cells.append(f"{by_seed.mean():.{metric.digits}f}±{by_seed.std(ddof=1):.{metric.digits}f}")
+                if np.isfinite(figures[metric.key]).any():
+                    low, high = self.interval(row, metric.key)
+                    digits = metric.digits
+                    cells.append(f"{self.mean(row, metric.key):.{digits}f}\n{low:.{digits}f}..{high:.{digits}f}")
                 else:
                     cells.append("-")
             table.add_row(row, *cells)
         return table
+
+
+def join(parts: Sequence[PerturbationScores], along: Literal["seeds", "perturbations"]) -> PerturbationScores:
+    """Join scores: of the same perturbations from several trainings, or of several perturbations.
+
+    A row that a part does not have is NaN there.
+    """
+    rows = list(dict.fromkeys(row for part in parts for row in part.values))
+    rows = [row for row in rows if row != CEILING] + [CEILING]
+
+    def values(part: PerturbationScores, row: str, key: str) -> NDArray[np.float64]:
+        return part.values[row][key] if row in part.values else np.full_like(part.values[MODEL][key], np.nan)
+
+    axis = 0 if along == "seeds" else 1
+    joined = {
+        row: {metric.key: np.concatenate([values(part, row, metric.key) for part in parts], axis) for metric in METRICS}
+        for row in rows
+    }
+    predicted, real = [part.predicted for part in parts], [part.real for part in parts]
+    if along == "seeds":
+        return PerturbationScores(parts[0].labels, joined, np.mean(predicted, axis=0), np.mean(real, axis=0))
+    labels = tuple(label for part in parts for label in part.labels)
+    return PerturbationScores(labels, joined, np.concatenate(predicted), np.concatenate(real))
 
 
 def mean_log(counts: sp.csr_matrix) -> NDArray[np.float64]:
@@ -163,9 +223,7 @@ def mean_log(counts: sp.csr_matrix) -> NDArray[np.float64]:
     return np.asarray(log_cp10k(counts).mean(0, dtype=np.float64)).ravel()
 
 
-def evaluate_perturbations(
-    train: sp.csr_matrix, held_out: Sequence[HeldOut], train_mean: NDArray[np.float64], *, seeds: int = 3
-) -> PerturbationScores:
+def evaluate_perturbations(train: sp.csr_matrix, held_out: Sequence[HeldOut], *, seeds: int = 3) -> PerturbationScores:
     """Score predictions of held-out perturbations.
 
     Parameters
@@ -174,8 +232,6 @@ def evaluate_perturbations(
         Counts of training cells: the embedding of the E-distance is fitted on them.
     held_out
         Perturbations that were not trained on (or not in these cells).
-    train_mean
-        Average effect over training perturbations ``[G]``.
     seeds
         Random halves, at least 2.
 
@@ -191,18 +247,21 @@ def evaluate_perturbations(
             f" too few: {', '.join(short) or 'perturbations or seeds'}."
         )
     space = fit_space(train)
-    runs = [_one_seed(space, held_out, train_mean, seed) for seed in range(seeds)]
+    runs = [_one_seed(space, held_out, seed) for seed in range(seeds)]
     rows = runs[0].keys()
     values = {row: {metric.key: np.array([run[row][metric.key] for run in runs]) for metric in METRICS} for row in rows}
-    return PerturbationScores(tuple(one.label for one in held_out), values)
+    bases = [mean_log(one.control) for one in held_out]
+    predicted, real = (
+        np.array([mean_log(cells) - base for cells, base in zip(of_all, bases, strict=True)])
+        for of_all in ([one.predicted for one in held_out], [one.real for one in held_out])
+    )
+    return PerturbationScores(tuple(one.label for one in held_out), values, predicted, real)
 
 
-def _one_seed(
-    space: Space, held_out: Sequence[HeldOut], train_mean: NDArray[np.float64], seed: int
-) -> dict[str, dict[str, list[float]]]:
+def _one_seed(space: Space, held_out: Sequence[HeldOut], seed: int) -> dict[str, dict[str, list[float]]]:
     names = list(dict.fromkeys(name for one in held_out for name in one.baselines))
     rows: dict[str, dict[str, list[float]]] = {
-        row: {metric.key: [] for metric in METRICS} for row in (MODEL, CONTROL_COPY, TRAIN_MEAN, *names, CEILING)
+        row: {metric.key: [] for metric in METRICS} for row in (MODEL, CONTROL_COPY, *names, CEILING)
     }
     real_effects, effects = [], []
     for number, one in enumerate(held_out):
@@ -224,7 +283,7 @@ def _one_seed(
         # With replacement if there are few: what matters is that every row has as many cells.
         controls = one.control[rng.choice(one.control.shape[0], n, replace=one.control.shape[0] < n)]
         found = {MODEL: mean_log(one.predicted) - control_mean, CEILING: other, CONTROL_COPY: np.zeros_like(real)}
-        found |= {TRAIN_MEAN: train_mean, **one.baselines}
+        found |= one.baselines
         points = space.project(some["real"])
         for row, figures in rows.items():
             if row not in found:

@@ -36,8 +36,8 @@ TYPE_COLOURS = (
 )  # fmt: skip
 OTHER = "other types"
 _GREY = "#d9d9d9"
-_TEXT = "#222222"
-_WIDTH = 10.0  # inches
+TEXT = "#222222"
+WIDTH = 10.0  # inches
 _LAYOUT_CELLS = 600  # per panel: enough to see shapes, and t-SNE stays within seconds
 _FIT_CELLS = 10_000
 
@@ -82,11 +82,11 @@ def joint_layout(sets: Mapping[str, Cells]) -> list[Panel]:
 def embedding_figure(panels: Sequence[Panel], titles: Mapping[str, str]) -> Figure:
     """Draw the panels side by side on the same axes, with the real cells in light grey behind the others."""
     colours = type_colours(panels)
-    figure = Figure(figsize=(_WIDTH, _WIDTH / len(panels) + 0.95))
+    figure = Figure(figsize=(WIDTH, WIDTH / len(panels) + 0.95))
     axes = figure.subplots(1, len(panels), sharex=True, sharey=True)
     for axis, panel in zip(np.atleast_1d(axes), panels, strict=True):
         draw_cells(axis, panel, panels[0], colours)
-        axis.set_title(titles[panel.name], fontsize=12, color=_TEXT, pad=6)
+        axis.set_title(titles[panel.name], fontsize=12, color=TEXT, pad=6)
     rows = _type_legend(figure, colours, columns=5)
     figure.subplots_adjust(left=0.01, right=0.99, top=0.92, bottom=0.03 + 0.055 * rows, wspace=0.04)
     return figure
@@ -125,11 +125,11 @@ def mean_variance_figure(sets: Mapping[str, Cells]) -> Figure:
     """Draw the variance of every gene against its mean: real cells behind, generated and baseline in front."""
     moments = equal_moments(sets)
     others = [name for name in moments if name != "real"]
-    figure = Figure(figsize=(_WIDTH, 4.0))
+    figure = Figure(figsize=(WIDTH, 4.0))
     axes = figure.subplots(1, len(others), sharex=True, sharey=True, squeeze=False)[0]
     for axis, name in zip(axes, others, strict=True):
         draw_mean_variance(axis, moments["real"], moments[name], name)
-    axes[0].set_ylabel("variance / mean", color=_TEXT)
+    axes[0].set_ylabel("variance / mean", color=TEXT)
     figure.tight_layout()
     return figure
 
@@ -157,26 +157,26 @@ def draw_mean_variance(axis: Axes, real: GeneMoments, other: GeneMoments, name: 
         line = _running_median(*clouds[label])
         axis.plot(*line, color="white", linewidth=width + 1.6)
         axis.plot(*line, color=COLOURS[label], linewidth=width, label=label)
-    axis.axhline(1.0, color=_TEXT, linewidth=0.8, linestyle=(0, (2, 3)), label="Poisson")
+    axis.axhline(1.0, color=TEXT, linewidth=0.8, linestyle=(0, (2, 3)), label="Poisson")
     axis.set(xscale="log", yscale="log")
-    axis.set_xlabel("mean count of a gene", color=_TEXT)
+    axis.set_xlabel("mean count of a gene", color=TEXT)
     axis.legend(frameon=False, fontsize=9, loc="upper left", handlelength=1.6)
-    _clean(axis)
+    clean(axis)
 
 
 def histogram_figure(sets: Mapping[str, Cells]) -> Figure:
     """Draw the distributions of library size, genes per cell and share of zeros per gene, of every set but train."""
     shown = {name: cells for name, cells in sets.items() if name != "train"}
     moments = equal_moments(sets)
-    figure = Figure(figsize=(_WIDTH, 3.4))
+    figure = Figure(figsize=(WIDTH, 3.4))
     axes = figure.subplots(1, 3)
     _histogram(axes[0], {name: library_size(cells.counts) for name, cells in shown.items()}, "counts per cell", True)
     genes = {name: genes_per_cell(cells.counts).astype(np.float64) for name, cells in shown.items()}
     _histogram(axes[1], genes, "genes per cell", False)
     _histogram(axes[2], {name: moments[name].zeros for name in shown}, "share of zeros, per gene", False)
     axes[2].set_yscale("log")
-    axes[0].set_ylabel("share of cells", color=_TEXT)
-    axes[2].set_ylabel("share of genes", color=_TEXT)
+    axes[0].set_ylabel("share of cells", color=TEXT)
+    axes[2].set_ylabel("share of genes", color=TEXT)
     axes[0].legend(frameon=False, fontsize=9, handlelength=1.2)
     figure.tight_layout()
     return figure
@@ -204,19 +204,19 @@ def loss_figure(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure | N
     drawn = {stage: (what, curves) for stage, (what, curves) in drawn.items() if curves}
     if not drawn:
         return None
-    figure = Figure(figsize=(_WIDTH if len(drawn) > 1 else _WIDTH * 0.62, 3.4))
+    figure = Figure(figsize=(WIDTH if len(drawn) > 1 else WIDTH * 0.62, 3.4))
     axes = figure.subplots(1, len(drawn), squeeze=False)[0]
     for axis, (stage, (what, curves)) in zip(axes, drawn.items(), strict=True):
         for name, (steps, values) in curves.items():
             colour, width, marker = ("#8a8a8a", 1.0, None) if name == "train" else ("#0072B2", 2.0, "o")
             axis.plot(steps, values, label=name, color=colour, linewidth=width, marker=marker, markersize=3.5)
         axis.set_ylim(*_without_start([values for _, values in curves.values()]))
-        axis.set_title(stage, fontsize=12, color=_TEXT, loc="left")
-        axis.set_xlabel("step", color=_TEXT)
-        axis.set_ylabel("negative log-likelihood per cell" if what == "nll" else "loss", color=_TEXT)
+        axis.set_title(stage, fontsize=12, color=TEXT, loc="left")
+        axis.set_xlabel("step", color=TEXT)
+        axis.set_ylabel("negative log-likelihood per cell" if what == "nll" else "loss", color=TEXT)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.legend(frameon=False, fontsize=9)
-        _clean(axis)
+        clean(axis)
     figure.tight_layout()
     return figure
 
@@ -235,10 +235,10 @@ def hero_picture(
         (middle, panels[1], "generated cells (grey: real)"),
     ):
         draw_cells(axis, panel, panels[0], colours)
-        axis.set_title(title, fontsize=13, color=_TEXT, pad=8)
+        axis.set_title(title, fontsize=13, color=TEXT, pad=8)
     moments = equal_moments(sets)
     draw_mean_variance(right, moments["real"], moments["generated"], "generated")
-    right.set_title("variance / mean of each gene", fontsize=13, color=_TEXT, pad=8)
+    right.set_title("variance / mean of each gene", fontsize=13, color=TEXT, pad=8)
     rows = _type_legend(figure, colours, columns=4, left=True)
     figure.subplots_adjust(left=0.01, right=0.99, top=0.92, bottom=0.03 + 0.055 * max(rows, 2), wspace=0.04)
     box = right.get_position()
@@ -279,7 +279,7 @@ def _type_legend(figure: Figure, colours: Mapping[str, str], columns: int, left:
         handletextpad=0.2,
         columnspacing=1.2,
         borderaxespad=0.3,
-        labelcolor=_TEXT,
+        labelcolor=TEXT,
     )
     return -(-len(handles) // columns)
 
@@ -307,8 +307,8 @@ def _histogram(axis: Axes, values: Mapping[str, NDArray[np.float64]], label: str
         axis.hist(part, bins=edges.tolist(), weights=weights, label=name, **fill)
     if log:
         axis.set_xscale("log")
-    axis.set_xlabel(label, color=_TEXT)
-    _clean(axis)
+    axis.set_xlabel(label, color=TEXT)
+    clean(axis)
 
 
 def _without_start(series: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -321,7 +321,8 @@ def _without_start(series: Sequence[Sequence[float]]) -> tuple[float, float]:
     return float(late.min()) - margin, float(late.max()) + margin
 
 
-def _clean(axis: Axes) -> None:
+def clean(axis: Axes) -> None:
+    """Draw an axis with two thin spines."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color("#999999")
-    axis.tick_params(colors=_TEXT, which="both", labelsize=9, color="#999999")
+    axis.tick_params(colors=TEXT, which="both", labelsize=9, color="#999999")

@@ -2,59 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from anndata import AnnData
-from matplotlib.figure import Figure
 
 from bgen.evaluate import pictures
+from bgen.evaluate.page import facts_table, figure, write_page
 from bgen.evaluate.scores import ARROWS, ROWS, Score, Scores
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light; }}
-body {{ font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: #222;
-  background: #fff; max-width: 1000px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }}
-h1 {{ font-size: 1.75rem; line-height: 1.25; margin: 0 0 .75rem; }}
-h2 {{ font-size: 1.2rem; margin: 2.75rem 0 .5rem; }}
-p {{ margin: .5rem 0; max-width: 46rem; }}
-.headline {{ font-size: 1.2rem; }}
-.note {{ border-left: 3px solid #E69F00; padding-left: .8rem; }}
-.small, figcaption {{ color: #595959; font-size: .875rem; }}
-figure {{ margin: .75rem 0 0; }}
-figure img {{ display: block; width: 100%; height: auto; }}
-figure.narrow img {{ width: 62%; }}
-figcaption {{ max-width: 46rem; margin-top: .4rem; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: .9rem; width: 100%; margin-top: .75rem; }}
-th {{ text-align: left; font-weight: 600; border-bottom: 2px solid #222; padding: .35rem .6rem .35rem 0; }}
-td {{ border-bottom: 1px solid #e5e5e5; padding: .4rem .6rem .4rem 0; vertical-align: top; }}
-td.number, th.number {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
-td:first-child {{ min-width: 14rem; }}
-td .meaning {{ color: #595959; font-size: .8rem; display: block; line-height: 1.35; }}
-.sd {{ color: #767676; font-size: .8em; }}
-.key {{ display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .3em; }}
-.best {{ color: #00664b; font-weight: 600; }} .good {{ color: #00664b; }} .even {{ color: #7a4f00; }}
-.bad {{ color: #a31515; font-weight: 600; }}
-table.facts {{ width: auto; }} table.facts td:first-child {{ min-width: 0; color: #595959; padding-right: 1.5rem; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="headline">{headline}</p>
-{body}
-</body>
-</html>
-"""
 _CLASSES = {
     "at the ceiling": "best",
     "better than the baseline": "good",
@@ -99,7 +57,7 @@ def write_report(
     coloured = f"Colour is {cell_type}. " if cell_type else ""
     parts += [
         "<h2>The cells, side by side</h2>",
-        _figure(
+        figure(
             pictures.embedding_figure(panels, _TITLES),
             "Real, generated and baseline cells in one map",
             f"{coloured}{len(panels[0].xy):,} cells each, on one map: t-SNE of all of them together, from the "
@@ -107,14 +65,14 @@ def write_report(
             "others: grey without colour is missed, colour without grey invented. Gaps between islands mean little.",
         ),
         "<h2>Noise of each gene</h2>",
-        _figure(
+        figure(
             pictures.mean_variance_figure(sets),
             "Variance against mean of each gene",
             "One dot a gene, over equally many cells; real ones grey. Lines are medians. Counting alone would give the "
             "dotted line; what lies above it is variation between cells.",
         ),
         "<h2>Library size and zeros</h2>",
-        _figure(
+        figure(
             pictures.histogram_figure(sets),
             "Histograms of counts per cell, genes per cell and zeros per gene",
             "Grey is real. The share of zeros is per gene, with a logarithmic axis.",
@@ -123,14 +81,9 @@ def write_report(
     curves = pictures.loss_figure(losses) if losses else None
     if curves is not None:
         caption = "Mean over the steps between records (train), and over held-out cells. The first tenth may lie above."
-        parts += ["<h2>Training</h2>", _figure(curves, "Loss against step", caption)]
-    parts += [_facts(scores, provenance or {})]
-    page = _PAGE.format(title=escape(title), headline=escape(scores.headline()), body="\n".join(parts))
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(target)
-    return target
+        parts += ["<h2>Training</h2>", figure(curves, "Loss against step", caption)]
+    parts += [facts_table(_facts(scores) | dict(provenance or {}))]
+    return write_page(path, title, scores.headline(), parts)
 
 
 def _score_section(scores: Scores) -> str:
@@ -184,21 +137,9 @@ def _strip(score: Score) -> str:
     )
 
 
-def _facts(scores: Scores, provenance: Mapping[str, object]) -> str:
+def _facts(scores: Scores) -> dict[str, object]:
     facts: dict[str, object] = {"protocol": scores.protocol, "cells on each side": scores.cells}
-    facts |= {key.replace("_", " "): value for key, value in scores.setting.items() if value is not None}
-    facts |= provenance
-    rows = "\n".join(
-        f"<tr><td>{escape(str(name))}</td><td>{escape(str(value))}</td></tr>" for name, value in facts.items()
-    )
-    return f'<h2>How this was made</h2>\n<table class="facts"><tbody>\n{rows}\n</tbody></table>'
-
-
-def _figure(figure: Figure, alternative: str, caption: str) -> str:
-    encoded = base64.b64encode(pictures.png(figure, dpi=160)).decode("ascii")
-    narrow = ' class="narrow"' if figure.get_figwidth() < 8 else ""
-    image = f'<img alt="{escape(alternative)}" src="data:image/png;base64,{encoded}">'
-    return f"<figure{narrow}>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+    return facts | {key.replace("_", " "): value for key, value in scores.setting.items() if value is not None}
 
 
 def _dot(row: str) -> str:

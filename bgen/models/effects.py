@@ -68,6 +68,15 @@ def control_weights(
     return weight
 
 
+def log_effect(
+    logs: sp.csr_matrix, perturbed: NDArray[np.int64], control: NDArray[np.int64], stratum: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return the difference ``[G]`` of mean logarithms ``[N, G]`` of perturbed and control cells within strata."""
+    mean = np.asarray(logs[perturbed].mean(0, dtype=np.float64)).ravel()
+    difference: NDArray[np.float64] = mean - logs[control].T @ control_weights(perturbed, control, stratum)
+    return difference
+
+
 def _moments(
     counts: sp.csr_matrix, cells: NDArray[np.int64], weight: NDArray[np.float64], scale: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

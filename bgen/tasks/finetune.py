@@ -24,6 +24,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from torch import nn
 
+from bgen import __version__
 from bgen.config.data import TrajectoriesConfig
 from bgen.config.errors import UserError
 from bgen.config.load import load_config
@@ -32,6 +33,7 @@ from bgen.config.schema import Config
 from bgen.data.memory import MemoryCells
 from bgen.distributed import world as ranks
 from bgen.evaluate.perturbation import PerturbationScores
+from bgen.evaluate.perturbation_report import write_perturbation_report
 from bgen.hub.directory import Module, SavedModel, count_combinations, load_directory, save_model
 from bgen.models.annotator import LABEL, Annotator
 from bgen.models.latent_flow import LatentFlow
@@ -180,6 +182,8 @@ def finetune(
         say("Scoring on what was held out ...")
         scores = score_held_out(Model(made), adata, kept_back, request.columns, layer=request.layer)
         made.about["held_out"] = scores.as_json()
+        facts = {"parent": made.about["parent"]["name"], "cells trained on": adata.n_obs, "bgen": __version__}
+        write_perturbation_report(out / "report.html", scores, provenance=facts)
     save_model(made, out / "model")
     return Tuned(made, scores)
 
@@ -374,6 +378,7 @@ def _fit(config: Config, stage: MemoryStage, say: Say | None) -> None:
     result = Trainer(config, stage).fit()
     if result.interrupted:
         raise UserError(f"Stopped by a signal at step {result.step}; nothing was exported.")
+    stage.module.cpu()  # what follows (encoding, scoring, saving) runs where the data lie
     if say is not None:
         say(f"{result.step} steps, best held-out {stage.monitor} {result.best:.4g}.")
 

@@ -18,13 +18,18 @@ from numpy.typing import NDArray
 
 from bgen.config.errors import UserError, nearest
 from bgen.data.keys import hash_keys
-from bgen.evaluate.perturbation import HeldOut, PerturbationScores, evaluate_perturbations, mean_log
+from bgen.evaluate.perturbation import TRAIN_MEAN, HeldOut, PerturbationScores, evaluate_perturbations
+from bgen.evaluate.space import log_cp10k
+from bgen.models.effects import log_effect
 from bgen.tasks.model import Model
 from bgen.tasks.read import text_column
-from bgen.tasks.screen import Columns, find_genes, members, require_controls
+from bgen.tasks.screen import Columns, find_genes, members, require_controls, strata_codes
 
 CONTROL_SHARE = 0.25
 """Part of the control cells from which held-out perturbations are predicted."""
+
+LEAST_PREDICTED = 500
+"""Cells of a prediction: its own sampling noise then hardly matters."""
 
 DOSE = "@"
 """Between a label and its dose: "dex@10"."""
@@ -49,7 +54,7 @@ def split_screen(adata: AnnData, columns: Columns, held_out: Sequence[str], seed
     label = text_column(adata, columns.perturbation)
     control = require_controls(label, columns.control, f"obs['{columns.perturbation}']")
     back = control & (hash_keys(seed, np.arange(adata.n_obs)) / 2.0**64 < CONTROL_SHARE)
-    keys = _keys(adata, columns)
+    keys = screen_keys(adata, columns)
     for text in held_out:
         wanted = _read(text)
         here = np.array([_agrees(key, wanted) for key in keys]) & ~control
@@ -64,24 +69,34 @@ def score_held_out(
     model: Model, train: AnnData, back: AnnData, columns: Columns, *, layer: str | None = None, seeds: int = 3
 ) -> PerturbationScores:
     """Predict what was kept back and score it; both sets are as :func:`split_screen` returns them."""
+    made = predict_held_out(model, train, back, columns, layer=layer)
+    return evaluate_perturbations(model.counts(train, layer), made, seeds=seeds)
+
+
+def predict_held_out(
+    model: Model, train: AnnData, back: AnnData, columns: Columns, *, layer: str | None = None, seed: int = 0
+) -> list[HeldOut]:
+    """Predict every label of cells that were kept back from the control cells among them.
+
+    Parameters
+    ----------
+    train
+        What the model was trained on: baselines come from it.
+    """
     counts, held = model.counts(train, layer), model.counts(back, layer)
-    keys, held_keys = _keys(train, columns), _keys(back, columns)
-    control = np.array([key[0] == (columns.control,) for key in keys])
+    keys, held_keys = screen_keys(train, columns), screen_keys(back, columns)
     held_control = np.array([key[0] == (columns.control,) for key in held_keys])
-    base = mean_log(counts[control])
-    groups: dict[Key, list[int]] = {}
-    for row, key in enumerate(keys):
-        if not control[row] and key[0]:
-            groups.setdefault(key, []).append(row)
-    effects = {key: mean_log(counts[rows]) - base for key, rows in groups.items()}
+    effects = _training_effects(counts, keys, train, columns)
+    mean = np.mean(list(effects.values()), axis=0)
     cells = back[held_control].copy()
     made = []
     for key in sorted(set(held_keys), key=str):
-        if key[0] == (columns.control,):
+        if key[0] == (columns.control,) or not key[0]:
             continue
         real = np.flatnonzero([other == key for other in held_keys])
         name = "+".join(key[0])
-        predicted = model.perturb(cells, name, dose=key[1], n=max(cells.n_obs, len(real)), layer=layer)
+        n = max(cells.n_obs, len(real), LEAST_PREDICTED)
+        predicted = model.perturb(cells, name, dose=key[1], n=n, layer=layer, seed=seed)
         targets = find_genes(model.saved.genes, key[0])
         made.append(
             HeldOut(
@@ -89,15 +104,31 @@ def score_held_out(
                 real=held[real],
                 control=held[np.flatnonzero(held_control)],
                 predicted=sp.csr_matrix(predicted.X),
-                baselines=_baselines(key, effects),
+                baselines={TRAIN_MEAN: mean, **_baselines(key, effects)},
                 targets=targets[targets >= 0],
             )
         )
-    return evaluate_perturbations(counts, made, np.mean(list(effects.values()), axis=0), seeds=seeds)
+    return made
+
+
+def _training_effects(
+    counts: sp.csr_matrix, keys: Sequence[Key], train: AnnData, columns: Columns
+) -> dict[Key, NDArray[np.float64]]:
+    """Return the effect ``[G]`` on the mean logarithm of every set and dose in training, within strata."""
+    groups: dict[Key, list[int]] = {}
+    for row, key in enumerate(keys):
+        groups.setdefault(key, []).append(row)
+    control = np.array(groups.pop(((columns.control,), None)), np.int64)
+    groups.pop(((), None), None)
+    stratum = strata_codes(train, columns)
+    logs = log_cp10k(counts)
+    return {key: log_effect(logs, np.array(rows), control, stratum) for key, rows in groups.items()}
 
 
 def _baselines(key: Key, effects: Mapping[Key, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
     names, dose = key
+    if key in effects:  # held out are other cells of it
+        return {"same in training": effects[key]}
     found = {}
     if dose is not None and dose > 0:
         others = [other[1] for other in effects if other[0] == names and other[1]]
@@ -108,7 +139,7 @@ def _baselines(key: Key, effects: Mapping[Key, NDArray[np.float64]]) -> dict[str
     return found
 
 
-def _keys(adata: AnnData, columns: Columns) -> list[Key]:
+def screen_keys(adata: AnnData, columns: Columns) -> list[Key]:
     """Return the set and dose of every cell; controls have no dose."""
     label = text_column(adata, columns.perturbation)
     doses = np.full(adata.n_obs, np.nan) if columns.dose is None else adata.obs[columns.dose].to_numpy(np.float64)

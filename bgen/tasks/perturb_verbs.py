@@ -130,6 +130,7 @@ def finetune(
         results.print(tuned.scores.table())
         for sentence in tuned.scores.sentences():
             results.print(sentence, highlight=False)
+        results.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
     results.print(f"Model: {out / 'model'}", highlight=False, soft_wrap=True)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from bgen.data.memory import MemoryCells
 from bgen.evaluate.perturbation import mean_log
 from bgen.evaluate.space import log_cp10k
-from bgen.models.effects import control_weights
+from bgen.models.effects import control_weights, log_effect
 from bgen.models.perturbation import PerturbationFlow, PerturbationSet
 from bgen.tasks.effects import Effects, Scale, fit_effects
 from bgen.tasks.perturb import STEPS, anchor
@@ -209,8 +209,7 @@ def _measure(data: ScreenData) -> F64:
     for label in range(len(found)):
         cells = np.flatnonzero(screen.label == label)
         if len(cells) and len(control):
-            weight = control_weights(cells, control, screen.stratum)
-            found[label] = np.asarray(logs[cells].mean(0)).ravel() - logs[control].T @ weight
+            found[label] = log_effect(logs, cells, control, screen.stratum)
     return found
 
 

@@ -105,14 +105,12 @@ def read_screen(model: Model, adata: AnnData, columns: Columns, layer: str | Non
     labels = groups.size().index.to_frame(index=False)
     labels["members"] = [members(text) for text in labels["label"]]
     sets = make_sets(labels["members"].tolist(), labels["dose"].to_numpy(float), names, targets)
-    strata = [text_column(adata, name) for name in columns.strata]
-    stratum = pd.DataFrame({str(i): values for i, values in enumerate(strata)}, index=range(len(label)))
     mean, std = whitened_latents(model, adata, layer)
     screen = Screen(
         mean=mean,
         std=std,
         label=number,
-        stratum=np.asarray(stratum.groupby(list(stratum)).ngroup(), np.int64) if strata else np.zeros_like(number),
+        stratum=strata_codes(adata, columns),
         known=sets.known.numpy(),
         gene=sets.gene.numpy(),
         dose=sets.dose.numpy(),
@@ -122,6 +120,14 @@ def read_screen(model: Model, adata: AnnData, columns: Columns, layer: str | Non
     scale = float(np.exp(np.log(given).mean())) if len(given) else 1.0
     cells = MemoryCells(model.counts(adata, layer), model.covariates(adata))
     return ScreenData(cells, screen, labels, names, targets, scale)
+
+
+def strata_codes(adata: AnnData, columns: Columns) -> NDArray[np.int64]:
+    """Return the number of the stratum of every cell ``[N]``."""
+    if not columns.strata:
+        return np.zeros(adata.n_obs, np.int64)
+    strata = pd.DataFrame({str(i): text_column(adata, name) for i, name in enumerate(columns.strata)})
+    return np.asarray(strata.groupby(list(strata)).ngroup(), np.int64)
 
 
 def whitened_latents(

@@ -182,6 +182,7 @@ def test_held_out_perturbations_are_scored(bgen: Any, demo: Any, cells: anndata.
     about = json.loads((tmp_path / "out/model/config.json").read_text())["about"]
     assert pair not in ["+".join(row["set"]) for row in about["effects"]]
     assert "| control copy |" in (tmp_path / "out/model/README.md").read_text()
+    assert scores["words"][0] in (tmp_path / "out/report.html").read_text()
 
 
 def test_mistakes_of_finetuning(bgen: Any, demo: Any, cells: anndata.AnnData, tmp_path: Path) -> None:
