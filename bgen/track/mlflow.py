@@ -1,7 +1,7 @@
-"""MLflow as a mirror of the record: it may be slow, down or gone, and training does not notice.
+"""The MLflow run that a training run is written to, from its record.
 
-A background thread reads ``record.jsonl`` behind the trainer and sends what is new. So the file is the queue: what
-could not be sent is sent when the server is back, or after the next restart, and nothing waits in memory. Rank 0 only.
+``record.jsonl`` is the queue: what could not be sent is sent when the server is back, or after the next restart, and
+nothing waits in memory. During training :mod:`bgen.track.mirror` does it, in a process of its own.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +25,8 @@ RUN_TAG = "bgen.run"
 # Entries of one request that every MLflow server accepts.
 BATCH = 900
 PARAMS = 100
-# Seconds given to what is left at the end: a fresh sqlite file is migrated first, a server has answered or has not.
-CLOSE_SQLITE = 60.0
-CLOSE_SERVER = 8.0
 # MLflow shows what begins with "system/" on a page of its own.
 PREFIX = {"hosts": "system"}
-# Longest pause between attempts when the server is down, in seconds.
-PAUSE = 60.0
-# Seconds between two requests: each takes some 60 ms of this process, and small models have a new row more often.
-PACE = 5.0
 
 
 def tracking_uri(uri: str | None, run_folder: Path) -> str:
@@ -41,13 +34,14 @@ def tracking_uri(uri: str | None, run_folder: Path) -> str:
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_folder.resolve().parent / 'mlflow.db'}"
 
 
-class MlflowMirror:
-    """Sends the rows of a record to one MLflow run, from a thread.
+@dataclass(frozen=True)
+class Target:
+    """What is sent where; all of it can be written as JSON.
 
-    Parameters
+    Attributes
     ----------
     record
-        The JSONL file; rows are only ever appended while the mirror lives.
+        The JSONL file; rows are only ever appended while something is sent from it.
     uri
         Tracking URI.
     experiment, run_name
@@ -62,37 +56,27 @@ class MlflowMirror:
         Name, digest and place of the training data: the run's input. None: not said.
     """
 
-    def __init__(
-        self,
-        record: Path,
-        uri: str,
-        experiment: str,
-        run_name: str,
-        run: str,
-        params: dict[str, str],
-        artifacts: list[Path],
-        dataset: tuple[str, str, str] | None = None,
-    ) -> None:
-        self.uri, self.experiment, self.run = uri, experiment, run
-        self.failures = 0
-        self.last_error = ""
+    record: str
+    uri: str
+    experiment: str
+    run_name: str
+    run: str
+    params: dict[str, str]
+    artifacts: list[str]
+    dataset: tuple[str, str, str] | None = None
+
+
+class MlflowRun:
+    """Sends the rows of a record to one MLflow run."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
         self.run_id = ""
-        self._record, self._run_name = record, run_name
-        self._params, self._artifacts, self._dataset = params, artifacts, dataset
         self._client: MlflowClient | None = None
         self._sent = 0
         self._offset = 0
         self._sent_before: dict[str, int] = {}
         self._resumed = False
-        self._status = "FINISHED"
-        self._wake = threading.Event()
-        self._closing = threading.Event()
-        self._complete = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="bgen-mlflow", daemon=True)
-
-    def start(self) -> None:
-        """Begin to mirror; returns at once."""
-        self._thread.start()
 
     def send_all(self, status: str | None) -> int:
         """Send now what the run does not have yet, and set its ``status``; returns how many values were new.
@@ -103,58 +87,19 @@ class MlflowMirror:
             If MLflow does not answer.
         """
         try:
-            self._connect(new_attempt=False)
-            self._send()
-            if status is not None and self._client is not None:
-                self._client.set_terminated(self.run_id, status)
+            self.connect(new_attempt=False)
+            self.send()
+            if status is not None:
+                self.finish(status)
         except Exception as error:  # whatever MLflow raises
-            raise UserError(f"MLflow at {self.uri} does not answer: {str(error).splitlines()[0][:300]}") from error
+            reason = str(error).splitlines()[0][:300]
+            raise UserError(f"MLflow at {self.target.uri} does not answer: {reason}") from error
         return self._sent
 
-    def wake(self) -> None:
-        """Say that the record has grown; returns at once."""
-        self._wake.set()
-
-    def close(self, status: str) -> str | None:
-        """Send what is left within a time limit; returns a line that says what is wrong, if anything is.
-
-        Parameters
-        ----------
-        status
-            MLflow's status for the run: FINISHED, KILLED or FAILED.
-        """
-        self._status = status
-        self._closing.set()
-        self._wake.set()
-        self._thread.join(CLOSE_SQLITE if self.uri.startswith("sqlite") else CLOSE_SERVER)
-        if self._complete.is_set():
-            return None
-        reason = f"{self.failures} failed attempts, last: {self.last_error}" if self.failures else "no answer in time"
-        return f"MLflow at {self.uri} did not receive everything ({reason}). The record is complete: {self._record}"
-
-    def _work(self) -> None:
-        pause = 1.0
-        while True:
-            closing = self._closing.is_set()
-            self._wake.clear()
-            try:
-                self._connect()
-                self._send()
-                if closing:
-                    assert self._client is not None
-                    self._client.set_terminated(self.run_id, self._status)
-                    self._complete.set()
-                pause = 1.0
-                wait = None
-            except Exception as error:  # whatever MLflow raises, training goes on
-                self.failures += 1
-                self.last_error = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-                wait, pause = pause, min(2 * pause, PAUSE)
-            if closing:
-                return
-            if wait is None:
-                self._wake.wait()
-            self._closing.wait(PACE if wait is None else wait)
+    def finish(self, status: str) -> None:
+        """Set the run's status: FINISHED, KILLED or FAILED; only after :meth:`connect`."""
+        assert self._client is not None
+        self._client.set_terminated(self.run_id, status)
 
     def client(self) -> MlflowClient:
         """A client of the tracking server."""
@@ -164,46 +109,47 @@ class MlflowMirror:
 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        return MlflowClient(tracking_uri=self.uri)
+        return MlflowClient(tracking_uri=self.target.uri)
 
-    def _connect(self, new_attempt: bool = True) -> None:
+    def connect(self, new_attempt: bool = True) -> None:
+        """Find the run or create it, unless that is done; a new attempt also logs the files."""
         if self._client is not None:
             return
         client = self.client()
-        experiment = client.get_experiment_by_name(self.experiment)
+        experiment = client.get_experiment_by_name(self.target.experiment)
         if experiment is None:
             place = None
-            if self.uri.startswith("sqlite:///"):
+            if self.target.uri.startswith("sqlite:///"):
                 # MLflow would put artifacts into ./mlruns of whatever the current folder is.
-                place = (Path(self.uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
-            experiment_id = client.create_experiment(self.experiment, artifact_location=place)
+                place = (Path(self.target.uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
+            experiment_id = client.create_experiment(self.target.experiment, artifact_location=place)
         else:
             experiment_id = experiment.experiment_id
-        found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{self.run}'", max_results=1)
+        found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{self.target.run}'", max_results=1)
         attempt = 0
         if found:
             self.run_id = found[0].info.run_id
             attempt = int(found[0].data.tags.get("bgen.attempts", "0"))
             self._resumed = True
         else:
-            created = client.create_run(experiment_id, run_name=self._run_name, tags={RUN_TAG: self.run})
+            created = client.create_run(experiment_id, run_name=self.target.run_name, tags={RUN_TAG: self.target.run})
             self.run_id = created.info.run_id
             self._log_params(client)
         if new_attempt or attempt == 0:
             attempt += 1
             client.update_run(self.run_id, status="RUNNING")
             client.set_tag(self.run_id, "bgen.attempts", str(attempt))
-            for path in self._artifacts:
-                if path.exists():
-                    client.log_artifact(self.run_id, str(path), f"attempt_{attempt}")
+            for path in self.target.artifacts:
+                if Path(path).exists():
+                    client.log_artifact(self.run_id, path, f"attempt_{attempt}")
             self._log_dataset(client)
         self._client = client
 
     def _log_dataset(self, client: MlflowClient) -> None:
         from mlflow.entities import Dataset, DatasetInput
 
-        if self._dataset is not None:
-            name, digest, source = self._dataset
+        if self.target.dataset is not None:
+            name, digest, source = self.target.dataset
             # MLflow's digests have at most 36 characters.
             dataset = Dataset(name, digest[:36], "local", json.dumps({"uri": source}))
             client.log_inputs(self.run_id, datasets=[DatasetInput(dataset)])
@@ -211,16 +157,16 @@ class MlflowMirror:
     def _log_params(self, client: MlflowClient) -> None:
         from mlflow.entities import Param
 
-        params = [Param(name, value[:5900]) for name, value in self._params.items()]
+        params = [Param(name, value[:5900]) for name, value in self.target.params.items()]
         for begin in range(0, len(params), PARAMS):
             client.log_batch(self.run_id, params=params[begin : begin + PARAMS])
 
-    def _send(self) -> None:
+    def send(self) -> None:
         """Send the complete lines after the last one sent."""
         from mlflow.entities import Metric
 
         assert self._client is not None
-        with self._record.open("rb") as stream:
+        with Path(self.target.record).open("rb") as stream:
             stream.seek(self._offset)
             data = stream.read()
         data = data[: data.rfind(b"\n") + 1]

@@ -16,7 +16,8 @@ from bgen.config.schema import Config
 from bgen.distributed.world import World
 from bgen.track import record as records
 from bgen.track.environment import environment
-from bgen.track.mlflow import MlflowMirror, flatten, tracking_uri
+from bgen.track.mirror import Mirror
+from bgen.track.mlflow import Target, flatten, tracking_uri
 from bgen.track.progress import ProgressLine
 
 RECORD = "record.jsonl"
@@ -62,7 +63,7 @@ class RunOutput:
         data: dict[str, Any] | None = None,
     ) -> None:
         self._record: records.Record | None = None
-        self._mirror: MlflowMirror | None = None
+        self._mirror: Mirror | None = None
         self._progress: ProgressLine | None = None
         if not world.is_main:
             return
@@ -75,8 +76,7 @@ class RunOutput:
         self._record = records.Record(path)
         self._progress = ProgressLine(config.stage, step or 0, config.train.steps, config.track.progress)
         if config.track.mlflow:
-            self._mirror = make_mirror(config, run, tracking_uri(config.track.uri, config.out), data)
-            self._mirror.start()
+            self._mirror = Mirror(target(config, run, tracking_uri(config.track.uri, config.out), data))
 
     def row(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Add a row to the record; floats that are not finite become null."""
@@ -86,8 +86,6 @@ class RunOutput:
                 for name, value in values.items()
             }
             self._record.append(kind, step, finite)
-        if self._mirror is not None:
-            self._mirror.wake()
 
     def event(self, event: str, step: int, values: dict[str, Any]) -> None:
         """Add a row that says what happened."""
@@ -119,21 +117,21 @@ class RunOutput:
             self.say(f"warning: {complaint}")
 
 
-def make_mirror(config: Config, run: str, uri: str, data: dict[str, Any] | None) -> MlflowMirror:
-    """The mirror of the run in ``config.out``, not started; ``data`` is the stage's fingerprint of the data."""
+def target(config: Config, run: str, uri: str, data: dict[str, Any] | None) -> Target:
+    """What is sent to MLflow of the run in ``config.out``; ``data`` is the stage's fingerprint of the data."""
     params = flatten(config.model_dump(mode="json"))
     dataset = None
     if data is not None:
         params |= flatten(data, "fingerprint.")
         dataset = (config.data.store.rstrip("/").rsplit("/", 1)[-1], str(data.get("store", "")), config.data.store)
-    return MlflowMirror(
-        config.out / RECORD,
+    return Target(
+        str(config.out / RECORD),
         uri,
         config.track.experiment,
         config.track.run_name or config.out.resolve().name,
         run,
         params,
-        [config.out / name for name in (CONFIG, DEEPSPEED, ENVIRONMENT)],
+        [str(config.out / name) for name in (CONFIG, DEEPSPEED, ENVIRONMENT)],
         dataset,
     )
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from bgen.config.errors import UserError
 from bgen.config.load import load_config
 from bgen.track import record as records
-from bgen.track.mlflow import RUN_TAG, MlflowMirror, tracking_uri
-from bgen.track.output import CONFIG, RECORD, make_mirror
+from bgen.track.mlflow import RUN_TAG, MlflowRun, tracking_uri
+from bgen.track.output import CONFIG, RECORD, target
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,11 +38,11 @@ def sync(run: Path, uri: str | None = None) -> str:
     UserError
         If ``run`` is no run folder, or MLflow does not answer.
     """
-    mirror = _mirror(run, uri)
+    there = _run(run, uri)
     rows = records.read(run / RECORD)
     status = next((STATUS[row["event"]] for row in reversed(rows) if row.get("event") in STATUS), None)
-    sent = mirror.send_all(status)
-    return f"{run}: {sent} new values at {mirror.uri}, run {mirror.run_id}"
+    sent = there.send_all(status)
+    return f"{run}: {sent} new values at {there.target.uri}, run {there.run_id}"
 
 
 def log_evaluation(
@@ -100,16 +100,16 @@ def log_model(run: Path, model: Path, register: str | None = None, uri: str | No
 
 def _find(run: Path, uri: str | None) -> tuple[MlflowClient, str, str]:
     """Client, identifier of the MLflow run, identifier of its experiment."""
-    mirror = _mirror(run, uri)
-    client = mirror.client()
+    there = _run(run, uri)
+    client = there.client()
     found: list[Any] = []
     with _answering(client):
-        experiment = client.get_experiment_by_name(mirror.experiment)
+        experiment = client.get_experiment_by_name(there.target.experiment)
         if experiment is not None:
-            wanted = f"tags.`{RUN_TAG}` = '{mirror.run}'"
+            wanted = f"tags.`{RUN_TAG}` = '{there.target.run}'"
             found = client.search_runs([experiment.experiment_id], wanted, max_results=1)
     if not found:
-        raise UserError(f"MLflow at {mirror.uri} has no run of {run}. `bgen track sync {run}` sends it.")
+        raise UserError(f"MLflow at {there.target.uri} has no run of {run}. `bgen track sync {run}` sends it.")
     return client, found[0].info.run_id, found[0].info.experiment_id
 
 
@@ -123,7 +123,7 @@ def _answering(client: MlflowClient) -> Iterator[None]:
         raise UserError(f"MLflow at {client.tracking_uri} does not answer: {said}") from error
 
 
-def _mirror(run: Path, uri: str | None) -> MlflowMirror:
+def _run(run: Path, uri: str | None) -> MlflowRun:
     if not (run / CONFIG).is_file() or not (run / RECORD).is_file():
         raise UserError(f"{run} is not a run folder: it has no {CONFIG} and {RECORD}. `bgen train` makes one.")
     config = load_config(run / CONFIG)
@@ -132,4 +132,4 @@ def _mirror(run: Path, uri: str | None) -> MlflowMirror:
         raise UserError(f"{run / RECORD} is empty: there is nothing to send.")
     # The folder may have been moved since.
     config = config.model_copy(update={"out": run})
-    return make_mirror(config, str(rows[0]["run"]), tracking_uri(uri or config.track.uri, run), None)
+    return MlflowRun(target(config, str(rows[0]["run"]), tracking_uri(uri or config.track.uri, run), None))

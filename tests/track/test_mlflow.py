@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from bgen.track.mlflow import RUN_TAG, MlflowMirror, flatten, tracking_uri
+from bgen.track.mirror import Mirror
+from bgen.track.mlflow import RUN_TAG, Target, flatten, tracking_uri
 from bgen.track.record import Record, truncate
 
 # SQLAlchemy deprecates what MLflow calls; as errors, these warnings would look like failures of the store.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def mirror(folder: Path, uri: str) -> MlflowMirror:
+def mirror(folder: Path, uri: str) -> Mirror:
     (folder / "config.yaml").write_text("stage: vae\n")
     params = {f"p{number}": "x" * 7000 for number in range(120)}
-    return MlflowMirror(folder / "record.jsonl", uri, "bgen", "run", "identifier", params, [folder / "config.yaml"])
+    record, config = str(folder / "record.jsonl"), str(folder / "config.yaml")
+    return Mirror(Target(record, uri, "bgen", "run", "identifier", params, [config]))
 
 
 def write(record: Record, steps: range) -> None:
@@ -41,16 +45,13 @@ def test_sqlite_receives_everything_once_over_restarts(tmp_path: Path) -> None:
     assert uri == f"sqlite:///{tmp_path / 'mlflow.db'}"
     record = Record(tmp_path / "record.jsonl")
     first = mirror(tmp_path, uri)
-    first.start()
     write(record, range(1, 1001))
-    first.wake()
     assert first.close("KILLED") is None
     # Killed at step 1000, resumed from step 600: these steps come again.
     record.close()
     truncate(tmp_path / "record.jsonl", 600)
     record = Record(tmp_path / "record.jsonl")
     second = mirror(tmp_path, uri)
-    second.start()
     write(record, range(601, 1201))
     assert second.close("FINISHED") is None
     record.close()
@@ -81,10 +82,7 @@ def test_a_closed_port_costs_nothing(tmp_path: Path) -> None:
     record = Record(tmp_path / "record.jsonl")
     target = mirror(tmp_path, uri)
     begin = time.monotonic()
-    target.start()
     write(record, range(1, 200))
-    for _ in range(1000):
-        target.wake()
     assert time.monotonic() - begin < 2
     complaint = target.close("FINISHED")
     assert time.monotonic() - begin < 30
@@ -100,12 +98,38 @@ def test_a_server_that_never_answers_does_not_hold_the_end_up(tmp_path: Path) ->
         silent.listen(20)
         record = Record(tmp_path / "record.jsonl")
         target = mirror(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}")
-        target.start()
         write(record, range(1, 5))
         begin = time.monotonic()
         assert target.close("FINISHED") is not None
         assert time.monotonic() - begin < 10
         record.close()
+
+
+def test_it_ends_with_the_trainer_and_not_before(tmp_path: Path) -> None:
+    Record(tmp_path / "record.jsonl").close()
+    trainer = """
+import signal, subprocess, sys, time
+from pathlib import Path
+from bgen.track.mirror import Mirror
+from bgen.track.mlflow import Target
+folder = Path(sys.argv[1])
+mirror = Mirror(Target(str(folder / "record.jsonl"), f"sqlite:///{folder / 'mlflow.db'}", "e", "r", "i", {}, []))
+while not (folder / "mlflow.db").exists():  # then it is past its start
+    time.sleep(0.1)
+mirror._process.send_signal(signal.SIGTERM)
+time.sleep(0.5)
+print(mirror._process.pid, mirror._process.poll(), flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", trainer, tmp_path], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid, ended = process.stdout.readline().split()
+        process.kill()
+    assert ended == "None"
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_where_the_run_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

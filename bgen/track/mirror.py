@@ -1,0 +1,145 @@
+"""MLflow as a mirror of a run's record: it may be slow, down or gone, and training does not notice.
+
+A process of its own reads ``record.jsonl`` behind the trainer and sends what is new; rank 0 starts it. It has the
+lowest priority: MLflow takes seconds to import and to migrate a fresh sqlite file, and as a thread of the trainer that
+cost a small model a third of its speed.
+
+The trainer writes two lines to it: what to send where, and at the end the run's status. It dies when the trainer does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from bgen.track.mlflow import MlflowRun, Target
+
+# Seconds given to what is left at the end: a fresh sqlite file is migrated first, a server has answered or has not.
+CLOSE_SQLITE = 60.0
+CLOSE_SERVER = 8.0
+# Seconds between two looks at the record.
+PACE = 2.0
+# Longest pause between attempts when the server is down, in seconds.
+PAUSE = 60.0
+
+
+class Mirror:
+    """The process, as the trainer sees it; it is started at once."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        package = str(Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bgen.track.mirror"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # what Ctrl-C ends is the trainer, which says what status that is
+        )
+        self._write(json.dumps(asdict(target)))
+
+    def close(self, status: str) -> str | None:
+        """Let it send what is left within a time limit; returns a line that says what is wrong, if anything is.
+
+        Parameters
+        ----------
+        status
+            MLflow's status for the run: FINISHED, KILLED or FAILED.
+        """
+        self._write(status)
+        limit = CLOSE_SQLITE if self.target.uri.startswith("sqlite") else CLOSE_SERVER
+        try:
+            said, _ = self._process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            said, _ = self._process.communicate()
+        reports: list[dict[str, Any]] = [json.loads(line) for line in said.splitlines()]
+        if reports and reports[-1]["complete"]:
+            return None
+        reason = "no answer in time"
+        if reports and reports[-1]["failures"]:
+            reason = f"{reports[-1]['failures']} failed attempts, last: {reports[-1]['error']}"
+        return (
+            f"MLflow at {self.target.uri} did not receive everything ({reason}). The record is complete: "
+            f"{self.target.record}; `bgen track sync` sends it."
+        )
+
+    def _write(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended; close() says so
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+
+
+class Follower:
+    """What the process does: sends what is new until it is told the run's status."""
+
+    def __init__(self, run: MlflowRun, orders: IO[str]) -> None:
+        self._run, self._orders = run, orders
+        self._failures, self._error = 0, ""
+        self._status = ""
+        self._told = threading.Event()
+
+    def follow(self) -> None:
+        """Return when the status was given and an attempt made to send everything."""
+        threading.Thread(target=self._listen, daemon=True).start()
+        pause, seen = 1.0, -1
+        while True:
+            closing = self._told.is_set()
+            wait = PACE
+            size = Path(self._run.target.record).stat().st_size
+            if size != seen or closing:
+                try:
+                    self._run.connect()
+                    self._run.send()
+                    if closing:
+                        self._run.finish(self._status)
+                        self._report(complete=True)
+                        return
+                    pause, seen = 1.0, size
+                except Exception as error:  # whatever MLflow raises, training goes on
+                    self._failures += 1
+                    self._error = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                    wait, pause = pause, min(2 * pause, PAUSE)
+            if closing:
+                self._report()
+                return
+            self._told.wait(wait)
+
+    def _listen(self) -> None:
+        status = self._orders.readline().strip()
+        if not status:  # the trainer is dead
+            os._exit(1)
+        self._status = status
+        self._report()  # of what was until now: the trainer may not wait for the last attempt
+        self._told.set()
+
+    def _report(self, complete: bool = False) -> None:
+        report = {"complete": complete, "failures": self._failures, "error": self._error}
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(report), flush=True)
+
+
+def main() -> None:
+    """Follow the record that the first line of the input names."""
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"):  # Slurm sends them to all processes of a step
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(os, "nice"):
+        os.nice(19)
+    Follower(MlflowRun(Target(**json.loads(sys.stdin.readline()))), sys.stdin).follow()
+
+
+if __name__ == "__main__":
+    main()
