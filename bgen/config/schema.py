@@ -217,6 +217,7 @@ class TrackConfig(Section):
     experiment: str = "bgen"
     run_name: str | None = Field(None, description="Default: the run folder's name.")
     progress: bool = Field(True, description="Show a progress bar on rank 0.")
+    checkpoints: bool = Field(False, description="Send each checkpoint to MLflow too, as an artifact of the run.")
     system: bool = Field(True, description="Record each host's CPU, memory, disk, network and GPU use.")
 
 

@@ -25,6 +25,9 @@ RUN_TAG = "bgen.run"
 # Entries of one request that every MLflow server accepts.
 BATCH = 900
 PARAMS = 100
+# Name of the tag that says which checkpoints the run has as a whole; MLflow's tags have at most 5,000 characters.
+CHECKPOINTS_TAG = "bgen.checkpoints"
+CHECKPOINTS_NAMED = 100
 # MLflow shows what begins with "system/" on a page of its own.
 PREFIX = {"hosts": "system"}
 
@@ -54,6 +57,8 @@ class Target:
         Files logged at every start, as ``attempt_N/<name>``.
     dataset
         Name, digest and place of the training data: the run's input. None: not said.
+    checkpoints
+        Folder of checkpoints; those that the record names are logged as ``checkpoints/<name>``. None: they are not.
     """
 
     record: str
@@ -64,6 +69,7 @@ class Target:
     params: dict[str, str]
     artifacts: list[str]
     dataset: tuple[str, str, str] | None = None
+    checkpoints: str | None = None
 
 
 class MlflowRun:
@@ -77,6 +83,7 @@ class MlflowRun:
         self._offset = 0
         self._sent_before: dict[str, int] = {}
         self._resumed = False
+        self._saved: list[str] = []
 
     def send_all(self, status: str | None) -> int:
         """Send now what the run does not have yet, and set its ``status``; returns how many values were new.
@@ -174,6 +181,8 @@ class MlflowRun:
         offset = self._offset
         for line in data.splitlines(keepends=True):
             row = json.loads(line)
+            if row.get("event") == "checkpoint" and row["checkpoint"] not in self._saved:
+                self._saved.append(row["checkpoint"])
             metrics += [Metric(*entry) for entry in self._metrics(row)]
             offset += len(line)
             if len(metrics) > BATCH - 50:
@@ -184,6 +193,20 @@ class MlflowRun:
             self._client.log_batch(self.run_id, metrics=metrics)
             self._sent += len(metrics)
         self._offset = offset
+        if self.target.checkpoints is not None and self._saved:
+            self._log_checkpoints(self.target.checkpoints)
+
+    def _log_checkpoints(self, root: str) -> None:
+        """Log those that the run does not have and that are still there: only the last few are kept."""
+        assert self._client is not None
+        logged = self._client.get_run(self.run_id).data.tags.get(CHECKPOINTS_TAG, "").split()
+        for name in list(self._saved):
+            folder = Path(root, name)
+            if name not in logged and folder.is_dir():
+                self._client.log_artifacts(self.run_id, str(folder), f"checkpoints/{name}")
+                logged.append(name)
+                self._client.set_tag(self.run_id, CHECKPOINTS_TAG, " ".join(logged[-CHECKPOINTS_NAMED:]))
+            self._saved.remove(name)
 
     def _metrics(self, row: Row) -> list[tuple[str, float, int, int]]:
         if row["kind"] == "event":

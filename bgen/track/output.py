@@ -24,6 +24,7 @@ RECORD = "record.jsonl"
 CONFIG = "config.yaml"
 DEEPSPEED = "deepspeed.json"
 ENVIRONMENT = "environment.json"
+CHECKPOINTS = "checkpoints"
 
 
 def run_identifier(config: Config) -> str:
@@ -133,6 +134,7 @@ def target(config: Config, run: str, uri: str, data: dict[str, Any] | None) -> T
         params,
         [str(config.out / name) for name in (CONFIG, DEEPSPEED, ENVIRONMENT)],
         dataset,
+        str(config.out / CHECKPOINTS) if config.track.checkpoints else None,
     )
 
 

@@ -23,7 +23,7 @@ from bgen.data.batch import CellBatch
 from bgen.data.packed import PackedBatch
 from bgen.distributed import world as ranks
 from bgen.distributed.signals import StopSignals
-from bgen.track.output import RECORD, RunOutput, run_identifier
+from bgen.track.output import CHECKPOINTS, RECORD, RunOutput, run_identifier
 from bgen.track.peak import device_name, peak_flops
 from bgen.track.throughput import Throughput
 from bgen.train import restore
@@ -79,7 +79,7 @@ class Trainer:
         self.config = config
         self.stage = stage
         self.out = config.out
-        self.checkpoints = Checkpoints(config.out / "checkpoints", config.train.keep, config.train.keep_every)
+        self.checkpoints = Checkpoints(config.out / CHECKPOINTS, config.train.keep, config.train.keep_every)
         self._losses: list[float] = []
         self._damage_told: list[int] = []
         self._damaged = 0

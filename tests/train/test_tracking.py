@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 def test_one_run_on_sqlite_over_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    config = toy_config(tmp_path / "toy_run", track={"mlflow": True})
+    config = toy_config(tmp_path / "toy_run", track={"mlflow": True, "checkpoints": True})
     run(config, stop_after=25)
     result, _ = run(config, resume=True)
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -31,6 +31,11 @@ def test_one_run_on_sqlite_over_a_restart(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(history) == 50
     valid = {row["step"]: row["nll"] for row in record.read(result.record) if row["kind"] == "valid"}
     assert {m.step: m.value for m in client.get_metric_history(found.info.run_id, "valid/nll")} == pytest.approx(valid)
+    last = "checkpoints/step_00000050"
+    logged = {entry.path for entry in client.list_artifacts(found.info.run_id, last)}
+    here = {f"{last}/{path.name}" for path in (config.out / last).iterdir()}
+    assert logged == here
+    assert len(logged) > 2
 
 
 def test_a_closed_port_neither_slows_nor_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
