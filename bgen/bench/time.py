@@ -1,10 +1,11 @@
 """``bgen bench time``: leave each inner time point of a course out, generate it, and compare.
 
 Rows: the flow; previous and next time point; OT-midpoint of both; OT-CFM, trained here (latent courses only); one half
-of the real cells against the other. What is learned is trained anew for each point and seed, on the other time
-points alone. On latent courses W1 is exact, between all real cells and all of a row's (the OT-midpoint: its whole
-weighted plan), as published tables have it; the other figures are between equally many cells. Courses of counts are
-scored by the protocol ``time-point-v1``, in principal components of the time points that were not left out.
+of the real cells against the other. With forecast (courses of counts) the point is generated from those before it, and
+the trend of the mean stands instead of next and midpoint. What is learned is trained anew for each point and seed, on
+the other time points alone. On latent courses W1 is exact, between all real cells and all of a row's (the OT-midpoint:
+its whole weighted plan), as published tables have it; the other figures are between equally many cells. Courses of
+counts are scored by the protocol ``time-point-v1``, in principal components of the time points that were not left out.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from typing import Any
 import numpy as np
 import ot
 import pandas as pd
+from anndata import AnnData
 from numpy.typing import NDArray
 from rich.table import Table
 from scipy.spatial.distance import cdist
 
 from bgen.bench.ot_cfm import STEPS, ot_cfm
 from bgen.bench.time_counts import read_simulated, read_worm, score_missing_time
-from bgen.bench.time_course import Course, generate, recipe, train
+from bgen.bench.time_course import Course, Recipe, generate, recipe, train
 from bgen.config.errors import UserError, nearest
 from bgen.config.output import require_new_folder
 from bgen.evaluate.distribution import median_bandwidth
@@ -124,14 +126,23 @@ class Comparison:
 
 
 def bench_time(
-    data: str, path: Path, out: Path, *, seeds: int, points: list[float] | None, steps: int | None, say: Say
+    data: str,
+    path: Path,
+    out: Path,
+    *,
+    seeds: int,
+    points: list[float] | None,
+    steps: int | None,
+    say: Say,
+    forecast: bool = False,
+    solver_steps: int = 4,
 ) -> Comparison:
     """Compare on one course and write ``time.json``.
 
     Raises
     ------
     UserError
-        If there is no such course, file or time point.
+        If there is no such course, file or time point, or a course of latents is to be forecast.
     """
     if data not in NAMES:
         raise UserError(f"There is no benchmark '{data}'.{nearest(data, NAMES)}")
@@ -139,19 +150,26 @@ def bench_time(
         raise UserError(f"There is no file {path}.")
     if seeds < 2:
         raise UserError(f"--seeds must be at least 2, not {seeds}: verdicts need the spread.")
+    if forecast and data in LATENT:
+        raise UserError(f"--forecast is for courses of counts ({', '.join(COUNTS)}), not for {data}.")
     require_new_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    runs = _latent(data, path, seeds, points, steps, say) if data in LATENT else None
-    runs = runs or _counts(data, path, out, seeds, points, steps, say)
+    if data in LATENT:
+        runs = _latent(data, path, seeds, points, recipe(steps=steps, solver_steps=solver_steps), steps or STEPS, say)
+    else:
+        cells, system = COUNTS[data](path)
+        gap = float(np.median(np.diff(np.unique(cells.obs["time"]))))
+        settings = recipe(steps=steps, scale=gap, cells=64, forecast=forecast, solver_steps=solver_steps)
+        runs = _counts(data, (cells, system), out, seeds, points, settings, forecast, say)
     compared = Comparison(data, runs)
     (out / "time.json").write_text(json.dumps(compared.as_json(), indent=1) + "\n", encoding="utf-8")
     return compared
 
 
 def _latent(
-    data: str, path: Path, seeds: int, points: list[float] | None, steps: int | None, say: Say
+    data: str, path: Path, seeds: int, points: list[float] | None, settings: Recipe, peer_steps: int, say: Say
 ) -> dict[float, list[Figures]]:
-    course, settings = LATENT[data](path), recipe(steps=steps)
+    course = LATENT[data](path)
     runs: dict[float, list[Figures]] = {}
     for point in _inner(course.times, points):
         rest, real = course.without(point), course.at(point)
@@ -163,7 +181,7 @@ def _latent(
             rng = np.random.default_rng([seed, 4])
             flow = train(rest, settings, seed)
             pools = {MODEL: Pool(generate(flow, rest, point, len(real), settings, seed)), **known}
-            pools["OT-CFM"] = Pool(ot_cfm(populations, point, len(real), seed, steps or STEPS))
+            pools["OT-CFM"] = Pool(ot_cfm(populations, point, len(real), seed, peer_steps))
             found = {row: _figures(real, pool, bandwidth, rng) for row, pool in pools.items()}
             halves = rng.permutation(real)[: len(real) // 2 * 2].reshape(2, -1, real.shape[1])
             found[REAL] = measure(halves[0], halves[1], bandwidth)
@@ -173,15 +191,21 @@ def _latent(
 
 
 def _counts(
-    data: str, path: Path, out: Path, seeds: int, points: list[float] | None, steps: int | None, say: Say
+    data: str,
+    course: tuple[AnnData, list[str]],
+    out: Path,
+    seeds: int,
+    points: list[float] | None,
+    settings: Recipe,
+    forecast: bool,
+    say: Say,
 ) -> dict[float, list[Figures]]:
-    cells, system = COUNTS[data](path)
-    settings = recipe(steps=steps, scale=float(np.median(np.diff(np.unique(cells.obs["time"])))), cells=64)
+    cells, system = course
     runs: dict[float, list[Figures]] = {}
     for point in _inner(sorted(cells.obs["time"].unique().tolist()), points):
         for seed in range(seeds):
             folder = out / f"time{point:g}-seed{seed}"
-            scores = score_missing_time(cells, point, folder, settings, system=system, seed=seed)
+            scores = score_missing_time(cells, point, folder, settings, system=system, seed=seed, forecast=forecast)
             shutil.rmtree(folder)
             rows = {"model": MODEL, "ceiling": REAL}
             found = {

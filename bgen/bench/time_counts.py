@@ -1,7 +1,8 @@
 """A hybrid flow on a time course of counts: the whole job of a user, without one time point.
 
 Variable genes are chosen, the store is built, VAE and flow are trained on the other time points; then the missing one
-is interpolated and scored by :meth:`bgen.tasks.model.Model.predict_times`, as ``bgen interpolate`` does.
+is interpolated (or forecast) and scored by :meth:`bgen.tasks.model.Model.predict_times`, as ``bgen interpolate`` and
+``bgen forecast`` do.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from bgen.bench.time_course import Recipe
 from bgen.config.load import load_config
 from bgen.evaluate.counts import variable_genes
 from bgen.evaluate.time_point import TimeScores
-from bgen.tasks.model import load_model
+from bgen.tasks.model import Model, load_model
 from bgen.train.run import train
 
 GENES = 2000
@@ -29,9 +30,16 @@ VAE_STEPS, BATCH = 1000, 128
 
 
 def score_missing_time(
-    cells: AnnData, time: float, folder: Path, recipe: Recipe, *, system: Sequence[str], seed: int
+    cells: AnnData,
+    time: float,
+    folder: Path,
+    recipe: Recipe,
+    *,
+    system: Sequence[str],
+    seed: int,
+    forecast: bool = False,
 ) -> TimeScores:
-    """Train without the cells of one time, generate that time from its neighbours, and score it.
+    """Train without the cells of one time, generate that time from the others, and score it.
 
     Parameters
     ----------
@@ -39,7 +47,18 @@ def score_missing_time(
         Counts in X; obs: ``time`` (a number for every time point), ``batch``, and the columns of ``system``.
     folder
         New folder for store and runs.
+    forecast
+        Show the trained model only the time points before (training sees all the others).
     """
+    model, cells = train_without(cells, time, folder, recipe, system=system, seed=seed)
+    _, scores = model.predict_times(cells, time, forecast=forecast, seed=seed)
+    return scores[time]
+
+
+def train_without(
+    cells: AnnData, time: float, folder: Path, recipe: Recipe, *, system: Sequence[str], seed: int
+) -> tuple[Model, AnnData]:
+    """Return a model of the other time points, and all cells with the genes that were chosen on those."""
     seen = cells[cells.obs["time"] != time]
     genes = np.sort(variable_genes(seen.X, min(GENES, cells.n_vars)))
     seen, cells = seen[:, genes].copy(), cells[:, genes].copy()
@@ -70,8 +89,7 @@ def score_missing_time(
         "train.eval_every=0",
     ]
     train(load_config("trajectories", flow))
-    _, scores = load_model(folder / "flow" / "model").predict_times(cells, time, forecast=False, seed=seed)
-    return scores[time]
+    return load_model(folder / "flow" / "model"), cells
 
 
 def read_worm(path: Path) -> tuple[AnnData, list[str]]:

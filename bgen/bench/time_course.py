@@ -57,11 +57,19 @@ class Recipe:
     ema: float
 
 
-def recipe(*, steps: int | None = None, scale: float = 1.0, cells: int = 128) -> Recipe:
-    """Return the one recipe of all courses; ``scale`` is a typical gap in time."""
-    sample = SampleConfig(steps=4)
+def recipe(
+    *, steps: int | None = None, scale: float = 1.0, cells: int = 128, forecast: bool = False, solver_steps: int = 4
+) -> Recipe:
+    """Return the one recipe of all courses; ``scale`` is a typical gap in time, ``forecast``: a half trains that."""
     return Recipe(
-        neighbour_flow(scale), sample, times=3, cells=cells, batch=4, steps=steps or 300, learning_rate=2e-3, ema=0.99
+        neighbour_flow(scale, forecast=1.0 if forecast else 0.0),
+        SampleConfig(steps=solver_steps),
+        times=3,
+        cells=cells,
+        batch=4,
+        steps=steps or 300,
+        learning_rate=2e-3,
+        ema=0.99,
     )
 
 

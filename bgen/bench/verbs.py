@@ -128,6 +128,10 @@ def bench_time(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps of what is trained; default: each its own.")
     ] = None,
+    forecast: Annotated[
+        bool, typer.Option("--forecast", help="From the time points before alone; counts only.")
+    ] = False,
+    solver_steps: Annotated[int, typer.Option(min=1, help="Solver steps of the flow.")] = 4,
 ) -> None:
     """Leave time points of a course out, generate them, and compare with baselines and OT-CFM.
 
@@ -135,7 +139,18 @@ def bench_time(
     """
     from bgen.bench.time import bench_time as compare
 
-    results.print(compare(data, file, out, seeds=seeds, points=point, steps=steps, say=notes.print).table())
+    compared = compare(
+        data,
+        file,
+        out,
+        seeds=seeds,
+        points=point,
+        steps=steps,
+        say=notes.print,
+        forecast=forecast,
+        solver_steps=solver_steps,
+    )
+    results.print(compared.table())
 
 
 @app.command("cells")

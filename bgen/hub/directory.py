@@ -253,9 +253,11 @@ def _build(config: Mapping[str, Any], columns: Mapping[str, ColumnInfo]) -> Modu
         return Annotator(vae, torch.ones(len(config["about"]["labels"])))
     if config["kind"] == "perturbation":
         settings = PerturbConfig.model_validate(config["perturb"])
-        rows = torch.zeros(vae.n_genes, settings.gene_components)
+        network = torch.zeros(config["about"].get("network", {}).get("components", 0), vae.n_genes)
+        rows = torch.zeros(vae.n_genes, settings.gene_components + len(network))
         effects = torch.zeros(len(config["about"]["effects"]), vae.n_genes)
-        return PerturbationFlow(settings, vae, len(config["about"]["perturbations"]), rows, 1.0, effects)
+        known = len(config["about"]["perturbations"])
+        return PerturbationFlow(settings, vae, known, rows, 1.0, effects, network if len(network) else None)
     conditions = {name: columns[name] for name in config["conditions"]}
     return LatentFlow(
         FlowConfig.model_validate(config["flow"]),

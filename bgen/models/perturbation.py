@@ -105,11 +105,14 @@ class PerturbationFlow(nn.Module):
         A typical dose (geometric mean of those above 0), where thresholds start.
     effects
         ``[R, G]``: natural logs by which sets of perturbations change expected shares.
+    network
+        ``[E', G]``: what turns the last E' elements of a gene's row into the genes that it regulates; None: unknown.
     """
 
     gene_embedding: Tensor
     dose_scale: Tensor
     effects: Tensor
+    network: Tensor
 
     def __init__(
         self,
@@ -119,6 +122,7 @@ class PerturbationFlow(nn.Module):
         gene_embedding: Tensor,
         dose_scale: float,
         effects: Tensor,
+        network: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -128,6 +132,8 @@ class PerturbationFlow(nn.Module):
         self.register_buffer("gene_embedding", gene_embedding)
         self.register_buffer("dose_scale", torch.tensor(float(dose_scale)))
         self.register_buffer("effects", effects)
+        regulated = torch.zeros(0, effects.shape[1]) if network is None else network
+        self.register_buffer("network", regulated, persistent=network is not None)
         self.own = nn.Embedding(perturbations, width)
         self.shared = nn.Linear(gene_embedding.shape[1], width, bias=False)
         self.shift = nn.Linear(width, self.size, bias=False)

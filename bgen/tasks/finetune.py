@@ -38,66 +38,27 @@ from bgen.hub.directory import Module, SavedModel, count_combinations, load_dire
 from bgen.models.annotator import LABEL, Annotator
 from bgen.models.latent_flow import LatentFlow
 from bgen.models.perturbation import PerturbationFlow
-from bgen.nn.lora import add_lora, lora_layers, merge_lora
+from bgen.nn.lora import add_lora, merge_lora
 from bgen.tasks.effects import Scale, fit_effects
 from bgen.tasks.finetune_grow import grow, known_columns, widen_library
+from bgen.tasks.finetune_request import RANK, Mode, Request, check_columns, require_possible
 from bgen.tasks.finetune_time import Course, course_facts, course_shape, new_course_flow, read_course
 from bgen.tasks.model import Model
+from bgen.tasks.network import Network, read_network
 from bgen.tasks.perturb_score import score_held_out, split_screen
-from bgen.tasks.read import require_cells, text_column
+from bgen.tasks.read import require_cells
 from bgen.tasks.scale import fit_scale
-from bgen.tasks.screen import Columns, gene_rows, read_screen, require_controls, require_plain_counts
+from bgen.tasks.screen import gene_rows, read_screen, require_plain_counts
 from bgen.tasks.trajectories import trained_over_time
 from bgen.train.courses import CourseStage
 from bgen.train.memory import MemoryStage, held_out
 from bgen.train.pairs import PairStage
 from bgen.train.trainer import Trainer, check
 
-Task = Literal["generate", "annotate", "perturb", "time"]
-Mode = Literal["full", "lora", "head"]
 Say = Callable[[str], None]
 
-RANK = 8
 WATCHED = 0.15
 """Share of the cells that early stopping watches."""
-
-LEAST_CELLS = 30
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to fine-tune for.
-
-    Attributes
-    ----------
-    task, mode
-        See the module.
-    label
-        annotate: obs column of labels.
-    columns
-        perturb: how the data says what was done to a cell.
-    layer
-        Layer with the raw counts; None: X.
-    time, system
-        time: obs column of the times, and the obs columns that name a trajectory.
-    add_genes
-        Give the model the data's genes that it does not know; otherwise they are left out.
-    floor
-        Least share of the model's genes that the data must have.
-    hold_out
-        perturb: labels (``LABEL`` or ``LABEL@DOSE``) to keep from training and to score predictions on.
-    """
-
-    task: Task
-    mode: Mode = "full"
-    label: str | None = None
-    columns: Columns | None = None
-    layer: str | None = None
-    add_genes: bool = False
-    floor: float = 0.8
-    hold_out: Sequence[str] = ()
-    time: str | None = None
-    system: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -132,14 +93,9 @@ def finetune(
     require_new_folder(out)
     require_cells(adata)
     parent = load_directory(folder)
-    if adata.n_obs < LEAST_CELLS:
-        raise UserError(f"The data has {adata.n_obs} cells; fine-tuning needs at least {LEAST_CELLS}.")
-    if request.task == "generate" and not isinstance(parent.module, LatentFlow):
-        raise UserError(f"This model is a {parent.kind}; --task generate needs a flow (bgen train, stage: flow).")
-    labels = _check_columns(adata, request)
+    require_possible(parent, adata, request)
+    labels = check_columns(adata, request)
     course = read_course(adata, request.time, list(request.system)) if request.task == "time" else None
-    if request.mode == "lora":
-        _require_wide_enough(parent, request.task)
     base = load_config("finetune", [f"data.store={folder}", *overrides])
     world = check(base)
     if not world.is_main:
@@ -149,8 +105,9 @@ def finetune(
     kept_back: AnnData | None = None
     if request.hold_out and request.columns is not None:
         adata, kept_back = split_screen(adata, request.columns, request.hold_out, base.seed)
-        labels = _check_columns(adata, request)
+        labels = check_columns(adata, request)
     grown = grow(parent, adata, add_genes=request.add_genes, floor=request.floor, layer=request.layer, say=say)
+    network = None if request.network is None else read_network(request.network, grown.genes)
     model = Model(grown)
     cells = MemoryCells(model.counts(adata, request.layer), known_columns(grown, adata))
     widen_library(grown.vae, cells)
@@ -165,7 +122,9 @@ def finetune(
     elif course is not None:
         done, facts = _train_course(grown, adata, cells, course, _run(base, "flow", out / "flow"), request.mode, say)
     else:
-        done, facts = _train_perturbation(model, adata, _run(base, "perturb", out / "perturbation"), request)
+        done, facts = _train_perturbation(
+            model, adata, _run(base, "perturb", out / "perturbation"), request, network, say
+        )
     used = list(dict.fromkeys([*_conditions(done), *grown.vae.covariates]))
     made = replace(
         grown,
@@ -282,44 +241,6 @@ def _choose_trained(flow: LatentFlow, mode: Mode) -> None:
         flow.backbone.head.requires_grad_(True)
 
 
-def _require_wide_enough(parent: SavedModel, task: Task) -> None:
-    """Raise UserError if low-rank changes fit nowhere in the parent's flow and the task adapts it."""
-    flow = parent.module
-    if task in ("generate", "time") and isinstance(flow, LatentFlow) and not lora_layers(flow.backbone, RANK):
-        raise UserError(
-            f"--mode lora: no layer of the model's flow is {4 * RANK} wide or more, so low-rank changes would save"
-            " nothing. Take --mode full or head."
-        )
-
-
-def _check_columns(adata: AnnData, request: Request) -> NDArray[np.str_]:
-    """Raise UserError for what is wrong with the task's columns, before anything is trained; return its labels."""
-    if request.task in ("generate", "time"):
-        return np.full(adata.n_obs, "")
-    if request.task == "perturb":
-        if request.columns is None:
-            raise UserError("--task perturb needs --perturbation COLUMN and --control VALUE.")
-        for name in (*request.columns.strata, request.columns.perturbation):
-            given = text_column(adata, name)
-        require_controls(given, request.columns.control, f"obs['{request.columns.perturbation}']")
-        if set(given) <= {request.columns.control, ""}:
-            raise UserError(
-                f"All cells of obs['{request.columns.perturbation}'] are controls: there is nothing to learn from."
-            )
-        return given
-    if request.label is None:
-        raise UserError("--task annotate needs --label: the obs column with the labels.")
-    given = text_column(adata, request.label)
-    names, numbers = np.unique(given[given != ""], return_counts=True)
-    short = [f"{name} ({n})" for name, n in zip(names, numbers, strict=True) if n < 5]
-    if len(names) < 2 or short:
-        raise UserError(
-            f"obs['{request.label}'] must hold at least two labels with at least 5 cells each;"
-            f" {'too few: ' + ', '.join(short) if short else 'it holds ' + str(len(names))}."
-        )
-    return given
-
-
 def _train_annotator(
     model: Model, given: NDArray[np.str_], cells: MemoryCells, config: Config, request: Request
 ) -> tuple[Annotator, dict[str, Any]]:
@@ -343,13 +264,18 @@ def _train_annotator(
 
 
 def _train_perturbation(
-    model: Model, adata: AnnData, config: Config, request: Request
+    model: Model, adata: AnnData, config: Config, request: Request, network: Network | None, say: Say
 ) -> tuple[PerturbationFlow, dict[str, Any]]:
     assert request.columns is not None, "checked at the start"
     vae = model.saved.vae
     require_plain_counts(vae)
     data = read_screen(model, adata, request.columns, request.layer)
     rows = gene_rows(data.cells.counts[data.screen.label < 0], config.perturb.gene_components)
+    regulated: NDArray[np.float32] | None = None
+    if network is not None:
+        say(network.sentence(data.targets))
+        regulator_rows, regulated = network.factors(config.perturb.gene_components**0.5)
+        rows = np.concatenate([rows, regulator_rows], axis=1)
     effects = fit_effects(data, data.labels)
     flow = PerturbationFlow(
         config.perturb,
@@ -358,6 +284,7 @@ def _train_perturbation(
         torch.from_numpy(rows),
         data.dose_scale,
         torch.from_numpy(effects.values),
+        None if regulated is None else torch.from_numpy(regulated),
     )
     train, valid = held_out(np.flatnonzero(data.screen.label >= 0), 0.1, config.seed)
     stage = PairStage(config, flow, data.cells, data.screen, train, valid, ranks.current(), _fingerprint(model.saved))
@@ -371,6 +298,12 @@ def _train_perturbation(
         "effects": [{"set": list(names), "dose": dose} for names, dose in zip(effects.sets, doses, strict=True)],
         "effect_scale": asdict(scale),
     }
+    if network is not None and regulated is not None:
+        facts["network"] = {
+            "components": len(regulated),
+            "edges": network.weights.nnz,
+            "edges_in_file": network.edges_in_file,
+        }
     return flow, facts
 
 

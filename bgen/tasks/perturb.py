@@ -184,6 +184,7 @@ def ask(
         np.array([np.nan if row["dose"] is None else row["dose"] for row in rows], np.float64),
         flow.effects.numpy(),
         Scale(**about.get("effect_scale", {})),
+        flow.network.numpy(),
     )
     places = dict(zip(names, targets.tolist(), strict=False))
     return sets, effects.of(parts, dose, flow.gene_embedding.numpy(), genes, places), unseen

@@ -51,8 +51,8 @@ def perturb(
         return
     if unseen:
         results.print(
-            f"Not in training, predicted from its co-expression alone: {', '.join(unseen)}. Such predictions are often"
-            " no better than the average perturbation: check them.",
+            f"Not in training, predicted from what is known of the gene alone: {', '.join(unseen)}. Such"
+            " predictions are often no better than the average perturbation: check them.",
             highlight=False,
         )
     results.print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes: {out}", highlight=False, soft_wrap=True)
@@ -77,6 +77,10 @@ def finetune(
     hold_out: Annotated[
         list[str] | None,
         typer.Option(help="perturb: keep LABEL (or LABEL@DOSE) from training and score predictions; may be repeated."),
+    ] = None,
+    network: Annotated[
+        Path | None,
+        typer.Option(help="perturb: CSV of a regulatory network (source, target, weight), for unseen targets."),
     ] = None,
     time: Annotated[str | None, typer.Option(help="time: obs column with the time of each cell.")] = None,
     add_genes: Annotated[bool, typer.Option("--add-genes", help="Add genes that the model does not know.")] = False,
@@ -103,6 +107,8 @@ def finetune(
         raise UserError(f"--task is one of {', '.join(TASKS)} and --mode one of {', '.join(MODES)}.")
     if task == "perturb" and (perturbation is None or control is None):
         raise UserError("--task perturb needs --perturbation (an obs column) and --control (its value for controls).")
+    if network is not None and task != "perturb":
+        raise UserError(f"--network is about unseen targets of --task perturb, not of --task {task}: leave it out.")
     if task == "annotate" and label is None:
         raise UserError("--task annotate needs --label, the obs column with the labels.")
     columns = Columns(perturbation, control, dose, within or []) if perturbation and control else None
@@ -117,6 +123,7 @@ def finetune(
         hold_out or [],
         time,
         within or [],
+        network,
     )
     tuned = run(model, read_h5ad(data), out, request, overrides=overrides or [], say=_quiet if as_json else notes.print)
     if not read_world().is_main:  # rank 0 reports for all

@@ -113,13 +113,13 @@ def _unseen(flow: PerturbationFlow, data: ScreenData, folds: list[_Fold], rng: n
     labels = [row for row, names in enumerate(data.labels["members"]) if places[names[0]] >= 0]
     if len(labels) < LEAST_TARGETS or data.labels["dose"].notna().any():
         return 1.0
-    rows = flow.gene_embedding.numpy()
+    rows, network = flow.gene_embedding.numpy(), flow.network.numpy()
     fits, sizes = np.zeros((2, len(labels), FOLDS))
     for at, label in enumerate(labels):
         sources = _sources(flow, data, label, rng, known=False)
         target = places[data.labels["members"][label][0]]
         for number, one in enumerate(folds):
-            effect = one.effects.without(label).unseen(target, rows, places)
+            effect = replace(one.effects.without(label), network=network).unseen(target, rows, places)
             first, second = (sources.predict(flow, effect, 2 * number + again) for again in (0, 1))
             fits[at, number] = (first + second) @ one.rest[label] / 2
             sizes[at, number] = first @ second

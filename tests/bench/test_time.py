@@ -66,3 +66,15 @@ def test_counts_go_the_way_of_a_user(bgen: Any, demo: Any, tmp_path: Path) -> No
     told = json.loads((tmp_path / "bench" / "time.json").read_text())
     assert set(told["means"]) >= {"bgen flow", "OT-midpoint", "OT-midpoint as counts", "real halves"}
     assert [path.name for path in (tmp_path / "bench").iterdir()] == ["time.json"]
+
+
+def test_forecasts_stand_beside_the_last_time_point(bgen: Any, demo: Any, tmp_path: Path) -> None:
+    asked = ["bench", "time", "--seeds", 2, "--steps", 20, "--solver-steps", 1, "--forecast", "--out", tmp_path / "out"]
+    done = bgen(*asked, demo.cells, "--data", "simulated")
+    assert done.code == 0, done
+    rows = set(json.loads((tmp_path / "out" / "time.json").read_text())["means"])
+    assert rows == {"bgen flow", "previous", "real halves"}  # no trend: one time point stands before the inner one
+    (tmp_path / "emt.csv").write_text("samples,a\n0,1\n")
+    wrong = bgen(*asked[:-1], tmp_path / "new", tmp_path / "emt.csv", "--data", "emt")
+    assert wrong.code == 2
+    assert "courses of counts" in wrong.err
