@@ -18,7 +18,10 @@ def parts(rows: int, work: int) -> int:
 
     Call it right before the loop, which is to be a ``numba.prange`` over the parts: it also limits numba's threads.
     """
+    threads = torch.get_num_threads()
     most: int = getattr(numba.config, "NUMBA_NUM_THREADS")  # noqa: B009 - made at run time
-    found = max(1, min(torch.get_num_threads(), most, rows, work // WORTH))
+    found = max(1, min(threads, most, rows, work // WORTH))
     numba.set_num_threads(found)
+    if torch.get_num_threads() != threads:  # as numba's threads start, OpenMP is told their number, for torch too
+        torch.set_num_threads(threads)
     return found
