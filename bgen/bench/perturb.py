@@ -31,6 +31,7 @@ from bgen.bench.store import store_of
 from bgen.config.errors import UserError, nearest
 from bgen.config.load import load_config
 from bgen.config.output import require_new_folder
+from bgen.evaluate.cell_eval import Figures, average, cell_eval_figures, require_cell_eval
 from bgen.evaluate.perturbation import MODEL, HeldOut, PerturbationScores, evaluate_perturbations, join
 from bgen.evaluate.perturbation_report import write_perturbation_report
 from bgen.tasks.finetune import Request, finetune
@@ -65,44 +66,67 @@ class Training:
     overrides: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class Found:
+    """Scores of one way to leave out, and cell-eval's figures if they were asked for."""
+
+    scores: PerturbationScores
+    cell_eval: Figures | None
+
+
 def bench_perturb(
-    path: Path, columns: Columns, leave: Sequence[str], out: Path, training: Training, *, seeds: int, say: Say
-) -> dict[str, PerturbationScores]:
+    path: Path,
+    columns: Columns,
+    leave: Sequence[str],
+    out: Path,
+    training: Training,
+    *,
+    seeds: int,
+    cell_eval: bool,
+    say: Say,
+) -> dict[str, Found]:
     """Train and score every split, and write ``perturb.json`` and a page for each way to leave out.
 
     Parameters
     ----------
     leave
         Each as in :data:`WAYS`.
+    cell_eval
+        Compute the figures of that library, too.
 
     Returns
     -------
     dict
-        What was left out to scores.
+        What was left out to what was found.
 
     Raises
     ------
     UserError
-        If the file, a column or what is to be left out is not there.
+        If the file, a column or what is to be left out is not there, or cell-eval is not installed.
     """
+    if cell_eval:
+        require_cell_eval()
     cells = read_h5ad(path)
     require_controls(text_column(cells, columns.perturbation), columns.control, f"obs['{columns.perturbation}']")
     planned = {text: [splits(cells, columns, *_read(text), seed) for seed in range(seeds)] for text in leave}
     require_new_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    found: dict[str, PerturbationScores] = {}
+    found: dict[str, Found] = {}
     for text, of_seeds in planned.items():
-        runs = []
+        runs, figures = [], []
         for seed, parts in enumerate(of_seeds):
-            scores = _score(parts, columns, training, out / "run", seed, together=text == DOSES)
-            say(f"{text}, seed {seed}: Pearson delta {scores.mean(MODEL, 'pearson'):.3f}")
-            runs.append(scores)
+            predicted = _predict(parts, columns, training, out / "run", seed, together=text == DOSES)
+            runs.append(join([evaluate_perturbations(counts, held) for counts, held in predicted], "perturbations"))
+            figures += [cell_eval_figures(held, seed=seed) for _, held in predicted if cell_eval]
+            say(f"{text}, seed {seed}: Pearson delta {runs[-1].mean(MODEL, 'pearson'):.3f}")
         alike = all(run.labels == runs[0].labels for run in runs)
-        found[text] = join(runs, "seeds" if alike else "perturbations")
+        scores = join(runs, "seeds" if alike else "perturbations")
+        found[text] = Found(scores, average(figures) if figures else None)
         page = out / f"{text.replace(':', '-')}.html"
         facts = {"data": path.name, "left out": text, "seeds": seeds, "steps": training.steps, "bgen": __version__}
-        write_perturbation_report(page, found[text], provenance=facts)
-    told = {"data": path.name, "seeds": seeds, "left_out": {text: scores.as_json() for text, scores in found.items()}}
+        write_perturbation_report(page, scores, provenance=facts)
+    left_out = {text: {**one.scores.as_json(), "cell_eval": one.cell_eval} for text, one in found.items()}
+    told = {"data": path.name, "seeds": seeds, "left_out": left_out}
     (out / "perturb.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     return found
 
@@ -157,10 +181,10 @@ def _groups(cells: AnnData, columns: Columns, keys: Sequence[Key], column: str) 
     return made
 
 
-def _score(
+def _predict(
     parts: Sequence[Split], columns: Columns, training: Training, folder: Path, seed: int, *, together: bool
-) -> PerturbationScores:
-    """Train on each split and score its predictions, each by itself or all together."""
+) -> list[tuple[sp.csr_matrix, list[HeldOut]]]:
+    """Train on each split and predict; return the counts trained on, and what is to be scored by itself or together."""
     made: list[tuple[sp.csr_matrix, list[HeldOut]]] = []
     for part in parts:
         model = _train(part.train, columns, training, folder, seed)
@@ -170,8 +194,8 @@ def _score(
         made.append((model.counts(part.train, None), held))
         shutil.rmtree(folder)
     if together:
-        made = [(made[0][0], [one for _, held in made for one in held])]
-    return join([evaluate_perturbations(counts, held) for counts, held in made], "perturbations")
+        return [(made[0][0], [one for _, held in made for one in held])]
+    return made
 
 
 def _train(cells: AnnData, columns: Columns, training: Training, folder: Path, seed: int) -> Model:

@@ -203,6 +203,7 @@ def bench_perturb(
     within: Annotated[list[str] | None, typer.Option(help="Compare within this obs column; may be repeated.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of every split.")] = 3,
     steps: Annotated[int, typer.Option(min=2, help="Training steps of the VAE; the flow has half as many.")] = 800,
+    cell_eval: Annotated[bool, typer.Option("--cell-eval", help="Also cell-eval's figures (extra perturb).")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Leave groups, targets, combinations or doses of a screen out, predict them, and compare with baselines.
@@ -211,12 +212,16 @@ def bench_perturb(
     """
     from bgen.bench.perturb import Training
     from bgen.bench.perturb import bench_perturb as compare
+    from bgen.evaluate.cell_eval import figures_table
     from bgen.tasks.screen import Columns
 
     columns = Columns(perturbation, control, dose, within or [])
     training = Training(steps, overrides or [])
-    for left_out, scores in compare(file, columns, leave, out, training, seeds=seeds, say=notes.print).items():
+    done = compare(file, columns, leave, out, training, seeds=seeds, cell_eval=cell_eval, say=notes.print)
+    for left_out, found in done.items():
         results.print(f"\nLeft out: {left_out}", highlight=False)
-        results.print(scores.table())
-        for sentence in scores.sentences():
+        results.print(found.scores.table())
+        for sentence in found.scores.sentences():
             results.print(sentence, highlight=False)
+        if found.cell_eval is not None:
+            results.print(figures_table(found.cell_eval))

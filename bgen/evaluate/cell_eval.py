@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
+from rich.table import Table
 
 from bgen.config.errors import UserError
 from bgen.evaluate.perturbation import CEILING, CONTROL_COPY, MODEL, HeldOut
@@ -66,6 +67,29 @@ def cell_eval_figures(held_out: Sequence[HeldOut], *, seed: int = 0) -> Figures:
         _, best = judge.compute_ceiling(PROFILE, skip_metrics=SKIPPED, write_csv=False, seed=seed)
         found[CEILING] = _means(best.to_pandas())
     return found
+
+
+def average(parts: Sequence[Figures]) -> Figures:
+    """Return the means of several sets of figures; None where one of them has none."""
+
+    def mean(row: str, name: str) -> float | None:
+        values = [part[row].get(name) for part in parts]
+        known = [value for value in values if value is not None]
+        return float(np.mean(known)) if len(known) == len(values) else None
+
+    return {row: {name: mean(row, name) for name in figures} for row, figures in parts[0].items()}
+
+
+def figures_table(figures: Figures) -> Table:
+    """Return a table: a line per figure, a column per row."""
+    table = Table(title="cell-eval", box=None, pad_edge=False)
+    table.add_column("")
+    for row in figures:
+        table.add_column(row, justify="right")
+    for name in figures[MODEL]:
+        values = [figures[row].get(name) for row in figures]
+        table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in values))
+    return table
 
 
 def _joined(held_out: Sequence[HeldOut], cells: Sequence[sp.csr_matrix]) -> AnnData:

@@ -23,10 +23,10 @@ from bgen.evaluate.space import log_cp10k
 from bgen.models.effects import log_effect
 from bgen.tasks.model import Model
 from bgen.tasks.read import text_column
-from bgen.tasks.screen import Columns, find_genes, members, require_controls, strata_codes
+from bgen.tasks.screen import LEAST_CONTROLS, Columns, find_genes, members, require_controls, strata_codes
 
 CONTROL_SHARE = 0.25
-"""Part of the control cells from which held-out perturbations are predicted."""
+"""Part of the control cells from which held-out perturbations are predicted; of few, up to half."""
 
 LEAST_PREDICTED = 500
 """Cells of a prediction: its own sampling noise then hardly matters."""
@@ -49,11 +49,19 @@ def split_screen(adata: AnnData, columns: Columns, held_out: Sequence[str], seed
     Raises
     ------
     UserError
-        If a label has no cells.
+        If a label has no cells, or there are too few control cells.
     """
     label = text_column(adata, columns.perturbation)
     control = require_controls(label, columns.control, f"obs['{columns.perturbation}']")
-    back = control & (hash_keys(seed, np.arange(adata.n_obs)) / 2.0**64 < CONTROL_SHARE)
+    controls = np.flatnonzero(control)
+    if len(controls) < 2 * LEAST_CONTROLS:
+        raise UserError(
+            f"There are {len(controls)} control cells; to hold perturbations out, at least {2 * LEAST_CONTROLS} are"
+            " needed: half to train on, half to predict from."
+        )
+    kept = max(round(CONTROL_SHARE * len(controls)), min(len(controls) // 2, 2 * LEAST_CONTROLS))
+    back = np.zeros(adata.n_obs, bool)
+    back[controls[np.argsort(hash_keys(seed, controls))[:kept]]] = True
     keys = screen_keys(adata, columns)
     for text in held_out:
         wanted = _read(text)

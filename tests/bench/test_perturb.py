@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,10 @@ def test_bench_perturb_as_in_its_example(bgen: Any, cells: anndata.AnnData, tmp_
         "perturb.json",
         "targets-2.html",
     ]
+    if importlib.util.find_spec("cell_eval") is None:
+        without = bgen(*asked[:-1], tmp_path / "other", "--leave", "targets:2", "--cell-eval")
+        assert without.code == 2
+        assert "bgen-flow[perturb]" in without.err
     for leave, message in (("groups:batch", "'group'"), ("targets:x", "targets:N"), ("group:bach", "'batch'")):
         wrong = bgen(*asked, "--leave", leave)
         assert wrong.code == 2, wrong

@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 
 from bgen.config.errors import UserError
-from bgen.evaluate.cell_eval import cell_eval_figures
+from bgen.evaluate.cell_eval import average, cell_eval_figures, figures_table
 from bgen.evaluate.perturbation import CEILING, CONTROL_COPY, MODEL, HeldOut
 
 
@@ -39,6 +39,12 @@ def test_the_library_puts_a_good_model_above_a_copy_of_the_controls() -> None:
         assert best[key] is not None
         assert best[key] > 0.8
     assert model["mae"] < copy["mae"]  # type: ignore[operator]
+
+
+def test_averages_miss_what_one_part_misses() -> None:
+    first, second = ({MODEL: {"mae": value, "mse": other}} for value, other in ((1.0, None), (3.0, 2.0)))
+    assert average([first, second]) == {MODEL: {"mae": 2.0, "mse": None}}
+    assert figures_table(average([first, second])).row_count == 2
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cell_eval") is not None, reason="cell-eval is installed")

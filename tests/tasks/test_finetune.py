@@ -14,6 +14,7 @@ from sklearn.metrics import f1_score
 import bgen
 from bgen.config.errors import UserError
 from bgen.tasks.finetune import Request, finetune
+from bgen.tasks.perturb_score import split_screen
 from bgen.tasks.screen import Columns
 
 QUICK = ["train.steps=20", "train.eval_every=10", "train.global_batch=64", "track.progress=false"]
@@ -183,6 +184,18 @@ def test_held_out_perturbations_are_scored(bgen: Any, demo: Any, cells: anndata.
     assert pair not in ["+".join(row["set"]) for row in about["effects"]]
     assert "| control copy |" in (tmp_path / "out/model/README.md").read_text()
     assert scores["words"][0] in (tmp_path / "out/report.html").read_text()
+
+
+def test_few_controls_are_shared_between_training_and_prediction(cells: anndata.AnnData) -> None:
+    columns = Columns("perturbation", "control")
+    control = np.flatnonzero(cells.obs["perturbation"] == "control")
+    label = next(name for name in cells.obs["perturbation"] if name != "control")
+    others = np.flatnonzero(cells.obs["perturbation"] != "control")
+    few = cells[np.concatenate([control[:50], others])].copy()
+    train, back = split_screen(few, columns, [label], 0)
+    assert [(part.obs["perturbation"] == "control").sum() for part in (train, back)] == [25, 25]
+    with pytest.raises(UserError, match=r"30 control cells; .* at least 40"):
+        split_screen(few[20:].copy(), columns, [label], 0)
 
 
 def test_mistakes_of_finetuning(bgen: Any, demo: Any, cells: anndata.AnnData, tmp_path: Path) -> None:
