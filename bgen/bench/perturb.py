@@ -205,7 +205,9 @@ def _train(cells: AnnData, columns: Columns, training: Training, folder: Path, s
     plain.uns = {name: cells.uns[name] for name in ("organism",) if name in cells.uns}
     store = store_of(plain, folder / "data", seed)
     steps = [f"train.steps={training.steps}", "train.eval_every=100"]
-    train(load_config("vae", [f"data.store={store}", f"out={folder / 'vae'}", *steps, *common]))
+    done = train(load_config("vae", [f"data.store={store}", f"out={folder / 'vae'}", *steps, *common]))
+    if done.interrupted:
+        raise UserError(f"Stopped by a signal at step {done.step}; nothing was measured.")
     request = Request("perturb", "head", columns=columns)
     steps = [f"train.steps={max(1, training.steps // 2)}"]
     tuned = finetune(
