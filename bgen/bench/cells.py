@@ -128,7 +128,7 @@ def bench_cells(
     overrides: Sequence[str] = (),
     say: Say = print,
 ) -> Comparison:
-    """Compare and write ``cells.json`` into ``out``.
+    """Compare and write ``cells.json`` into ``out``, after every seed.
 
     Parameters
     ----------
@@ -185,20 +185,20 @@ def bench_cells(
             told = ", ".join(f"{key} {figures[key]:.4f}" for key in SAID)
             say(f"seed {seed}: {row}: {told}")
         say(f"seed {seed}: bgen was trained in {trained:.0f} s")
-    facts = {
-        "data": file.name,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "version": __version__,
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "train": split.train.n_obs,
-        "test": split.test.n_obs,
-        "genes": split.train.n_vars,
-        "overrides": list(overrides),
-        "scvi": None if python is None else {name: facts[name] for name in ("version", "epochs", "seconds")},
-    }
-    compared = Comparison(facts, runs)
-    (out / "cells.json").write_text(json.dumps(compared.as_json(), indent=1) + "\n", encoding="utf-8")
+        about = {
+            "data": file.name,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "version": __version__,
+            "machine": machine(),
+            "threads": torch.get_num_threads(),
+            "train": split.train.n_obs,
+            "test": split.test.n_obs,
+            "genes": split.train.n_vars,
+            "overrides": list(overrides),
+            "scvi": None if python is None else {name: facts[name] for name in ("version", "epochs", "seconds")},
+        }
+        compared = Comparison(about, runs)
+        (out / "cells.json").write_text(json.dumps(compared.as_json(), indent=1) + "\n", encoding="utf-8")
     return compared
 
 
