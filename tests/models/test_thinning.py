@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from bgen.data.batch import CellBatch
 from bgen.models import thinning
 from bgen.models.thinning import KEPT, thin
+from bgen.models.thinning_cpu import thin_small
 from bgen.nn.random import Stream, row_state, uniform
 
 
@@ -41,3 +43,14 @@ def test_the_compiled_form_draws_what_the_plain_one_draws() -> None:
     assert 0.2 < float((compiled != before).float().mean()) < 0.4
     assert float(before.max()) > 500
     assert torch.equal(thin(batch, 0.0), before)
+
+
+def test_parts_of_the_cells_are_thinned_as_all_together() -> None:
+    batch = batch_of(50, 200)
+    state = row_state(batch.keys, Stream.THIN_COUNT).numpy().view(np.uint64)
+    chosen, keep = np.arange(50) % 3 > 0, np.full(50, 0.5, np.float32)
+    arrays = batch.indptr.numpy(), batch.indices.numpy(), batch.counts.numpy(), state, chosen, keep
+    whole, parts = (thin_small(*arrays, 32, number) for number in (1, 4))
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len(whole[1]) > 50
