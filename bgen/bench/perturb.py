@@ -1,4 +1,4 @@
-"""``bgen bench perturb``: leave parts of a screen out, predict them, and compare by the protocol ``perturbation-v1``.
+"""``bgen bench perturb``: leave parts of a screen out, predict them, and compare by the protocol ``perturbation-v2``.
 
 What is left out, each in its own trainings:
 
@@ -6,9 +6,11 @@ What is left out, each in its own trainings:
   predicted from their control cells.
 - ``targets:N``: N random single perturbations at a time, of which the model only knows the target gene.
 - ``combinations:N``: N random combinations whose members are trained on.
-- ``doses``: each dose between others of the same perturbation in turn, scored together.
+- ``doses``: each dose between others of the same perturbation in turn, scored together. All control cells are trained
+  on and predicted from, as a user would do with the own ones: no control cell is what is predicted, and half of few
+  vehicle cells, twice, is noise that no row can beat.
 
-VAE and flow see nothing of what is left out. The trainings of further seeds have other random choices, and are averaged
+VAE and flow see nothing else of what is left out. The trainings of further seeds have other random choices, and are averaged
 where the same is left out; intervals are over perturbations.
 """
 
@@ -146,7 +148,7 @@ def splits(cells: AnnData, columns: Columns, way: str, what: str, seed: int) -> 
                 f"--leave {DOSES}: no perturbation has three doses of at least {LEAST_CELLS} cells; --dose names their"
                 " obs column."
             )
-        return [Split(label, *split_screen(cells, columns, [label], seed)) for label in chosen]
+        return [Split(label, *split_screen(cells, columns, [label], seed, shared_controls=True)) for label in chosen]
     able: list[tuple[str, ...]] = []
     if way == TARGETS:
         symbols = cells.var.get("symbol", cells.var_names)
@@ -184,11 +186,14 @@ def _groups(cells: AnnData, columns: Columns, keys: Sequence[Key], column: str) 
 def _predict(
     parts: Sequence[Split], columns: Columns, training: Training, folder: Path, seed: int, *, together: bool
 ) -> list[tuple[sp.csr_matrix, list[HeldOut]]]:
-    """Train on each split and predict; return the counts trained on, and what is to be scored by itself or together."""
+    """Train on each split and predict; return the counts trained on, and what is to be scored by itself or together.
+
+    ``together``: doses, which share their controls.
+    """
     made: list[tuple[sp.csr_matrix, list[HeldOut]]] = []
     for part in parts:
         model = _train(part.train, columns, training, folder, seed)
-        held = predict_held_out(model, part.train, part.back, columns, seed=seed)
+        held = predict_held_out(model, part.train, part.back, columns, seed=seed, shared_controls=together)
         if not together and len(parts) > 1:
             held = [replace(one, label=f"{part.name}: {one.label}") for one in held]
         made.append((model.counts(part.train, None), held))

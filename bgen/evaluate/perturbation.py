@@ -1,4 +1,4 @@
-"""The protocol ``perturbation-v1``: do predicted perturbed cells look like held-out real ones?
+"""The protocol ``perturbation-v2``: do predicted perturbed cells look like held-out real ones?
 
 Frozen: a change of any figure needs a new protocol id. For each held-out perturbation and each of several seeds the
 real perturbed and control cells are split into two halves: one is what predictions are compared with, the other is the
@@ -7,6 +7,11 @@ ceiling, and chooses the genes with the clearest effects. So no row is measured 
 - An effect is the difference of mean log(1 + counts per 10,000) between perturbed and control cells. The control cells
   are real and the same in every row, also where a model would predict its own (a model that only scales its own
   controls can otherwise win or lose the discrimination score).
+- Control cells that the model and the baselines were trained on, too (``shared_controls``: doses of a drug with few
+  vehicle cells), are not split: all of them are the reference of every effect, in both halves. With some 30 cells on
+  either side the noise of two references would be larger than what the drug does. One reference adds the same noise to
+  all real and predicted effects: rows compare with each other, but their correlations not with those of other screens.
+  The E-distance knows no reference.
 - A baseline is an effect that needs no model: "control copy" (none) and what the caller gives: "train mean" (the
   average effect over training perturbations), "additive", "same in training", "nearest dose". As cells it is the real
   control cells moved by the effect.
@@ -33,7 +38,7 @@ from bgen.evaluate.distribution import energy_distance
 from bgen.evaluate.scores import Better, Metric
 from bgen.evaluate.space import Space, fit_space, log_cp10k
 
-PROTOCOL = "perturbation-v1"
+PROTOCOL = "perturbation-v2"
 TOP = 20
 MAX_CELLS = 500
 MIN_CELLS = 10
@@ -72,6 +77,8 @@ class HeldOut:
         Name to effect ``[G]``, without "control copy".
     targets
         Genes that were perturbed themselves: the discrimination score leaves them out.
+    shared_controls
+        Whether ``control`` was trained on, too.
     """
 
     label: str
@@ -80,6 +87,7 @@ class HeldOut:
     predicted: sp.csr_matrix
     baselines: Mapping[str, NDArray[np.float64]]
     targets: NDArray[np.int64]
+    shared_controls: bool = False
 
 
 @dataclass(frozen=True)
@@ -272,7 +280,8 @@ def _one_seed(space: Space, held_out: Sequence[HeldOut], seed: int) -> dict[str,
         # The same halves for every perturbation: else a real effect would be furthest from its own other half, whose
         # controls are the rest of its own.
         shuffled = np.random.default_rng(seed).permutation(one.control.shape[0])
-        first_control, second_control = (one.control[half] for half in np.array_split(shuffled, 2))
+        halves = [shuffled, shuffled] if one.shared_controls else np.array_split(shuffled, 2)
+        first_control, second_control = (one.control[half] for half in halves)
         real, other = mean_log(second) - mean_log(second_control), mean_log(first) - mean_log(first_control)
         top = _clearest(first, first_control)
         n = min(first.shape[0], second.shape[0], one.predicted.shape[0], MAX_CELLS)

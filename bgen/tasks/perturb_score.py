@@ -1,7 +1,7 @@
 """Scores of a perturbation model on perturbations, or doses, that it was not trained on.
 
 The user names what is held out; its cells and a part of the control cells are kept from training, predicted from those
-control cells, and compared by the protocol ``perturbation-v1`` with baselines that need no model: control copy, train
+control cells, and compared by the protocol ``perturbation-v2`` with baselines that need no model: control copy, train
 mean, the sum of the members' training effects for combinations, and the nearest trained dose.
 
 Axes: N cells, G genes.
@@ -38,13 +38,17 @@ Key = tuple[tuple[str, ...], float | None]
 """Members of a set, sorted, and the dose."""
 
 
-def split_screen(adata: AnnData, columns: Columns, held_out: Sequence[str], seed: int) -> tuple[AnnData, AnnData]:
+def split_screen(
+    adata: AnnData, columns: Columns, held_out: Sequence[str], seed: int, *, shared_controls: bool = False
+) -> tuple[AnnData, AnnData]:
     """Return the cells to train on, and those that are kept back: of the held-out labels, and some controls.
 
     Parameters
     ----------
     held_out
         Labels, with ``@dose`` to hold out one dose only.
+    shared_controls
+        All control cells are in both sets, as a user's own would be.
 
     Raises
     ------
@@ -54,14 +58,15 @@ def split_screen(adata: AnnData, columns: Columns, held_out: Sequence[str], seed
     label = text_column(adata, columns.perturbation)
     control = require_controls(label, columns.control, f"obs['{columns.perturbation}']")
     controls = np.flatnonzero(control)
-    if len(controls) < 2 * LEAST_CONTROLS:
+    if len(controls) < 2 * LEAST_CONTROLS and not shared_controls:
         raise UserError(
             f"There are {len(controls)} control cells; to hold perturbations out, at least {2 * LEAST_CONTROLS} are"
             " needed: half to train on, half to predict from."
         )
     kept = max(round(CONTROL_SHARE * len(controls)), min(len(controls) // 2, 2 * LEAST_CONTROLS))
     back = np.zeros(adata.n_obs, bool)
-    back[controls[np.argsort(hash_keys(seed, controls))[:kept]]] = True
+    if not shared_controls:
+        back[controls[np.argsort(hash_keys(seed, controls))[:kept]]] = True
     keys = screen_keys(adata, columns)
     for text in held_out:
         wanted = _read(text)
@@ -70,7 +75,7 @@ def split_screen(adata: AnnData, columns: Columns, held_out: Sequence[str], seed
             names = sorted(set(label.tolist()) - {columns.control, ""})
             raise UserError(f"--hold-out: no cell has the label '{text}'.{nearest(text, names)}")
         back |= here
-    return adata[~back].copy(), adata[back].copy()
+    return adata[~back].copy(), adata[back | control if shared_controls else back].copy()
 
 
 def score_held_out(
@@ -82,7 +87,14 @@ def score_held_out(
 
 
 def predict_held_out(
-    model: Model, train: AnnData, back: AnnData, columns: Columns, *, layer: str | None = None, seed: int = 0
+    model: Model,
+    train: AnnData,
+    back: AnnData,
+    columns: Columns,
+    *,
+    layer: str | None = None,
+    seed: int = 0,
+    shared_controls: bool = False,
 ) -> list[HeldOut]:
     """Predict every label of cells that were kept back from the control cells among them.
 
@@ -90,6 +102,8 @@ def predict_held_out(
     ----------
     train
         What the model was trained on: baselines come from it.
+    shared_controls
+        Whether the control cells of ``back`` are in ``train``, too.
     """
     counts, held = model.counts(train, layer), model.counts(back, layer)
     keys, held_keys = screen_keys(train, columns), screen_keys(back, columns)
@@ -114,6 +128,7 @@ def predict_held_out(
                 predicted=sp.csr_matrix(predicted.X),
                 baselines={TRAIN_MEAN: mean, **_baselines(key, effects)},
                 targets=targets[targets >= 0],
+                shared_controls=shared_controls,
             )
         )
     return made

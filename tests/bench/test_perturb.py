@@ -60,6 +60,9 @@ def test_inner_doses_are_left_out_one_at_a_time(cells: anndata.AnnData) -> None:
     assert [split.name for split in made] == ["dex@1", "dex@10"]
     assert 10.0 not in set(made[1].train.obs["amount"])
     assert set(made[1].back.obs["amount"]) == {0.0, 10.0}
+    vehicle = set(dosed.obs_names[~treated])
+    assert vehicle <= set(made[1].train.obs_names)
+    assert vehicle <= set(made[1].back.obs_names)
     with pytest.raises(UserError, match="no perturbation has three doses"):
         splits(cells, COLUMNS, "doses", "", 0)
 

@@ -70,6 +70,20 @@ def test_few_controls_do_not_set_an_effect_apart_from_its_other_half() -> None:
     assert evaluate_perturbations(control, few).mean(CEILING, "discrimination") > 0.8
 
 
+def test_few_controls_that_are_shared_are_the_reference_of_every_effect() -> None:
+    control, made = held_out(np.random.default_rng(5), strength=0.1)
+    split, shared = (
+        evaluate_perturbations(
+            control, [replace(one, control=control[:20], baselines={}, shared_controls=whole) for one in made]
+        )
+        for whole in (False, True)
+    )
+    assert shared.mean(MODEL, "slope") == pytest.approx(1, abs=0.1)
+    assert split.mean(MODEL, "slope") > 1.3  # half of the controls' noise is in the prediction and in the real effect
+    assert shared.mean(CEILING, "pearson") > split.mean(CEILING, "pearson") + 0.2
+    assert shared.mean(MODEL, "energy") == pytest.approx(split.mean(MODEL, "energy"))
+
+
 def test_scores_of_several_trainings_are_joined() -> None:
     control, made = held_out(np.random.default_rng(4))
     first, second = evaluate_perturbations(control, made[:4]), evaluate_perturbations(control, made[4:])
