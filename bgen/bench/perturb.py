@@ -10,8 +10,8 @@ What is left out, each in its own trainings:
   on and predicted from, as a user would do with the own ones: no control cell is what is predicted, and half of few
   vehicle cells, twice, is noise that no row can beat.
 
-VAE and flow see nothing else of what is left out. The trainings of further seeds have other random choices, and are averaged
-where the same is left out; intervals are over perturbations.
+VAE and flow see nothing else of what is left out. The trainings of further seeds have other random choices, and are
+averaged where the same is left out; intervals are over perturbations.
 """
 
 from __future__ import annotations
