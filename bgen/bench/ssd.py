@@ -46,7 +46,8 @@ def bench_ssd(repetitions: int = 5, say: Say = lambda line: None) -> dict[str, A
         for length, sequences in SHAPES:
             say(f"scan of {sequences} x {length} points")
             inputs = _inputs(sequences, length)
-            chunked, loop = (functools.partial(_scan, scan, inputs) for scan in (ssd_chunked, ssd_sequential))
+            gradient = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+            chunked, loop = (functools.partial(_scan, scan, inputs, gradient) for scan in (ssd_chunked, ssd_sequential))
             # the loop takes seconds: fewer of it, each after as many of the other
             times = _interleave({"chunked": chunked, "loop": loop}, {"chunked": 4 * repetitions, "loop": repetitions})
             scans.append({"length": length, "sequences": sequences, **times, "ratio": times["loop"] / times["chunked"]})
@@ -68,8 +69,8 @@ def _inputs(sequences: int, length: int) -> list[Tensor]:
     return [tensor.requires_grad_() for tensor in found]
 
 
-def _scan(scan: Callable[..., tuple[Tensor, Tensor | None]], inputs: list[Tensor]) -> None:
-    torch.autograd.grad(scan(*inputs)[0].square().sum(), inputs)
+def _scan(scan: Callable[..., tuple[Tensor, Tensor | None]], inputs: list[Tensor], gradient: Tensor) -> None:
+    torch.autograd.grad(scan(*inputs)[0], inputs, gradient)
 
 
 def _blocks() -> dict[str, Callable[[], None]]:

@@ -12,11 +12,13 @@ R = H / K heads per group; the T points are cut into C chunks of Q points.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bgen.nn.ssd_parts import Workspace, difference, join
 
 
 def ssd_sequential(
@@ -95,60 +97,28 @@ def ssd_chunked(
         return t.to(wide).reshape(B, C, Q, *inner)
 
     with torch.autocast(x_BTHP.device.type, enabled=False):
-        x_BCQKRP = cut(x_BTHP, K, R, P)
         # What has decayed by e^-50 is gone, in float64 too; sums that stay small keep the digits of the short gaps that
         # follow a long one.
-        total_BCKRQ = cut(log_decay_BTH.clamp_min(-50), K, R).permute(0, 1, 3, 4, 2).cumsum(-1)
-        b_BCKQS, c_BCKQS = (cut(t, K, S).transpose(2, 3) for t in (b_BTKS, c_BTKS))
-
-        # Within a chunk: y_i = sum over j <= i of (c_i . b_j) exp(total_i - total_j) x_j.
-        future_QQ = torch.ones(Q, Q, dtype=torch.bool, device=x_BTHP.device).triu(1)
-        run_BCQ = None
-        if sequence_BT is None:
-            forbidden = future_QQ
+        total_BCKRQ = cut(log_decay_BTH.clamp_min(-50), K, R).permute(0, 1, 3, 4, 2).contiguous().cumsum(-1)
+        x_BCQKRP = cut(x_BTHP, K, R, P).contiguous()
+        b_BCKQS, c_BCKQS = (cut(t, K, S).transpose(2, 3).contiguous() for t in (b_BTKS, c_BTKS))
+        run_BCQ = None if sequence_BT is None else _runs(sequence_BT, padding).view(B, C, Q)
+        initial_BKSRP = None
+        if initial_BHPS is not None:
+            initial_BKSRP = initial_BHPS.to(wide).view(B, K, R, P, S).permute(0, 1, 4, 2, 3)
+        first_BCQ = None if run_BCQ is None else _first(run_BCQ)
+        if C == 1 and initial_BHPS is None and not want_state:
+            # No state goes from chunk to chunk: as if all were chunks of one sequence.
+            given = (
+                None if t is None else t.transpose(0, 1) for t in (x_BCQKRP, total_BCKRQ, b_BCKQS, c_BCKQS, first_BCQ)
+            )
+            y_BCQKRP, state = _Chunks.apply(*given, None, None)[0].transpose(0, 1), None
         else:
-            run_BCQ = _runs(sequence_BT, padding).view(B, C, Q)
-            other_BCQQ = run_BCQ[..., :, None] != run_BCQ[..., None, :]
-            forbidden = (other_BCQQ | future_QQ)[:, :, None, None]
-        y_NKRQP: Tensor = WithinChunks.apply(
-            x_BCQKRP.reshape(B * C, Q, K, R, P).permute(0, 2, 3, 1, 4),
-            total_BCKRQ.reshape(B * C, K, R, Q),
-            b_BCKQS.reshape(B * C, K, Q, S),
-            c_BCKQS.reshape(B * C, K, Q, S),
-            torch.zeros_like(forbidden, dtype=wide).masked_fill_(forbidden, -torch.inf).view(-1, 1, 1, Q, Q),
-        )
-        y_BCQKRP = y_NKRQP.view(B, C, K, R, Q, P).permute(0, 1, 4, 2, 3, 5)
-
-        state = None
-        if C > 1 or initial_BHPS is not None or want_state:
-            # From chunk to chunk: each adds what its points leave behind at its end to what it was given.
-            end_BCKR1 = total_BCKRQ[..., -1:]
-            to_end_BCKRQ = (end_BCKR1 - total_BCKRQ).exp()
-            from_start_BCKRQ = total_BCKRQ.exp()
-            through_BCKR = end_BCKR1[..., 0].exp()
-            if run_BCQ is not None:
-                last_BC = run_BCQ[..., -1]
-                before_BC = torch.cat([run_BCQ[:, :1, 0], last_BC[:, :-1]], dim=1)
-                to_end_BCKRQ = to_end_BCKRQ * (run_BCQ == last_BC[..., None])[:, :, None, None]
-                from_start_BCKRQ = from_start_BCKRQ * (run_BCQ == before_BC[..., None])[:, :, None, None]
-                through_BCKR = through_BCKR * (last_BC == before_BC)[..., None, None]
-            left_BCQKRP = x_BCQKRP * to_end_BCKRQ.permute(0, 1, 4, 2, 3)[..., None]
-            # [R P, Q] @ [Q, S], the first transposed in place where there is one group
-            left_BCKRPS = left_BCQKRP.view(B, C, Q, K, R * P).permute(0, 1, 3, 4, 2) @ b_BCKQS
-            if initial_BHPS is None:
-                h_BKRPS = x_BTHP.new_zeros(B, K, R, P, S, dtype=wide)
-            else:
-                h_BKRPS = initial_BHPS.to(wide).view(B, K, R, P, S)
-            entering = []
-            # unbind, not indexing: the gradient of an index is a tensor of the full size, one for every chunk.
-            for through, left in zip(through_BCKR.unbind(1), left_BCKRPS.view(B, C, K, R, P, S).unbind(1), strict=True):
-                entering.append(h_BKRPS)
-                h_BKRPS = through[..., None, None] * h_BKRPS + left
-            state = h_BKRPS.view(B, H, P, S) if want_state else None
-            entering_BCKPS = torch.stack(entering, dim=1).view(B, C, K, R * P, S)
-            carried_BCKQRP = (c_BCKQS @ entering_BCKPS.transpose(-1, -2)).view(B, C, K, Q, R, P)
-            from_start_BCQKR1 = from_start_BCKRQ.permute(0, 1, 4, 2, 3)[..., None]
-            y_BCQKRP = torch.addcmul(y_BCQKRP, carried_BCKQRP.transpose(2, 3), from_start_BCQKR1)
+            edges = _edges(total_BCKRQ.detach(), run_BCQ)
+            y_BCQKRP, last_BKSRP = _Chunks.apply(
+                x_BCQKRP, total_BCKRQ, b_BCKQS, c_BCKQS, first_BCQ, initial_BKSRP, edges
+            )
+            state = last_BKSRP.permute(0, 1, 3, 4, 2).reshape(B, H, P, S) if want_state else None
         return y_BCQKRP.reshape(B, C * Q, H, P)[:, :T].to(dtype), state
 
 
@@ -158,58 +128,116 @@ def _runs(sequence_BT: Tensor, padding: int) -> Tensor:
     return F.pad(starts_BT, (0, padding)).cumsum(dim=1)
 
 
-BLOCK = 1 << 17
-"""Weights that are computed at a time on a CPU: what its nearer caches hold."""
+def _first(run_BCQ: Tensor) -> Tensor:
+    """Place in its chunk of the first point whose input reaches each point."""
+    starts_BCQ = F.pad(run_BCQ.diff(dim=-1) != 0, (1, 0))
+    return (starts_BCQ * torch.arange(run_BCQ.shape[-1], device=run_BCQ.device)).cummax(dim=-1).values
 
 
-class WithinChunks(torch.autograd.Function):
-    """``y_i = sum over j of W_ij x_j``, ``W_ij = (c_i . b_j) exp(total_i - total_j)``, j over what is not barred to i.
+class _Edges(NamedTuple):
+    """What the state keeps: of a point until its chunk ends, until a point since its chunk began, through a chunk."""
 
-    The weights W are what costs: they are never held as a whole on a CPU, and computed again for the gradient. That of
-    ``total`` needs none of them: sum_j dW_ij W_ij = dy_i . y_i and sum_i dW_ij W_ij = x_j . dx_j.
+    to_end_BCQKR: Tensor
+    from_start_BCQKR: Tensor
+    through_BCK1R1: Tensor
 
-    Axes: N chunks of all sequences.
+
+def _edges(total_BCKRQ: Tensor, run_BCQ: Tensor | None) -> _Edges:
+    end_BCKR1 = total_BCKRQ[..., -1:]
+    to_end, from_start, through = (end_BCKR1 - total_BCKRQ).exp(), total_BCKRQ.exp(), end_BCKR1[..., 0].exp()
+    if run_BCQ is not None:
+        last_BC = run_BCQ[..., -1]
+        before_BC = torch.cat([run_BCQ[:, :1, 0], last_BC[:, :-1]], dim=1)
+        to_end = to_end * (run_BCQ == last_BC[..., None])[:, :, None, None]
+        from_start = from_start * (run_BCQ == before_BC[..., None])[:, :, None, None]
+        through = through * (last_BC == before_BC)[..., None, None]
+    to_end, from_start = (t.permute(0, 1, 4, 2, 3).contiguous() for t in (to_end, from_start))
+    return _Edges(to_end, from_start, through[:, :, :, None, :, None])
+
+
+class _Chunks(torch.autograd.Function):
+    """The chunked scan and its gradient, both a few chunks at a time, so that on a CPU they stay in its caches.
+
+    Within a chunk ``y_i = sum over j <= i of W_ij x_j``, ``W_ij = (c_i . b_j) exp(total_i - total_j)``; from chunk to
+    chunk goes the state. The weights W are never held as a whole on a CPU, and computed again for the gradient. That of
+    ``total`` needs none of them: where total_i stands it multiplies a part of y_i, and where -total_j stands a part of
+    what x_j does: it is ``dy_i . y_i - x_i . dx_i``, and at the end of a chunk what the state that leaves it does too.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_NKRQP: Tensor, total_NKRQ: Tensor, b_NKQS: Tensor, c_NKQS: Tensor, bar: Tensor) -> Tensor:
-        """Return ``y_NKRQP``; ``bar`` is 0 or -inf, ``[1 or N, 1, 1, Q, Q]``."""
-        y_NKRQP = x_NKRQP.new_empty(x_NKRQP.shape)
-        for part in _blocks(x_NKRQP):
-            _, weight = _weights(total_NKRQ[part], b_NKQS[part], c_NKQS[part], _part(bar, part))
-            torch.matmul(weight, x_NKRQP[part].contiguous(), out=y_NKRQP[part])
-        ctx.save_for_backward(x_NKRQP, total_NKRQ, b_NKQS, c_NKQS, bar, y_NKRQP)
-        return y_NKRQP
+    def forward(
+        ctx: Any,
+        x_BCQKRP: Tensor,
+        total_BCKRQ: Tensor,
+        b_BCKQS: Tensor,
+        c_BCKQS: Tensor,
+        first_BCQ: Tensor | None,
+        initial_BKSRP: Tensor | None,
+        edges: _Edges | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return ``y_BCQKRP`` and the state after the last chunk, where ``edges`` say what goes from chunk to chunk."""
+        (B, C, _, K, R, P), S = x_BCQKRP.shape, b_BCKQS.shape[-1]
+        y_BCQKRP = torch.empty_like(x_BCQKRP)
+        work = Workspace(x_BCQKRP)
+        states = None
+        if edges is not None:
+            states = x_BCQKRP.new_empty(B, C + 1, K, S, R, P)  # before the first chunk, and after each
+            states[:, 0] = 0 if initial_BKSRP is None else initial_BKSRP
+        for at in work.blocks():
+            x, total, b, c, first, y = at.cut(x_BCQKRP, total_BCKRQ, b_BCKQS, c_BCKQS, first_BCQ, y_BCQKRP)
+            within = work.product(work.weights(total, c @ b.mT, first), work.by_head(x))
+            if states is None or edges is None:
+                join(within, None, y)
+                continue
+            # Each chunk adds what its points leave behind at its end to what it was given.
+            to_end, from_start = at.cut(edges.to_end_BCQKR, edges.from_start_BCQKR)
+            left = b.mT @ (x * to_end[..., None]).flatten(3).transpose(1, 2)
+            leaving = states[at.sequences, at.first + 1 : at.end + 1]
+            leaving.copy_(left.view_as(leaving))
+            for chunk in range(at.first, at.end):
+                through = edges.through_BCK1R1[at.sequences, chunk]
+                states[at.sequences, chunk + 1].addcmul_(states[at.sequences, chunk], through)
+            join(within, (c @ at.cut(states)[0].flatten(3), from_start), y)
+        ctx.save_for_backward(x_BCQKRP, total_BCKRQ, b_BCKQS, c_BCKQS, first_BCQ, y_BCQKRP, states)
+        ctx.edges = edges
+        return y_BCQKRP, None if states is None else states[:, -1].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy_NKRQP: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_BCQKRP: Tensor, dlast_BKSRP: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of the inputs."""
-        x_NKRQP, total_NKRQ, b_NKQS, c_NKQS, bar, y_NKRQP = ctx.saved_tensors
-        dx_NKRQP, dtotal_NKRQ = torch.empty_like(y_NKRQP), torch.empty_like(total_NKRQ)
-        db_NKQS, dc_NKQS = torch.empty_like(b_NKQS), torch.empty_like(c_NKQS)
-        for part in _blocks(x_NKRQP):
-            x, dy, b, c = x_NKRQP[part].contiguous(), dy_NKRQP[part].contiguous(), b_NKQS[part], c_NKQS[part]
-            decay, weight = _weights(total_NKRQ[part], b, c, _part(bar, part))
-            dx = torch.matmul(weight.mT, dy, out=dx_NKRQP[part])
-            torch.sub((dy * y_NKRQP[part]).sum(-1), (x * dx).sum(-1), out=dtotal_NKRQ[part])
-            dcb = (dy @ x.mT).mul_(decay).sum(2)
-            torch.matmul(dcb.mT, c, out=db_NKQS[part])
-            torch.matmul(dcb, b, out=dc_NKQS[part])
-        return dx_NKRQP, dtotal_NKRQ, db_NKQS, dc_NKQS, None
-
-
-def _blocks(x_NKRQP: Tensor) -> list[slice]:
-    """Cut the chunks so that the weights of a part stay in a CPU's cache."""
-    N, K, R, Q, _ = x_NKRQP.shape
-    step = max(1, BLOCK // (K * R * Q * Q)) if x_NKRQP.device.type == "cpu" else N
-    return [slice(start, start + step) for start in range(0, N, step)]
-
-
-def _part(bar: Tensor, part: slice) -> Tensor:
-    return bar if len(bar) == 1 else bar[part]
-
-
-def _weights(total: Tensor, b: Tensor, c: Tensor, bar: Tensor) -> tuple[Tensor, Tensor]:
-    decay = (total[..., :, None] - total[..., None, :]).add_(bar).exp_()
-    return decay, decay * (c @ b.mT)[:, :, None]
+        x_BCQKRP, total_BCKRQ, b_BCKQS, c_BCKQS, first_BCQ, y_BCQKRP, states = ctx.saved_tensors
+        edges, inputs = ctx.edges, (x_BCQKRP, total_BCKRQ, b_BCKQS, c_BCKQS)
+        gradients = tuple(torch.empty_like(t) for t in inputs)
+        work = Workspace(x_BCQKRP)
+        dstate_BKSRP = None if dlast_BKSRP is None else dlast_BKSRP.clone()
+        for at in reversed(work.blocks()):
+            x, total, b, c, first, y, dy = at.cut(*inputs, first_BCQ, y_BCQKRP, dy_BCQKRP.contiguous())
+            dx, dtotal, db, dc = at.cut(*gradients)
+            weight, dy_by_head = work.weights(total, c @ b.mT, first), work.by_head(dy)
+            dx_within = work.product(weight.mT, dy_by_head)
+            dcb = work.decayed_sum(total, dy_by_head, work.by_head_too(x), first)
+            torch.matmul(dcb.mT, c, out=db)
+            torch.matmul(dcb, b, out=dc)
+            if edges is None or dstate_BKSRP is None:
+                join(dx_within, None, dx)
+                difference(dy, y, x, dx, dtotal)
+                continue
+            to_end, from_start, entering = at.cut(edges.to_end_BCQKR, edges.from_start_BCQKR, states)
+            dcarried = (dy * from_start[..., None]).flatten(3).transpose(1, 2)
+            dc += dcarried @ entering.flatten(3).mT
+            leaving = states[at.sequences, at.first + 1 : at.end + 1]
+            dentering = (c.mT @ dcarried).view_as(leaving)
+            dleaving = torch.empty_like(leaving)
+            dstate = dstate_BKSRP[at.sequences]
+            for chunk in reversed(range(at.end - at.first)):
+                dleaving[:, chunk] = dstate
+                through = edges.through_BCK1R1[at.sequences, at.first + chunk]
+                torch.addcmul(dentering[:, chunk], dleaving[:, chunk], through, out=dstate)
+            later = dleaving.flatten(0, 1).flatten(3)
+            db += (x * to_end[..., None]).flatten(3).transpose(1, 2) @ later.mT
+            join(dx_within, (b @ later, to_end), dx)
+            difference(dy, y, x, dx, dtotal)
+            dtotal[..., -1] += (dleaving * leaving).sum((3, 5)).flatten(0, 1)
+        dinitial = dstate_BKSRP if ctx.needs_input_grad[5] else None
+        return *gradients, None, dinitial, None

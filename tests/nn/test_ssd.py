@@ -59,6 +59,30 @@ def test_chunked_equals_loop(T: int, K: int, initial: bool, packed: bool) -> Non
     assert worst(made, chunk=64) < 1e-12
 
 
+@pytest.mark.parametrize("T", [7, 24, 40, 200, 600])
+@pytest.mark.parametrize("K", [1, 2])
+@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_compiled_parts_equal_the_loop(T: int, K: int, initial: bool, packed: bool, threads: int) -> None:
+    made = inputs(T, K=K, initial=initial, packed=packed, P=16, S=17)
+    single = {k: v.float() if v.is_floating_point() else v for k, v in made.items()}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = {chunk: values_and_gradients(ssd_chunked, single, chunk=chunk, want_state=True) for chunk in (24, 64)}
+    finally:
+        torch.set_num_threads(before)
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in single.items()}
+    exact = values_and_gradients(ssd_sequential, wide)
+    # The gradient of the decay is a difference of sums as large as the gradient of the inputs.
+    scale = max(float(a.abs().max()) for a in exact)
+    for chunk in found:
+        for a, b in zip(exact, found[chunk], strict=True):
+            assert b.dtype == torch.float32
+            assert (a - b).abs().max() <= 4e-6 * scale
+
+
 def test_gradcheck() -> None:
     made = inputs(7, H=2, P=2, S=2, B=1, initial=True)
     leaves = tuple(v.requires_grad_() for v in made.values())
