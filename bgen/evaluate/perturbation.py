@@ -11,7 +11,8 @@ ceiling, and chooses the genes with the clearest effects. So no row is measured 
   vehicle cells), are not split: all of them are the reference of every effect, in both halves. With some 30 cells on
   either side the noise of two references would be larger than what the drug does. One reference adds the same noise to
   all real and predicted effects: rows compare with each other, but their correlations not with those of other screens.
-  The E-distance knows no reference.
+  Control cells moved by an effect that was measured against themselves would be closer to the truth than any sample
+  can be, so baselines are then real cells (``populations``): of the nearest dose, of all training perturbations.
 - A baseline is an effect that needs no model: "control copy" (none) and what the caller gives: "train mean" (the
   average effect over training perturbations), "additive", "same in training", "nearest dose". As cells it is the real
   control cells moved by the effect.
@@ -25,7 +26,7 @@ Axes: N cells, G genes, P held-out perturbations, D components.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -79,6 +80,8 @@ class HeldOut:
         Genes that were perturbed themselves: the discrimination score leaves them out.
     shared_controls
         Whether ``control`` was trained on, too.
+    populations
+        Name of a baseline to counts of the real cells that it consists of; others are control cells moved by it.
     """
 
     label: str
@@ -88,6 +91,7 @@ class HeldOut:
     baselines: Mapping[str, NDArray[np.float64]]
     targets: NDArray[np.int64]
     shared_controls: bool = False
+    populations: Mapping[str, sp.csr_matrix] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -284,11 +288,9 @@ def _one_seed(space: Space, held_out: Sequence[HeldOut], seed: int) -> dict[str,
         first_control, second_control = (one.control[half] for half in halves)
         real, other = mean_log(second) - mean_log(second_control), mean_log(first) - mean_log(first_control)
         top = _clearest(first, first_control)
-        n = min(first.shape[0], second.shape[0], one.predicted.shape[0], MAX_CELLS)
-        some = {
-            name: cells[rng.permutation(cells.shape[0])[:n]]
-            for name, cells in (("real", second), (MODEL, one.predicted), (CEILING, first))
-        }
+        pools = {"real": second, MODEL: one.predicted, CEILING: first, **one.populations}
+        n = min(MAX_CELLS, *(cells.shape[0] for cells in pools.values()))
+        some = {name: cells[rng.permutation(cells.shape[0])[:n]] for name, cells in pools.items()}
         # With replacement if there are few: what matters is that every row has as many cells.
         controls = one.control[rng.choice(one.control.shape[0], n, replace=one.control.shape[0] < n)]
         found = {MODEL: mean_log(one.predicted) - control_mean, CEILING: other, CONTROL_COPY: np.zeros_like(real)}

@@ -97,10 +97,10 @@ def shrink(estimate: NDArray[np.float64], error: NDArray[np.float64]) -> NDArray
     density = np.exp(log_density - log_density.max(0))
     weight = np.full(len(tau), 1 / len(tau))
     for _ in range(_STEPS):
-        posterior = weight[:, None] * density
-        posterior /= posterior.sum(0)
         # One more cell of evidence for "no effect" than the genes give: with few genes the weights are uncertain.
-        weight = posterior.sum(1) + np.where(tau == 0, 1.0, 0.0)
+        weight = weight * (density @ (1 / (weight @ density))) + np.where(tau == 0, 1.0, 0.0)
         weight /= weight.sum()
+    posterior = weight[:, None] * density
+    posterior /= posterior.sum(0)
     kept: NDArray[np.float64] = (posterior * (tau[:, None] ** 2 / total)).sum(0) * estimate
     return kept

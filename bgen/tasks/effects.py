@@ -1,11 +1,11 @@
 """Average effects of a screen's perturbations, and from them the effect of any set, dose or unseen target.
 
 Single perturbations are shrunk towards nothing, combinations towards the sum of their members, the doses of one drug
-towards the direction that they have in common. Between trained doses
-the effect is interpolated over the logarithm of the dose; below the lowest it falls with the dose to nothing, above the
-highest it stays. An unseen target is predicted by ridge regression on genes' rows, towards the average perturbation,
-with the strength of the ridge chosen by leaving perturbations out. Where a regulatory network is known, a multiple of
-what it says of the target comes first, if that too brings left-out perturbations closer.
+towards the direction that they have in common. Between trained doses the effect is interpolated over the logarithm of
+the dose; below the lowest it falls with the dose to nothing, above the highest it stays. An unseen target is predicted
+by ridge regression on genes' rows, towards the average perturbation, with the strength of the ridge chosen by leaving
+perturbations out; with few targets among the genes it is the average of all perturbations. Where a regulatory network
+is known, a multiple of what it says of the target comes first, if that too brings left-out perturbations closer.
 
 Axes: R trained sets with their dose, P perturbations, G genes, E size of a gene's row, E' of its part from the network.
 """
@@ -106,26 +106,32 @@ class Effects:
         )
 
     def unseen(self, target: int, gene_rows: NDArray[np.float32], places: dict[str, int]) -> NDArray[np.float64]:
-        """Return the effect ``[G]`` of a target that was not trained on, not scaled; arguments as of :meth:`of`."""
+        """Return the effect ``[G]`` of a target that was not trained on, not scaled; arguments as of :meth:`of`.
+
+        Few targets among the genes, or none of its own (-1): the average over all single perturbations.
+        """
         singles = {names[0]: row for row, names in enumerate(self.sets) if len(names) == 1}
-        names = [name for name in singles if places[name] >= 0]
-        if not names:
+        if not singles:
             return np.zeros(self.values.shape[1])
-        y = self.values[[singles[name] for name in names]].astype(np.float64)
-        genes = np.array([places[name] for name in names])
-        own = y[np.arange(len(genes)), genes].copy()
-        y[np.arange(len(genes)), genes] = y.mean(0)[genes]
+        every = self.values[list(singles.values())].astype(np.float64)
+        genes = np.array([places[name] for name in singles])
+        known = np.flatnonzero(genes >= 0)
+        own = every[known, genes[known]].copy()
+        every[known, genes[known]] = every.mean(0)[genes[known]]
+        y, genes = every[known], genes[known]
         predicted = np.zeros(y.shape[1])
-        if len(names) >= LEAST_TARGETS and self.network is not None and len(self.network):
+        enough = len(known) >= LEAST_TARGETS and target >= 0
+        if enough and self.network is not None and len(self.network):
             regulated = gene_rows[:, -len(self.network) :][[*genes, target]].astype(np.float64) @ self.network
             share = _share(regulated[:-1], y)
-            y -= share * regulated[:-1]
+            y = y - share * regulated[:-1]
             predicted += share * regulated[-1]
-        mean = y.mean(0)
+        mean = y.mean(0) if enough else every.mean(0)
         predicted += mean
-        if len(names) >= LEAST_TARGETS:
+        if enough:
             predicted += _ridge(gene_rows[genes], y - mean, gene_rows[target])
-        predicted[target] = own.mean()
+        if target >= 0 and len(own):
+            predicted[target] = own.mean()
         return predicted
 
 

@@ -289,7 +289,9 @@ def _train_perturbation(
     train, valid = held_out(np.flatnonzero(data.screen.label >= 0), 0.1, config.seed)
     stage = PairStage(config, flow, data.cells, data.screen, train, valid, ranks.current(), _fingerprint(model.saved))
     _fit(config, stage, None)
-    scale = fit_scale(flow, data, config.seed) if config.perturb.scale else Scale()
+    scale = Scale()
+    if config.perturb.scale:
+        scale = ranks.from_main(fit_scale(flow, data, config.seed) if ranks.current().rank == 0 else scale)
     doses = [None if np.isnan(dose) else float(dose) for dose in effects.doses]
     facts: dict[str, Any] = {
         "perturbations": data.names,

@@ -9,7 +9,7 @@ Axes: N cells, G genes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import scipy.sparse as sp
@@ -30,6 +30,8 @@ CONTROL_SHARE = 0.25
 
 LEAST_PREDICTED = 500
 """Cells of a prediction: its own sampling noise then hardly matters."""
+
+NEAREST_DOSE = "nearest dose"
 
 DOSE = "@"
 """Between a label and its dose: "dex@10"."""
@@ -108,7 +110,8 @@ def predict_held_out(
     counts, held = model.counts(train, layer), model.counts(back, layer)
     keys, held_keys = screen_keys(train, columns), screen_keys(back, columns)
     held_control = np.array([key[0] == (columns.control,) for key in held_keys])
-    effects = _training_effects(counts, keys, train, columns)
+    groups = _perturbed(keys, columns)
+    effects = _training_effects(counts, groups, keys, train, columns)
     mean = np.mean(list(effects.values()), axis=0)
     cells = back[held_control].copy()
     made = []
@@ -120,6 +123,12 @@ def predict_held_out(
         n = max(cells.n_obs, len(real), LEAST_PREDICTED)
         predicted = model.perturb(cells, name, dose=key[1], n=n, layer=layer, seed=seed)
         targets = find_genes(model.saved.genes, key[0])
+        populations = {}
+        if shared_controls:
+            populations[TRAIN_MEAN] = counts[np.concatenate(list(groups.values()))]
+            near = _nearest_dose(key, effects)
+            if near is not None:
+                populations[NEAREST_DOSE] = counts[groups[near]]
         made.append(
             HeldOut(
                 label=name if key[1] is None else f"{name}{DOSE}{key[1]:g}",
@@ -129,23 +138,33 @@ def predict_held_out(
                 baselines={TRAIN_MEAN: mean, **_baselines(key, effects)},
                 targets=targets[targets >= 0],
                 shared_controls=shared_controls,
+                populations=populations,
             )
         )
     return made
 
 
-def _training_effects(
-    counts: sp.csr_matrix, keys: Sequence[Key], train: AnnData, columns: Columns
-) -> dict[Key, NDArray[np.float64]]:
-    """Return the effect ``[G]`` on the mean logarithm of every set and dose in training, within strata."""
+def _perturbed(keys: Sequence[Key], columns: Columns) -> dict[Key, NDArray[np.int64]]:
+    """Return the numbers of the cells of every set and dose."""
     groups: dict[Key, list[int]] = {}
     for row, key in enumerate(keys):
-        groups.setdefault(key, []).append(row)
-    control = np.array(groups.pop(((columns.control,), None)), np.int64)
-    groups.pop(((), None), None)
+        if key[0] and key[0] != (columns.control,):
+            groups.setdefault(key, []).append(row)
+    return {key: np.array(rows) for key, rows in groups.items()}
+
+
+def _training_effects(
+    counts: sp.csr_matrix,
+    groups: Mapping[Key, NDArray[np.int64]],
+    keys: Sequence[Key],
+    train: AnnData,
+    columns: Columns,
+) -> dict[Key, NDArray[np.float64]]:
+    """Return the effect ``[G]`` on the mean logarithm of every set and dose in training, within strata."""
+    control = np.flatnonzero([key[0] == (columns.control,) for key in keys])
     stratum = strata_codes(train, columns)
     logs = log_cp10k(counts)
-    return {key: log_effect(logs, np.array(rows), control, stratum) for key, rows in groups.items()}
+    return {key: log_effect(logs, rows, control, stratum) for key, rows in groups.items()}
 
 
 def _baselines(key: Key, effects: Mapping[Key, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
@@ -153,13 +172,21 @@ def _baselines(key: Key, effects: Mapping[Key, NDArray[np.float64]]) -> dict[str
     if key in effects:  # held out are other cells of it
         return {"same in training": effects[key]}
     found = {}
-    if dose is not None and dose > 0:
-        others = [other[1] for other in effects if other[0] == names and other[1]]
-        if others:
-            found["nearest dose"] = effects[names, min(others, key=lambda other: abs(np.log(other / dose)))]
+    near = _nearest_dose(key, effects)
+    if near is not None:
+        found[NEAREST_DOSE] = effects[near]
     if len(names) > 1 and all(((name,), dose) in effects for name in names):
         found["additive"] = np.sum([effects[(name,), dose] for name in names], axis=0)
     return found
+
+
+def _nearest_dose(key: Key, trained: Iterable[Key]) -> Key | None:
+    """Return the trained dose above 0 of the same set that is nearest on a logarithmic scale, if there is one."""
+    dose = key[1]
+    others = {other[1]: other for other in trained if other[0] == key[0] and other[1]}
+    if not dose or not others:
+        return None
+    return others[min(others, key=lambda other: abs(np.log(other / dose)))]
 
 
 def screen_keys(adata: AnnData, columns: Columns) -> list[Key]:

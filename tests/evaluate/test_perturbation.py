@@ -84,6 +84,15 @@ def test_few_controls_that_are_shared_are_the_reference_of_every_effect() -> Non
     assert shared.mean(MODEL, "energy") == pytest.approx(split.mean(MODEL, "energy"))
 
 
+def test_a_baseline_may_consist_of_real_cells() -> None:
+    control, made = held_out(np.random.default_rng(6))
+    nothing = {"moved": np.zeros(80), "cells": np.zeros(80)}
+    of_cells = [replace(one, baselines=nothing, populations={"cells": one.predicted}) for one in made]
+    scores = evaluate_perturbations(control, of_cells)
+    assert scores.mean("moved", "energy") == pytest.approx(scores.mean(CONTROL_COPY, "energy"))
+    assert scores.mean("cells", "energy") == pytest.approx(scores.mean(MODEL, "energy"), abs=0.02)
+
+
 def test_scores_of_several_trainings_are_joined() -> None:
     control, made = held_out(np.random.default_rng(4))
     first, second = evaluate_perturbations(control, made[:4]), evaluate_perturbations(control, made[4:])

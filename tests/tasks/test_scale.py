@@ -13,7 +13,7 @@ from bgen.data.memory import MemoryCells
 from bgen.evaluate.perturbation import mean_log
 from bgen.models.perturbation import PerturbationFlow
 from bgen.models.vae import VAE
-from bgen.tasks.effects import Effects, Scale, fit_effects
+from bgen.tasks.effects import Effects, fit_effects
 from bgen.tasks.perturb import anchor
 from bgen.tasks.scale import fit_scale
 from bgen.tasks.screen import ScreenData, make_sets
@@ -34,10 +34,14 @@ class World:
         shares = self.shares * np.exp(0 if label is None else self.effects[label])
         return sp.csr_matrix(self.rng.poisson(LIBRARY * shares / shares.sum(), (n, GENES)).astype(np.float32))
 
-    def screen(self) -> ScreenData:
+    def screen(self, among_genes: int = LABELS) -> ScreenData:
+        """All cells; only the first targets are genes."""
         counts = sp.vstack([self.cells(None, 600), *(self.cells(label, CELLS) for label in range(LABELS))], "csr")
         label = np.repeat(np.arange(-1, LABELS), [600, *[CELLS] * LABELS])
-        names, targets = [f"p{k}" for k in range(LABELS)], np.arange(LABELS)
+        names, targets = (
+            [f"p{k}" for k in range(LABELS)],
+            np.where(np.arange(LABELS) < among_genes, np.arange(LABELS), -1),
+        )
         members, doses = [[name] for name in names], np.full(LABELS, np.nan)
         sets = make_sets(members, doses, names, targets)
         latents = whitened(len(label)).numpy()
@@ -90,13 +94,27 @@ def test_the_size_that_shrinking_took_comes_back() -> None:
 
 def test_nothing_is_scaled_where_nothing_happens() -> None:
     data = World(0.0).screen()
-    assert fit_scale(fitted(data)[0], data, 0) == Scale()
+    scale = fit_scale(fitted(data)[0], data, 0)
+    assert scale.trained == 1
+    assert 0 <= scale.unseen < 1  # an average of noise says nothing about another target
 
 
 def test_unseen_targets_are_damped_where_the_others_say_nothing_about_them() -> None:
     world = World(0.25)
     data = world.screen()
     assert fit_scale(fitted(data)[0], data, 0).unseen < 0.4
+    few = world.screen(among_genes=2)
+    assert fit_scale(fitted(few)[0], few, 0).unseen < 0.4
     world.effects += 0.5 * world.rng.normal(size=GENES)  # all alike
     data = world.screen()
     assert fit_scale(fitted(data)[0], data, 0).unseen == pytest.approx(1, abs=0.1)
+
+
+def test_with_few_targets_among_the_genes_an_unseen_one_is_the_average_of_all() -> None:
+    values = np.random.default_rng(0).normal(size=(LABELS, GENES)).astype(np.float32)
+    effects = Effects([(f"p{k}",) for k in range(LABELS)], np.full(LABELS, np.nan), values)
+    places = {f"p{k}": k if k < 2 else -1 for k in range(LABELS)}
+    unseen = effects.unseen(7, np.ones((GENES, 4), np.float32), places)
+    others = np.arange(GENES) > 7  # the average without what happens to the targets themselves
+    np.testing.assert_allclose(unseen[others], values.mean(0)[others], rtol=1e-5)
+    assert unseen[7] == pytest.approx((values[0, 0] + values[1, 1]) / 2)
