@@ -116,6 +116,8 @@ def bgen(job: Job) -> Trained:
         "train.global_batch": job.batch,
         "train.learning_rate": job.learning_rate,
         "train.precision": job.precision,
+        "train.optimizer": "fused_adamw",
+        "train.zero": 0 if job.ranks == 1 else 1,  # one rank has nobody to split with
         "train.warmup": per_epoch,
         "train.eval_every": 0,
         "train.patience": 0,

@@ -85,9 +85,7 @@ class NegativeBinomial:
         """Log-probability of each cell ``[B]``."""
         with torch.autocast(self.logits.device.type, enabled=False):
             counts = batch.counts.to(self.logits.dtype)
-            return SparseNB.apply(
-                self.logits, self.log_theta, self.library, batch.indptr, batch.indices, counts, batch.rows
-            )
+            return SparseNB.apply(self.logits, self.log_theta, self.library, batch, counts)
 
     @torch.no_grad()
     def sample(self, keys: Tensor) -> Tensor:

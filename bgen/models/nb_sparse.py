@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bgen.data.batch import CellBatch
+
 _SHIFT = 4
 
 
@@ -88,7 +90,7 @@ def log_softmax_at(logits: Tensor, rho: Tensor, rows: Tensor, flat: Tensor) -> T
 class SparseNB(torch.autograd.Function):
     """Log-probability of sparse counts, ``[B]``; gradients for ``logits [B, G]`` and ``log_theta [G]``.
 
-    ``apply(logits, log_theta, library, indptr, indices, counts, rows)``; all floating tensors have one dtype.
+    ``apply(logits, log_theta, library, batch, counts)``: ``counts [NNZ]`` are the batch's in the dtype of the others.
     """
 
     @staticmethod
@@ -97,17 +99,16 @@ class SparseNB(torch.autograd.Function):
         logits: Tensor,
         log_theta: Tensor,
         library: Tensor,
-        indptr: Tensor,
-        indices: Tensor,
+        batch: CellBatch,
         counts: Tensor,
-        rows: Tensor,
     ) -> Tensor:
         """Return log p(cell), ``[B]``."""
-        logits = logits.contiguous()
+        logits, indptr, indices = logits.contiguous(), batch.indptr, batch.indices
         theta = log_theta.exp()
         ctx.compiled = logits.device.type == "cpu" and logits.dtype == torch.float32
         if ctx.compiled:
             return _forward_on_cpu(ctx, logits, log_theta, theta, library, indptr, indices, counts)
+        rows = batch.rows
         flat = rows * logits.shape[1] + indices
         ratio = torch.softmax(logits, dim=1).mul_(library[:, None]).mul_(theta.reciprocal())
         zeros = torch.log1p(ratio) @ theta
@@ -129,7 +130,7 @@ class SparseNB(torch.autograd.Function):
         d log p / d log theta = theta (q - L) + x q + theta dA/dtheta; the softmax subtracts rho times the row's sum.
         """
         if ctx.compiled:
-            return *_backward_on_cpu(ctx, grad), None, None, None, None, None
+            return *_backward_on_cpu(ctx, grad), None, None, None
         theta, library, indptr, indices, counts, rows, flat, ratio, q_nnz, theta_nnz = ctx.saved_tensors
         grad_nnz = grad.index_select(0, rows)
         slope = (counts * q_nnz).add_(_gamma_ratio_slope(counts, theta_nnz)).mul_(grad_nnz)
@@ -139,7 +140,7 @@ class SparseNB(torch.autograd.Function):
         rest = (q @ theta - torch.segment_reduce(at_nonzero, "sum", offsets=indptr, initial=0.0)) / library
         grad_logits = q.mul_(-theta).addcmul_(ratio * theta, rest[:, None]).mul_(grad[:, None])
         grad_logits.view(-1).index_add_(0, flat, at_nonzero.mul_(grad_nnz))
-        return grad_logits, grad_log_theta, None, None, None, None, None
+        return grad_logits, grad_log_theta, None, None, None
 
 
 def _forward_on_cpu(

@@ -25,7 +25,7 @@ from bgen.models.whitening import WhiteningStats
 from bgen.nn.embedding import CategoryEmbedding
 from bgen.nn.random import Stream, normal
 from bgen.nn.residual import ResidualBlock
-from bgen.nn.sparse_linear import sparse_matmul
+from bgen.nn.sparse_linear import log_normalise, sparse_matmul
 from bgen.nn.width_transfer import learning_rate_scales, start_heads
 
 SCALE = 10_000.0
@@ -76,10 +76,7 @@ class Encoder(nn.Module):
 
     def forward(self, batch: CellBatch, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance ``[B, D]`` in float32; ``counts [NNZ]`` stand in for the batch's own."""
-        library = torch.segment_reduce(counts, "sum", offsets=batch.indptr, initial=0.0).clamp_min(1.0)
-        rows = batch.rows
-        values = torch.log1p(counts * (SCALE / library).index_select(0, rows))
-        hidden = sparse_matmul(self.weight, batch.indptr, batch.indices, values, rows) + self.bias
+        hidden = sparse_matmul(self.weight, batch, log_normalise(batch, counts, SCALE)) + self.bias
         hidden = F.silu(self.covariates(hidden, batch.obs))
         for block in self.blocks:
             hidden = block(hidden, batch.keys)

@@ -9,6 +9,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from bgen.nn.cpu_math import log1p
+
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
@@ -78,3 +80,27 @@ def transpose(indptr: I64, indices: I32, values: F32, columns: int, parts: int) 
                 free[indices[entry]] = at + 1
                 rows[at], moved[at] = row, values[entry]
     return starts, rows, moved
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def log_normalise(indptr: I64, counts: F32, scale: float, parts: int, out: F32) -> None:
+    """Write ``log(1 + scale * count / max(1, sum of its row))`` into ``out [NNZ]``."""
+    rows = len(indptr) - 1
+    for part in numba.prange(parts):
+        for row in range(rows * part // parts, rows * (part + 1) // parts):
+            given, into = counts[indptr[row] : indptr[row + 1]], out[indptr[row] : indptr[row + 1]]
+            _log1p_of(given, np.float32(scale / max(np.float32(1), _sum(given))), into)
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _sum(values: F32) -> np.float32:
+    total = np.float32(0)
+    for value in values:
+        total += value
+    return total
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz"})
+def _log1p_of(values: F32, factor: np.float32, out: F32) -> None:
+    for entry in range(len(values)):
+        out[entry] = log1p(values[entry] * factor)

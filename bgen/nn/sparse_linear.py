@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bgen.data.batch import CellBatch
+
 SPARSE_SHARE = 0.4
 """Share of stored values up to which the sparse product is the quicker one on a CPU."""
 
 _GAIN = 32
 """Multiplications that take as long as one element of :data:`bgen.nn.threads.WORTH`."""
+
+_PER_LOGARITHM = 2
+"""Elements of :data:`bgen.nn.threads.WORTH` that take as long as one logarithm."""
 
 
 def densify(rows: Tensor, indices: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -56,8 +61,22 @@ def _product(indptr: Tensor, indices: Tensor, values: Tensor, dense: Tensor) -> 
     return out
 
 
-def sparse_matmul(weight: Tensor, indptr: Tensor, indices: Tensor, values: Tensor, rows: Tensor) -> Tensor:
-    """``X @ W``, ``[B, H]``, for ``X [B, G]`` in CSR form and a dense ``weight [G, H]``.
+def log_normalise(batch: CellBatch, counts: Tensor, scale: float) -> Tensor:
+    """``log(1 + scale * count / library)`` of ``counts [NNZ]`` of the cells of ``batch``; a library is at least 1."""
+    if counts.device.type == "cpu" and counts.dtype == torch.float32:
+        from bgen.nn import sparse_cpu
+        from bgen.nn.threads import parts
+
+        out = torch.empty_like(counts)
+        number = parts(len(batch), _PER_LOGARITHM * len(counts))
+        sparse_cpu.log_normalise(batch.indptr.numpy(), counts.numpy(), scale, number, out.numpy())
+        return out
+    library = torch.segment_reduce(counts, "sum", offsets=batch.indptr, initial=0.0).clamp_min(1.0)
+    return torch.log1p(counts * (scale / library).index_select(0, batch.rows))
+
+
+def sparse_matmul(weight: Tensor, batch: CellBatch, values: Tensor) -> Tensor:
+    """``X @ W``, ``[B, H]``: ``X [B, G]`` has ``values [NNZ]`` where ``batch`` has its counts; ``weight [G, H]``.
 
     Sparse on a CPU where fewer than two in five values are stored, dense elsewhere (on a GPU a dense product is cheaper
     than gathering).
@@ -66,8 +85,8 @@ def sparse_matmul(weight: Tensor, indptr: Tensor, indices: Tensor, values: Tenso
     product, on one thread: B = 1,024, G = 2,000, H = 128 at 10 % non-zeros 3.6, 13, 7.6, at 24 % 12, 16, 23, at 50 %
     19, 16, 38; B = 256, G = 16,791 at 5 % 6.8, 32, 14; B = 512, G = 20,000, H = 1,024 at 10 % 313, 475, 896.
     """
-    shape = len(indptr) - 1, len(weight)
+    shape = len(batch), len(weight)
     sparse_enough = len(values) < SPARSE_SHARE * shape[0] * shape[1]
     if weight.device.type == "cpu" and weight.dtype == values.dtype == torch.float32 and sparse_enough:
-        return _SparseMatmul.apply(weight, indptr, indices, values)
-    return densify(rows, indices, values, shape) @ weight
+        return _SparseMatmul.apply(weight, batch.indptr, batch.indices, values)
+    return densify(batch.rows, batch.indices, values, shape) @ weight

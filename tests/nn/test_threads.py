@@ -15,11 +15,14 @@ def test_numbas_threads_do_not_change_torchs() -> None:
     code = """
 import torch
 torch.set_num_threads(1)
+from bgen.data.batch import CellBatch
 from bgen.nn.sparse_linear import sparse_matmul
 x = (torch.rand(64, 500) < 0.1).float()
 rows, columns = x.nonzero(as_tuple=True)
 indptr = torch.cat((torch.zeros(1, dtype=torch.int64), (x != 0).sum(dim=1).cumsum(0)))
-sparse_matmul(torch.rand(500, 64), indptr, columns.int(), x[rows, columns], rows)
+ids = torch.arange(64)
+batch = CellBatch(indptr, columns.int(), x[rows, columns], 500, keys=ids, cells=ids)
+sparse_matmul(torch.rand(500, 64), batch, batch.counts)
 print(torch.get_num_threads())
 """
     done = subprocess.run(
