@@ -205,7 +205,9 @@ class TrainConfig(Section):
         300.0, description="Seconds to go on trying when a batch cannot be read (the file system is away)."
     )
     requeue_exit: Annotated[int, Field(ge=0, le=255)] = Field(
-        0, description="Exit code of `bgen train` after a signal and a saved checkpoint; a scheduler may requeue by it."
+        0,
+        description="Exit code of `bgen train` and `finetune` after a signal and a saved checkpoint; a scheduler may "
+        "requeue by it.",
     )
 
 

@@ -5,6 +5,7 @@ Axes: N cells in memory, B cells of a batch.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,16 @@ class MemoryCells:
 
     def __len__(self) -> int:
         return int(self.counts.shape[0])
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all counts and columns."""
+        digest = hashlib.sha256(repr(self.counts.shape).encode())
+        for array in (self.counts.indptr, self.counts.indices, self.counts.data):
+            digest.update(array.tobytes())
+        for name, column in sorted(self.obs.items()):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(column).tobytes())
+        return digest.hexdigest()
 
     def batch(self, rows: NDArray[np.int64], keys: NDArray[np.uint64], step: int = 0, first_slot: int = 0) -> CellBatch:
         """Return the cells ``rows [B]`` with their random keys ``[B]``."""

@@ -12,10 +12,11 @@ Under a launcher every rank reads the data and trains its share of each batch; r
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,9 +27,7 @@ from torch import nn
 
 from bgen import __version__
 from bgen.config.data import TrajectoriesConfig
-from bgen.config.errors import UserError
 from bgen.config.load import load_config
-from bgen.config.output import require_new_folder
 from bgen.config.schema import Config
 from bgen.data.memory import MemoryCells
 from bgen.distributed import world as ranks
@@ -42,7 +41,15 @@ from bgen.nn.lora import add_lora, merge_lora
 from bgen.tasks.effects import Scale, fit_effects
 from bgen.tasks.finetune_grow import grow, known_columns, widen_library
 from bgen.tasks.finetune_request import RANK, Mode, Request, check_columns, require_possible
-from bgen.tasks.finetune_time import Course, course_facts, course_shape, new_course_flow, read_course
+from bgen.tasks.finetune_runs import Runs, request_fingerprint, require_new_run, run_config
+from bgen.tasks.finetune_time import (
+    Course,
+    course_facts,
+    course_shape,
+    new_course_flow,
+    read_course,
+    whole_trajectories,
+)
 from bgen.tasks.model import Model
 from bgen.tasks.network import Network, read_network
 from bgen.tasks.perturb_score import score_held_out, split_screen
@@ -53,7 +60,8 @@ from bgen.tasks.trajectories import trained_over_time
 from bgen.train.courses import CourseStage
 from bgen.train.memory import MemoryStage, held_out
 from bgen.train.pairs import PairStage
-from bgen.train.trainer import Trainer, check
+from bgen.train.run import MODEL
+from bgen.train.trainer import check
 
 Say = Callable[[str], None]
 
@@ -70,7 +78,14 @@ class Tuned:
 
 
 def finetune(
-    folder: Path, adata: AnnData, out: Path, request: Request, *, overrides: Sequence[str] = (), say: Say = print
+    folder: Path,
+    adata: AnnData,
+    out: Path,
+    request: Request,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    say: Say = print,
 ) -> Tuned:
     """Fine-tune a model directory on cells and write ``out/model``.
 
@@ -82,15 +97,21 @@ def finetune(
         New folder for the runs and the model.
     overrides
         ``section.key=value`` for the configuration "finetune".
+    resume
+        Go on with what ``out`` holds, from the newest whole checkpoint; start if there is nothing yet.
     say
         Told on rank 0 what is matched, new and trained.
 
     Raises
     ------
     UserError
-        If data and model do not fit, a column is missing, or ``out`` is not empty.
+        If data and model do not fit, a column is missing, ``out`` is not empty (without ``resume``), or was made from
+        another parent, other cells or another request (with it).
+    Interrupted
+        After a signal, with a checkpoint saved.
     """
-    require_new_folder(out)
+    if not resume:
+        require_new_run(out)
     require_cells(adata)
     parent = load_directory(folder)
     require_possible(parent, adata, request)
@@ -100,7 +121,7 @@ def finetune(
     world = check(base)
     if not world.is_main:
         say = _say_nothing
-    torch.manual_seed(base.seed)  # new rows and new networks
+    torch.manual_seed(base.seed)  # new rows
     adata = adata.copy()
     kept_back: AnnData | None = None
     if request.hold_out and request.columns is not None:
@@ -111,19 +132,23 @@ def finetune(
     model = Model(grown)
     cells = MemoryCells(model.counts(adata, request.layer), known_columns(grown, adata))
     widen_library(grown.vae, cells)
+    runs = Runs(resume, request_fingerprint(parent, adata, cells, request), say)
     watched = held_out(np.arange(len(cells), dtype=np.int64), WATCHED, base.seed)
-    _adapt_vae(grown, parent, cells, watched, _run(base, "vae", out / "vae"), request.mode, say)
+    _adapt_vae(grown, parent, cells, watched, run_config(base, "vae", out / "vae"), request.mode, runs)
+    torch.manual_seed(base.seed)  # new networks again: after a resume as in the run that it goes on with
     done: Module
     facts: dict[str, Any] = {}
     if request.task == "generate":
-        done = _train_flow(grown, cells, watched, _run(base, "flow", out / "flow"), request.mode)
+        done = _train_flow(grown, cells, watched, run_config(base, "flow", out / "flow"), request.mode, runs)
     elif request.task == "annotate":
-        done, facts = _train_annotator(model, labels, cells, _run(base, "vae", out / "annotator"), request)
+        done, facts = _train_annotator(model, labels, cells, run_config(base, "vae", out / "annotator"), request, runs)
     elif course is not None:
-        done, facts = _train_course(grown, adata, cells, course, _run(base, "flow", out / "flow"), request.mode, say)
+        done, facts = _train_course(
+            grown, adata, cells, course, run_config(base, "flow", out / "flow"), request.mode, runs
+        )
     else:
         done, facts = _train_perturbation(
-            model, adata, _run(base, "perturb", out / "perturbation"), request, network, say
+            model, adata, run_config(base, "perturb", out / "perturbation"), request, network, runs
         )
     used = list(dict.fromkeys([*_conditions(done), *grown.vae.covariates]))
     made = replace(
@@ -143,7 +168,9 @@ def finetune(
         made.about["held_out"] = scores.as_json()
         facts = {"parent": made.about["parent"]["name"], "cells trained on": adata.n_obs, "bgen": __version__}
         write_perturbation_report(out / "report.html", scores, provenance=facts)
-    save_model(made, out / "model")
+    if (out / MODEL).exists():  # of fewer steps: the run was resumed
+        shutil.rmtree(out / MODEL)
+    save_model(made, out / MODEL)
     return Tuned(made, scores)
 
 
@@ -154,7 +181,7 @@ def _adapt_vae(
     watched: tuple[NDArray[np.int64], NDArray[np.int64]],
     config: Config,
     mode: Mode,
-    say: Say,
+    runs: Runs,
 ) -> None:
     """Train the autoencoder on the data; in mode head only if it has new rows, and then only those tables."""
     vae = grown.vae
@@ -172,8 +199,10 @@ def _adapt_vae(
             in_tables = any(part in name for part in tables)
             parameter.requires_grad_(in_tables or "parametrizations.weight.0" in name)
     # Whatever is built on the parent's latents was whitened by its statistics, so they stay.
-    say(f"Adapting the autoencoder ({_trained(vae):,} parameters) ...")
-    _fit(config, MemoryStage(config, vae, cells, *watched, ranks.current(), _fingerprint(grown), "nll"), say)
+    runs.say(f"Adapting the autoencoder ({_trained(vae):,} parameters) ...")
+    stage = MemoryStage(config, vae, cells, *watched, ranks.current(), runs.fingerprint(grown), "nll")
+    result = runs.fit(config, stage)
+    runs.say(f"{result.step} steps, best held-out {stage.monitor} {result.best:.4g}.")
     merge_lora(vae)
     vae.requires_grad_(False).eval()
 
@@ -184,11 +213,12 @@ def _train_flow(
     watched: tuple[NDArray[np.int64], NDArray[np.int64]],
     config: Config,
     mode: Mode,
+    runs: Runs,
 ) -> LatentFlow:
     flow = grown.module
     assert isinstance(flow, LatentFlow), "checked at the start"
     _choose_trained(flow, mode)
-    _fit(config, MemoryStage(config, flow, cells, *watched, ranks.current(), _fingerprint(grown)), None)
+    runs.fit(config, MemoryStage(config, flow, cells, *watched, ranks.current(), runs.fingerprint(grown)))
     merge_lora(flow.backbone)
     return flow
 
@@ -200,23 +230,21 @@ def _train_course(
     course: Course,
     config: Config,
     mode: Mode,
-    say: Say,
+    runs: Runs,
 ) -> tuple[LatentFlow, dict[str, Any]]:
     """Train the flow over time: the parent's, if it has one of the same column, else a new one."""
-    train, world = config.train, ranks.current()
+    world = ranks.current()
     if trained_over_time(grown) and grown.about["roles"].get("time") == course.column:
         assert isinstance(grown.module, LatentFlow), "only flows are trained over time"
         flow = grown.module
         _choose_trained(flow, mode)
         shape = TrajectoriesConfig.model_validate({**grown.about["trajectories"], "system": course.system})
     else:
-        say("The model has no flow over this time: a new one is trained on the autoencoder.")
+        runs.say("The model has no flow over this time: a new one is trained on the autoencoder.")
         flow = new_course_flow(grown.vae, course)
-        shape = course_shape(course, train.global_batch)
-    share = max(1, train.global_batch // (shape.size * world.size))  # whole trajectories on each rank
-    train = train.model_copy(update={"global_batch": share * shape.size * world.size, "micro_batch": None})
+        shape = course_shape(course, config.train.global_batch)
     stage = CourseStage(
-        config.model_copy(update={"train": train}),
+        config.model_copy(update={"train": whole_trajectories(config.train, shape, world.size)}),
         flow,
         cells,
         shape,
@@ -224,9 +252,9 @@ def _train_course(
         course.time,
         *course.split(WATCHED, config.seed),
         world,
-        _fingerprint(grown),
+        runs.fingerprint(grown),
     )
-    _fit(stage.config, stage, None)
+    runs.fit(stage.config, stage)
     merge_lora(flow.backbone)
     return flow, course_facts(course, shape, adata, grown.about.get("roles", {}))
 
@@ -242,7 +270,7 @@ def _choose_trained(flow: LatentFlow, mode: Mode) -> None:
 
 
 def _train_annotator(
-    model: Model, given: NDArray[np.str_], cells: MemoryCells, config: Config, request: Request
+    model: Model, given: NDArray[np.str_], cells: MemoryCells, config: Config, request: Request, runs: Runs
 ) -> tuple[Annotator, dict[str, Any]]:
     names, numbers = np.unique(given[given != ""], return_counts=True)
     codes = pd.Index(names).get_indexer(pd.Index(given)).astype(np.int64)
@@ -255,16 +283,15 @@ def _train_annotator(
     annotator.head.requires_grad_(True)
     labelled = MemoryCells(cells.counts, {**cells.obs, LABEL: codes})
     train, valid = held_out(np.flatnonzero(codes >= 0), WATCHED, config.seed)
-    _fit(
-        config, MemoryStage(config, annotator, labelled, train, valid, ranks.current(), _fingerprint(model.saved)), None
-    )
+    facts = runs.fingerprint(model.saved)
+    runs.fit(config, MemoryStage(config, annotator, labelled, train, valid, ranks.current(), facts))
     merge_lora(annotator.vae.encoder)
     annotator.requires_grad_(False)
     return annotator, {"labels": names.tolist(), "label": request.label}
 
 
 def _train_perturbation(
-    model: Model, adata: AnnData, config: Config, request: Request, network: Network | None, say: Say
+    model: Model, adata: AnnData, config: Config, request: Request, network: Network | None, runs: Runs
 ) -> tuple[PerturbationFlow, dict[str, Any]]:
     assert request.columns is not None, "checked at the start"
     vae = model.saved.vae
@@ -273,7 +300,7 @@ def _train_perturbation(
     rows = gene_rows(data.cells.counts[data.screen.label < 0], config.perturb.gene_components)
     regulated: NDArray[np.float32] | None = None
     if network is not None:
-        say(network.sentence(data.targets))
+        runs.say(network.sentence(data.targets))
         regulator_rows, regulated = network.factors(config.perturb.gene_components**0.5)
         rows = np.concatenate([rows, regulator_rows], axis=1)
     effects = fit_effects(data, data.labels)
@@ -287,8 +314,10 @@ def _train_perturbation(
         None if regulated is None else torch.from_numpy(regulated),
     )
     train, valid = held_out(np.flatnonzero(data.screen.label >= 0), 0.1, config.seed)
-    stage = PairStage(config, flow, data.cells, data.screen, train, valid, ranks.current(), _fingerprint(model.saved))
-    _fit(config, stage, None)
+    stage = PairStage(
+        config, flow, data.cells, data.screen, train, valid, ranks.current(), runs.fingerprint(model.saved)
+    )
+    runs.fit(config, stage)
     scale = Scale()
     if config.perturb.scale:
         scale = ranks.from_main(fit_scale(flow, data, config.seed) if ranks.current().rank == 0 else scale)
@@ -309,30 +338,12 @@ def _train_perturbation(
     return flow, facts
 
 
-def _fit(config: Config, stage: MemoryStage, say: Say | None) -> None:
-    result = Trainer(config, stage).fit()
-    if result.interrupted:
-        raise UserError(f"Stopped by a signal at step {result.step}; nothing was exported.")
-    stage.module.cpu()  # what follows (encoding, scoring, saving) runs where the data lie
-    if say is not None:
-        say(f"{result.step} steps, best held-out {stage.monitor} {result.best:.4g}.")
-
-
-def _run(base: Config, stage: Literal["vae", "flow", "perturb"], out: Path) -> Config:
-    flow = base.flow.model_copy(update={"vae": Path(base.data.store)})
-    return base.model_copy(update={"stage": stage, "out": out, "flow": flow})
-
-
 def _conditions(module: nn.Module) -> list[str]:
     return module.conditions.names if isinstance(module, LatentFlow) else []
 
 
 def _say_nothing(_: str) -> None:
     """What ranks other than the first say."""
-
-
-def _fingerprint(saved: SavedModel) -> dict[str, Any]:
-    return {"parent": saved.fingerprint(), "genes": len(saved.genes)}
 
 
 def _trained(module: nn.Module) -> int:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bgen.config.backbone import BackboneConfig
 from bgen.config.data import TrajectoriesConfig
 from bgen.config.errors import UserError, nearest
-from bgen.config.schema import FlowConfig, PatternsConfig
+from bgen.config.schema import FlowConfig, PatternsConfig, TrainConfig
 from bgen.data.keys import hash_keys
 from bgen.models.latent_flow import LatentFlow
 from bgen.models.vae import VAE
@@ -102,6 +102,29 @@ def course_shape(course: Course, batch: int) -> TrajectoriesConfig:
     return TrajectoriesConfig(
         along="time", system=course.system, times=LEAST_TIMES, cells=max(8, min(batch // (4 * LEAST_TIMES), typical))
     )
+
+
+def whole_trajectories(train: TrainConfig, shape: TrajectoriesConfig, world_size: int) -> TrainConfig:
+    """Return the settings with a global batch and micro batches of whole trajectories, no larger than were asked for.
+
+    The global batch holds one trajectory per rank at least.
+
+    Raises
+    ------
+    UserError
+        If not even one trajectory fits into a micro batch.
+    """
+    share = max(1, train.global_batch // (shape.size * world_size))
+    micro = None
+    if train.micro_batch is not None:
+        if train.micro_batch < shape.size:
+            raise UserError(
+                f"train.micro_batch={train.micro_batch} holds no whole trajectory of {shape.times} time points x"
+                f" {shape.cells} cells: give {shape.size} at least, or leave it out."
+            )
+        most = train.micro_batch // shape.size
+        micro = shape.size * max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
+    return train.model_copy(update={"global_batch": share * shape.size * world_size, "micro_batch": micro})
 
 
 def new_course_flow(vae: VAE, course: Course) -> LatentFlow:

@@ -86,6 +86,7 @@ def finetune(
     add_genes: Annotated[bool, typer.Option("--add-genes", help="Add genes that the model does not know.")] = False,
     floor: Annotated[float, typer.Option(min=0, max=1, help="Least share of the model's genes in the data.")] = 0.8,
     layer: Annotated[str | None, typer.Option(help="Layer with the raw counts; default: X.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with OUT from its newest checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:
     """Adapt a model to your cells; the result is a model directory whose card names its parent.
@@ -125,7 +126,8 @@ def finetune(
         within or [],
         network,
     )
-    tuned = run(model, read_h5ad(data), out, request, overrides=overrides or [], say=_quiet if as_json else notes.print)
+    say = _quiet if as_json else notes.print
+    tuned = run(model, read_h5ad(data), out, request, overrides=overrides or [], resume=resume, say=say)
     if not read_world().is_main:  # rank 0 reports for all
         return
     if as_json:

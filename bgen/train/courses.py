@@ -82,10 +82,12 @@ class CourseStage(MemoryStage):
     def valid_batches(self) -> Iterator[tuple[CellBatch, Tensor]]:
         """See :class:`bgen.train.stage.Stage`: as many trajectories as a training step has, the same each time."""
         size, order = self.shape.size, self.orders["valid"]
+        micro = batch_plan(self.config.train, self.world.size).micro // size
         share = order.batch // self.world.size
-        first = self.world.rank * share
-        grids = order.read(0, first, first + share)
-        yield self._grids(grids, (self.config.seed + 1, 0), first * size, 0), torch.ones(share * size)
+        begin = self.world.rank * share
+        for first in range(begin, begin + share, micro):
+            grids = order.read(0, first, first + micro)
+            yield self._grids(grids, (self.config.seed + 1, 0), first * size, 0), torch.ones(micro * size)
 
     def _grids(self, grids: list[GridOfCells], key: tuple[int, int], slot: int, step: int) -> TrajectoryBatch:
         rows = np.stack([grid.cells for grid in grids]).ravel()

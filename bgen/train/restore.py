@@ -53,8 +53,9 @@ def read_state(folder: Path, fingerprint: dict[str, Any], force: bool) -> tuple[
         lines = "\n".join(f"  {name}: was {then.get(name)}, is {now.get(name)}" for name in changed)
         raise UserError(
             f"{folder} was made with other data, so the run cannot go on:\n{lines}\n"
-            "Point data.store at the store it began with, start a new run with another out=, or, if you mean to go on "
-            "with this data, give --accept-changed-data."
+            "Give it the data that it began with (data.store; what is fine-tuned, on which cells, for what), start a "
+            "new run with another out=, or, if you mean to go on with this data, give `bgen train` "
+            "--accept-changed-data."
         )
     return RunState.from_json(saved["state"]), []
 

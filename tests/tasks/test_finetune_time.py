@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import bgen
 from bgen.config.errors import UserError
 from bgen.tasks.finetune import Request, finetune
 from bgen.tasks.finetune_time import read_course
+from bgen.track.record import read
 
 QUICK = ["train.steps=30", "train.eval_every=15", "train.global_batch=192", "track.progress=false"]
 
@@ -83,6 +85,25 @@ def test_low_rank_changes_need_layers_that_are_wide_enough(bgen: Any, demo: Any,
     done = bgen(*asked, "--out", tmp_path / "out")
     assert done.code == 2
     assert "32 wide or more" in done.err
+
+
+def test_micro_batches_hold_whole_trajectories(bgen: Any, demo: Any, tmp_path: Path) -> None:
+    asked = ("finetune", demo.model, demo.cells, "--task", "time", "--time", "time", "--mode", "head", *QUICK)
+    losses = {}
+    for micro, parts in ((192, 1), (96, 2), (64, 4)):  # a trajectory is 3 time points x 16 cells
+        out = tmp_path / str(micro)
+        assert bgen(*asked, "--out", out, f"train.micro_batch={micro}", "train.log_every=1").code == 0
+        plan = json.loads((out / "flow" / "deepspeed.json").read_text())
+        assert plan["gradient_accumulation_steps"] == parts
+        losses[micro] = [
+            row["loss"] for row in read(out / "flow" / "record.jsonl") if row["kind"] in ("train", "valid")
+        ]
+    assert len(losses[192]) == 32
+    assert losses[96] == pytest.approx(losses[192], rel=1e-4)
+    assert losses[64] == pytest.approx(losses[192], rel=1e-4)
+    refused = bgen(*asked, "--out", tmp_path / "small", "train.micro_batch=32")
+    assert refused.code == 2
+    assert "no whole trajectory of 3 time points x 16 cells: give 48" in refused.err
 
 
 def test_every_population_of_a_course_is_split(cells: anndata.AnnData) -> None:
