@@ -159,7 +159,7 @@ def bench_time(
     else:
         cells, system = COUNTS[data](path)
         gap = float(np.median(np.diff(np.unique(cells.obs["time"]))))
-        settings = recipe(steps=steps, scale=gap, cells=64, forecast=forecast, solver_steps=solver_steps)
+        settings = recipe(steps=steps, scale=gap, forecast=forecast, solver_steps=solver_steps)
         runs = _counts(data, (cells, system), out, seeds, points, settings, forecast, say)
     compared = Comparison(data, runs)
     (out / "time.json").write_text(json.dumps(compared.as_json(), indent=1) + "\n", encoding="utf-8")

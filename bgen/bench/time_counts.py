@@ -70,8 +70,9 @@ def train_without(
         "vae.covariates=[batch]",
         f"train.steps={min(VAE_STEPS, 10 * recipe.steps)}",
         f"train.global_batch={BATCH}",
+        "train.learning_rate=2e-3",
     ]
-    train(load_config("demo/vae", vae))
+    train(load_config("vae", vae))
     shape = {"system": list(system), "times": recipe.times, "cells": recipe.cells}
     flow_settings = recipe.flow.model_dump(mode="json", exclude={"vae"})
     flow = [
