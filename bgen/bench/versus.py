@@ -117,7 +117,7 @@ def versus(
         raise UserError("--epochs: at least 2, because the first one is not timed.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = threads or cores
-    variants = [Variant(peer, "float32", 1), Variant("bgen", "float32", 1)]
+    variants = [Variant(peer, "float32", 1), Variant("bgen", "float32", 1), Variant("bgen", "bf16", 1)]
     if threads > 1:
         variants += [Variant("bgen", precision, threads) for precision in ("float32", "bf16")]
     rows = []

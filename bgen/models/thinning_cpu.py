@@ -18,7 +18,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _1, _27, _30, _31, _41 = (np.uint64(n) for n in (1, 27, 30, 31, 41))
-_HALF, _ONE, _UNIT = np.float32(0.5), np.float32(1), np.float32(2.0**-23)
+_HALF, _ONE, _TWO, _UNIT = np.float32(0.5), np.float32(1), np.float32(2), np.float32(2.0**-23)
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
@@ -82,8 +82,15 @@ def _rows(
     large: I64,
     large_rows: I64,
 ) -> int:
-    """Thin the rows from ``begin`` to ``end``; note from their first entry on which were left, and return how many."""
+    """Thin the rows from ``begin`` to ``end``; note from their first entry on which were left, and return how many.
+
+    Most counts are 1 or 2, and at most two steps up the distribution: those are computed without a branch.
+    """
     none_removed = np.ones(most + 1, np.float32)  # probability by count
+    longest = 0
+    for row in range(begin, end):
+        longest = max(longest, indptr[row + 1] - indptr[row])
+    uniform, further = np.empty(longest, np.float32), np.empty(longest, np.bool_)
     left = indptr[begin]
     for row in range(begin, end):
         if not chosen[row]:
@@ -93,22 +100,51 @@ def _rows(
         odds = p / kept
         for n in range(most):
             none_removed[n + 1] = none_removed[n] * kept
-        for entry in range(indptr[row], indptr[row + 1]):
-            n = counts[entry]
-            if n > most:
-                large[left], large_rows[left] = entry, row
-                left += 1
+        first, last = indptr[row], indptr[row + 1]
+        given, genes, into = counts[first:last], indices[first:last], out[first:last]
+        _two_steps(given, genes, state[row], none_removed, odds, uniform, further, into)
+        for entry in range(last - first):
+            if not further[entry]:
                 continue
-            bits = state[row] + (np.uint64(indices[entry]) + _1) * _GOLDEN
-            bits = (bits ^ (bits >> _30)) * _MIX_1
-            bits = (bits ^ (bits >> _27)) * _MIX_2
-            bits ^= bits >> _31
-            u = (np.float32(bits >> _41) + _HALF) * _UNIT
+            n = given[entry]
+            if n > most:
+                large[left], large_rows[left] = first + entry, row
+                left += 1
+                into[entry] = n
+                continue
             probability = none_removed[int(n)]
             cumulative, k = probability, np.float32(0)
-            while u > cumulative and k < n:
+            while uniform[entry] > cumulative and k < n:
                 probability *= (n - k) / (k + _ONE) * odds
                 k += _ONE
                 cumulative += probability
-            out[entry] = n - k
+            into[entry] = n - k
     return left - indptr[begin]
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _two_steps(
+    counts: F32,
+    genes: NDArray[np.int32],
+    state: np.uint64,
+    none_removed: F32,
+    odds: np.float32,
+    uniform: F32,
+    further: NDArray[np.bool_],
+    out: F32,
+) -> None:
+    """Thin a row as if nobody lost more than two; ``further`` is where that may be wrong."""
+    most = np.float32(len(none_removed) - 1)
+    for entry in range(len(counts)):
+        n = counts[entry]
+        bits = state + (np.uint64(genes[entry]) + _1) * _GOLDEN
+        bits = (bits ^ (bits >> _30)) * _MIX_1
+        bits = (bits ^ (bits >> _27)) * _MIX_2
+        bits ^= bits >> _31
+        u = (np.float32(bits >> _41) + _HALF) * _UNIT
+        none = none_removed[int(min(n, most))]
+        one = none + none * (n * odds)
+        some, more = u > none, u > one
+        out[entry] = n - np.float32(some & (n >= _ONE)) - np.float32(more & (n >= _TWO))
+        uniform[entry] = u
+        further[entry] = (n > most) | (more & (n > _TWO))
