@@ -25,6 +25,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 
@@ -101,7 +102,8 @@ def fit_scale(flow: PerturbationFlow, data: ScreenData, seed: int) -> Scale:
     some = _choose(data, rng)
     labels = range(len(some.labels))
     fold = rng.integers(FOLDS, size=len(some.screen.label))
-    folds = [_fold(some, np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(FOLDS)]
+    logs = log_cp10k(some.cells.counts)
+    folds = [_fold(some, logs, np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(FOLDS)]
     response = _respond(flow, some, rng, known=True)
     real = np.array([[one.part[label] @ one.rest[label] for one in folds] for label in labels])
     trained, error = 1.0, 0.0
@@ -208,18 +210,18 @@ def _take(data: ScreenData, rows: NDArray[np.int64]) -> ScreenData:
     )
 
 
-def _fold(data: ScreenData, part: NDArray[np.int64], rest: NDArray[np.int64]) -> _Fold:
-    of_part, of_rest = _take(data, part), _take(data, rest)
-    return _Fold(fit_effects(of_part, data.labels), _measure(of_part), _measure(of_rest))
+def _fold(data: ScreenData, logs: sp.csr_matrix, part: NDArray[np.int64], rest: NDArray[np.int64]) -> _Fold:
+    effects = fit_effects(_take(data, part), data.labels)
+    return _Fold(effects, _measure(data, logs, part), _measure(data, logs, rest))
 
 
-def _measure(data: ScreenData) -> F64:
+def _measure(data: ScreenData, logs: sp.csr_matrix, rows: NDArray[np.int64]) -> F64:
     """Return the effect of every label on the mean logarithm ``[L, G]``, within strata; 0 for one without cells."""
-    logs, screen = log_cp10k(data.cells.counts), data.screen
-    control = np.flatnonzero(screen.label < 0)
+    screen = data.screen
+    control = rows[screen.label[rows] < 0]
     found = np.zeros((len(data.labels), logs.shape[1]))
     for label in range(len(found)):
-        cells = np.flatnonzero(screen.label == label)
+        cells = rows[screen.label[rows] == label]
         if len(cells) and len(control):
             found[label] = log_effect(logs, cells, control, screen.stratum)
     return found
