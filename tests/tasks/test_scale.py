@@ -15,7 +15,7 @@ from bgen.models.perturbation import PerturbationFlow
 from bgen.models.vae import VAE
 from bgen.tasks.effects import Effects, fit_effects
 from bgen.tasks.perturb import anchor
-from bgen.tasks.scale import fit_scale
+from bgen.tasks.scale import _respond, fit_scale
 from bgen.tasks.screen import ScreenData, make_sets
 from bgen.train.pairs import Screen
 
@@ -118,3 +118,19 @@ def test_with_few_targets_among_the_genes_an_unseen_one_is_the_average_of_all() 
     others = np.arange(GENES) > 7  # the average without what happens to the targets themselves
     np.testing.assert_allclose(unseen[others], values.mean(0)[others], rtol=1e-5)
     assert unseen[7] == pytest.approx((values[0, 0] + values[1, 1]) / 2)
+
+
+def test_the_table_answers_as_drawn_cells_do() -> None:
+    world = World(0.5)
+    data = world.screen()
+    flow, effects = fitted(data)
+    response = _respond(flow, data, np.random.default_rng(0), known=True)
+    control, latents = world.cells(None, 1500), whitened(1500)
+    for label in range(LABELS):
+        effect = effects.values[label].astype(np.float64)
+        folds = [anchor(flow, latents, {}, control, one) for one in (0 * effect, effect)]
+        drawn = [flow.decode(latents, one, {}).sample(torch.arange(1500)).numpy() for one in folds]
+        base, made = (mean_log(sp.csr_matrix(cells)) for cells in drawn)
+        expected, found = made - base, response.predict(effect).mean(0)
+        assert np.corrcoef(found, expected)[0, 1] > 0.98
+        assert found @ expected / (expected @ expected) == pytest.approx(1, abs=0.1)
