@@ -28,8 +28,9 @@ def command(demo: Any, task: str, out: Path, *more: str) -> list[str]:
     ("task", "run", "step", "number"),
     [
         ("annotate", "vae", 8, signal.SIGKILL),
-        ("annotate", "annotator", 8, signal.SIGTERM),
-        ("time", "flow", 3, signal.SIGKILL),  # before its first checkpoint: the new network is made again
+        pytest.param("annotate", "annotator", 8, signal.SIGTERM, marks=pytest.mark.slow),
+        # before its first checkpoint: the new network is made again
+        pytest.param("time", "flow", 3, signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )
 def test_it_goes_on_as_if_undisturbed(
