@@ -79,6 +79,8 @@ class Engine:
                 config=tree,
                 dist_init_required=False,
             )
+            if config.zero == 0 and world.size == 1:
+                self._engine.enable_backward_allreduce = False  # nobody to reduce with, but all would be copied twice
             self.module: nn.Module = self._engine.module
             self.partition = Partition(self._engine, self.module, config.zero)
             if saved is not None:
