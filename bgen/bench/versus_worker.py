@@ -111,6 +111,7 @@ def bgen(job: Job) -> Trained:
         "vae.latent": job.latent,
         "vae.blocks": 0,
         "vae.kl_weight": 1.0,
+        "vae.thinning": 0.0,  # the same objective as scvi-tools'
         "vae.kl_warmup": math.ceil(job.kl_epochs * epoch),
         "train.steps": math.ceil(job.epochs * epoch),
         "train.global_batch": job.batch,
