@@ -90,7 +90,7 @@ def read(world: int, first: int, out: Path) -> np.ndarray:
     return np.concatenate([share[: steps * width].view(np.int64).reshape(steps, -1) for share in shares], axis=1)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1)])
+@pytest.mark.parametrize(("before", "after"), [(2, 3), pytest.param(3, 1, marks=pytest.mark.slow)])
 def test_killed_ranks_and_others_after_them_read_the_same_cells(
     before: int, after: int, atlas: Path, tmp_path: Path
 ) -> None:

@@ -44,6 +44,7 @@ def assert_same_training(one: Path, two: Path) -> None:
         torch.testing.assert_close(after[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_two_ranks_in_parts_are_one_and_one_reports(bgen: Any, demo: Any, tmp_path: Path) -> None:
     """Low-rank changes and the flow from control cells under ZeRO 3 with every parameter split."""
     raw = tmp_path / "raw.json"

@@ -137,6 +137,7 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_both(two_ranks: Path, zero
     assert [row["skipped"] for row in rows if row["kind"] == "train"][-1] == 2
 
 
+@pytest.mark.slow  # tests/multiprocess/test_stages.py starts the command by it
 def test_the_deepspeed_launcher_runs_the_same_script(tmp_path: Path, one_rank: dict[int, list[float]]) -> None:
     done = launch([str(BIN / "deepspeed"), "--num_accelerators", "2"], "plain", tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]

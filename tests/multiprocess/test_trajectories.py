@@ -63,7 +63,7 @@ def test_one_rank(alone: Path, bgen: Any, demo: Any, tmp_path: Path, zero: int, 
     ("zero", "recompute"),
     [
         pytest.param(0, False, marks=pytest.mark.slow),
-        (1, True),
+        pytest.param(1, True, marks=pytest.mark.slow),
         pytest.param(2, False, marks=pytest.mark.slow),
         (3, True),
     ],

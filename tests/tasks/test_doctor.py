@@ -26,6 +26,7 @@ def test_two_ranks_really_sum() -> None:
     assert finding.text.startswith("2 ranks on ")
 
 
+@pytest.mark.slow  # waits for a time-out
 def test_ranks_that_hang_are_ended_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "hanging_rank.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(600)\n")
     monkeypatch.setattr(module, "_source", lambda: str(tmp_path))

@@ -57,10 +57,10 @@ def test_offload_to_nvme_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [
-    {"optimizer": "muon", "zero": 1},
+    pytest.param({"optimizer": "muon", "zero": 1}, marks=pytest.mark.slow),
     {"optimizer": "muon", "zero": 3},
     {"optimizer": "fused_adamw", "zero": 0, "schedule": "wsd"},
-    {"precision": "pure_bf16", "zero": 1, "micro_batch": 2, "ema": 0.9},
+    pytest.param({"precision": "pure_bf16", "zero": 1, "micro_batch": 2, "ema": 0.9}, marks=pytest.mark.slow),
     {"precision": "pure_bf16", "zero": 3},
 ])  # fmt: skip
 def test_other_optimisers_and_precisions_resume_exactly(tmp_path: Path, settings: dict[str, Any]) -> None:
