@@ -207,12 +207,13 @@ class _Chunks(torch.autograd.Function):
     def backward(ctx: Any, dy_BCQKRP: Tensor, dlast_BKSRP: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of the inputs."""
         x_BCQKRP, total_BCKRQ, b_BCKQS, c_BCKQS, first_BCQ, y_BCQKRP, states = ctx.saved_tensors
-        edges, inputs = ctx.edges, (x_BCQKRP, total_BCKRQ, b_BCKQS, c_BCKQS)
+        edges, dy_BCQKRP = ctx.edges, dy_BCQKRP.contiguous()
+        inputs = x_BCQKRP, total_BCKRQ, b_BCKQS, c_BCKQS
         gradients = tuple(torch.empty_like(t) for t in inputs)
         work = Workspace(x_BCQKRP)
         dstate_BKSRP = None if dlast_BKSRP is None else dlast_BKSRP.clone()
         for at in reversed(work.blocks()):
-            x, total, b, c, first, y, dy = at.cut(*inputs, first_BCQ, y_BCQKRP, dy_BCQKRP.contiguous())
+            x, total, b, c, first, y, dy = at.cut(*inputs, first_BCQ, y_BCQKRP, dy_BCQKRP)
             dx, dtotal, db, dc = at.cut(*gradients)
             weight, dy_by_head = work.weights(total, c @ b.mT, first), work.by_head(dy)
             dx_within = work.product(weight.mT, dy_by_head)

@@ -127,9 +127,9 @@ class Trainer:
                     if self.world.size == 1:
                         self.saver.finish()  # several ranks could not wait for each other after an error of one
                     self.output.close(status)
-            except RuntimeError:
+            except RuntimeError as error:
                 # Another rank died or hangs: say where this one stood.
-                self._watchdog.dump()
+                self._watchdog.dump(error)
                 raise
             finally:
                 self._watchdog.close()

@@ -8,6 +8,7 @@ import os
 import socket
 import statistics
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,14 @@ class Watchdog:
             faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=self._stream)
             self._armed, self._seconds = now, seconds
 
-    def dump(self) -> None:
-        """Write the stacks now."""
+    def dump(self, error: BaseException) -> None:
+        """Write what ended this rank and where it was raised, innermost call first, and the stacks of all threads."""
+        message = str(error)
+        kind = "Timeout" if "timed out" in message.lower() else type(error).__name__
+        frames = reversed(traceback.extract_tb(error.__traceback__))
+        stack = "".join(f'  File "{frame.filename}", line {frame.lineno} in {frame.name}\n' for frame in frames)
+        self._stream.write(f"{kind}: {message.strip()}\n{stack}")
+        self._stream.flush()
         faulthandler.dump_traceback(file=self._stream)
 
     def close(self) -> None:
