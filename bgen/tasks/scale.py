@@ -10,7 +10,8 @@ a part of the cells and predictions are compared with the rest:
 - unseen targets: sum <p, r> / sum <p, p'>, with p predicted from the other targets, p' once more with other noise. This
   is least squares: most of an unseen effect cannot be known, and to predict its full size would lead further away.
 
-Sums go over genes, folds and perturbations. The ratio is drawn to 1 as its error between perturbations demands.
+Sums go over genes, folds and perturbations. The ratio is drawn to 1 as its error between perturbations demands. Both
+are 1 where perturbations are not seen to do anything: their effects r' and r of different cells have to agree.
 
 What a decoder makes of an effect is needed for every label, fold and round. It is read from a table of how each gene's
 mean logarithm answers to a change of its share, which is drawn once for all (:class:`_Response`): with 20,000 genes
@@ -60,6 +61,9 @@ LEAST_LABELS = 3
 SURE = 3.0
 """Standard errors by which effects have to be there."""
 
+AGREE = 2.0
+"""Standard errors, between labels, by which effects in different cells have to agree."""
+
 LIMITS = (0.5, 2.0)
 
 F64 = NDArray[np.float64]
@@ -104,8 +108,10 @@ def fit_scale(flow: PerturbationFlow, data: ScreenData, seed: int) -> Scale:
     fold = rng.integers(FOLDS, size=len(some.screen.label))
     logs = log_cp10k(some.cells.counts)
     folds = [_fold(some, logs, np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(FOLDS)]
-    response = _respond(flow, some, rng, known=True)
     real = np.array([[one.part[label] @ one.rest[label] for one in folds] for label in labels])
+    if not _agree(real):
+        return Scale()
+    response = _respond(flow, some, rng, known=True)
     trained, error = 1.0, 0.0
     for _ in range(ROUNDS):
         predicted = np.zeros_like(real)
@@ -139,6 +145,18 @@ def _unseen(flow: PerturbationFlow, data: ScreenData, folds: list[_Fold], rng: n
             sizes[at, number] = first @ second
     ratio, error = _ratio(fits, sizes)
     return _towards_one(float(np.clip(ratio, 0.0, LIMITS[1])), error)
+
+
+def _agree(products: F64) -> bool:
+    """Whether products ``[L, FOLDS]`` of effects in different cells are above 0 in more labels than by chance.
+
+    Their roots are looked at, so that a few strong perturbations among many weak ones do not hide each other.
+    """
+    if len(products) < 2:
+        return False
+    mean = products.mean(1)
+    roots = np.sign(mean) * np.sqrt(np.abs(mean))
+    return bool(roots.sum() > AGREE * _error(roots - roots.mean()))
 
 
 def _ratio(over: F64, under: F64) -> tuple[float, float]:
