@@ -217,7 +217,7 @@ class _Chunks(torch.autograd.Function):
             dx, dtotal, db, dc = at.cut(*gradients)
             weight, dy_by_head = work.weights(total, c @ b.mT, first), work.by_head(dy)
             dx_within = work.product(weight.mT, dy_by_head)
-            dcb = work.decayed_sum(total, dy_by_head, work.by_head_too(x), first)
+            dcb = work.decayed_sum(total, dy_by_head, work.by_head(x, 1), first)
             torch.matmul(dcb.mT, c, out=db)
             torch.matmul(dcb, b, out=dc)
             if edges is None or dstate_BKSRP is None:

@@ -42,7 +42,7 @@ class Workspace:
         n = self.together * self.step
         self._weight = x_BCQKRP.new_zeros(n, K, R, Q, Q)
         self._values = x_BCQKRP.new_empty(n, K, R, Q, Q)
-        self._by_head, self._by_head_too, self._product = (x_BCQKRP.new_empty(n, K, R, Q, P) for _ in range(3))
+        self._by_head, self._product = x_BCQKRP.new_empty(2, n, K, R, Q, P), x_BCQKRP.new_empty(n, K, R, Q, P)
 
     def blocks(self) -> list[Block]:
         """What to compute one after the other; a sequence from its first chunk to its last."""
@@ -52,13 +52,9 @@ class Workspace:
             for begin in range(0, self.chunks, self.step)
         ]
 
-    def by_head(self, t_NQKRP: Tensor) -> Tensor:
-        """Return ``[N, K, R, Q, P]``."""
-        return self._by_head[: len(t_NQKRP)].copy_(t_NQKRP.permute(0, 2, 3, 1, 4))
-
-    def by_head_too(self, t_NQKRP: Tensor) -> Tensor:
-        """Return ``[N, K, R, Q, P]`` beside the one of :meth:`by_head`."""
-        return self._by_head_too[: len(t_NQKRP)].copy_(t_NQKRP.permute(0, 2, 3, 1, 4))
+    def by_head(self, t_NQKRP: Tensor, place: int = 0) -> Tensor:
+        """Return ``[N, K, R, Q, P]``, in one of two places."""
+        return self._by_head[place, : len(t_NQKRP)].copy_(t_NQKRP.permute(0, 2, 3, 1, 4))
 
     def product(self, weight_NKRQQ: Tensor, by_head_NKRQP: Tensor) -> Tensor:
         """Return the matrix product ``[N, K, R, Q, P]``."""
@@ -70,7 +66,7 @@ class Workspace:
         if not self.compiled:
             return torch.mul(_decay(total_NKRQ, first_NQ), cb_NKQQ[:, :, None], out=weight)
         threads = parts(total_NKRQ.shape[:3].numel(), weight.numel())
-        first = _first(total_NKRQ, first_NQ)
+        first = _first_or_zero(total_NKRQ, first_NQ)
         ssd_cpu.weights(total_NKRQ.detach().numpy(), cb_NKQQ.numpy(), first.numpy(), threads, weight.numpy())
         return weight
 
@@ -82,7 +78,7 @@ class Workspace:
             return values.mul_(_decay(total_NKRQ, first_NQ)).sum(2)
         out = values.new_empty(N, K, Q, Q)
         threads = parts(N * K * Q, values.numel())
-        first = _first(total_NKRQ, first_NQ)
+        first = _first_or_zero(total_NKRQ, first_NQ)
         ssd_cpu.decayed_sum(total_NKRQ.numpy(), values.numpy(), first.numpy(), threads, out.numpy())
         return out
 
@@ -115,7 +111,7 @@ def _compiled(t: Tensor) -> bool:
     return t.device.type == "cpu" and t.dtype == torch.float32
 
 
-def _first(total_NKRQ: Tensor, first_NQ: Tensor | None) -> Tensor:
+def _first_or_zero(total_NKRQ: Tensor, first_NQ: Tensor | None) -> Tensor:
     return torch.zeros(1, total_NKRQ.shape[-1], dtype=torch.int64) if first_NQ is None else first_NQ
 
 
