@@ -2,10 +2,10 @@
 
 One hidden layer of 128 in encoder and decoder, 10 latent dimensions, negative binomial with an inverse dispersion per
 gene, library size observed; the same cells for training and the same for judging, the same number of epochs, the same
-KL warm-up, no thinning of counts, which only bgen has. The rest are each side's defaults: LayerNorm and a cosine schedule
-for bgen, BatchNorm, dropout and a constant rate for scvi-tools; but that bgen takes torch's fused AdamW, and no ZeRO where
-there is one rank. All use all cores, bgen in one process and in a process per core, in float32 and in bf16. They run in
-turn (:mod:`bgen.bench.versus_worker`).
+KL warm-up, no thinning of counts, which only bgen has. The rest are each side's defaults: LayerNorm and a cosine
+schedule for bgen, BatchNorm, dropout and a constant rate for scvi-tools; but that bgen takes torch's fused AdamW, and
+no ZeRO where there is one rank. All use all cores, bgen in one process and in a process per core, in float32 and in
+bf16. They run in turn (:mod:`bgen.bench.versus_worker`).
 """
 
 from __future__ import annotations
