@@ -238,6 +238,7 @@ def generate(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.")] = None,
     solver: Annotated[str | None, typer.Option(help="euler, heun, midpoint or adaptive.")] = None,
+    noise: Annotated[float | None, typer.Option(help="Spread of the noise it starts from; 1.05 covers more.")] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -262,6 +263,7 @@ def generate(
             guidance_interval=guidance_interval,
             steps=steps,
             solver=solver,
+            noise=noise,
             seed=seed,
             progress=progress,
         )

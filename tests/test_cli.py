@@ -83,6 +83,8 @@ def test_generate_gives_counts_under_the_condition(bgen: Any, demo: Any, tmp_pat
             1000,
             "--where",
             f"cell_type={cell_type}",
+            "--noise",
+            1.1,
             "--seed",
             3,
             "--out",
@@ -102,6 +104,7 @@ def test_generate_gives_counts_under_the_condition(bgen: Any, demo: Any, tmp_pat
     ]
     assert abs(first.X - second.X).nnz == 0
     assert first.uns["bgen"]["where"]["cell_type"] == cell_type
+    assert first.uns["bgen"]["noise"] == 1.1
 
 
 def test_evaluate_writes_table_report_and_card(bgen: Any, demo: Any, tmp_path: Path) -> None:

@@ -110,6 +110,11 @@ class SampleConfig(Section):
     )
     steps: PositiveInt = Field(20, description="Solver steps from t = 1 (noise) to t = 0 (data); adaptive has its own.")
     tolerance: PositiveFloat = Field(1e-3, description="Relative and absolute error that solver adaptive allows.")
+    noise: PositiveFloat = Field(
+        1.0,
+        description="Standard deviation of the noise that generation starts from: above 1 covers more of what real "
+        "cells are, with more cells further out than those; below 1 the reverse.",
+    )
     guidance: NonNegativeFloat = Field(1.0, description="Guidance scale; 1 is the conditional model itself.")
     guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Range of t in which guidance acts.")
 

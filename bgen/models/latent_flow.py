@@ -256,7 +256,7 @@ class LatentFlow(nn.Module):
     ) -> Tensor:
         """Carry noise to latents ``[B, T, N, D + 1]``."""
         self.conditions.require_known(conditions)
-        z1 = normal(keys.flatten(), Stream.FLOW_START, self.size).unflatten(0, keys.shape)
+        z1 = settings.noise * normal(keys.flatten(), Stream.FLOW_START, self.size).unflatten(0, keys.shape)
         columns = {name: column.flatten() for name, column in conditions.items()}
         shown = torch.zeros(keys.shape[:2].numel(), dtype=torch.bool, device=keys.device)
         v = guide(

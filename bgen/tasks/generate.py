@@ -108,6 +108,7 @@ def provenance(
         "library_size": "generated" if library_size is None else float(library_size),
         "solver": settings.solver,
         "steps": settings.steps,
+        "noise": settings.noise,
         "guidance": settings.guidance,
         "guidance_interval": list(settings.guidance_interval),
         "organism": model.about.get("organism", "unknown"),
@@ -146,6 +147,7 @@ def sample_settings(
     guidance_interval: tuple[float, float] | None = None,
     steps: int | None = None,
     solver: str | None = None,
+    noise: float | None = None,
 ) -> SampleConfig:
     """Return the defaults with what was given instead.
 
@@ -154,7 +156,8 @@ def sample_settings(
     UserError
         If a value is not allowed.
     """
-    given = {"guidance": guidance, "guidance_interval": guidance_interval, "steps": steps, "solver": solver}
+    given: dict[str, Any] = {"guidance": guidance, "guidance_interval": guidance_interval}
+    given |= {"steps": steps, "solver": solver, "noise": noise}
     changed = {name: value for name, value in given.items() if value is not None}
     try:
         return SampleConfig.model_validate({**defaults.model_dump(), **changed})

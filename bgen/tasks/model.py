@@ -71,6 +71,7 @@ class Model:
         guidance_interval: tuple[float, float] | None = None,
         steps: int | None = None,
         solver: str | None = None,
+        noise: float | None = None,
         seed: int = 0,
         progress: Progress | None = None,
     ) -> AnnData:
@@ -81,7 +82,12 @@ class Model:
         others are given.
         """
         settings = sample_settings(
-            self.saved.sample, guidance=guidance, guidance_interval=guidance_interval, steps=steps, solver=solver
+            self.saved.sample,
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+            steps=steps,
+            solver=solver,
+            noise=noise,
         )
         if times is None and not trained_over_time(self.saved):
             return generate_cells(

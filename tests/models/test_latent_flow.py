@@ -101,12 +101,20 @@ def test_guidance_one_is_conditional_and_zero_unconditional() -> None:
     assert not torch.allclose(model.sample(conditions, 6, keys, SampleConfig(steps=3, guidance=1.0)), free)
 
 
+def test_noise_is_the_spread_that_generation_starts_from() -> None:
+    model = flow().eval()
+    torch.nn.init.zeros_(model.backbone.head.weight)  # nothing moves
+    torch.nn.init.zeros_(model.backbone.head.bias)
+    plain, wide = (model.sample({}, 6, torch.arange(6), SampleConfig(noise=noise)) for noise in (1.0, 1.5))
+    torch.testing.assert_close(wide, 1.5 * plain)
+
+
 @pytest.mark.parametrize("solver", ["euler", "heun", "midpoint"])
 def test_a_fixed_library_is_met_exactly(solver: str) -> None:
     model = flow().eval()
     model.vae.latent_mean[-1], model.vae.latent_std[-1] = 4.0, 0.5
     wanted = torch.linspace(3.0, 5.0, 6)
-    z = model.sample({}, 6, torch.arange(6), SampleConfig(solver=solver, steps=5), log_library=wanted)
+    z = model.sample({}, 6, torch.arange(6), SampleConfig(solver=solver, steps=5, noise=1.2), log_library=wanted)
     torch.testing.assert_close(model.vae.unwhiten(z)[1], wanted, rtol=1e-5, atol=1e-5)
 
 
