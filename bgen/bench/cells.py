@@ -33,9 +33,9 @@ from scipy import sparse
 from bgen import __version__
 from bgen.bench import cells_scvi
 from bgen.bench.loader import Say, machine
+from bgen.bench.training import train_whole
 from bgen.bench.versus import peer_environment, require_peer
 from bgen.config.errors import UserError
-from bgen.config.load import load_config
 from bgen.config.output import require_new_folder, write_h5ad
 from bgen.data.keys import hash_keys
 from bgen.evaluate import protocol
@@ -47,7 +47,6 @@ from bgen.models.latent_flow import LatentFlow
 from bgen.tasks.demo import stage_overrides
 from bgen.tasks.generate import decode_counts
 from bgen.tasks.model import Model, load_model
-from bgen.train.run import train
 from data_tools.build import build
 from data_tools.check import check
 
@@ -228,10 +227,10 @@ def split_cells(adata: AnnData, genes: int, seed: int, folder: Path) -> Split:
 def train_model(split: Split, folder: Path, overrides: dict[str, list[str]], seed: int) -> Model:
     """Train VAE and flow as the shipped configurations say; the flow is conditioned on the types, if there are any."""
     common = [f"seed={seed}", f"data.store={folder / 'store'}", "track.mlflow=false", "track.progress=false"]
-    train(load_config("vae", [*common, f"out={folder / 'vae'}", *overrides["vae"]]))
+    train_whole("vae", [*common, f"out={folder / 'vae'}", *overrides["vae"]])
     conditions = f"flow.conditions={[split.cell_type] if split.cell_type else []}"
     flow = [*common, f"out={folder / 'flow'}", f"flow.vae={folder / 'vae'}", conditions, *overrides["flow"]]
-    train(load_config("flow", flow))
+    train_whole("flow", flow)
     return load_model(folder / "flow" / "model")
 
 

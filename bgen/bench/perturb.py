@@ -30,8 +30,8 @@ from anndata import AnnData
 
 from bgen import __version__
 from bgen.bench.store import store_of
+from bgen.bench.training import train_whole
 from bgen.config.errors import UserError, nearest
-from bgen.config.load import load_config
 from bgen.config.output import require_new_folder
 from bgen.evaluate.cell_eval import Figures, average, cell_eval_figures, require_cell_eval
 from bgen.evaluate.perturbation import MODEL, HeldOut, PerturbationScores, evaluate_perturbations, join
@@ -41,7 +41,6 @@ from bgen.tasks.model import Model
 from bgen.tasks.perturb_score import DOSE, Key, predict_held_out, screen_keys, split_screen
 from bgen.tasks.read import read_h5ad, text_column
 from bgen.tasks.screen import LEAST_CONTROLS, Columns, find_genes, require_controls
-from bgen.train.run import train
 
 GROUP, TARGETS, COMBINATIONS, DOSES = "group", "targets", "combinations", "doses"
 WAYS = (f"{GROUP}:COLUMN", f"{TARGETS}:N", f"{COMBINATIONS}:N", DOSES)
@@ -210,9 +209,7 @@ def _train(cells: AnnData, columns: Columns, training: Training, folder: Path, s
     plain.uns = {name: cells.uns[name] for name in ("organism",) if name in cells.uns}
     store = store_of(plain, folder / "data", seed)
     steps = [f"train.steps={training.steps}", "train.eval_every=100"]
-    done = train(load_config("vae", [f"data.store={store}", f"out={folder / 'vae'}", *steps, *common]))
-    if done.interrupted:
-        raise UserError(f"Stopped by a signal at step {done.step}; nothing was measured.")
+    train_whole("vae", [f"data.store={store}", f"out={folder / 'vae'}", *steps, *common])
     request = Request("perturb", "head", columns=columns)
     steps = [f"train.steps={max(1, training.steps // 2)}"]
     tuned = finetune(

@@ -135,9 +135,13 @@ def bench_time(
     steps: int | None,
     say: Say,
     forecast: bool = False,
+    both: bool = False,
     solver_steps: int = 4,
 ) -> Comparison:
     """Compare on one course and write ``time.json``.
+
+    ``both``: what is trained learns to interpolate and to forecast, as ``bgen finetune --task time`` does, and as
+    ``forecast`` implies; otherwise to interpolate.
 
     Raises
     ------
@@ -155,11 +159,12 @@ def bench_time(
     require_new_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     if data in LATENT:
-        runs = _latent(data, path, seeds, points, recipe(steps=steps, solver_steps=solver_steps), steps or STEPS, say)
+        settings = recipe(steps=steps, forecast=both, solver_steps=solver_steps)
+        runs = _latent(data, path, seeds, points, settings, steps or STEPS, say)
     else:
         cells, system = COUNTS[data](path)
         gap = float(np.median(np.diff(np.unique(cells.obs["time"]))))
-        settings = recipe(steps=steps, scale=gap, forecast=forecast, solver_steps=solver_steps)
+        settings = recipe(steps=steps, scale=gap, forecast=forecast or both, solver_steps=solver_steps)
         runs = _counts(data, (cells, system), out, seeds, points, settings, forecast, say)
     compared = Comparison(data, runs)
     (out / "time.json").write_text(json.dumps(compared.as_json(), indent=1) + "\n", encoding="utf-8")

@@ -17,11 +17,10 @@ from anndata import AnnData
 
 from bgen.bench.store import store_of
 from bgen.bench.time_course import Recipe
-from bgen.config.load import load_config
+from bgen.bench.training import train_whole
 from bgen.evaluate.counts import variable_genes
 from bgen.evaluate.time_point import TimeScores
 from bgen.tasks.model import Model, load_model
-from bgen.train.run import train
 
 GENES = 2000
 """Variable genes that are kept, chosen on the time points that the model may see."""
@@ -72,7 +71,7 @@ def train_without(
         f"train.global_batch={BATCH}",
         "train.learning_rate=2e-3",
     ]
-    train(load_config("vae", vae))
+    train_whole("vae", vae)
     shape = {"system": list(system), "times": recipe.times, "cells": recipe.cells}
     flow_settings = recipe.flow.model_dump(mode="json", exclude={"vae"})
     flow = [
@@ -89,7 +88,7 @@ def train_without(
         "train.warmup=50",
         "train.eval_every=0",
     ]
-    train(load_config("trajectories", flow))
+    train_whole("trajectories", flow)
     return load_model(folder / "flow" / "model"), cells
 
 

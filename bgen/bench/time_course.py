@@ -60,9 +60,9 @@ class Recipe:
 def recipe(
     *, steps: int | None = None, scale: float = 1.0, cells: int = 128, forecast: bool = False, solver_steps: int = 4
 ) -> Recipe:
-    """Return the one recipe of all courses; ``scale`` is a typical gap in time, ``forecast``: a half trains that."""
+    """Return the one recipe of all courses; ``scale`` is a typical gap in time, ``forecast``: a third trains that."""
     return Recipe(
-        neighbour_flow(scale, forecast=1.0 if forecast else 0.0),
+        neighbour_flow(scale, forecast=forecast),
         SampleConfig(steps=solver_steps),
         times=3,
         cells=cells,

@@ -131,6 +131,9 @@ def bench_time(
     forecast: Annotated[
         bool, typer.Option("--forecast", help="From the time points before alone; counts only.")
     ] = False,
+    both: Annotated[
+        bool, typer.Option("--both", help="Interpolate with what also learns to forecast, as --forecast trains it.")
+    ] = False,
     solver_steps: Annotated[int, typer.Option(min=1, help="Solver steps of the flow.")] = 4,
 ) -> None:
     """Leave time points of a course out, generate them, and compare with baselines and OT-CFM.
@@ -148,6 +151,7 @@ def bench_time(
         steps=steps,
         say=notes.print,
         forecast=forecast,
+        both=both,
         solver_steps=solver_steps,
     )
     results.print(compared.table())

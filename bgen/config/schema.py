@@ -81,9 +81,16 @@ class FlowConfig(Section):
     source: Literal["noise", "neighbours"] = Field(
         "noise",
         description="What flows into data. neighbours: on trajectories, time points with an observed neighbour start "
-        "from it, or from the displacement interpolation of both (see bgen/flow/start.py); all others from noise.",
+        "from it, or from the displacement interpolation of both (see bgen/flow/start.py); all others from noise. The "
+        "network has an output for each.",
     )
     prediction: Literal["velocity", "data"] = Field("velocity", description="What the network's output means.")
+
+    @model_validator(mode="after")
+    def _velocity_from_neighbours(self) -> FlowConfig:
+        if self.source == "neighbours" and self.prediction == "data":
+            raise ValueError("source: neighbours learns velocities; leave prediction at velocity")
+        return self
 
 
 class PerturbConfig(Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -9,7 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-results = Console()
+WIDE = 200
+"""Columns of what is written to a file or another program, which has no width of its own."""
+
+results = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
 """Standard output: what was asked for."""
 
 notes = Console(stderr=True)

@@ -6,18 +6,47 @@
 
 From such a start the velocity has only to learn what straight lines at constant speed miss; a network that predicts
 zero gives the baseline itself. Data and start are paired at least cost within each population, so that paths are short
-and do not cross.
+and do not cross. The three kinds of start ask for three different things, an acceleration, a way ahead and whole cells:
+a network gives each of them an output of its own (one output that serves for all takes what it learned of the large
+displacements of forecasts for accelerations).
 
 Axes: B trajectories, T time points, N cells per time point, D latent size.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from bgen.flow.displacement import displace, draw, pair
+
+KINDS = NOISE, BETWEEN, BESIDE = 0, 1, 2
+"""Where a time point starts: noise, between two observed ones, beside the nearest observed one."""
+
+
+@dataclass(frozen=True)
+class Starts:
+    """What the output of a network means at each time point.
+
+    Attributes
+    ----------
+    kind
+        int64 ``[B, T]``: one of :data:`KINDS`.
+    reach
+        ``[B, T]``: what the output is multiplied by.
+    """
+
+    kind: Tensor
+    reach: Tensor
+
+    def velocity(self, outputs: Tensor) -> Tensor:
+        """Choose of ``outputs [B, T, N, len(KINDS) D]``, those of each kind, and scale: ``[B, T, N, D]``."""
+        of_kind = outputs.unflatten(-1, (len(KINDS), -1))
+        chosen = self.kind[..., None, None, None].expand(*of_kind.shape[:3], 1, of_kind.shape[-1])
+        return of_kind.gather(3, chosen).squeeze(3) * self.reach[..., None, None]
 
 
 def neighbours(exists: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,13 +109,23 @@ def couple(z0: Tensor, z1: Tensor, mask: Tensor, moving: Tensor) -> Tensor:
     return paired
 
 
-def curvature(time: Tensor, exists: Tensor, observed: Tensor, scale: float) -> Tensor:
-    """Return ``(t - a) (b - t) / scale^2 [B, T]`` between observed neighbours at times a and b; 1 elsewhere.
+def starts_of(time: Tensor, exists: Tensor, observed: Tensor, scale: float) -> Starts:
+    """Return the kind of start and the reach of each time point; all arguments but ``scale`` are ``[B, T]``.
 
-    What a straight line between a and b misses of a smooth path is this times half its acceleration (to second order),
-    so the acceleration that one gap teaches holds for another gap.
+    between observed neighbours at times a and b
+        ``(t - a) (b - t) / scale^2``. What a straight line misses of a smooth path is this times half its acceleration
+        (to second order), so the acceleration that one gap teaches holds for another gap.
+    beside the nearest observed one, at time a
+        ``1 - exp(-(t - a) / scale)``, and the negative of the same before it: cells that come to rest go so far, in
+        units of what they have ahead of them; for short gaps it is the time, times the output as a velocity.
+    noise
+        1.
     """
     before, after = neighbours(exists, observed)
-    here = time.gather(1, before.clamp_min(0)), time.gather(1, after.clamp_min(0))
-    product = (time - here[0]) * (here[1] - time) / scale**2
-    return torch.where((before >= 0) & (after >= 0), product, 1.0)
+    since, until = (time - time.gather(1, k.clamp_min(0)) for k in (before, after))
+    inner = (before >= 0) & (after >= 0)
+    kind = torch.where(inner, BETWEEN, torch.where((before >= 0) | (after >= 0), BESIDE, NOISE))
+    ahead = torch.where(before >= 0, since, until) / scale
+    beside = -ahead.sign() * torch.expm1(-ahead.abs())
+    reach = torch.where(kind == BETWEEN, -since * until / scale**2, torch.where(kind == BESIDE, beside, 1.0))
+    return Starts(kind, reach)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bgen.config.errors import UserError
 from bgen.config.schema import FlowConfig, SampleConfig
 from bgen.data.batch import CellBatch
 from bgen.data.trajectory_batch import TrajectoryBatch
@@ -20,7 +21,7 @@ from bgen.flow.loss import velocity_loss
 from bgen.flow.path import interpolate, velocity, velocity_from_data
 from bgen.flow.patterns import PATTERNS, draw_observed
 from bgen.flow.solvers import Velocity, integrate
-from bgen.flow.start import couple, curvature, start
+from bgen.flow.start import KINDS, Starts, couple, start, starts_of
 from bgen.flow.times import sample_times
 from bgen.models.backbone.flops import backbone_flops
 from bgen.models.backbone.registry import build_backbone
@@ -83,7 +84,9 @@ class LatentFlow(nn.Module):
         self.vae = vae.requires_grad_(False).eval()
         self.size = vae.config.latent + 1
         self.conditions = ConditionEmbedding(categories, numbers, config.backbone.width)
-        self.backbone = build_backbone(self.size, config.backbone)
+        self.outputs = self.size * (len(KINDS) if config.source == "neighbours" else 1)
+        self.backbone = build_backbone(self.size, config.backbone, self.outputs)
+        self.register_load_state_dict_pre_hook(_refuse_one_head)
         if config.backbone.transfer_from is not None:
             for module, twin in self._twins():
                 start_heads(module, twin)
@@ -121,19 +124,19 @@ class LatentFlow(nn.Module):
         weights = {name: getattr(patterns, name) for name in PATTERNS}
         observed = draw_observed(keys_B, batch.exists, batch.control, weights)
         t = torch.where(observed, 0.0, t)
-        reach = None
+        starts = None
         if self.config.source == "neighbours":
             moved = start(z0, batch.mask, batch.time, observed, z1, keys_BT)
             z1 = couple(z0, moved, batch.mask, ~observed & observed.any(1, keepdim=True))
-            reach = self._reach(batch.mask, batch.time, observed)
+            starts = self._starts(batch.mask, batch.time, observed)
         condition = self.conditions(batch.population_obs(), self._hidden(keys_B).repeat_interleave(T)).view(B, T, -1)
-        predicted = self.velocity(interpolate(z0, z1, t), t, condition, batch.mask, batch.time, reach)
+        predicted = self.velocity(interpolate(z0, z1, t), t, condition, batch.mask, batch.time, starts)
         loss_B = velocity_loss(predicted, velocity(z0, z1), batch.mask & ~observed[..., None])
         return {"loss": loss_B.repeat_interleave(T * N)}
 
-    def _reach(self, mask: Tensor, time: Tensor, observed: Tensor) -> Tensor:
-        """How far a time point can lie off the straight line of its neighbours, ``[B, T]``."""
-        return curvature(time, mask.any(-1), observed, self.config.backbone.time.scale)
+    def _starts(self, mask: Tensor, time: Tensor, observed: Tensor) -> Starts:
+        """What the network's output means at each time point."""
+        return starts_of(time, mask.any(-1), observed, self.config.backbone.time.scale)
 
     def _hidden(self, keys: Tensor) -> Tensor:
         """Whose conditions are hidden, ``[B]``."""
@@ -145,7 +148,7 @@ class LatentFlow(nn.Module):
         encoder, _ = vae_flops(self.vae.config, self.vae.n_genes, len(batch), len(batch.counts))
         width, numbers = self.config.backbone.width, len(self.conditions.number_names)
         condition = linear(B * T, width, width) + numbers * linear(B * T, 1 + width, width)
-        return encoder + 3 * (backbone_flops(self.size, self.config.backbone, B, T, N) + condition)
+        return encoder + 3 * (backbone_flops(self.size, self.config.backbone, B, T, N, self.outputs) + condition)
 
     def learning_rate_scales(self) -> dict[str, float]:
         """See :class:`bgen.nn.width_transfer.Transfers`."""
@@ -165,7 +168,7 @@ class LatentFlow(nn.Module):
         numbers = dict.fromkeys(self.conditions.number_names, (0.0, 1.0))
         with torch.device("meta"):
             conditions = ConditionEmbedding(categories, numbers, base.width)
-            return [(self.conditions, conditions), (self.backbone, build_backbone(self.size, base))]
+            return [(self.conditions, conditions), (self.backbone, build_backbone(self.size, base, self.outputs))]
 
     def velocity(
         self,
@@ -174,16 +177,18 @@ class LatentFlow(nn.Module):
         condition: Tensor,
         mask: Tensor | None = None,
         time: Tensor | None = None,
-        reach: Tensor | None = None,
+        starts: Starts | None = None,
     ) -> Tensor:
         """Velocity ``[B, T, N, D + 1]`` at ``z_t`` of that shape.
 
-        ``t [B, T]``, embedded ``condition [B, T, C]``, and ``mask [B, T, N]``, ``time [B, T]`` and ``reach [B, T]`` (a
-        factor on the velocity) of a trajectory.
+        ``t [B, T]``, embedded ``condition [B, T, C]``, and ``mask [B, T, N]``, ``time [B, T]`` and ``starts`` (None:
+        all from noise) of a trajectory.
         """
-        output = self.backbone(z_t, t, condition, mask, time).float()
-        v = velocity_from_data(z_t, output, t) if self.config.prediction == "data" else output
-        return v if reach is None else v * reach[..., None, None]
+        outputs = self.backbone(z_t, t, condition, mask, time).float()
+        if starts is not None:
+            return starts.velocity(outputs)
+        output = outputs[..., : self.size]  # of those of KINDS, noise is the first
+        return velocity_from_data(z_t, output, t) if self.config.prediction == "data" else output
 
     def sample(
         self,
@@ -282,15 +287,15 @@ class LatentFlow(nn.Module):
         """``v(z, t)`` for ``z [B, T, N, D + 1]`` with conditions ``[B, T, C]``; observed time points are at t = 0."""
         mask, time = (None, None) if places is None else (places.mask, places.time)
         observed = None if places is None else places.observed
-        reach = None
+        starts = None
         if self.config.source == "neighbours" and places is not None and places.observed is not None:
-            reach = self._reach(places.mask, places.time, places.observed)
+            starts = self._starts(places.mask, places.time, places.observed)
 
         def v(z: Tensor, t: float) -> Tensor:
             times = torch.full(z.shape[:2], t, device=z.device)
             if observed is not None:
                 times = times * ~observed
-            return self.velocity(z, times, condition, mask, time, reach)
+            return self.velocity(z, times, condition, mask, time, starts)
 
         return v
 
@@ -311,3 +316,14 @@ def _hold(v: Velocity, moving: Tensor) -> Velocity:
         return v(z, t) * moving[..., None]
 
     return held
+
+
+def _refuse_one_head(module: nn.Module, state: Mapping[str, Tensor], *_: object) -> None:
+    """Refuse a flow from neighbours whose network had one output for all kinds of start, as bgen once had."""
+    assert isinstance(module, LatentFlow)
+    head = state.get("backbone.head.bias")
+    if head is not None and module.outputs != len(head) == module.size:
+        raise UserError(
+            "This flow from neighbours (flow.source) has one output for interpolation and forecast, as an earlier bgen"
+            " trained it; this one reads flows with one each. Train it again, or fine-tune its parent again."
+        )

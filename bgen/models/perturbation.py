@@ -137,7 +137,7 @@ class PerturbationFlow(nn.Module):
         self.own = nn.Embedding(perturbations, width)
         self.shared = nn.Linear(gene_embedding.shape[1], width, bias=False)
         self.shift = nn.Linear(width, self.size, bias=False)
-        self.backbone = MLPBackbone(self.size, width, config.blocks)
+        self.backbone = MLPBackbone(self.size, width, config.blocks, self.size)
         self.log_threshold = nn.Parameter(torch.zeros(perturbations))
         self.log_slope = nn.Parameter(torch.zeros(perturbations))
         nn.init.normal_(self.own.weight, std=1.0 / width**0.5)

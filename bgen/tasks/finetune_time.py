@@ -129,13 +129,13 @@ def whole_trajectories(train: TrainConfig, shape: TrajectoriesConfig, world_size
 
 def new_course_flow(vae: VAE, course: Course) -> LatentFlow:
     """Return a flow to train that is told nothing but the populations."""
-    return LatentFlow(neighbour_flow(float(np.median(np.diff(course.times))), forecast=0.5), vae, {}, {})
+    return LatentFlow(neighbour_flow(float(np.median(np.diff(course.times))), forecast=True), vae, {}, {})
 
 
-def neighbour_flow(scale: float, *, forecast: float = 0.0) -> FlowConfig:
+def neighbour_flow(scale: float, *, forecast: bool = False) -> FlowConfig:
     """Return settings of a flow for courses with few time points.
 
-    ``scale`` is a typical gap in time; ``forecast`` the share of forecasts over that of interpolations in training.
+    ``scale`` is a typical gap in time; with ``forecast`` every third trajectory trains that, the others interpolation.
 
     The network sees the neighbouring populations and the cells, not the date: from a handful of time points it could
     only learn dates by heart.
@@ -151,7 +151,7 @@ def neighbour_flow(scale: float, *, forecast: float = 0.0) -> FlowConfig:
             "time": {"scale": scale, "tokens": 4},
         }
     )
-    patterns = PatternsConfig(noise=0, forecast=forecast, interpolate=1, perturb=0, independent=1)
+    patterns = PatternsConfig(noise=0, forecast=0.5 if forecast else 0, interpolate=1, perturb=0, independent=1)
     return FlowConfig(backbone=backbone, source="neighbours", condition_dropout=0.0, patterns=patterns)
 
 

@@ -321,7 +321,7 @@ class _Subject:
             return 3 * _linears(self.vae) + 2 * sparse
         trajectories = self.config.data.trajectories
         T, N = (trajectories.times, trajectories.cells) if trajectories else (1, 1)
-        backbone = backbone_flops(self.module.size, self.config.flow.backbone, 1, T, N) // (T * N)
+        backbone = backbone_flops(self.module.size, self.config.flow.backbone, 1, T, N, self.module.outputs) // (T * N)
         return 3 * backbone + _linears(self.vae.encoder) + sparse
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from bgen.flow.start import couple, curvature, neighbours, start
+from bgen.flow.start import BESIDE, BETWEEN, KINDS, NOISE, couple, neighbours, start, starts_of
 
 B, T, N, D = 2, 4, 6, 3
 EXISTS = torch.tensor([[True, True, True, True], [True, True, True, False]])
@@ -64,10 +66,27 @@ def test_coupling_permutes_cells_of_moving_time_points_towards_their_partners() 
     assert torch.equal(paired[~(moving & EXISTS)], z1[~(moving & EXISTS)])
 
 
-def test_curvature_is_what_a_straight_line_misses_of_a_parabola() -> None:
-    reach = curvature(TIME, EXISTS, OBSERVED, 2.0)
+def test_between_neighbours_the_reach_is_what_a_straight_line_misses_of_a_parabola() -> None:
+    found = starts_of(TIME, EXISTS, OBSERVED, 2.0)
     path = TIME.square()
     line = path[0, 0] + (path[0, 3] - path[0, 0]) * TIME[0, 1] / 4
     # Half the acceleration of t^2 is 1, in units of scale^2 it is 4.
-    torch.testing.assert_close(path[0, 1] - line, -reach[0, 1] * 4)
-    assert reach[1].tolist() == [1.0] * 4
+    torch.testing.assert_close(path[0, 1] - line, -found.reach[0, 1] * 4)
+    assert found.kind[0, 1:3].tolist() == [BETWEEN] * 2
+
+
+def test_beside_the_nearest_the_reach_grows_with_the_time_since_and_is_bounded() -> None:
+    found = starts_of(TIME, EXISTS, OBSERVED, 2.0)
+    assert found.kind[1, [0, 2]].tolist() == [BESIDE] * 2
+    expected = torch.tensor([math.exp(-1.0) - 1, 1 - math.exp(-1.5)])  # two before, three after; at a scale of 2
+    torch.testing.assert_close(found.reach[1, [0, 2]], expected)
+    joint = starts_of(TIME, EXISTS, torch.zeros_like(OBSERVED), 2.0)
+    assert (joint.kind == NOISE).all()
+    assert (joint.reach == 1).all()
+
+
+def test_every_kind_of_start_has_an_output_of_its_own() -> None:
+    found = starts_of(TIME, EXISTS, OBSERVED, 2.0)
+    outputs = torch.stack([torch.full((B, T, N, D), 10.0**kind) for kind in KINDS], 3).flatten(3)
+    expected = 10.0**found.kind * found.reach
+    assert torch.equal(found.velocity(outputs), expected[..., None, None].expand(B, T, N, D))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bgen.config.backbone import BackboneConfig
+from bgen.config.errors import UserError
 from bgen.config.schema import FlowConfig, PatternsConfig, SampleConfig, VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.data.trajectory_batch import TrajectoryBatch
@@ -118,6 +119,19 @@ def test_observed_time_points_and_missing_cells_do_not_count() -> None:
     assert torch.equal(model(changed)["loss"].view(B, T, N), loss)
     counts[~observed] += 7
     assert not torch.equal(model(replace(given, counts=counts.flatten()))["loss"].view(B, T, N), loss)
+
+
+def test_a_flow_from_neighbours_with_one_output_is_refused() -> None:
+    model = flow({"name": "mlp"})
+    state = model.state_dict()
+    model.load_state_dict(state)
+    config = model.config.model_copy(update={"source": "neighbours"})
+    split = LatentFlow(config, model.vae, {"cell_type": 2}, {"time": (12.0, 6.0)})
+    split.load_state_dict(split.state_dict())
+    with pytest.raises(UserError, match="one output for interpolation and forecast"):
+        split.load_state_dict(state)
+    with pytest.raises(ValueError, match="learns velocities"):
+        FlowConfig(source="neighbours", prediction="data")
 
 
 def test_flow_times_are_shared_or_independent_as_the_setting_says() -> None:

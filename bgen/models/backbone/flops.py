@@ -11,10 +11,10 @@ from bgen.nn import flops
 FLOW_TIME_FEATURES = 64
 
 
-def backbone_flops(size: int, config: BackboneConfig, B: int, T: int, N: int) -> int:
-    """Forward pass over ``[B, T, N, D]`` with D = ``size``; training costs three times this."""
+def backbone_flops(size: int, config: BackboneConfig, B: int, T: int, N: int, outputs: int | None = None) -> int:
+    """Forward pass over ``[B, T, N, D]``, D = ``size``, to ``outputs`` (None: D); training costs three times this."""
     width = config.width
-    ends = 2 * flops.linear(B * T * N, size, width)
+    ends = flops.linear(B * T * N, size + (outputs or size), width)
     flow_time = flops.linear(B * T, FLOW_TIME_FEATURES + width, width)
     if config.name == "mlp":
         blocks = config.layers * (_modulation(config, B * T) + 2 * flops.linear(B * T * N, width, 2 * width))

@@ -1,6 +1,7 @@
 """Velocity network without mixing: every cell by itself, through residual blocks modulated by AdaLN-zero.
 
-Axes: B trajectories, T time points, N cells per time point, D latent size, C width of the condition and the blocks.
+Axes: B trajectories, T time points, N cells per time point, D latent size, O output size, C width of the condition
+and the blocks.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class _Block(nn.Module):
 
 
 class MLPBackbone(nn.Module):
-    """``[B, T, N, D]`` to ``[B, T, N, D]``, cell by cell.
+    """``[B, T, N, D]`` to ``[B, T, N, O]``, cell by cell.
 
     Parameters
     ----------
@@ -35,14 +36,16 @@ class MLPBackbone(nn.Module):
         Width of the blocks, and C.
     blocks
         Number of residual blocks.
+    outputs
+        O.
     """
 
-    def __init__(self, size: int, width: int, blocks: int) -> None:
+    def __init__(self, size: int, width: int, blocks: int, outputs: int) -> None:
         super().__init__()
         self.time = TimeEmbedding(width)
         self.stem = nn.Linear(size, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
-        self.head = nn.Linear(width, size)
+        self.head = nn.Linear(width, outputs)
         # Zero at the start: the first losses are those of predicting nothing, and no direction is preferred.
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -71,7 +74,7 @@ class MLPBackbone(nn.Module):
 
         Returns
         -------
-        ``[B, T, N, D]``
+        ``[B, T, N, O]``
         """
         condition = condition + self.time(t)
         x = self.stem(z)

@@ -10,8 +10,8 @@ from bgen.config.backbone import BackboneConfig
 from bgen.models.backbone.mlp import MLPBackbone
 from bgen.models.backbone.stack import Stack
 
-BACKBONES: dict[str, Callable[[int, BackboneConfig], nn.Module]] = {
-    "mlp": lambda size, config: MLPBackbone(size, config.width, config.layers),
+BACKBONES: dict[str, Callable[[int, BackboneConfig, int], nn.Module]] = {
+    "mlp": lambda size, config, outputs: MLPBackbone(size, config.width, config.layers, outputs),
     "transformer": Stack,
     "set_transformer": Stack,
     "ssm": Stack,
@@ -19,7 +19,7 @@ BACKBONES: dict[str, Callable[[int, BackboneConfig], nn.Module]] = {
 }
 
 
-def build_backbone(size: int, config: BackboneConfig) -> nn.Module:
+def build_backbone(size: int, config: BackboneConfig, outputs: int | None = None) -> nn.Module:
     """Make the velocity network that ``config`` names.
 
     Parameters
@@ -28,10 +28,12 @@ def build_backbone(size: int, config: BackboneConfig) -> nn.Module:
         Latent size D, with the library size counted in.
     config
         Kind and sizes; ``width`` is also the width C of the embedded conditions.
+    outputs
+        Size O of what it returns; None: D.
 
     Returns
     -------
     Module with ``forward(z [B, T, N, D], t [B, T], condition [B, T, C], mask [B, T, N] | None, time [B, T] | None)
-    -> [B, T, N, D]``.
+    -> [B, T, N, O]``.
     """
-    return BACKBONES[config.name](size, config)
+    return BACKBONES[config.name](size, config, size if outputs is None else outputs)

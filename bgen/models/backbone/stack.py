@@ -1,6 +1,6 @@
 """The velocity network that mixes: layers of blocks along the axes that its pattern names.
 
-Axes: B trajectories, T time points, N cells per time point, D latent size, C width.
+Axes: B trajectories, T time points, N cells per time point, D latent size, O output size, C width.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bgen.nn.points import check_ascending, check_regular
 
 
 class Stack(nn.Module):
-    """``[B, T, N, D]`` to ``[B, T, N, D]``: transformer, set_transformer, ssm or hybrid, as the pattern has it.
+    """``[B, T, N, D]`` to ``[B, T, N, O]``: transformer, set_transformer, ssm or hybrid, as the pattern has it.
 
     Permuting the cells of one time point permutes that time point's output and changes nothing else (where cells are
     tracked: permuting them alike at all time points). Cells that do not exist influence nothing.
@@ -28,16 +28,18 @@ class Stack(nn.Module):
         D.
     config
         Everything else; ``width`` is C.
+    outputs
+        O.
     """
 
-    def __init__(self, size: int, config: BackboneConfig) -> None:
+    def __init__(self, size: int, config: BackboneConfig, outputs: int) -> None:
         super().__init__()
         self.config = config
         self.flow_time = TimeEmbedding(config.width)
         self.stem = nn.Linear(size, config.width)
         self.blocks = nn.ModuleList(Block(axis, config) for _ in range(config.layers) for axis in config.axes)
         self.norm = nn.LayerNorm(config.width)
-        self.head = nn.Linear(config.width, size)
+        self.head = nn.Linear(config.width, outputs)
         # Zero at the start: the first losses are those of predicting nothing, and no direction is preferred.
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -67,7 +69,7 @@ class Stack(nn.Module):
 
         Returns
         -------
-        ``[B, T, N, D]``, zero at cells that do not exist.
+        ``[B, T, N, O]``, zero at cells that do not exist.
 
         Raises
         ------
