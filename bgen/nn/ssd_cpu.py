@@ -1,6 +1,10 @@
-"""What of the chunked SSD is no matrix product, on a CPU in float32, compiled: a few chunks at a time, in its caches.
+"""The chunked SSD and its gradient on a CPU in float32, compiled: chunk by chunk and head by head, in its caches.
 
-Axes: N chunks, K groups, R heads per group, Q points of a chunk, P channels.
+One sweep over the chunks of a sequence forward and one backward, as memory is what they wait for: the state stays in the
+caches, every input is read once, and the weights within a chunk exist for one head at a time, up to the diagonal.
+
+Axes: B sequences, C chunks, Q points of a chunk, H heads, K groups of heads that share b and c, P channels, S state
+size; P and S are multiples of LANES.
 """
 
 from __future__ import annotations
@@ -9,110 +13,403 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bgen.nn.cpu_math import exp_not_above_one
+from bgen.nn.cpu_matmul import BELOW, FULL, LANES, LOWER, UPPER, add_product, transpose
+from bgen.nn.ssd_torch import Edges
+from bgen.nn.threads import parts
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 
 F = np.float32
-LANES = 16
-"""Row i is computed up to the next multiple of it, so that its vectors are whole; what lies beyond i is 0."""
 
 
-def _compile(**flags: Any) -> Any:
-    return numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz"}, **flags)
+def _compile(*flags: str, parallel: bool = False) -> Any:
+    return numba.njit(
+        cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz", *flags}, parallel=parallel
+    )
 
 
-@_compile(forceinline=True)
+@_compile(parallel=True)
+def _forward(
+    x: F32,
+    total: F32,
+    b: F32,
+    c: F32,
+    first: I64,
+    carried: bool,
+    to_end: F32,
+    from_start: F32,
+    through: F32,
+    split: int,
+    parts: int,
+    states: F32,
+    y: F32,
+) -> None:
+    """Write ``y [B, C, Q, H, P]`` and, from the first of them, the ``states [B, 1 + C, H, S, P]``.
+
+    The heads of a sequence and group are cut into ``split``; what that makes goes to the threads in ``parts``.
+    """
+    units = x.shape[0] * b.shape[3] * split
+    for part in numba.prange(parts):
+        for unit in range(units * part // parts, units * (part + 1) // parts):
+            _forward_unit(x, total, b, c, first, carried, to_end, from_start, through, split, unit, states, y)
+
+
+@_compile()
+def _forward_unit(
+    x: F32,
+    total: F32,
+    b: F32,
+    c: F32,
+    first: I64,
+    carried: bool,
+    to_end: F32,
+    from_start: F32,
+    through: F32,
+    split: int,
+    unit: int,
+    states: F32,
+    y: F32,
+) -> None:
+    _, C, Q, H, P = x.shape
+    K, S = b.shape[3:]
+    n, k, begin, end = _heads(unit, split, H, K)
+    wide = -(-Q // LANES) * LANES
+    b_here, c_here, scaled, b_turned = _room(wide, S), _room(wide, S), _room(wide, S), _room(S, wide)
+    x_own, y_own = np.zeros((end - begin, wide, P), F), np.empty((end - begin, wide, P), F)
+    cb, weight, totals = _room(wide, wide), _room(wide, wide), _row(wide)
+    for chunk in range(C):
+        b_here[:Q], c_here[:Q], cb[:] = b[n, chunk, :, k], c[n, chunk, :, k], 0
+        transpose(b_turned, b_here)
+        add_product(cb, c_here, b_turned, BELOW)
+        firsts = first[n % len(first), chunk % first.shape[1]]
+        _gather(x[n, chunk, :, begin:end], x_own)
+        for h in range(begin, end):
+            x_here, y_here = x_own[h - begin], y_own[h - begin]
+            totals[:Q], y_here[:] = total[n, chunk, h], 0
+            _weights(cb, totals, firsts, weight)
+            if carried:
+                entering, leaving, by = states[n, chunk, h], states[n, chunk + 1, h], through[n, chunk, h]
+                _scale(c_here, from_start[n, chunk, h], scaled)
+                add_product(y_here, scaled, entering, FULL)
+                _scale(b_here, to_end[n, chunk, h], scaled)
+                _shrink(entering, by, leaving)
+                add_product(leaving, scaled.T, x_here, FULL)
+            add_product(y_here, weight, x_here, LOWER)
+        _scatter(y_own, y[n, chunk, :, begin:end])
+
+
+@_compile(parallel=True)
+def _backward(
+    x: F32,
+    total: F32,
+    b: F32,
+    c: F32,
+    first: I64,
+    y: F32,
+    dy: F32,
+    carried: bool,
+    to_end: F32,
+    from_start: F32,
+    through: F32,
+    states: F32,
+    split: int,
+    parts: int,
+    dstate: F32,
+    dx: F32,
+    dtotal: F32,
+    db: F32,
+    dc: F32,
+) -> None:
+    """Write the gradients; that of the last state, ``dstate [B, H, S, P]``, becomes that of the first.
+
+    ``db`` and ``dc [split, B, C, Q, K, S]`` hold the sums over the heads of each part.
+    """
+    units = x.shape[0] * b.shape[3] * split
+    for part in numba.prange(parts):
+        for unit in range(units * part // parts, units * (part + 1) // parts):
+            _backward_unit(
+                x,
+                total,
+                b,
+                c,
+                first,
+                y,
+                dy,
+                carried,
+                to_end,
+                from_start,
+                through,
+                states,
+                split,
+                unit,
+                dstate,
+                dx,
+                dtotal,
+                db[unit % split],
+                dc[unit % split],
+            )
+
+
+@_compile()
+def _backward_unit(
+    x: F32,
+    total: F32,
+    b: F32,
+    c: F32,
+    first: I64,
+    y: F32,
+    dy: F32,
+    carried: bool,
+    to_end: F32,
+    from_start: F32,
+    through: F32,
+    states: F32,
+    split: int,
+    unit: int,
+    dstate: F32,
+    dx: F32,
+    dtotal: F32,
+    db: F32,
+    dc: F32,
+) -> None:
+    _, C, Q, H, P = x.shape
+    K, S = b.shape[3:]
+    n, k, begin, end = _heads(unit, split, H, K)
+    wide = -(-Q // LANES) * LANES
+    b_here, c_here, scaled, b_turned = _room(wide, S), _room(wide, S), _room(wide, S), _room(S, wide)
+    db_here, dc_here, db_turned, dc_turned = _room(wide, S), _room(wide, S), _room(S, wide), _room(S, wide)
+    turned, x_turned = _room(P, wide), _room(P, wide)
+    x_own, dy_own, dx_own = (
+        np.zeros((end - begin, wide, P), F),
+        np.zeros((end - begin, wide, P), F),
+        np.zeros((end - begin, wide, P), F),
+    )
+    cb, weight, dcb, dweight = _room(wide, wide), _room(wide, wide), _room(wide, wide), _room(wide, wide)
+    totals = _row(wide)
+    for chunk in range(C - 1, -1, -1):
+        b_here[:Q], c_here[:Q], cb[:], dcb[:] = b[n, chunk, :, k], c[n, chunk, :, k], 0, 0
+        db_turned[:], dc_turned[:] = 0, 0
+        transpose(b_turned, b_here)
+        add_product(cb, c_here, b_turned, BELOW)
+        firsts = first[n % len(first), chunk % first.shape[1]]
+        _gather(x[n, chunk, :, begin:end], x_own)
+        _gather(dy[n, chunk, :, begin:end], dy_own)
+        for h in range(begin, end):
+            x_here, dy_here, dx_here = x_own[h - begin], dy_own[h - begin], dx_own[h - begin]
+            totals[:Q], dweight[:], dx_here[:], dend = total[n, chunk, h], 0, 0, F(0)
+            transpose(x_turned, x_here)
+            add_product(dweight, dy_here, x_turned, BELOW)
+            _weights_and_sum(cb, totals, firsts, dweight, weight, dcb)
+            add_product(dx_here, weight.T, dy_here, UPPER)
+            if carried:
+                kept, since, by = to_end[n, chunk, h], from_start[n, chunk, h], through[n, chunk, h]
+                entering, leaving, dleaving = states[n, chunk, h], states[n, chunk + 1, h], dstate[n, h]
+                _scale(b_here, kept, scaled)
+                add_product(dx_here, scaled, dleaving, FULL)
+                _scale_columns(x_turned, kept)
+                add_product(db_turned, dleaving, x_turned, FULL)
+                transpose(turned, dy_here)
+                _scale_columns(turned, since)
+                add_product(dc_turned, entering, turned, FULL)
+                dend = _dot_and_scale(dleaving, leaving, by)
+                _scale(c_here, since, scaled)
+                add_product(dleaving, scaled.T, dy_here, FULL)
+            dtotal[n, chunk, h, Q - 1] = dend
+        _scatter(dx_own, dx[n, chunk, :, begin:end])
+        _add_difference(dy_own, y[n, chunk, :, begin:end], x_own, dx_own, dtotal[n, chunk, begin:end])
+        transpose(db_here, db_turned)
+        transpose(dc_here, dc_turned)
+        add_product(db_here, dcb.T, c_here, UPPER)
+        add_product(dc_here, dcb, b_here, LOWER)
+        db[n, chunk, :, k], dc[n, chunk, :, k] = db_here[:Q], dc_here[:Q]
+
+
+@_compile()
+def _heads(unit: int, split: int, H: int, K: int) -> tuple[int, int, int, int]:
+    """Return sequence, group, and the first head and that after the last."""
+    group, part, R = unit // split, unit % split, H // K
+    n, k = group // K, group % K
+    return n, k, k * R + R * part // split, k * R + R * (part + 1) // split
+
+
+@_compile()
+def _room(rows: int, columns: int) -> F32:
+    return np.zeros((rows, columns), F)
+
+
+@_compile()
+def _row(columns: int) -> F32:
+    return np.zeros(columns, F)
+
+
+@_compile()
+def _weights(cb: F32, totals: F32, firsts: I64, out: F32) -> None:
+    """Write ``cb_ij exp(total_i - total_j)``, up to the whole vector that holds the diagonal."""
+    for i in range(len(firsts)):
+        given, into, first = cb[i], out[i], firsts[i]
+        for j in range((i // LANES + 1) * LANES):
+            into[j] = given[j] * _decay(totals, i, j, first)
+
+
+@_compile()
+def _weights_and_sum(cb: F32, totals: F32, firsts: I64, dweight: F32, out: F32, dcb: F32) -> None:
+    """Do as :func:`_weights`, and add their gradient's part that is that of ``cb``."""
+    for i in range(len(firsts)):
+        given, into, first, gradient, total = cb[i], out[i], firsts[i], dweight[i], dcb[i]
+        for j in range((i // LANES + 1) * LANES):
+            by = _decay(totals, i, j, first)
+            into[j] = given[j] * by
+            total[j] += gradient[j] * by
+
+
+@numba.njit(cache=True, error_model="numpy", fastmath={"contract", "nsz"}, forceinline=True)
 def _decay(totals: F32, i: int, j: int, first: int) -> Any:
+    """``exp(total_i - total_j)`` for j from first to i, 0 for others."""
     found = exp_not_above_one(min(totals[i] - totals[j], F(0)))
     return found if (j >= first) & (j <= i) else F(0)
 
 
-@_compile(parallel=True)
-def weights(total: F32, cb: F32, first: I64, parts: int, out: F32) -> None:
-    """Write ``cb_ij exp(total_i - total_j)`` for first_i <= j <= i into ``out [N, K, R, Q, Q]``.
-
-    ``total [N, K, R, Q]``, ``cb [N, K, Q, Q]``, ``first [1 or N, Q]``. Above the diagonal ``out`` has to be 0 before.
-    """
-    heads = total.shape[0] * total.shape[1] * total.shape[2]
-    for part in numba.prange(parts):
-        _weights(total, cb, first, heads * part // parts, heads * (part + 1) // parts, out)
+@_compile()
+def _scale(t: F32, by: F32, out: F32) -> None:
+    for q in range(len(by)):
+        for e in range(t.shape[1]):
+            out[q, e] = by[q] * t[q, e]
 
 
 @_compile()
-def _weights(total: F32, cb: F32, first: I64, begin: int, end: int, out: F32) -> None:
-    K, R, Q = total.shape[1:]
-    for head in range(begin, end):
-        n, k, r = head // (K * R), head // R % K, head % R
-        totals, firsts = total[n, k, r], first[n % len(first)]
-        for i in range(Q):
-            products, into, first_i = cb[n, k, i], out[n, k, r, i], firsts[i]
-            for j in range(min(Q, (i // LANES + 1) * LANES)):
-                into[j] = products[j] * _decay(totals, i, j, first_i)
-
-
-@_compile(parallel=True)
-def decayed_sum(total: F32, values: F32, first: I64, parts: int, out: F32) -> None:
-    """Write ``out [N, K, Q, Q]``, the sum of ``values_ij exp(total_i - total_j)`` over the heads of each group."""
-    rows = out.shape[0] * out.shape[1] * out.shape[2]
-    for part in numba.prange(parts):
-        _decayed_sum(total, values, first, rows * part // parts, rows * (part + 1) // parts, out)
+def _scale_columns(t: F32, by: F32) -> None:
+    for e in range(len(t)):
+        for q in range(len(by)):
+            t[e, q] *= by[q]
 
 
 @_compile()
-def _decayed_sum(total: F32, values: F32, first: I64, begin: int, end: int, out: F32) -> None:
-    K, R, Q = total.shape[1:]
-    for row in range(begin, end):
-        n, k, i = row // (K * Q), row // Q % K, row % Q
-        into, first_i = out[n, k, i], first[n % len(first), i]
-        into[:] = 0
-        for r in range(R):
-            totals, given = total[n, k, r], values[n, k, r, i]
-            for j in range(min(Q, (i // LANES + 1) * LANES)):
-                into[j] += given[j] * _decay(totals, i, j, first_i)
+def _shrink(t: F32, by: float, out: F32) -> None:
+    for s in range(len(t)):
+        for p in range(t.shape[1]):
+            out[s, p] = by * t[s, p]
 
 
-@_compile(parallel=True)
-def join(within: F32, carried: F32, factor: F32, parts: int, out: F32) -> None:
-    """Write ``within [N, K, R, Q, P] + factor [N, Q, K, R] * carried [N, K, Q, R, P]`` into ``out [N, Q, K, R, P]``."""
-    rows = out.shape[0] * out.shape[1]
-    for part in numba.prange(parts):
-        _join(within, carried, factor, rows * part // parts, rows * (part + 1) // parts, out)
+@_compile("reassoc")
+def _dot_and_scale(t: F32, other: F32, by: float) -> float:
+    """Return the sum of ``t * other``, and multiply ``t``."""
+    total = F(0)
+    for s in range(len(t)):
+        for p in range(t.shape[1]):
+            total += t[s, p] * other[s, p]
+            t[s, p] *= by
+    return total
+
+
+@_compile("reassoc")
+def _add_difference(dy: F32, y: F32, x: F32, dx: F32, out: F32) -> None:
+    """Add the sum over the channels of ``dy * y - x * dx`` to ``out [R, Q]``; ``y [Q, R, P]``, the others by head."""
+    for q in range(len(y)):
+        for r in range(y.shape[1]):
+            gained, given = F(0), F(0)
+            a, b, c, d = dy[r, q], y[q, r], x[r, q], dx[r, q]
+            for p in range(y.shape[2]):
+                gained += a[p] * b[p]
+                given += c[p] * d[p]
+            out[r, q] += gained - given
 
 
 @_compile()
-def _join(within: F32, carried: F32, factor: F32, begin: int, end: int, out: F32) -> None:
-    _, Q, K, R, P = out.shape
-    for row in range(begin, end):
-        n, q = row // Q, row % Q
-        for k in range(K):
-            for r in range(R):
-                into, near, far, by = out[n, q, k, r], within[n, k, r, q], carried[n, k, q, r], factor[n, q, k, r]
-                for p in range(P):
-                    into[p] = near[p] + by * far[p]
+def _gather(t: F32, out: F32) -> None:
+    """Copy ``t [Q, R, P]`` in the order of the memory into ``out [R, Q, P]``."""
+    for q in range(len(t)):
+        for r in range(t.shape[1]):
+            given, into = t[q, r], out[r, q]
+            for p in range(t.shape[2]):
+                into[p] = given[p]
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
-def difference(dy: F32, y: F32, x: F32, dx: F32, parts: int, out: F32) -> None:
-    """Write ``out [N, K, R, Q]``, the sum over the channels of ``dy * y - x * dx``, all ``[N, Q, K, R, P]``."""
-    rows = dy.shape[0] * dy.shape[1]
-    for part in numba.prange(parts):
-        _difference(dy, y, x, dx, rows * part // parts, rows * (part + 1) // parts, out)
+@_compile()
+def _scatter(t: F32, out: F32) -> None:
+    """Copy ``t [R, Q, P]`` into ``out [Q, R, P]`` in the order of the memory."""
+    for q in range(len(out)):
+        for r in range(out.shape[1]):
+            given, into = t[r, q], out[q, r]
+            for p in range(out.shape[2]):
+                into[p] = given[p]
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract", "nsz", "reassoc"})
-def _difference(dy: F32, y: F32, x: F32, dx: F32, begin: int, end: int, out: F32) -> None:
-    _, Q, K, R, P = dy.shape
-    for row in range(begin, end):
-        n, q = row // Q, row % Q
-        for k in range(K):
-            for r in range(R):
-                a, b, c, d = dy[n, q, k, r], y[n, q, k, r], x[n, q, k, r], dx[n, q, k, r]
-                ab, cd = F(0), F(0)
-                for p in range(P):
-                    ab += a[p] * b[p]
-                    cd += c[p] * d[p]
-                out[n, k, r, q] = ab - cd
+def forward(
+    x_BCQHP: Tensor,
+    total_BCHQ: Tensor,
+    b_BCQKS: Tensor,
+    c_BCQKS: Tensor,
+    first_BCQ: Tensor | None,
+    initial_BHSP: Tensor | None,
+    edges: Edges | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return ``y_BCQHP`` and the states before the first chunk and after each, ``[B, 1 + C, H, S, P]``."""
+    (B, C, _, H, P), S = x_BCQHP.shape, b_BCQKS.shape[4]
+    states, y_BCQHP = None, torch.empty_like(x_BCQHP)
+    if edges is not None:
+        states = x_BCQHP.new_empty(B, 1 + C, H, S, P)
+        states[:, 0] = 0 if initial_BHSP is None else initial_BHSP
+    given = _arrays(x_BCQHP, total_BCHQ, b_BCQKS, c_BCQKS, _or_zero(first_BCQ, x_BCQHP.shape[2]))
+    split, threads = _shares(x_BCQHP, b_BCQKS)
+    _forward(*given, edges is not None, *_edges(edges), split, threads, *_arrays(_or_empty(states, 5), y_BCQHP))
+    return y_BCQHP, states
+
+
+def backward(
+    x_BCQHP: Tensor,
+    total_BCHQ: Tensor,
+    b_BCQKS: Tensor,
+    c_BCQKS: Tensor,
+    first_BCQ: Tensor | None,
+    edges: Edges | None,
+    y_BCQHP: Tensor,
+    states: Tensor | None,
+    dy_BCQHP: Tensor,
+    dlast_BHSP: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the gradients of ``x``, ``total``, ``b``, ``c`` and the initial state."""
+    split, threads = _shares(x_BCQHP, b_BCQKS)
+    dx_BCQHP, dtotal_BCHQ = torch.empty_like(x_BCQHP), torch.zeros_like(total_BCHQ)
+    db, dc = (b_BCQKS.new_empty(split, *b_BCQKS.shape) for _ in range(2))
+    dstate_BHSP = None if dlast_BHSP is None else dlast_BHSP.clone(memory_format=torch.contiguous_format)
+    _backward(
+        *_arrays(x_BCQHP, total_BCHQ, b_BCQKS, c_BCQKS, _or_zero(first_BCQ, x_BCQHP.shape[2]), y_BCQHP, dy_BCQHP),
+        edges is not None,
+        *_edges(edges),
+        *_arrays(_or_empty(states, 5)),
+        split,
+        threads,
+        *_arrays(_or_empty(dstate_BHSP, 4), dx_BCQHP, dtotal_BCHQ, db, dc),
+    )
+    db_BCQKS, dc_BCQKS = (t[0] if split == 1 else t.sum(0) for t in (db, dc))
+    return dx_BCQHP, dtotal_BCHQ, db_BCQKS, dc_BCQKS, dstate_BHSP
+
+
+def _shares(x_BCQHP: Tensor, b_BCQKS: Tensor) -> tuple[int, int]:
+    """Return into how many parts to cut a group's heads, and for how many threads there is work."""
+    (B, _, Q, H, _), K = x_BCQHP.shape, b_BCQKS.shape[3]
+    threads = parts(B * H, x_BCQHP.numel() * Q)
+    return min(H // K, -(-threads // (B * K))), threads
+
+
+def _arrays(*tensors: Tensor) -> list[Any]:
+    return [t.detach().numpy() for t in tensors]
+
+
+def _or_zero(first_BCQ: Tensor | None, Q: int) -> Tensor:
+    return torch.zeros(1, 1, Q, dtype=torch.int64) if first_BCQ is None else first_BCQ
+
+
+def _or_empty(t: Tensor | None, axes: int) -> Tensor:
+    """Return ``t``, or for None what stands where nobody reads."""
+    return torch.empty((0,) * axes) if t is None else t
+
+
+def _edges(edges: Edges | None) -> list[Any]:
+    return _arrays(*(_or_empty(None, axes) for axes in (4, 4, 3))) if edges is None else _arrays(*edges)
