@@ -88,46 +88,49 @@ def _tile(rows: int) -> Any:
     return tile
 
 
-@intrinsic
-def _transpose_tile(typing: Any, t: Any, t_row: Any, out: Any, out_row: Any) -> Any:
-    """Write the transpose of ``t [LANES, LANES]``; all by address."""
+def _turn() -> Any:
+    """Make what writes the transpose of ``t [LANES, LANES]``; all by address."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        number, index = ir.FloatType(), ir.IntType(64)
-        vector = ir.VectorType(number, LANES)
-        t, t_row, out, out_row = arguments
+    @intrinsic
+    def transpose_tile(typing: Any, t: Any, t_row: Any, out: Any, out_row: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            number, index = ir.FloatType(), ir.IntType(64)
+            vector = ir.VectorType(number, LANES)
+            t, t_row, out, out_row = arguments
 
-        def places(base: Any, row: Any) -> list[Any]:
-            start = builder.inttoptr(base, number.as_pointer())
-            found = [builder.gep(start, [builder.mul(row, index(r))]) for r in range(LANES)]
-            return [builder.bitcast(pointer, vector.as_pointer()) for pointer in found]
+            def places(base: Any, row: Any) -> list[Any]:
+                start = builder.inttoptr(base, number.as_pointer())
+                found = [builder.gep(start, [builder.mul(row, index(r))]) for r in range(LANES)]
+                return [builder.bitcast(pointer, vector.as_pointer()) for pointer in found]
 
-        rows = []
-        for pointer in places(t, t_row):
-            rows.append(builder.load(pointer))
-            rows[-1].align = 4
-        # Riffling the upper half of the rows into the lower turns the bits of (row, column) by one place; after as many
-        # times as a row has bits, rows are columns.
-        half, lanes = LANES // 2, ir.VectorType(ir.IntType(32), LANES)
-        low = lanes([lane // 2 + LANES * (lane % 2) for lane in range(LANES)])
-        high = lanes([half + lane // 2 + LANES * (lane % 2) for lane in range(LANES)])
-        for _ in range(LANES.bit_length() - 1):
-            rows = [
-                builder.shuffle_vector(rows[r], rows[r + half], order) for r in range(half) for order in (low, high)
-            ]
-        for row, pointer in zip(rows, places(out, out_row), strict=True):
-            builder.store(row, pointer).align = 4
-        return context.get_dummy_value()
+            rows = []
+            for pointer in places(t, t_row):
+                rows.append(builder.load(pointer))
+                rows[-1].align = 4
+            # Riffling the lower half of the rows into the upper turns the bits of (row, column) by one place; after as
+            # many times as a row has bits, rows are columns.
+            half, lanes = LANES // 2, ir.VectorType(ir.IntType(32), LANES)
+            low = lanes([lane // 2 + LANES * (lane % 2) for lane in range(LANES)])
+            high = lanes([half + lane // 2 + LANES * (lane % 2) for lane in range(LANES)])
+            for _ in range(LANES.bit_length() - 1):
+                rows = [
+                    builder.shuffle_vector(rows[r], rows[r + half], order) for r in range(half) for order in (low, high)
+                ]
+            for row, pointer in zip(rows, places(out, out_row), strict=True):
+                builder.store(row, pointer).align = 4
+            return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 4), generate
+        return types.void(*[types.intp] * 4), generate
+
+    return transpose_tile
 
 
-_tile_of_rows, _tile_of_one = _tile(ROWS), _tile(1)
+_tile_of_rows, _tile_of_one, _transpose_tile = _tile(ROWS), _tile(1), _turn()
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _add_product(
-    a: int, a_row: int, a_column: int, b: int, b_row: int, out: int, out_row: int, M: int, K: int, N: int, part: int
+    a: Any, a_row: int, a_column: int, b: Any, b_row: int, out: Any, out_row: int, M: int, K: int, N: int, part: int
 ) -> None:
     i = 0
     while i < M:

@@ -1,7 +1,7 @@
 """The chunked SSD and its gradient on a CPU in float32, compiled: chunk by chunk and head by head, in its caches.
 
-One sweep over the chunks of a sequence forward and one backward, as memory is what they wait for: the state stays in the
-caches, every input is read once, and the weights within a chunk exist for one head at a time, up to the diagonal.
+One sweep over the chunks of a sequence forward and one backward, as memory is what they wait for: the state stays in
+the caches, every input is read once, and the weights within a chunk exist for one head at a time, up to the diagonal.
 
 Axes: B sequences, C chunks, Q points of a chunk, H heads, K groups of heads that share b and c, P channels, S state
 size; P and S are multiples of LANES.
@@ -86,7 +86,7 @@ def _forward_unit(
     for chunk in range(C):
         b_here[:Q], c_here[:Q], cb[:] = b[n, chunk, :, k], c[n, chunk, :, k], 0
         transpose(b_turned, b_here)
-        add_product(cb, c_here, b_turned, BELOW)
+        add_product(cb[:Q], c_here[:Q], b_turned, BELOW)
         firsts = first[n % len(first), chunk % first.shape[1]]
         _gather(x[n, chunk, :, begin:end], x_own)
         for h in range(begin, end):
@@ -96,11 +96,11 @@ def _forward_unit(
             if carried:
                 entering, leaving, by = states[n, chunk, h], states[n, chunk + 1, h], through[n, chunk, h]
                 _scale(c_here, from_start[n, chunk, h], scaled)
-                add_product(y_here, scaled, entering, FULL)
+                add_product(y_here[:Q], scaled[:Q], entering, FULL)
                 _scale(b_here, to_end[n, chunk, h], scaled)
                 _shrink(entering, by, leaving)
-                add_product(leaving, scaled.T, x_here, FULL)
-            add_product(y_here, weight, x_here, LOWER)
+                add_product(leaving, scaled[:Q].T, x_here[:Q], FULL)
+            add_product(y_here[:Q], weight[:Q, :Q], x_here[:Q], LOWER)
         _scatter(y_own, y[n, chunk, :, begin:end])
 
 
@@ -185,18 +185,15 @@ def _backward_unit(
     b_here, c_here, scaled, b_turned = _room(wide, S), _room(wide, S), _room(wide, S), _room(S, wide)
     db_here, dc_here, db_turned, dc_turned = _room(wide, S), _room(wide, S), _room(S, wide), _room(S, wide)
     turned, x_turned = _room(P, wide), _room(P, wide)
-    x_own, dy_own, dx_own = (
-        np.zeros((end - begin, wide, P), F),
-        np.zeros((end - begin, wide, P), F),
-        np.zeros((end - begin, wide, P), F),
-    )
+    R = end - begin
+    x_own, dy_own, dx_own = np.zeros((R, wide, P), F), np.zeros((R, wide, P), F), np.zeros((R, wide, P), F)
     cb, weight, dcb, dweight = _room(wide, wide), _room(wide, wide), _room(wide, wide), _room(wide, wide)
     totals = _row(wide)
     for chunk in range(C - 1, -1, -1):
         b_here[:Q], c_here[:Q], cb[:], dcb[:] = b[n, chunk, :, k], c[n, chunk, :, k], 0, 0
         db_turned[:], dc_turned[:] = 0, 0
         transpose(b_turned, b_here)
-        add_product(cb, c_here, b_turned, BELOW)
+        add_product(cb[:Q], c_here[:Q], b_turned, BELOW)
         firsts = first[n % len(first), chunk % first.shape[1]]
         _gather(x[n, chunk, :, begin:end], x_own)
         _gather(dy[n, chunk, :, begin:end], dy_own)
@@ -204,14 +201,14 @@ def _backward_unit(
             x_here, dy_here, dx_here = x_own[h - begin], dy_own[h - begin], dx_own[h - begin]
             totals[:Q], dweight[:], dx_here[:], dend = total[n, chunk, h], 0, 0, F(0)
             transpose(x_turned, x_here)
-            add_product(dweight, dy_here, x_turned, BELOW)
+            add_product(dweight[:Q], dy_here[:Q], x_turned, BELOW)
             _weights_and_sum(cb, totals, firsts, dweight, weight, dcb)
-            add_product(dx_here, weight.T, dy_here, UPPER)
+            add_product(dx_here[:Q], weight[:Q, :Q].T, dy_here[:Q], UPPER)
             if carried:
                 kept, since, by = to_end[n, chunk, h], from_start[n, chunk, h], through[n, chunk, h]
                 entering, leaving, dleaving = states[n, chunk, h], states[n, chunk + 1, h], dstate[n, h]
                 _scale(b_here, kept, scaled)
-                add_product(dx_here, scaled, dleaving, FULL)
+                add_product(dx_here[:Q], scaled[:Q], dleaving, FULL)
                 _scale_columns(x_turned, kept)
                 add_product(db_turned, dleaving, x_turned, FULL)
                 transpose(turned, dy_here)
@@ -219,14 +216,14 @@ def _backward_unit(
                 add_product(dc_turned, entering, turned, FULL)
                 dend = _dot_and_scale(dleaving, leaving, by)
                 _scale(c_here, since, scaled)
-                add_product(dleaving, scaled.T, dy_here, FULL)
+                add_product(dleaving, scaled[:Q].T, dy_here[:Q], FULL)
             dtotal[n, chunk, h, Q - 1] = dend
         _scatter(dx_own, dx[n, chunk, :, begin:end])
         _add_difference(dy_own, y[n, chunk, :, begin:end], x_own, dx_own, dtotal[n, chunk, begin:end])
         transpose(db_here, db_turned)
         transpose(dc_here, dc_turned)
-        add_product(db_here, dcb.T, c_here, UPPER)
-        add_product(dc_here, dcb, b_here, LOWER)
+        add_product(db_here[:Q], dcb[:Q, :Q].T, c_here[:Q], UPPER)
+        add_product(dc_here[:Q], dcb[:Q, :Q], b_here[:Q], LOWER)
         db[n, chunk, :, k], dc[n, chunk, :, k] = db_here[:Q], dc_here[:Q]
 
 
@@ -297,7 +294,7 @@ def _shrink(t: F32, by: float, out: F32) -> None:
 
 
 @_compile("reassoc")
-def _dot_and_scale(t: F32, other: F32, by: float) -> float:
+def _dot_and_scale(t: F32, other: F32, by: float) -> Any:
     """Return the sum of ``t * other``, and multiply ``t``."""
     total = F(0)
     for s in range(len(t)):

@@ -68,12 +68,12 @@ def backward(
     dcb_BCK1QQ = ((dy_BCKRQP @ x_BCKRQP.mT) * decay_BCKRQQ).sum(3, keepdim=True)
     dx_BCKRQP = (decay_BCKRQQ.mul_(c_BCK1QS @ b_BCK1QS.mT)).mT @ dy_BCKRQP
     db_BCK1QS, dc_BCK1QS = dcb_BCK1QQ.mT @ c_BCK1QS, dcb_BCK1QQ @ b_BCK1QS
-    dstate_BHSP, dend_BCH = dlast_BHSP, None
+    dstate_BHSP, dend_BCH = None, None
     if edges is not None and states is not None and dlast_BHSP is not None:
         to_end, from_start = (
             t.unflatten(2, (groups, -1))[..., None] for t in (edges.to_end_BCHQ, edges.from_start_BCHQ)
         )
-        kept_BCKRQP = dy_BCKRQP * from_start
+        kept_BCKRQP, dstate_BHSP = dy_BCKRQP * from_start, dlast_BHSP
         dentering_BCHSP = (c_BCK1QS.mT @ kept_BCKRQP).flatten(2, 3)
         dleaving_BCHSP = torch.empty_like(dentering_BCHSP)
         for chunk in reversed(range(x_BCQHP.shape[1])):
