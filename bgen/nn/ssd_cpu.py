@@ -84,15 +84,17 @@ def _forward_unit(
     x_own, y_own = np.zeros((end - begin, wide, P), F), np.empty((end - begin, wide, P), F)
     cb, weight, totals = _room(wide, wide), _room(wide, wide), _row(wide)
     for chunk in range(C):
-        b_here[:Q], c_here[:Q], cb[:] = b[n, chunk, :, k], c[n, chunk, :, k], 0
+        _copy(b[n, chunk, :, k], b_here)
+        _copy(c[n, chunk, :, k], c_here)
+        _clear(cb)
         transpose(b_turned, b_here)
         add_product(cb[:Q], c_here[:Q], b_turned, BELOW)
         firsts = first[n % len(first), chunk % first.shape[1]]
         _gather(x[n, chunk, :, begin:end], x_own)
         for h in range(begin, end):
             x_here, y_here = x_own[h - begin], y_own[h - begin]
-            totals[:Q], y_here[:] = total[n, chunk, h], 0
-            _weights(cb, totals, firsts, weight)
+            _clear(y_here)
+            _weights(cb, total[n, chunk, h], firsts, totals, weight)
             if carried:
                 entering, leaving, by = states[n, chunk, h], states[n, chunk + 1, h], through[n, chunk, h]
                 _scale(c_here, from_start[n, chunk, h], scaled)
@@ -190,8 +192,10 @@ def _backward_unit(
     cb, weight, dcb, dweight = _room(wide, wide), _room(wide, wide), _room(wide, wide), _room(wide, wide)
     totals = _row(wide)
     for chunk in range(C - 1, -1, -1):
-        b_here[:Q], c_here[:Q], cb[:], dcb[:] = b[n, chunk, :, k], c[n, chunk, :, k], 0, 0
-        db_turned[:], dc_turned[:] = 0, 0
+        _copy(b[n, chunk, :, k], b_here)
+        _copy(c[n, chunk, :, k], c_here)
+        for sum_of_heads in (cb, dcb, db_turned, dc_turned):
+            _clear(sum_of_heads)
         transpose(b_turned, b_here)
         add_product(cb[:Q], c_here[:Q], b_turned, BELOW)
         firsts = first[n % len(first), chunk % first.shape[1]]
@@ -199,10 +203,12 @@ def _backward_unit(
         _gather(dy[n, chunk, :, begin:end], dy_own)
         for h in range(begin, end):
             x_here, dy_here, dx_here = x_own[h - begin], dy_own[h - begin], dx_own[h - begin]
-            totals[:Q], dweight[:], dx_here[:], dend = total[n, chunk, h], 0, 0, F(0)
+            dend = F(0)
+            _clear(dweight)
+            _clear(dx_here)
             transpose(x_turned, x_here)
             add_product(dweight[:Q], dy_here[:Q], x_turned, BELOW)
-            _weights_and_sum(cb, totals, firsts, dweight, weight, dcb)
+            _weights_and_sum(cb, total[n, chunk, h], firsts, totals, dweight, weight, dcb)
             add_product(dx_here[:Q], weight[:Q, :Q].T, dy_here[:Q], UPPER)
             if carried:
                 kept, since, by = to_end[n, chunk, h], from_start[n, chunk, h], through[n, chunk, h]
@@ -224,7 +230,8 @@ def _backward_unit(
         transpose(dc_here, dc_turned)
         add_product(db_here[:Q], dcb[:Q, :Q].T, c_here[:Q], UPPER)
         add_product(dc_here[:Q], dcb[:Q, :Q], b_here[:Q], LOWER)
-        db[n, chunk, :, k], dc[n, chunk, :, k] = db_here[:Q], dc_here[:Q]
+        _copy(db_here[:Q], db[n, chunk, :, k])
+        _copy(dc_here[:Q], dc[n, chunk, :, k])
 
 
 @_compile()
@@ -246,8 +253,13 @@ def _row(columns: int) -> F32:
 
 
 @_compile()
-def _weights(cb: F32, totals: F32, firsts: I64, out: F32) -> None:
-    """Write ``cb_ij exp(total_i - total_j)``, up to the whole vector that holds the diagonal."""
+def _weights(cb: F32, total: F32, firsts: I64, totals: F32, out: F32) -> None:
+    """Write ``cb_ij exp(total_i - total_j)``, up to the whole vector that holds the diagonal.
+
+    ``totals`` is room for ``total``, as long as whole vectors are.
+    """
+    for i in range(len(total)):
+        totals[i] = total[i]
     for i in range(len(firsts)):
         given, into, first = cb[i], out[i], firsts[i]
         for j in range((i // LANES + 1) * LANES):
@@ -255,8 +267,10 @@ def _weights(cb: F32, totals: F32, firsts: I64, out: F32) -> None:
 
 
 @_compile()
-def _weights_and_sum(cb: F32, totals: F32, firsts: I64, dweight: F32, out: F32, dcb: F32) -> None:
+def _weights_and_sum(cb: F32, total: F32, firsts: I64, totals: F32, dweight: F32, out: F32, dcb: F32) -> None:
     """Do as :func:`_weights`, and add their gradient's part that is that of ``cb``."""
+    for i in range(len(total)):
+        totals[i] = total[i]
     for i in range(len(firsts)):
         given, into, first, gradient, total = cb[i], out[i], firsts[i], dweight[i], dcb[i]
         for j in range((i // LANES + 1) * LANES):
@@ -284,6 +298,21 @@ def _scale_columns(t: F32, by: F32) -> None:
     for e in range(len(t)):
         for q in range(len(by)):
             t[e, q] *= by[q]
+
+
+@_compile()
+def _copy(t: F32, out: F32) -> None:
+    """Copy ``t`` into the first rows of ``out``; numba's own assignment takes seconds to compile."""
+    for q in range(len(t)):
+        for e in range(t.shape[1]):
+            out[q, e] = t[q, e]
+
+
+@_compile()
+def _clear(t: F32) -> None:
+    for q in range(len(t)):
+        for e in range(t.shape[1]):
+            t[q, e] = 0
 
 
 @_compile()
