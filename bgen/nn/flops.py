@@ -34,7 +34,10 @@ def set_attention(B: int, N: int, inducing: int, width: int) -> int:
 
 
 def ssd(B: int, T: int, inner: int, groups: int, state: int, chunk: int = 64) -> int:
-    """:func:`bgen.nn.ssd.ssd_chunked` without initial and final state; T counts as the whole chunks that it fills."""
+    """:func:`bgen.nn.ssd.ssd_chunked` without initial and final state; T counts as the whole chunks that it fills.
+
+    Both halves of the weights within a chunk count, as in torch; the compiled loop for CPUs leaves out the empty one.
+    """
     Q = min(T, chunk)
     C = math.ceil(T / Q)
     points = B * C * Q

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bgen.nn import ssd_cpu, ssd_torch
-from bgen.nn.cpu_matmul import LANES
 from bgen.nn.ssd_torch import Edges
 
 
@@ -93,7 +92,6 @@ def ssd_chunked(
     padding = -T % Q  # with log_decay = 0 and x = 0 the state passes through unchanged
     C = (T + padding) // Q
     steps = ssd_cpu if x_BTHP.device.type == "cpu" and wide == torch.float32 else ssd_torch
-    lanes = LANES if steps is ssd_cpu else 1
 
     def cut(t: Tensor, lanes: int = 1) -> Tensor:
         added = (0, -t.shape[-1] % lanes, *(0, 0) * (t.dim() - 3), 0, padding)
@@ -103,11 +101,11 @@ def ssd_chunked(
         # What has decayed by e^-50 is gone, in float64 too; sums that stay small keep the digits of the short gaps that
         # follow a long one.
         total_BCHQ = cut(log_decay_BTH.clamp_min(-50)).transpose(2, 3).contiguous().cumsum(-1)
-        x_BCQHP, b_BCQKS, c_BCQKS = (cut(t, lanes) for t in (x_BTHP, b_BTKS, c_BTKS))
+        x_BCQHP, b_BCQKS, c_BCQKS = (cut(t, steps.LANES) for t in (x_BTHP, b_BTKS, c_BTKS))
         run_BCQ = None if sequence_BT is None else _runs(sequence_BT, padding).unflatten(1, (C, Q))
         initial_BHSP = None
         if initial_BHPS is not None:
-            initial_BHSP = F.pad(initial_BHPS.to(wide).mT, (0, -P % lanes, 0, -S % lanes))
+            initial_BHSP = F.pad(initial_BHPS.to(wide).mT, (0, -P % steps.LANES, 0, -S % steps.LANES))
         # One chunk, and nobody asks for the state that it leaves: there is nothing to carry.
         carries = C > 1 or initial_BHPS is not None or want_state
         edges = _edges(total_BCHQ.detach(), run_BCQ) if carries else None

@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+LANES = 1
+"""P and S are multiples of it."""
+
 
 class Edges(NamedTuple):
     """What the state keeps: of a point until its chunk ends, until a point since its chunk began, through a chunk."""
