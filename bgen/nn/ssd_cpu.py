@@ -84,11 +84,7 @@ def _forward_unit(
     x_own, y_own = np.zeros((end - begin, wide, P), F), np.empty((end - begin, wide, P), F)
     cb, weight, totals = _room(wide, wide), _room(wide, wide), _row(wide)
     for chunk in range(C):
-        _copy(b[n, chunk, :, k], b_here)
-        _copy(c[n, chunk, :, k], c_here)
-        _clear(cb)
-        transpose(b_turned, b_here)
-        add_product(cb[:Q], c_here[:Q], b_turned, BELOW)
+        _take_maps(b[n, chunk, :, k], c[n, chunk, :, k], b_here, c_here, b_turned, cb)
         firsts = first[n % len(first), chunk % first.shape[1]]
         _gather(x[n, chunk, :, begin:end], x_own)
         for h in range(begin, end):
@@ -192,12 +188,9 @@ def _backward_unit(
     cb, weight, dcb, dweight = _room(wide, wide), _room(wide, wide), _room(wide, wide), _room(wide, wide)
     totals = _row(wide)
     for chunk in range(C - 1, -1, -1):
-        _copy(b[n, chunk, :, k], b_here)
-        _copy(c[n, chunk, :, k], c_here)
-        for sum_of_heads in (cb, dcb, db_turned, dc_turned):
+        _take_maps(b[n, chunk, :, k], c[n, chunk, :, k], b_here, c_here, b_turned, cb)
+        for sum_of_heads in (dcb, db_turned, dc_turned):
             _clear(sum_of_heads)
-        transpose(b_turned, b_here)
-        add_product(cb[:Q], c_here[:Q], b_turned, BELOW)
         firsts = first[n % len(first), chunk % first.shape[1]]
         _gather(x[n, chunk, :, begin:end], x_own)
         _gather(dy[n, chunk, :, begin:end], dy_own)
@@ -243,6 +236,17 @@ def _heads(unit: int, split: int, H: int, K: int) -> tuple[int, int, int, int]:
 
 
 @_compile()
+def _take_maps(b: F32, c: F32, b_here: F32, c_here: F32, b_turned: F32, cb: F32) -> None:
+    """Copy ``b`` and ``c [Q, S]`` of a chunk and group, and write ``cb_ij = c_i . b_j`` for j up to i."""
+    Q = len(b)
+    _copy(b, b_here)
+    _copy(c, c_here)
+    transpose(b_turned, b_here)
+    _clear(cb)
+    add_product(cb[:Q], c_here[:Q], b_turned, BELOW)
+
+
+@_compile()
 def _room(rows: int, columns: int) -> F32:
     return np.zeros((rows, columns), F)
 
@@ -272,11 +276,11 @@ def _weights_and_sum(cb: F32, total: F32, firsts: I64, totals: F32, dweight: F32
     for i in range(len(total)):
         totals[i] = total[i]
     for i in range(len(firsts)):
-        given, into, first, gradient, total = cb[i], out[i], firsts[i], dweight[i], dcb[i]
+        given, into, first, gradient, sums = cb[i], out[i], firsts[i], dweight[i], dcb[i]
         for j in range((i // LANES + 1) * LANES):
             by = _decay(totals, i, j, first)
             into[j] = given[j] * by
-            total[j] += gradient[j] * by
+            sums[j] += gradient[j] * by
 
 
 @numba.njit(cache=True, error_model="numpy", fastmath={"contract", "nsz"}, forceinline=True)
