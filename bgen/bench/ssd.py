@@ -1,6 +1,7 @@
 """``bgen bench ssd``: the chunked state-space scan beside the plain loop, and our Mamba-2 block beside Transformers'.
 
-Forward and backward on one thread of the CPU; ratios of medians, the repetitions interleaved.
+Forward and backward on one thread of the CPU, with freed memory kept as in training; ratios of medians, the repetitions
+interleaved.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from bgen.config.backbone import Mamba2Config, TimeConfig
 from bgen.nn.mamba2 import Mamba2
 from bgen.nn.points import Points
 from bgen.nn.ssd import ssd_chunked, ssd_sequential
+from bgen.train.heap import keep_heap
 
 SHAPES = ((64, 32), (512, 4), (2048, 1))
 """(length, sequences): 2,048 points in all."""
@@ -39,6 +41,7 @@ def bench_ssd(repetitions: int = 5, say: Say = lambda line: None) -> dict[str, A
         ``scan``: per length the medians of chunked and loop and how many times faster chunked is; ``block``: our
         Mamba-2 block, and that of the transformers library where it is installed.
     """
+    keep_heap()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -143,9 +143,9 @@ class _Chunks(torch.autograd.Function):
     """The chunked scan and its gradient.
 
     Within a chunk ``y_i = sum over j <= i of W_ij x_j``, ``W_ij = (c_i . b_j) exp(total_i - total_j)``; from chunk to
-    chunk goes the state. The weights W are not kept, but computed again for the gradient. That of ``total`` needs none
-    of them: where total_i stands it multiplies a part of y_i, and where -total_j stands a part of what x_j does: it is
-    ``dy_i . y_i - x_i . dx_i``, and at the end of a chunk what the state that leaves it does too.
+    chunk goes the state. The weights W are not kept, but computed again for the gradient. That of ``total_i`` is what
+    comes to point i (row i of ``W dW``, and what the state brings) less what goes out from it (column i, and what it
+    adds to the state); at the end of a chunk what the state that leaves it does, too.
     """
 
     @staticmethod
@@ -162,7 +162,7 @@ class _Chunks(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         """Return ``y_BCQHP`` and the state after the last chunk, where ``edges`` say what goes from chunk to chunk."""
         y_BCQHP, states = steps.forward(x_BCQHP, total_BCHQ, b_BCQKS, c_BCQKS, first_BCQ, initial_BHSP, edges)
-        ctx.save_for_backward(x_BCQHP, total_BCHQ, b_BCQKS, c_BCQKS, first_BCQ, y_BCQHP, states)
+        ctx.save_for_backward(x_BCQHP, total_BCHQ, b_BCQKS, c_BCQKS, first_BCQ, states)
         ctx.edges, ctx.steps = edges, steps
         return y_BCQHP, None if states is None else states[:, -1].clone()
 
@@ -170,7 +170,7 @@ class _Chunks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy_BCQHP: Tensor, dlast_BHSP: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of the inputs."""
-        x_BCQHP, total_BCHQ, b_BCQKS, c_BCQKS, first_BCQ, y_BCQHP, states = ctx.saved_tensors
+        x_BCQHP, total_BCHQ, b_BCQKS, c_BCQKS, first_BCQ, states = ctx.saved_tensors
         dx, dtotal, db, dc, dinitial = ctx.steps.backward(
             x_BCQHP,
             total_BCHQ,
@@ -178,7 +178,6 @@ class _Chunks(torch.autograd.Function):
             c_BCQKS,
             first_BCQ,
             ctx.edges,
-            y_BCQHP,
             states,
             dy_BCQHP.contiguous(),
             dlast_BHSP,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bgen.nn.cpu_math import exp_not_above_one
-from bgen.nn.cpu_matmul import BELOW, FULL, LANES, LOWER, UPPER, add_product, transpose
+from bgen.nn.cpu_matmul import BELOW, FULL, LANES, LOWER, UPPER, add_product, mix_product, put_product, transpose
 from bgen.nn.ssd_torch import Edges
 from bgen.nn.threads import parts
 
@@ -81,25 +81,23 @@ def _forward_unit(
     n, k, begin, end = _heads(unit, split, H, K)
     wide = -(-Q // LANES) * LANES
     b_here, c_here, scaled, b_turned = _room(wide, S), _room(wide, S), _room(wide, S), _room(S, wide)
-    x_own, y_own = np.zeros((end - begin, wide, P), F), np.empty((end - begin, wide, P), F)
-    cb, weight, totals = _room(wide, wide), _room(wide, wide), _row(wide)
+    x_own, y_here = np.zeros((end - begin, wide, P), F), _room(wide, P)
+    cb, weight, totals, ones = _room(wide, wide), _room(wide, wide), _row(wide), np.ones(S, F)
     for chunk in range(C):
         _take_maps(b[n, chunk, :, k], c[n, chunk, :, k], b_here, c_here, b_turned, cb)
         firsts = first[n % len(first), chunk % first.shape[1]]
         _gather(x[n, chunk, :, begin:end], x_own)
         for h in range(begin, end):
-            x_here, y_here = x_own[h - begin], y_own[h - begin]
-            _clear(y_here)
+            x_here, to = x_own[h - begin, :Q], y[n, chunk, :, h]
             _weights(cb, total[n, chunk, h], firsts, totals, weight)
             if carried:
                 entering, leaving, by = states[n, chunk, h], states[n, chunk + 1, h], through[n, chunk, h]
-                _scale(c_here, from_start[n, chunk, h], scaled)
-                add_product(y_here[:Q], scaled[:Q], entering, FULL)
+                put_product(y_here[:Q], weight[:Q, :Q], x_here, LOWER)
+                mix_product(to, F(1), y_here[:Q], from_start[n, chunk, h], c_here[:Q], entering)
                 _scale(b_here, to_end[n, chunk, h], scaled)
-                _shrink(entering, by, leaving)
-                add_product(leaving, scaled[:Q].T, x_here[:Q], FULL)
-            add_product(y_here[:Q], weight[:Q, :Q], x_here[:Q], LOWER)
-        _scatter(y_own, y[n, chunk, :, begin:end])
+                mix_product(leaving, by, entering, ones, scaled[:Q].T, x_here)
+            else:
+                put_product(to, weight[:Q, :Q], x_here, LOWER)
 
 
 @_compile(parallel=True)
@@ -109,7 +107,6 @@ def _backward(
     b: F32,
     c: F32,
     first: I64,
-    y: F32,
     dy: F32,
     carried: bool,
     to_end: F32,
@@ -137,7 +134,6 @@ def _backward(
                 b,
                 c,
                 first,
-                y,
                 dy,
                 carried,
                 to_end,
@@ -161,7 +157,6 @@ def _backward_unit(
     b: F32,
     c: F32,
     first: I64,
-    y: F32,
     dy: F32,
     carried: bool,
     to_end: F32,
@@ -181,46 +176,45 @@ def _backward_unit(
     n, k, begin, end = _heads(unit, split, H, K)
     wide = -(-Q // LANES) * LANES
     b_here, c_here, scaled, b_turned = _room(wide, S), _room(wide, S), _room(wide, S), _room(S, wide)
-    db_here, dc_here, db_turned, dc_turned = _room(wide, S), _room(wide, S), _room(S, wide), _room(S, wide)
-    turned, x_turned = _room(P, wide), _room(P, wide)
-    R = end - begin
-    x_own, dy_own, dx_own = np.zeros((R, wide, P), F), np.zeros((R, wide, P), F), np.zeros((R, wide, P), F)
+    db_here, dc_here = _room(wide, S), _room(wide, S)
+    x_turned, dx_here, turned = _room(P, wide), _room(wide, P), _room(P, S)
+    x_own, dy_own = np.zeros((end - begin, wide, P), F), np.zeros((end - begin, wide, P), F)
     cb, weight, dcb, dweight = _room(wide, wide), _room(wide, wide), _room(wide, wide), _room(wide, wide)
-    totals = _row(wide)
+    totals, ones = _row(wide), np.ones(S, F)
     for chunk in range(C - 1, -1, -1):
         _take_maps(b[n, chunk, :, k], c[n, chunk, :, k], b_here, c_here, b_turned, cb)
-        for sum_of_heads in (dcb, db_turned, dc_turned):
+        for sum_of_heads in (dcb, db_here, dc_here):
             _clear(sum_of_heads)
         firsts = first[n % len(first), chunk % first.shape[1]]
         _gather(x[n, chunk, :, begin:end], x_own)
         _gather(dy[n, chunk, :, begin:end], dy_own)
         for h in range(begin, end):
-            x_here, dy_here, dx_here = x_own[h - begin], dy_own[h - begin], dx_own[h - begin]
-            dend = F(0)
-            _clear(dweight)
-            _clear(dx_here)
+            x_here, dy_here, to, dtotal_here = (
+                x_own[h - begin],
+                dy_own[h - begin, :Q],
+                dx[n, chunk, :, h],
+                dtotal[n, chunk, h],
+            )
             transpose(x_turned, x_here)
-            add_product(dweight[:Q], dy_here[:Q], x_turned, BELOW)
+            put_product(dweight[:Q], dy_here, x_turned, BELOW)
             _weights_and_sum(cb, total[n, chunk, h], firsts, totals, dweight, weight, dcb)
-            add_product(dx_here[:Q], weight[:Q, :Q].T, dy_here[:Q], UPPER)
+            _add_row_sums_less_column_sums(dweight, dtotal_here)
             if carried:
                 kept, since, by = to_end[n, chunk, h], from_start[n, chunk, h], through[n, chunk, h]
                 entering, leaving, dleaving = states[n, chunk, h], states[n, chunk + 1, h], dstate[n, h]
-                _scale(b_here, kept, scaled)
-                add_product(dx_here[:Q], scaled[:Q], dleaving, FULL)
-                _scale_columns(x_turned, kept)
-                add_product(db_turned, dleaving, x_turned, FULL)
-                transpose(turned, dy_here)
-                _scale_columns(turned, since)
-                add_product(dc_turned, entering, turned, FULL)
-                dend = _dot_and_scale(dleaving, leaving, by)
+                put_product(dx_here[:Q], weight[:Q, :Q].T, dy_here, UPPER)
+                mix_product(to, F(1), dx_here[:Q], kept, b_here[:Q], dleaving)
+                transpose(turned, dleaving)
+                put_product(scaled[:Q], x_here[:Q], turned, FULL)
+                _add_by_point(scaled, kept, b_here, db_here, F(-1), dtotal_here)
+                transpose(turned, entering)
+                put_product(scaled[:Q], dy_here, turned, FULL)
+                _add_by_point(scaled, since, c_here, dc_here, F(1), dtotal_here)
+                dtotal_here[Q - 1] += _dot(dleaving, leaving)
                 _scale(c_here, since, scaled)
-                add_product(dleaving, scaled[:Q].T, dy_here[:Q], FULL)
-            dtotal[n, chunk, h, Q - 1] = dend
-        _scatter(dx_own, dx[n, chunk, :, begin:end])
-        _add_difference(dy_own, y[n, chunk, :, begin:end], x_own, dx_own, dtotal[n, chunk, begin:end])
-        transpose(db_here, db_turned)
-        transpose(dc_here, dc_turned)
+                mix_product(dleaving, by, dleaving, ones, scaled[:Q].T, dy_here)
+            else:
+                put_product(to, weight[:Q, :Q].T, dy_here, UPPER)
         add_product(db_here[:Q], dcb[:Q, :Q].T, c_here[:Q], UPPER)
         add_product(dc_here[:Q], dcb[:Q, :Q], b_here[:Q], LOWER)
         _copy(db_here[:Q], db[n, chunk, :, k])
@@ -242,8 +236,7 @@ def _take_maps(b: F32, c: F32, b_here: F32, c_here: F32, b_turned: F32, cb: F32)
     _copy(b, b_here)
     _copy(c, c_here)
     transpose(b_turned, b_here)
-    _clear(cb)
-    add_product(cb[:Q], c_here[:Q], b_turned, BELOW)
+    put_product(cb[:Q], c_here[:Q], b_turned, BELOW)
 
 
 @_compile()
@@ -272,7 +265,7 @@ def _weights(cb: F32, total: F32, firsts: I64, totals: F32, out: F32) -> None:
 
 @_compile()
 def _weights_and_sum(cb: F32, total: F32, firsts: I64, totals: F32, dweight: F32, out: F32, dcb: F32) -> None:
-    """Do as :func:`_weights`, and add their gradient's part that is that of ``cb``."""
+    """Do as :func:`_weights`, add their gradient's part that is that of ``cb``, and multiply it by the weights."""
     for i in range(len(total)):
         totals[i] = total[i]
     for i in range(len(firsts)):
@@ -281,6 +274,30 @@ def _weights_and_sum(cb: F32, total: F32, firsts: I64, totals: F32, dweight: F32
             by = _decay(totals, i, j, first)
             into[j] = given[j] * by
             sums[j] += gradient[j] * by
+            gradient[j] *= into[j]
+
+
+@_compile("reassoc")
+def _add_row_sums_less_column_sums(t: F32, out: F32) -> None:
+    """Add to ``out [Q]`` the sums of ``t``'s rows less those of its columns, both of what is below the diagonal."""
+    for i in range(len(out)):
+        row, total = t[i], F(0)
+        for j in range(i):
+            total += row[j]
+            out[j] -= row[j]
+        out[i] += total
+
+
+@_compile("reassoc")
+def _add_by_point(t: F32, by: F32, given: F32, sums: F32, sign: float, out: F32) -> None:
+    """Add ``diag(by) @ t`` to ``sums``, and ``sign`` times its product with ``given``, point by point, to ``out``."""
+    for q in range(len(by)):
+        total = F(0)
+        for s in range(t.shape[1]):
+            value = by[q] * t[q, s]
+            sums[q, s] += value
+            total += value * given[q, s]
+        out[q] += sign * total
 
 
 @numba.njit(cache=True, error_model="numpy", fastmath={"contract", "nsz"}, forceinline=True)
@@ -298,13 +315,6 @@ def _scale(t: F32, by: F32, out: F32) -> None:
 
 
 @_compile()
-def _scale_columns(t: F32, by: F32) -> None:
-    for e in range(len(t)):
-        for q in range(len(by)):
-            t[e, q] *= by[q]
-
-
-@_compile()
 def _copy(t: F32, out: F32) -> None:
     """Copy ``t`` into the first rows of ``out``; numba's own assignment takes seconds to compile."""
     for q in range(len(t)):
@@ -319,35 +329,13 @@ def _clear(t: F32) -> None:
             t[q, e] = 0
 
 
-@_compile()
-def _shrink(t: F32, by: float, out: F32) -> None:
-    for s in range(len(t)):
-        for p in range(t.shape[1]):
-            out[s, p] = by * t[s, p]
-
-
 @_compile("reassoc")
-def _dot_and_scale(t: F32, other: F32, by: float) -> Any:
-    """Return the sum of ``t * other``, and multiply ``t``."""
+def _dot(t: F32, other: F32) -> Any:
     total = F(0)
     for s in range(len(t)):
         for p in range(t.shape[1]):
             total += t[s, p] * other[s, p]
-            t[s, p] *= by
     return total
-
-
-@_compile("reassoc")
-def _add_difference(dy: F32, y: F32, x: F32, dx: F32, out: F32) -> None:
-    """Add the sum over the channels of ``dy * y - x * dx`` to ``out [R, Q]``; ``y [Q, R, P]``, the others by head."""
-    for q in range(len(y)):
-        for r in range(y.shape[1]):
-            gained, given = F(0), F(0)
-            a, b, c, d = dy[r, q], y[q, r], x[r, q], dx[r, q]
-            for p in range(y.shape[2]):
-                gained += a[p] * b[p]
-                given += c[p] * d[p]
-            out[r, q] += gained - given
 
 
 @_compile()
@@ -357,16 +345,6 @@ def _gather(t: F32, out: F32) -> None:
         for r in range(t.shape[1]):
             given, into = t[q, r], out[r, q]
             for p in range(t.shape[2]):
-                into[p] = given[p]
-
-
-@_compile()
-def _scatter(t: F32, out: F32) -> None:
-    """Copy ``t [R, Q, P]`` into ``out [Q, R, P]`` in the order of the memory."""
-    for q in range(len(out)):
-        for r in range(out.shape[1]):
-            given, into = t[r, q], out[q, r]
-            for p in range(out.shape[2]):
                 into[p] = given[p]
 
 
@@ -398,7 +376,6 @@ def backward(
     c_BCQKS: Tensor,
     first_BCQ: Tensor | None,
     edges: Edges | None,
-    y_BCQHP: Tensor,
     states: Tensor | None,
     dy_BCQHP: Tensor,
     dlast_BHSP: Tensor | None,
@@ -409,7 +386,7 @@ def backward(
     db, dc = (b_BCQKS.new_empty(split, *b_BCQKS.shape) for _ in range(2))
     dstate_BHSP = None if dlast_BHSP is None else dlast_BHSP.clone(memory_format=torch.contiguous_format)
     _backward(
-        *_arrays(x_BCQHP, total_BCHQ, b_BCQKS, c_BCQKS, _or_zero(first_BCQ, x_BCQHP.shape[2]), y_BCQHP, dy_BCQHP),
+        *_arrays(x_BCQHP, total_BCHQ, b_BCQKS, c_BCQKS, _or_zero(first_BCQ, x_BCQHP.shape[2]), dy_BCQHP),
         edges is not None,
         *_edges(edges),
         *_arrays(_or_empty(states, 5)),

@@ -58,7 +58,6 @@ def backward(
     c_BCQKS: Tensor,
     first_BCQ: Tensor | None,
     edges: Edges | None,
-    y_BCQHP: Tensor,
     states: Tensor | None,
     dy_BCQHP: Tensor,
     dlast_BHSP: Tensor | None,
@@ -68,10 +67,14 @@ def backward(
     x_BCKRQP, dy_BCKRQP = _by_head(x_BCQHP, groups), _by_head(dy_BCQHP, groups)
     b_BCK1QS, c_BCK1QS = _by_group(b_BCQKS), _by_group(c_BCQKS)
     decay_BCKRQQ = _decay(total_BCHQ.unflatten(2, (groups, -1)), first_BCQ)
-    dcb_BCK1QQ = ((dy_BCKRQP @ x_BCKRQP.mT) * decay_BCKRQQ).sum(3, keepdim=True)
-    dx_BCKRQP = (decay_BCKRQQ.mul_(c_BCK1QS @ b_BCK1QS.mT)).mT @ dy_BCKRQP
+    cb_BCK1QQ = c_BCK1QS @ b_BCK1QS.mT
+    ddecay_BCKRQQ = (dy_BCKRQP @ x_BCKRQP.mT).mul_(decay_BCKRQQ)
+    dcb_BCK1QQ = ddecay_BCKRQQ.sum(3, keepdim=True)
+    ddecay_BCKRQQ.mul_(cb_BCK1QQ)
+    dtotal_BCKRQ = ddecay_BCKRQQ.sum(-1) - ddecay_BCKRQQ.sum(-2)
+    dx_BCKRQP = decay_BCKRQQ.mul_(cb_BCK1QQ).mT @ dy_BCKRQP
     db_BCK1QS, dc_BCK1QS = dcb_BCK1QQ.mT @ c_BCK1QS, dcb_BCK1QQ @ b_BCK1QS
-    dstate_BHSP, dend_BCH = None, None
+    dstate_BHSP = None
     if edges is not None and states is not None and dlast_BHSP is not None:
         to_end, from_start = (
             t.unflatten(2, (groups, -1))[..., None] for t in (edges.to_end_BCHQ, edges.from_start_BCHQ)
@@ -84,16 +87,15 @@ def backward(
             through = edges.through_BCH[:, chunk, :, None, None]
             dstate_BHSP = torch.addcmul(dentering_BCHSP[:, chunk], dstate_BHSP, through)
         later_BCKRSP = dleaving_BCHSP.unflatten(2, (groups, -1))
-        dc_BCK1QS += (kept_BCKRQP @ states[:, :-1].unflatten(2, (groups, -1)).mT).sum(3, keepdim=True)
-        db_BCK1QS += ((x_BCKRQP * to_end) @ later_BCKRSP.mT).sum(3, keepdim=True)
+        dc_BCKRQS = kept_BCKRQP @ states[:, :-1].unflatten(2, (groups, -1)).mT
+        db_BCKRQS = (x_BCKRQP * to_end) @ later_BCKRSP.mT
+        dtotal_BCKRQ += (dc_BCKRQS * c_BCK1QS).sum(-1) - (db_BCKRQS * b_BCK1QS).sum(-1)
+        dc_BCK1QS += dc_BCKRQS.sum(3, keepdim=True)
+        db_BCK1QS += db_BCKRQS.sum(3, keepdim=True)
         dx_BCKRQP.addcmul_(b_BCK1QS @ later_BCKRSP, to_end)
-        dend_BCH = (dleaving_BCHSP * states[:, 1:]).sum((3, 4))
-    dx_BCQHP = _by_point(dx_BCKRQP)
-    dtotal_BCHQ = ((dy_BCQHP * y_BCQHP).sum(-1) - (x_BCQHP * dx_BCQHP).sum(-1)).transpose(2, 3)
-    if dend_BCH is not None:
-        dtotal_BCHQ[..., -1] += dend_BCH
+        dtotal_BCKRQ[..., -1] += (dleaving_BCHSP * states[:, 1:]).sum((3, 4)).unflatten(2, (groups, -1))
     db_BCQKS, dc_BCQKS = (t[:, :, :, 0].transpose(2, 3) for t in (db_BCK1QS, dc_BCK1QS))
-    return dx_BCQHP, dtotal_BCHQ, db_BCQKS, dc_BCQKS, dstate_BHSP
+    return _by_point(dx_BCKRQP), dtotal_BCKRQ.flatten(2, 3), db_BCQKS, dc_BCQKS, dstate_BHSP
 
 
 def _by_head(t_BCQHP: Tensor, groups: int) -> Tensor:

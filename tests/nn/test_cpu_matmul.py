@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bgen.nn.cpu_matmul import BELOW, FULL, LANES, LOWER, ROWS, UPPER, add_product, transpose
+from bgen.nn.cpu_matmul import (
+    BELOW,
+    FULL,
+    LANES,
+    LOWER,
+    ROWS,
+    UPPER,
+    add_product,
+    mix_product,
+    put_product,
+    transpose,
+)
 
 Matrix = NDArray[np.float32]
 
@@ -15,6 +26,16 @@ Matrix = NDArray[np.float32]
 @numba.njit
 def _add(out: Matrix, a: Matrix, b: Matrix, part: int) -> None:
     add_product(out, a, b, part)
+
+
+@numba.njit
+def _put(out: Matrix, a: Matrix, b: Matrix, part: int) -> None:
+    put_product(out, a, b, part)
+
+
+@numba.njit
+def _mix(out: Matrix, keep: float, source: Matrix, by: Matrix, a: Matrix, b: Matrix) -> None:
+    mix_product(out, np.float32(keep), source, by, a, b)
 
 
 def draw(*shape: int) -> Matrix:
@@ -58,6 +79,29 @@ def test_only_the_part_up_to_the_diagonal_is_written() -> None:
     i = np.arange(48)
     wanted = i[None] // LANES * LANES < (i[:, None] // ROWS + 1) * ROWS
     np.testing.assert_allclose(out, np.where(wanted, a.astype(np.float64) @ b, 0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", [FULL, LOWER, UPPER])
+def test_what_stood_there_before_does_not_matter_to_a_product_that_is_put(part: int) -> None:
+    a, b = draw(21, 21), draw(21, 48)
+    a = {FULL: a, LOWER: np.tril(a), UPPER: np.triu(a)}[part]
+    out = np.full((21, 48), np.nan, np.float32)
+    _put(out, a, b, part)
+    np.testing.assert_allclose(out, a.astype(np.float64) @ b, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("M", [1, 21, 64])
+@pytest.mark.parametrize("keep", [0.0, 0.3])
+def test_a_product_is_mixed_with_a_source(M: int, keep: float) -> None:
+    a, b, by, source = draw(M, 17), draw(17, 48), draw(M, 1)[:, 0].copy(), draw(M, 50)[:, 1:49]
+    expected = keep * source.astype(np.float64) + by[:, None].astype(np.float64) * (a.astype(np.float64) @ b)
+    out = np.full((M, 60), np.nan, np.float32)
+    _mix(out[:, 5:53], keep, source, by, a, b)
+    np.testing.assert_allclose(out[:, 5:53], expected, rtol=0, atol=1e-4)
+    assert np.isnan(out[:, :5]).all()
+    assert np.isnan(out[:, 53:]).all()
+    _mix(source, keep, source, by, a, b)
+    np.testing.assert_array_equal(source, out[:, 5:53])
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (32, 64), (80, 16)])
