@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numba
 import pytest
 import torch
 from torch import Tensor
 
 from bgen.nn.ssd import ssd_chunked, ssd_sequential
+from bgen.nn.ssd_cpu import _shares
 
 torch.set_num_threads(1)
 
@@ -65,12 +67,24 @@ def test_chunked_equals_loop(T: int, K: int, initial: bool, packed: bool) -> Non
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_compiled_parts_equal_the_loop(T: int, K: int, initial: bool, packed: bool, threads: int) -> None:
-    made = inputs(T, K=K, initial=initial, packed=packed, P=16, S=17)
+    held_to_the_loop(inputs(T, K=K, initial=initial, packed=packed, P=16, S=17), threads)
+
+
+@pytest.mark.parametrize("H", [4, 5])
+def test_the_heads_of_one_group_are_shared_among_threads(H: int) -> None:
+    made = inputs(600, H=H, B=1, P=16, S=17, initial=True)
+    assert _shares(made["x_BTHP"][:, None], made["b_BTKS"][:, None]) == (1, 1)
+    held_to_the_loop(made, threads=2, split=min(2, numba.config.NUMBA_NUM_THREADS))
+
+
+def held_to_the_loop(made: Inputs, threads: int, split: int | None = None) -> None:
     single = {k: v.float() if v.is_floating_point() else v for k, v in made.items()}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         found = {chunk: values_and_gradients(ssd_chunked, single, chunk=chunk, want_state=True) for chunk in (24, 64)}
+        if split is not None:
+            assert _shares(made["x_BTHP"][:, None], made["b_BTKS"][:, None])[0] == split
     finally:
         torch.set_num_threads(before)
     wide = {k: v.double() if v.is_floating_point() else v for k, v in single.items()}
