@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from bgen.checkpoint import files
+from bgen.checkpoint import files, shards
 from bgen.checkpoint.commit import Checkpoints
 from bgen.checkpoint.shards import Shards
 from bgen.config.errors import UserError
@@ -66,7 +66,7 @@ def load_engine(folder: Path, module: nn.Module, config: TrainConfig, out: Path)
     Raises
     ------
     UserError
-        If the checkpoint was written by another version of bgen, or with another optimiser.
+        If the checkpoint was written by another version of bgen, with another optimiser, or of another model.
     """
     world = ranks.current()
     manifest = files.read_manifest(folder)
@@ -76,11 +76,25 @@ def load_engine(folder: Path, module: nn.Module, config: TrainConfig, out: Path)
             f"use: set train.optimizer={manifest['optimizer']}, or start a new run."
         )
     saved = Shards(folder)
+    _check_model(folder, saved, module)
     engine = Engine(module, config, world, out, saved)
     then, now = (manifest["ranks"], manifest["zero"]), (world.size, config.zero)
     if then == now:
         return engine, saved, []
     return engine, saved, [f"{folder.name}: converted from {_layout(*then)} to {_layout(*now)}"]
+
+
+def _check_model(folder: Path, saved: Shards, module: nn.Module) -> None:
+    there = {name: saved.shapes[name] for name in saved.names(shards.WEIGHT)}
+    here = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+    other = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    if other:
+        shown = "\n".join(f"  {name}: there {there.get(name)}, here {here.get(name)}" for name in other[:5])
+        raise UserError(
+            f"{folder} holds another model than this run's ({len(other)} parameters differ):\n{shown}\n"
+            "Give the run the settings of the model that it began with. If they are the same, an earlier bgen built it: "
+            "finish the run with that one, or start a new run with another out=."
+        )
 
 
 def _layout(world_size: int, zero: int) -> str:

@@ -148,6 +148,22 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
         Trainer(stage.config, stage).fit(resume=True)
 
 
+def test_another_model_than_the_checkpoint_holds_is_named(tmp_path: Path) -> None:
+    config = toy_config(tmp_path / "run", {"steps": 2})
+    run(config)
+    wider, longer = ToyStage(config), ToyStage(config)
+    assert isinstance(wider.module, ToyModel)
+    assert isinstance(longer.module, ToyModel)
+    wider.module.body[0] = torch.nn.Linear(8, 17)
+    longer.module.body.append(torch.nn.Linear(1, 1))
+    for stage, line in (
+        (wider, r"  body\.0\.bias: there \(16,\), here \(17,\)"),
+        (longer, r"  body\.5\.bias: there None, here \(1,\)"),
+    ):
+        with pytest.raises(UserError, match=rf"holds another model than this run's \(2 parameters differ\):\n{line}\n"):
+            Trainer(config, stage).fit(resume=True)
+
+
 def test_resume_before_the_first_checkpoint_starts_the_same_run(tmp_path: Path) -> None:
     config = toy_config(tmp_path / "run", {"steps": 3})
     straight, _ = run(config)
