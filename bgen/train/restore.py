@@ -92,7 +92,7 @@ def _check_model(folder: Path, saved: Shards, module: nn.Module) -> None:
         shown = "\n".join(f"  {name}: there {there.get(name)}, here {here.get(name)}" for name in other[:5])
         raise UserError(
             f"{folder} holds another model than this run's ({len(other)} parameters differ):\n{shown}\n"
-            "Give the run the settings of the model that it began with. If they are the same, an earlier bgen built it: "
+            "Give the run the settings of the model that it began with. If they are the same, an earlier bgen made it: "
             "finish the run with that one, or start a new run with another out=."
         )
 
