@@ -69,6 +69,7 @@ def test_counts_go_the_way_of_a_user(bgen: Any, demo: Any, tmp_path: Path) -> No
     assert [path.name for path in (tmp_path / "bench").iterdir()] == ["time.json"]
 
 
+@pytest.mark.slow  # one more variant of the test before
 def test_forecasts_stand_beside_the_last_time_point(bgen: Any, demo: Any, tmp_path: Path) -> None:
     asked = ["bench", "time", "--seeds", 2, "--steps", 20, "--solver-steps", 1, "--forecast", "--out", tmp_path / "out"]
     done = bgen(*asked, demo.cells, "--data", "simulated")

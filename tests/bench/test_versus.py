@@ -45,9 +45,9 @@ def test_our_side(tmp_path: Path) -> None:
     assert (facts["train"], facts["test"], facts["genes"]) == (3200, 800, 200)
     job = Job("bgen", str(tmp_path), str(tmp_path / "a"), 128, 2, 1, 32, 4, 1e-3, "float32", ranks=1, threads=1, seed=0)
     short = run(job)
-    long = run(replace(job, out=str(tmp_path / "b"), epochs=30, kl_epochs=5))
+    long = run(replace(job, out=str(tmp_path / "b"), epochs=12, kl_epochs=5))
     assert short["cells_per_s"] * short["seconds"] == pytest.approx(25 * 128)
-    assert long["cells_per_s"] * long["seconds"] == pytest.approx(29 * 25 * 128)
+    assert long["cells_per_s"] * long["seconds"] == pytest.approx(11 * 25 * 128)
     assert long["bound"] == pytest.approx(long["nll"] + long["kl"])
     assert long["bound"] < short["bound"]
     train, test = (sp.load_npz(tmp_path / f"{name}.npz").toarray().astype(float) for name in ("train", "test"))

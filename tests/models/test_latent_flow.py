@@ -163,7 +163,7 @@ class KnownLatents(VAE):
         return torch.stack((side + 0.3 * torch.randn(len(batch)), torch.randn(len(batch))), dim=1)
 
 
-@pytest.mark.parametrize("prediction", ["velocity", "data"])
+@pytest.mark.parametrize("prediction", ["velocity", pytest.param("data", marks=pytest.mark.slow)])
 def test_the_flow_learns_a_mixture_in_latent_space(prediction: str) -> None:
     torch.manual_seed(0)
     vae = KnownLatents(VAEConfig(latent=1, hidden=8), G, {})
