@@ -6,7 +6,6 @@ Axes: B cells, G genes.
 from __future__ import annotations
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from bgen.nn.random import Stream, uniform64
@@ -28,6 +27,8 @@ def sample_negative_binomial(mu: Tensor, theta: Tensor, keys: Tensor) -> Tensor:
 
     large = mu > _SEARCHED
     if large.any():
+        from scipy import stats  # takes most of a second to import, in every process that trains
+
         mean, size, quantile = (values[large].cpu().numpy() for values in (mu, theta, uniforms))
         drawn = torch.from_numpy(stats.nbinom.ppf(quantile, size, size / (size + mean)))
         counts[large.view(-1)] = drawn.to(counts)

@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -237,10 +238,23 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _without_mlflow() -> Iterator[None]:
+    """Let DeepSpeed not find MLflow, which its autotuner imports if it is there: half of DeepSpeed's start."""
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
+
+
 def _import_deepspeed(world: World) -> Any:
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    with _quiet():
+    with _quiet(), _without_mlflow():
         import deepspeed
         import deepspeed.comm
         import deepspeed.ops

@@ -47,6 +47,7 @@ def two_ranks(folder: Path) -> dict[str, Any]:
         again, _ = run(toy_config(folder / f"one_rank_{zero}", {"zero": zero, "steps": 60}), resume=True)
         found[f"from_one_rank_{zero}"] = resumed.losses + again.losses
         found[f"poisoned_{zero}"] = poisoned(folder / f"poisoned_{zero}", zero)
+    found["imported"] = [name for name in ("deepspeed", "mlflow", "scipy.stats") if name in sys.modules]
     return found
 
 

@@ -68,6 +68,10 @@ def test_two_ranks_have_the_losses_of_one(two_ranks: Path, one_rank: dict[int, l
     assert result(two_ranks, 1)[f"straight_{zero}"] == straight
 
 
+def test_a_rank_imports_nothing_slow_that_it_does_not_need(two_ranks: Path) -> None:
+    assert result(two_ranks)["imported"] == ["deepspeed"]
+
+
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_a_signal_to_one_rank_stops_both_and_the_resumed_run_is_the_same(
     two_ranks: Path, one_rank: dict[int, list[float]], zero: int
