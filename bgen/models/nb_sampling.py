@@ -15,12 +15,16 @@ _SEARCHED = 200
 
 
 def sample_negative_binomial(mu: Tensor, theta: Tensor, keys: Tensor) -> Tensor:
-    """Draw int32 ``[B, G]`` with means ``mu [B, G]`` and inverse dispersions ``theta [G]``, keyed by ``keys [B]``.
+    """Draw int32 ``[B, G]`` with means ``mu [B, G]`` and inverse dispersions ``theta [G]``, keyed by ``keys [B]``."""
+    return negative_binomial_quantile(uniform64(keys, Stream.COUNTS, mu.shape[1]), mu, theta)
+
+
+def negative_binomial_quantile(uniforms: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
+    """Return int32 ``[B, G]``: quantiles at float64 ``uniforms [B, G]`` in (0, 1); ``theta [G]`` or ``[B, G]``.
 
     ``x`` is the smallest integer with F(x) >= u. Most entries are zero and leave after one comparison; the others walk
     up the distribution, ``p(x + 1) = p(x) * (x + theta) / (x + 1) * mu / (mu + theta)``, in float64.
     """
-    uniforms = uniform64(keys, Stream.COUNTS, mu.shape[1])
     mu, theta = mu.double(), theta.double().expand_as(mu)
     probability = torch.exp(-theta * torch.log1p(mu / theta))
     counts = torch.zeros(mu.shape, dtype=torch.int32, device=mu.device).view(-1)

@@ -19,8 +19,8 @@ from torch import Tensor
 from bgen import __version__
 from bgen.config.errors import UserError, nearest
 from bgen.data.keys import hash_keys
+from bgen.models.counterfactual import change_counts
 from bgen.models.perturbation import PerturbationFlow, PerturbationSet
-from bgen.nn.random import Stream, normal
 from bgen.tasks.effects import Effects, Scale
 from bgen.tasks.generate import ENTRIES, Progress
 from bgen.tasks.read import require_cells, text_column
@@ -84,24 +84,24 @@ def perturb_cells(
     rows = np.concatenate([rng.permutation(adata.n_obs) for _ in range(-(-wanted // adata.n_obs))])[:wanted]
     rows = np.sort(rows)
     keys = torch.from_numpy(hash_keys(seed, np.arange(wanted)).view(np.int64))
-    latents = whitened_latents(model, adata, layer)
+    latents = torch.from_numpy(whitened_latents(model, adata, layer)[0])
     codes = {name: column[rows] for name, column in model.covariates(adata).items()}
-    mean, std = (torch.from_numpy(values) for values in latents)
     some = np.sort(np.random.default_rng(0).permutation(adata.n_obs)[:ANCHOR_CELLS])
-    drawn = torch.from_numpy(some)
-    before = mean[drawn] + std[drawn] * normal(drawn, Stream.POSTERIOR, flow.size)
+    before = latents[some]
     covariates = {name: torch.from_numpy(column[some]) for name, column in model.covariates(adata).items()}
     moved = flow.transport(before, sets.repeat(len(some)), STEPS)
-    folds = anchor(flow, moved, covariates, model.counts(adata, layer), effect)
+    measured = model.counts(adata, layer)
+    own = anchor(flow, before, covariates, measured, np.zeros_like(effect))
+    folds = anchor(flow, moved, covariates, measured, effect)
     parts = []
     step = max(1, ENTRIES // flow.vae.n_genes)
     for start in range(0, wanted, step):
         part = slice(start, min(start + step, wanted))
-        picked = torch.from_numpy(rows[part])
-        z1 = mean[picked] + std[picked] * normal(keys[part], Stream.POSTERIOR, flow.size)
+        z1 = latents[rows[part]]
         covariates = {name: torch.from_numpy(column[part]) for name, column in codes.items()}
         moved = flow.transport(z1, sets.repeat(len(z1)), STEPS)
-        counts = flow.decode(moved, folds, covariates).sample(keys[part])
+        ends = flow.decode(z1, own, covariates), flow.decode(moved, folds, covariates)
+        counts = change_counts(torch.from_numpy(measured[rows[part]].toarray()).float(), *ends, keys[part])
         parts.append(sp.csr_matrix(counts.numpy().astype(np.float32)))
         if progress:
             progress("predicting", part.stop, wanted)

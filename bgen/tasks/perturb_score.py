@@ -28,9 +28,6 @@ from bgen.tasks.screen import LEAST_CONTROLS, Columns, find_genes, members, requ
 CONTROL_SHARE = 0.25
 """Part of the control cells from which held-out perturbations are predicted; of few, up to half."""
 
-LEAST_PREDICTED = 500
-"""Cells of a prediction: its own sampling noise then hardly matters."""
-
 NEAREST_DOSE = "nearest dose"
 
 DOSE = "@"
@@ -120,7 +117,7 @@ def predict_held_out(
             continue
         real = np.flatnonzero([other == key for other in held_keys])
         name = "+".join(key[0])
-        n = max(cells.n_obs, len(real), LEAST_PREDICTED)
+        n = max(cells.n_obs, -(-len(real) // 2))  # no control cell twice, as long as there are enough
         predicted = model.perturb(cells, name, dose=key[1], n=n, layer=layer, seed=seed)
         targets = find_genes(model.saved.genes, key[0])
         populations = {}

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from bgen.data.memory import MemoryCells
 from bgen.evaluate.space import TARGET_SUM, log_cp10k
+from bgen.models.counterfactual import change_counts
 from bgen.models.effects import control_weights, log_effect
 from bgen.models.likelihoods import NegativeBinomial
 from bgen.models.perturbation import PerturbationFlow, PerturbationSet
@@ -259,8 +260,7 @@ def _respond(flow: PerturbationFlow, data: ScreenData, rng: np.random.Generator,
     )
     if not known:
         sets.known.fill_(-1)
-    noise = rng.standard_normal(screen.mean[rows].shape).astype(np.float32)
-    latents = torch.from_numpy(screen.mean[rows] + screen.std[rows] * noise)
+    latents = torch.from_numpy(screen.mean[rows])
     moved = flow.transport(latents, sets, STEPS)
     covariates = {name: torch.from_numpy(column[rows]) for name, column in data.cells.obs.items()}
     counts = data.cells.counts[rows]
@@ -270,18 +270,25 @@ def _respond(flow: PerturbationFlow, data: ScreenData, rng: np.random.Generator,
     before, after = (
         flow.decode(cells, anchor(flow, cells, covariates, counts, nothing), covariates) for cells in (latents, moved)
     )
-    base = _mean_log(before, 0.0)
-    return _Response(share, np.stack([_mean_log(after, shift) - base for shift in SHIFTS], axis=1))
+    base = np.stack([np.asarray(log_cp10k(half).mean(0, dtype=np.float64)).ravel() for half in _halves(counts)])
+    return _Response(share, np.stack([_mean_log(counts, before, after, shift) - base for shift in SHIFTS], axis=1))
 
 
-def _mean_log(cells: NegativeBinomial, shift: float) -> F64:
+def _halves(counts: sp.csr_matrix) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+    half = counts.shape[0] // 2
+    return counts[:half], counts[half : 2 * half]
+
+
+def _mean_log(counts: sp.csr_matrix, before: NegativeBinomial, after: NegativeBinomial, shift: float) -> F64:
     """Return mean log(1 + counts per 10,000) ``[2, G]`` of two halves of cells when every share is e^shift times it."""
-    half = len(cells.library) // 2
-    found = np.zeros((2, cells.logits.shape[1]))
+    half = counts.shape[0] // 2
+    found = np.zeros((2, counts.shape[1]))
     for keys in torch.arange(2 * half).split(TOGETHER):
-        some = NegativeBinomial(cells.logits[keys], cells.library[keys], cells.log_theta)
-        drawn = replace(some, library=some.library * math.exp(shift)).sample(keys)
-        logs = torch.log1p(drawn * (TARGET_SUM / some.library)[:, None]).double()
+        measured = torch.from_numpy(counts[keys.numpy()].toarray()).float()
+        old, new = (NegativeBinomial(part.logits[keys], part.library[keys], part.log_theta) for part in (before, after))
+        library = measured.sum(1).clamp_min(1.0) * new.library / old.library
+        drawn = change_counts(measured, old, replace(new, library=new.library * math.exp(shift)), keys)
+        logs = torch.log1p(drawn * (TARGET_SUM / library)[:, None]).double()
         for place in (0, 1):
             found[place] += logs[(keys >= half) == bool(place)].sum(0).numpy() / half
     return found
