@@ -1,4 +1,4 @@
-"""``bgen bench perturb``: leave parts of a screen out, predict them, and compare by the protocol ``perturbation-v2``.
+"""``bgen bench perturb``: leave parts of a screen out, predict them, and compare by the protocol ``perturbation-v3``.
 
 What is left out, each in its own trainings:
 

@@ -1,4 +1,4 @@
-"""The protocol ``perturbation-v2``: do predicted perturbed cells look like held-out real ones?
+"""The protocol ``perturbation-v3``: do predicted perturbed cells look like held-out real ones?
 
 Frozen: a change of any figure needs a new protocol id. For each held-out perturbation and each of several seeds the
 real perturbed and control cells are split into two halves: one is what predictions are compared with, the other is the
@@ -13,6 +13,8 @@ ceiling, and chooses the genes with the clearest effects. So no row is measured 
   all real and predicted effects: rows compare with each other, but their correlations not with those of other screens.
   Control cells moved by an effect that was measured against themselves would be closer to the truth than any sample
   can be, so baselines are then real cells (``populations``): of the nearest dose, of all training perturbations.
+- Callers predict as many cells as there are control cells to predict from (more only where the real ones need it): a
+  control cell that is used twice makes a population narrower. Up to ``perturbation-v2`` they were at least 500.
 - A baseline is an effect that needs no model: "control copy" (none) and what the caller gives: "train mean" (the
   average effect over training perturbations), "additive", "same in training", "nearest dose". As cells it is the real
   control cells moved by the effect.
@@ -39,7 +41,7 @@ from bgen.evaluate.distribution import energy_distance
 from bgen.evaluate.scores import Better, Metric
 from bgen.evaluate.space import Space, fit_space, log_cp10k
 
-PROTOCOL = "perturbation-v2"
+PROTOCOL = "perturbation-v3"
 TOP = 20
 MAX_CELLS = 500
 MIN_CELLS = 10

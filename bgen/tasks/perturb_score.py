@@ -1,7 +1,7 @@
 """Scores of a perturbation model on perturbations, or doses, that it was not trained on.
 
 The user names what is held out; its cells and a part of the control cells are kept from training, predicted from those
-control cells, and compared by the protocol ``perturbation-v2`` with baselines that need no model: control copy, train
+control cells, and compared by the protocol ``perturbation-v3`` with baselines that need no model: control copy, train
 mean, the sum of the members' training effects for combinations, and the nearest trained dose.
 
 Axes: N cells, G genes.
