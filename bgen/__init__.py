@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from bgen.tasks.model import Model
+    from bgen.tasks.anndata_model import Model
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
 def load(directory: str | Path, device: str = "cpu") -> Model:
-    """Load an exported model directory (see :func:`bgen.tasks.model.load_model`)."""
-    from bgen.tasks.model import load_model
+    """Load an exported model directory (see :func:`bgen.tasks.anndata_model.load_model`)."""
+    from bgen.tasks.anndata_model import load_model
 
     return load_model(directory, device)

@@ -54,7 +54,7 @@ def run_bgen(*arguments: object) -> Result:
     import contextlib
     import io
 
-    from bgen import cli
+    from bgen.cli.main import main as cli
 
     out, err = io.StringIO(), io.StringIO()
     argv = sys.argv

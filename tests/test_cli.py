@@ -17,7 +17,7 @@ import scipy.sparse as sp
 
 
 def test_help_is_quick_and_needs_no_torch() -> None:
-    code = "import sys; sys.argv = ['bgen', '--help']\nfrom bgen.cli import main\n"
+    code = "import sys; sys.argv = ['bgen', '--help']\nfrom bgen.cli.main import main\n"
     code += "try: main()\nexcept SystemExit: pass\nassert not {'torch', 'anndata', 'pandas'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -26,7 +26,7 @@ def test_help_is_quick_and_needs_no_torch() -> None:
 
 
 def verbs() -> list[list[str]]:
-    from bgen.cli import app
+    from bgen.cli.main import app
 
     found = [[str(command.name or command.callback.__name__)] for command in app.registered_commands]
     for group in app.registered_groups:

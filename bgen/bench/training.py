@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bgen.config.errors import UserError
 from bgen.config.load import load_config
+from bgen.errors import UserError
 from bgen.train.run import train
 
 

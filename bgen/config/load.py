@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from bgen.config.errors import UserError, nearest
-from bgen.config.schema import Config
+from bgen.config.run import Config
+from bgen.errors import UserError, nearest
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
 """Where an installed bgen keeps its configurations; a source checkout has them at its top level."""

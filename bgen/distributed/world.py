@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bgen.config.errors import UserError
+from bgen.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from bgen import __version__
-from bgen.config.errors import UserError, nearest
-from bgen.config.schema import SampleConfig
-from bgen.data.keys import hash_keys
+from bgen.config.run import SampleConfig
+from bgen.errors import UserError, nearest
 from bgen.hub.directory import ColumnInfo, SavedModel
-from bgen.models.latent_flow import LatentFlow
+from bgen.models.generators.latent_flow import LatentFlow
+from bgen.order.keys import hash_keys
 
 ENTRIES = 1 << 24
 """Counts that are drawn at once: cells of a batch times genes."""

@@ -6,7 +6,7 @@ import anndata
 import numpy as np
 import pytest
 
-from bgen.bench.atlas import CELLS_AT_ONCE, Atlas
+from bgen.bench.loaders.atlas import CELLS_AT_ONCE, Atlas
 
 SMALL = Atlas(cells=600, genes=2000, batches=3, types=5, seed=1)
 
@@ -48,7 +48,7 @@ def test_batches_are_contiguous_and_mix_types_differently() -> None:
 
 
 def test_h5ad_holds_the_atlas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bgen.bench.atlas.CELLS_AT_ONCE", 250)
+    monkeypatch.setattr("bgen.bench.loaders.atlas.CELLS_AT_ONCE", 250)
     assert CELLS_AT_ONCE > 250
     done = []
     SMALL.write_h5ad(tmp_path / "atlas.h5ad", lambda n, total: done.append((n, total)))

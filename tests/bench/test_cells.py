@@ -14,8 +14,8 @@ import anndata
 import numpy as np
 import pytest
 
-from bgen.bench.cells import PEER, POSTERIOR, REAL, TYPES, bench_cells
-from bgen.config.errors import UserError
+from bgen.bench.quality.cells import PEER, POSTERIOR, REAL, TYPES, bench_cells
+from bgen.errors import UserError
 
 TINY = ["vae.train.steps=20", "flow.train.steps=20"]
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bgen.bench.atlas import Atlas
-from bgen.bench.loader import Case, _random_types, _with_ratios, bench_loader, cases, prepare
-from bgen.bench.loader_report import show
-from bgen.bench.worker import Job, measure
-from bgen.config.errors import UserError
+from bgen.bench.loaders.atlas import Atlas
+from bgen.bench.loaders.loaders import Case, _random_types, _with_ratios, bench_loader, cases, prepare
+from bgen.bench.loaders.report import show
+from bgen.bench.loaders.worker import Job, measure
+from bgen.errors import UserError
 
 ATLAS = Atlas(cells=3000)
 

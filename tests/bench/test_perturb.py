@@ -11,10 +11,10 @@ import anndata
 import numpy as np
 import pytest
 
-from bgen.bench.perturb import splits
-from bgen.config.errors import UserError
-from bgen.tasks.screen import Columns
-from data_tools.simulate import simulate
+from bgen.bench.quality.perturb import splits
+from bgen.errors import UserError
+from bgen.tasks.perturb.screen import Columns
+from data_tools.simulate.simulate import simulate
 
 COLUMNS = Columns("perturbation", "control", None, ("cell_type",))
 

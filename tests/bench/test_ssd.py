@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from bgen.bench import ssd
+from bgen.bench.speed import ssd
 
 
 def test_scans_and_blocks_are_measured(monkeypatch) -> None:  # type: ignore[no-untyped-def]

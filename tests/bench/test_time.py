@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bgen.bench.time import MODEL, bench_time
-from bgen.bench.time_course import Course, generate, recipe, train
-from bgen.config.errors import UserError
+from bgen.bench.quality.time import MODEL, bench_time
+from bgen.bench.quality.time_latents import Course, generate, recipe, train
+from bgen.errors import UserError
 
 
 def curved() -> Course:

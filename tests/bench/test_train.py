@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from bgen.bench.mixers import LATENT, compare, variants
-from bgen.bench.train import bench_train
+from bgen.bench.speed.mixers import LATENT, compare, variants
+from bgen.bench.speed.train_step import bench_train
 from bgen.config.load import load_config
-from bgen.models.backbone.size import backbone_parameters, with_parameters
+from bgen.models.backbones.size import backbone_parameters, with_parameters
 
 
 @pytest.mark.parametrize(

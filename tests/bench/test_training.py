@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from bgen.bench.time_counts import read_simulated, score_missing_time
-from bgen.bench.time_course import recipe
-from bgen.config.errors import UserError
+from bgen.bench.quality.time_counts import read_simulated, score_missing_time
+from bgen.bench.quality.time_latents import recipe
 from bgen.data.batch import CellBatch
-from bgen.train.stages import StoreStage
+from bgen.errors import UserError
+from bgen.train.stages.from_store import StoreStage
 
 
 def test_a_signal_ends_the_benchmark(demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

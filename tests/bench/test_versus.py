@@ -15,14 +15,15 @@ import pytest
 import scipy.sparse as sp
 from scipy import stats
 
-from bgen.bench import versus_worker
-from bgen.bench.versus import prepare, versus
-from bgen.bench.versus_worker import Job, nb_log_prob
-from bgen.config.errors import UserError
+import bgen
+from bgen.bench.speed import versus_worker
+from bgen.bench.speed.versus import prepare, versus
+from bgen.bench.speed.versus_worker import Job, nb_log_prob
+from bgen.errors import UserError
 
 
 def run(job: Job) -> dict[str, Any]:
-    here = Path(versus_worker.__file__).parents[2]
+    here = Path(bgen.__file__).parents[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here)}
     command = [sys.executable, versus_worker.__file__, json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=job.folder, check=False)

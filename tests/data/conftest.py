@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from bgen.data.manifest import Source
-from bgen.data.store import Store
-from data_tools.splits import DEFAULT, assign
-from data_tools.write import Contents, write_store
+from bgen.store.format.manifest import Source
+from bgen.store.store import Store
+from data_tools.building.splits import DEFAULT, assign
+from data_tools.building.write import Contents, write_store
 
 sys.path.insert(0, str(Path(__file__).parent))  # for servers.py
 

@@ -13,11 +13,11 @@ import pytest
 import scipy.sparse as sp
 import zarr
 
-from bgen.config.errors import UserError
-from bgen.data.csr_store import CsrStore
 from bgen.data.loader import CountReader, TrainLoader, valid_batches
-from bgen.data.open import open_store
-from bgen.data.skip import SkippingReader
+from bgen.data.skip_damage import SkippingReader
+from bgen.errors import UserError
+from bgen.store.anndata_store import CsrStore
+from bgen.store.open import open_store
 
 N_GENES = 900
 

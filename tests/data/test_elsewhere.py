@@ -13,15 +13,15 @@ import pytest
 import webdataset
 from servers import RangeServer, find_moto, put, serve, serve_s3, upload
 
-from bgen.config.errors import UserError
-from bgen.data.cache import DiskCache
 from bgen.data.loader import CountReader, TrainLoader
-from bgen.data.open import open_store
-from bgen.data.remote import Access, RemoteStore
-from bgen.data.skip import SkippingReader
-from bgen.data.store import Store
-from bgen.data.webdataset_store import TarStore
-from data_tools.to_webdataset import to_webdataset
+from bgen.data.skip_damage import SkippingReader
+from bgen.errors import UserError
+from bgen.store.cache import DiskCache
+from bgen.store.open import open_store
+from bgen.store.remote import Access, RemoteStore
+from bgen.store.store import Store
+from bgen.store.webdataset_store import TarStore
+from data_tools.export.to_webdataset import to_webdataset
 
 
 def access(tmp_path: Path, **options: object) -> Access:

@@ -14,10 +14,10 @@ import pytest
 import scipy.sparse as sp
 
 from bgen.data.loader import CountReader, TrainLoader
-from bgen.data.manifest import Source
-from bgen.data.store import Store
-from data_tools.splits import DEFAULT, assign
-from data_tools.write import Contents, write_store
+from bgen.store.format.manifest import Source
+from bgen.store.store import Store
+from data_tools.building.splits import DEFAULT, assign
+from data_tools.building.write import Contents, write_store
 
 N, BATCH, STEPS = 400_000, 1536, 200
 READ = """

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bgen.config.errors import UserError
-from bgen.data.leakage import assert_no_leakage
-from bgen.data.manifest import hash_folder, read_manifest
-from bgen.data.splits import assign_groups, group_names
-from bgen.data.store import Store
-from data_tools.write import Contents, write_array, write_store
+from bgen.errors import UserError
+from bgen.store.format.manifest import hash_folder, read_manifest
+from bgen.store.leakage import assert_no_leakage
+from bgen.store.splits import assign_groups, group_names
+from bgen.store.store import Store
+from data_tools.building.write import Contents, write_array, write_store
 
 
 def write(contents: Contents, folder: Path, **changes: object) -> Store:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bgen.data.order import Members, Order
+from bgen.order.cells import Members, Order
 
 
 @st.composite

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bgen.data.populations import Trajectories, TrajectoryOrder, choose
+from bgen.order.trajectories import Trajectories, TrajectoryOrder, choose
 
 SEEDS = st.integers(0, 10_000)
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from bgen.config.errors import UserError
 from bgen.data.loader import CountReader
-from bgen.data.shards import Stream, compress, read_ahead, shard_path, write_shard
-from bgen.data.store import SHARD_CHUNKS, Store, array_spec, stream_metadata
+from bgen.errors import UserError
+from bgen.store.format.shards import Stream, compress, read_ahead, shard_path, write_shard
+from bgen.store.store import SHARD_CHUNKS, Store, array_spec, stream_metadata
 
 ROOM = 5000
 

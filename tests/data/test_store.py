@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from bgen.config.errors import UserError
+from bgen.data.as_anndata import read_split
 from bgen.data.batch import CellBatch
 from bgen.data.loader import CountReader, TrainLoader, valid_batches
-from bgen.data.store import Store
-from bgen.data.to_anndata import read_split
-from data_tools.write import Contents
+from bgen.errors import UserError
+from bgen.store.store import Store
+from data_tools.building.write import Contents
 
 
 def as_matrix(batch: CellBatch) -> sp.csr_matrix:

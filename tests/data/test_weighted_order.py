@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bgen.config.errors import UserError
 from bgen.data.loader import CountReader, TrainLoader
-from bgen.data.order import Members, Order
-from bgen.data.store import Store
-from bgen.data.weighted_order import WeightedOrder, shares, weighted_order
+from bgen.errors import UserError
+from bgen.order.cells import Members, Order
+from bgen.order.weighted import WeightedOrder, shares, weighted_order
+from bgen.store.store import Store
 
 
 def make(sizes: list[int], batch: int, lanes: int, window: int, seed: int, temperature: float) -> WeightedOrder:

@@ -18,16 +18,17 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from bgen.config.errors import UserError
 from bgen.data.loader import CountReader
-from bgen.data.manifest import check_files
-from bgen.data.store import Store
-from data_tools import inputs, pieces, shuffle
-from data_tools.build import build
-from data_tools.check import CheckOptions, check
-from data_tools.findings import Roles
-from data_tools.partial import Interrupted, all_or_nothing
-from data_tools.run_tasks import open_runner
+from bgen.errors import UserError
+from bgen.store.format.manifest import check_files
+from bgen.store.store import Store
+from data_tools.building import pieces, shuffle
+from data_tools.building.build import build
+from data_tools.building.partial import Interrupted, all_or_nothing
+from data_tools.building.run_tasks import open_runner
+from data_tools.check.check import CheckOptions, check
+from data_tools.check.findings import Roles
+from data_tools.inputs.source import source as inputs
 
 N_GENES = 700
 
@@ -193,8 +194,8 @@ SCRIPT = """
     import os, signal, sys
     from pathlib import Path
     from data_tools import inputs, pieces, run_tasks, shuffle
-    from data_tools.build import build
-    from data_tools.check import check
+    from data_tools.building.build import build
+    from data_tools.check.check import check
 
     pieces.PIECE_VALUES, inputs.CSC_VALUES, shuffle.SHARD_CHUNKS = 4000, 3000, 2
     tasks_left = int(sys.argv[1])

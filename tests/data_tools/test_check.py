@@ -13,10 +13,10 @@ import pytest
 import scipy.sparse as sp
 from rich.console import Console
 
-from data_tools.check import CheckOptions, check
-from data_tools.check_counts import duplicate_groups
-from data_tools.findings import Finding, Report, Roles
-from data_tools.simulate import simulate
+from data_tools.check.check import CheckOptions, check
+from data_tools.check.counts import duplicate_groups
+from data_tools.check.findings import Finding, Report, Roles
+from data_tools.simulate.simulate import simulate
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_tools.check_genes import Genes, latin, resolve_genes, resolve_organism, systems_of
+from data_tools.check.genes import Genes, latin, resolve_genes, resolve_organism, systems_of
 
 ENSEMBL = [f"ENSG{i:011d}" for i in range(20)]
 SYMBOLS = [f"ABC{chr(65 + i)}{i}" for i in range(20)]

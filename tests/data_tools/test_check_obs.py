@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_tools.check_obs import detect_roles, resolve_roles, time_unit
-from data_tools.findings import Roles
+from data_tools.check.findings import Roles
+from data_tools.check.obs import detect_roles, resolve_roles, time_unit
 
 N = 60
 GENES = pd.DataFrame(

@@ -14,8 +14,8 @@ import pytest
 import scipy.io
 import scipy.sparse as sp
 
-from bgen.config.errors import UserError
-from data_tools.inputs import Source, open_source
+from bgen.errors import UserError
+from data_tools.inputs.source import Source, open_source
 
 
 @pytest.fixture

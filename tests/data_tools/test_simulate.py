@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bgen.config.errors import UserError
-from data_tools.simulate import PRESETS, simulate
-from data_tools.simulate_network import MAX_DOWNSTREAM, RESIDUAL
-from data_tools.simulate_truth import CONDITION, counterfactual_mean, expected_proportions, network_of
+from bgen.errors import UserError
+from data_tools.simulate.network import MAX_DOWNSTREAM, RESIDUAL
+from data_tools.simulate.simulate import PRESETS, simulate
+from data_tools.simulate.truth import CONDITION, counterfactual_mean, expected_proportions, network_of
 
 
 @pytest.fixture(scope="module")

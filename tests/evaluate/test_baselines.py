@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from bgen.evaluate.baselines import fit_type_negative_binomial
+from bgen.evaluate.protocols.baselines import fit_type_negative_binomial
 
 SHARE = np.array([[0.5, 0.3, 0.2, 0.0], [0.1, 0.1, 0.4, 0.4]])
 ALPHA = np.array([[0.5, 0.0, 1.0, 0.0], [0.2, 0.8, 0.0, 0.3]])

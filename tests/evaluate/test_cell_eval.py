@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from bgen.config.errors import UserError
-from bgen.evaluate.cell_eval import average, cell_eval_figures, figures_table
-from bgen.evaluate.perturbation import CEILING, CONTROL_COPY, MODEL, HeldOut
+from bgen.errors import UserError
+from bgen.evaluate.protocols.cell_eval import average, cell_eval_figures, figures_table
+from bgen.evaluate.protocols.perturbation import CEILING, CONTROL_COPY, MODEL, HeldOut
 
 
 def screen() -> list[HeldOut]:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from bgen.evaluate.denoising import molecular_cross_validation, poisson_deviance, split_molecules
-from bgen.evaluate.mixing import batch_mixing
+from bgen.evaluate.metrics.denoising import molecular_cross_validation, poisson_deviance, split_molecules
+from bgen.evaluate.metrics.mixing import batch_mixing
 
 
 def test_molecules_are_split_in_halves_that_add_up() -> None:

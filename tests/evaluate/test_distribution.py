@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from scipy.stats import energy_distance as scipy_energy
 
-from bgen.evaluate.distribution import (
+from bgen.evaluate.metrics.distribution import (
     energy_distance,
     median_bandwidth,
     mmd2,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bgen.config.errors import UserError
-from bgen.evaluate.integration import UNINTEGRATED, scib_figures
+from bgen.errors import UserError
+from bgen.evaluate.metrics.integration import UNINTEGRATED, scib_figures
 
 pytest.importorskip("scib_metrics")
 

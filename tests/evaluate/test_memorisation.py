@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from bgen.evaluate.calibration import calibration
-from bgen.evaluate.memorisation import memorisation
+from bgen.evaluate.metrics.calibration import calibration
+from bgen.evaluate.metrics.memorisation import memorisation
 
 
 def cells(rng: np.random.Generator, n: int) -> sp.csr_matrix:

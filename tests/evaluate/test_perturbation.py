@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from bgen.config.errors import UserError
-from bgen.evaluate.perturbation import CEILING, CONTROL_COPY, MODEL, HeldOut, evaluate_perturbations, join, mean_log
-from bgen.evaluate.perturbation_report import bar_figure, effect_figure, write_perturbation_report
+from bgen.errors import UserError
+from bgen.evaluate.protocols.perturbation import (
+    CEILING,
+    CONTROL_COPY,
+    MODEL,
+    HeldOut,
+    evaluate_perturbations,
+    join,
+    mean_log,
+)
+from bgen.evaluate.reports.perturbation import bar_figure, effect_figure, write_perturbation_report
 
 
 def cells(rng: np.random.Generator, shares: np.ndarray, n: int) -> sp.csr_matrix:

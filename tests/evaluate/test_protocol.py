@@ -8,8 +8,8 @@ import pytest
 from anndata import AnnData
 from scipy import sparse
 
-from bgen.config.errors import UserError
-from bgen.evaluate.protocol import METRICS, baseline_cells, evaluate, fit_reference, measure
+from bgen.errors import UserError
+from bgen.evaluate.protocols.distribution import METRICS, baseline_cells, evaluate, fit_reference, measure
 
 Draw = Callable[[int, int], AnnData]
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from anndata import AnnData
 
-from bgen.evaluate import pictures
-from bgen.evaluate.protocol import baseline_cells, evaluate
-from bgen.evaluate.report import write_report
+from bgen.evaluate.protocols.distribution import baseline_cells, evaluate
+from bgen.evaluate.reports import pictures
+from bgen.evaluate.reports.distribution import write_report
 
 Draw = Callable[[int, int], AnnData]
 ROWS = [

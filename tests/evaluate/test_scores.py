@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bgen.evaluate.protocol import METRICS
-from bgen.evaluate.scores import Better, Estimate, Metric, Score, Scores
+from bgen.evaluate.protocols.distribution import METRICS
+from bgen.evaluate.protocols.scores import Better, Estimate, Metric, Score, Scores
 
 
 def score(model: float, baseline: float, ceiling: float, better: Better = "lower", sd: float = 0.01) -> Score:

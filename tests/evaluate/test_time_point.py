@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from bgen.config.errors import UserError
-from bgen.evaluate.scores import Estimate
-from bgen.evaluate.time_point import (
+from bgen.errors import UserError
+from bgen.evaluate.protocols.scores import Estimate
+from bgen.evaluate.protocols.time_point import (
     METRICS,
     TimeScores,
     evaluate_time_point,

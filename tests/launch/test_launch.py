@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from bgen.config.errors import UserError
 from bgen.config.load import load_config
-from bgen.tasks.launch import TARGETS, Launch, fill, launch, packaged_templates
-from bgen.tasks.launch_environment import forwarded, read_environment
+from bgen.errors import UserError
+from bgen.operate.launch import TARGETS, Launch, fill, launch, packaged_templates
+from bgen.operate.launch_environment import forwarded, read_environment
 from bgen.track import record
 
 ROOT = Path(__file__).resolve().parents[2]

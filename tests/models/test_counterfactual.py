@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bgen.models.counterfactual import change_counts
-from bgen.models.likelihoods import NegativeBinomial
+from bgen.models.generators.counterfactual import change_counts
+from bgen.models.likelihoods.negative_binomial import NegativeBinomial
 
 CELLS, THETA = 20_000, 2.0
 MEANS = torch.tensor([0.3, 4.0, 60.0])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from bgen.models.effects import raw_effects, shrink
-from data_tools.simulate import simulate
-from data_tools.simulate_truth import counterfactual_mean
+from bgen.tasks.perturb.effect_estimates import raw_effects, shrink
+from data_tools.simulate.simulate import simulate
+from data_tools.simulate.truth import counterfactual_mean
 
 
 def screen(rng: np.random.Generator, effect: np.ndarray, n: int = 400) -> tuple[sp.csr_matrix, np.ndarray]:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bgen.config.errors import UserError
-from bgen.config.schema import FlowConfig, SampleConfig, VAEConfig
+from bgen.config.run import FlowConfig, SampleConfig, VAEConfig
 from bgen.data.batch import CellBatch
-from bgen.models.conditions import ConditionEmbedding, drop_conditions
-from bgen.models.latent_flow import LatentFlow
-from bgen.models.vae import VAE
+from bgen.errors import UserError
+from bgen.models.generators.conditions import ConditionEmbedding, drop_conditions
+from bgen.models.generators.latent_flow import LatentFlow
+from bgen.models.vae.vae import VAE
 
 G = 12
 

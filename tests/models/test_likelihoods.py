@@ -7,10 +7,10 @@ from scipy import stats
 from torch import Tensor
 
 from bgen.data.batch import CellBatch
-from bgen.models.likelihoods import NegativeBinomial, ZeroInflatedNegativeBinomial
-from bgen.models.nb_cpu import TABLED
-from bgen.models.nb_sampling import sample_negative_binomial
-from bgen.models.nb_sparse import _gamma_ratio_slope, nonzero_term
+from bgen.models.likelihoods.negative_binomial import NegativeBinomial, ZeroInflatedNegativeBinomial
+from bgen.models.likelihoods.sampling import sample_negative_binomial
+from bgen.models.likelihoods.sparse import _gamma_ratio_slope, nonzero_term
+from bgen.models.likelihoods.sparse_cpu import TABLED
 
 B, G = 7, 23
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bgen.config.load import load_config
-from bgen.config.schema import Config
-from bgen.models.backbone.size import backbone_parameters, with_parameters
-from bgen.models.vae import VAE
+from bgen.config.run import Config
+from bgen.models.backbones.size import backbone_parameters, with_parameters
+from bgen.models.vae.vae import VAE
 
 SIZES = {"small": 10e6, "base": 100e6, "large": 1e9, "xl": 3e9}
 

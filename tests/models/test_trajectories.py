@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from bgen.config.backbone import BackboneConfig
-from bgen.config.errors import UserError
-from bgen.config.schema import FlowConfig, PatternsConfig, SampleConfig, VAEConfig
+from bgen.config.run import FlowConfig, PatternsConfig, SampleConfig, VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.data.trajectory_batch import TrajectoryBatch
+from bgen.errors import UserError
 from bgen.flow.patterns import forecast
-from bgen.models.latent_flow import LatentFlow, Places
-from bgen.models.vae import VAE
+from bgen.models.generators.latent_flow import LatentFlow, Places
+from bgen.models.vae.vae import VAE
 
 B, T, N, G = 4, 3, 5, 12
 NOISE = {"noise": 1.0, "forecast": 0.0, "interpolate": 0.0, "perturb": 0.0, "independent": 1.0}

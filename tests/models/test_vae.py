@@ -7,12 +7,12 @@ import torch
 from scipy import optimize, stats
 from torch import Tensor
 
-from bgen.config.errors import UserError
-from bgen.config.schema import VAEConfig
+from bgen.config.run import VAEConfig
 from bgen.data.batch import CellBatch
-from bgen.models.likelihoods import NegativeBinomial
-from bgen.models.thinning import KEPT, binomial, thin
-from bgen.models.vae import VAE, log_library
+from bgen.errors import UserError
+from bgen.models.likelihoods.negative_binomial import NegativeBinomial
+from bgen.models.vae.thinning import KEPT, binomial, thin
+from bgen.models.vae.vae import VAE, log_library
 from bgen.nn.random import uniform
 
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from bgen.config.backbone import AttentionConfig, TimeConfig
-from bgen.nn.attention import Attention, CellAttention, TimeAttention, attend, attend_plain
+from bgen.nn.mixers.attention import Attention, CellAttention, TimeAttention, attend, attend_plain
+from bgen.nn.mixers.set_transformer import AttentionPool, SetAttention
+from bgen.nn.mixers.state_tokens import StateTokens
 from bgen.nn.points import Points
 from bgen.nn.rotary import Rotary
-from bgen.nn.set_transformer import AttentionPool, SetAttention
-from bgen.nn.state_tokens import StateTokens
 
 torch.set_num_threads(1)
 CONFIG = AttentionConfig(heads=2)

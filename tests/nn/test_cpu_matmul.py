@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bgen.nn.cpu_matmul import (
+from bgen.nn.cpu.matmul import (
     BELOW,
     FULL,
     LANES,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bgen.nn import kernels
+from bgen.nn.scans import published_kernels as kernels
 
 
 def test_import_through_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

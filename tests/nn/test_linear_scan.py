@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bgen.nn.linear_scan import scan_chunked, scan_sequential
+from bgen.nn.scans.linear_scan import scan_chunked, scan_sequential
 
 
 @pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 63, 100])

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bgen.config.backbone import HyenaConfig, S4DConfig, TimeConfig
-from bgen.config.errors import UserError
-from bgen.nn.hyena import Hyena
-from bgen.nn.long_convolution import convolve_direct, convolve_fft
+from bgen.errors import UserError
+from bgen.nn.mixers.hyena import Hyena
+from bgen.nn.mixers.s4d import S4D
 from bgen.nn.points import Points
-from bgen.nn.s4d import S4D
-from bgen.nn.short_convolution import ShortConvolution
+from bgen.nn.scans.long_convolution import convolve_direct, convolve_fft
+from bgen.nn.scans.short_convolution import ShortConvolution
 
 torch.set_num_threads(1)
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bgen.config.backbone import Mamba1Config, TimeConfig
-from bgen.nn.mamba1 import Mamba1
+from bgen.nn.mixers.mamba1 import Mamba1
 from bgen.nn.points import Points
-from bgen.nn.selective_scan import selective_scan, selective_scan_sequential
+from bgen.nn.scans.selective_scan import selective_scan, selective_scan_sequential
 
 torch.set_num_threads(1)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from bgen.nn.sparse_cpu import product, transpose
+from bgen.nn.cpu.sparse import product, transpose
 
 
 @pytest.mark.parametrize("parts", [1, 3])

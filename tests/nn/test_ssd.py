@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bgen.nn.ssd import ssd_chunked, ssd_sequential
-from bgen.nn.ssd_cpu import _shares
+from bgen.nn.scans.ssd import ssd_chunked, ssd_sequential
+from bgen.nn.scans.ssd_cpu import _shares
 
 torch.set_num_threads(1)
 

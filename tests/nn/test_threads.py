@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from bgen.nn.threads import WORTH, parts
+from bgen.nn.cpu.threads import WORTH, parts
 
 
 def test_numbas_threads_do_not_change_torchs() -> None:
@@ -16,7 +16,7 @@ def test_numbas_threads_do_not_change_torchs() -> None:
 import torch
 torch.set_num_threads(1)
 from bgen.data.batch import CellBatch
-from bgen.nn.sparse_linear import sparse_matmul
+from bgen.models.vae.sparse_linear import sparse_matmul
 x = (torch.rand(64, 500) < 0.1).float()
 rows, columns = x.nonzero(as_tuple=True)
 indptr = torch.cat((torch.zeros(1, dtype=torch.int64), (x != 0).sum(dim=1).cumsum(0)))

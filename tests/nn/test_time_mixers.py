@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from bgen.config.backbone import AttentionConfig, HyenaConfig, Mamba1Config, Mamba2Config, S4DConfig, TimeConfig
-from bgen.nn.attention import TimeAttention
-from bgen.nn.hyena import Hyena
-from bgen.nn.mamba1 import Mamba1
-from bgen.nn.mamba2 import Mamba2
+from bgen.nn.mixers.attention import TimeAttention
+from bgen.nn.mixers.hyena import Hyena
+from bgen.nn.mixers.mamba1 import Mamba1
+from bgen.nn.mixers.mamba2 import Mamba2
+from bgen.nn.mixers.s4d import S4D
 from bgen.nn.points import Points
-from bgen.nn.s4d import S4D
 
 torch.set_num_threads(1)
 D = 8

@@ -6,10 +6,10 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from bgen import cli
+from bgen.cli.main import main as cli
 from bgen.data.batch import CellBatch
-from bgen.train.courses import CourseStage
-from bgen.train.memory import MemoryStage
+from bgen.train.stages.course_in_memory import CourseStage
+from bgen.train.stages.in_memory import MemoryStage
 
 RUN, STEP, SIGNAL = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 

@@ -12,8 +12,8 @@ import pytest
 from sklearn.metrics import f1_score
 
 import bgen
-from bgen.config.errors import UserError
-from bgen.tasks.model import Model
+from bgen.errors import UserError
+from bgen.tasks.anndata_model import Model
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_the_models_own_labels_serve_where_there_are_none(model: Model, cells: a
 
 
 def test_denoised_counts_are_closer_to_the_truth(model: Model, cells: anndata.AnnData) -> None:
-    from data_tools.simulate_truth import counterfactual_mean
+    from data_tools.simulate.truth import counterfactual_mean
 
     denoised = model.denoise(cells)
     truth = counterfactual_mean(cells)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bgen.tasks import doctor as module
-from bgen.tasks.doctor import Finding, Report
+from bgen.operate import doctor as module
+from bgen.operate.doctor import Finding, Report
 
 
 def one(findings: list[Finding], name: str) -> Finding:

@@ -12,10 +12,10 @@ import pytest
 from sklearn.metrics import f1_score
 
 import bgen
-from bgen.config.errors import UserError
-from bgen.tasks.finetune import Request, finetune
-from bgen.tasks.perturb_score import split_screen
-from bgen.tasks.screen import Columns
+from bgen.errors import UserError
+from bgen.tasks.finetune.finetune import Request, finetune
+from bgen.tasks.perturb.held_out import split_screen
+from bgen.tasks.perturb.screen import Columns
 
 QUICK = ["train.steps=20", "train.eval_every=10", "train.global_batch=64", "track.progress=false"]
 

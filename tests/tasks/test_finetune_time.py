@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import bgen
-from bgen.config.errors import UserError
-from bgen.tasks.finetune import Request, finetune
-from bgen.tasks.finetune_time import read_course
+from bgen.errors import UserError
+from bgen.tasks.finetune.course import read_course
+from bgen.tasks.finetune.finetune import Request, finetune
 from bgen.track.record import read
 
 QUICK = ["train.steps=30", "train.eval_every=15", "train.global_batch=192", "track.progress=false"]

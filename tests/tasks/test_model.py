@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 
 import bgen
-from bgen.config.errors import UserError
-from bgen.data.store import Store
-from bgen.data.to_anndata import read_split
+from bgen.data.as_anndata import read_split
+from bgen.errors import UserError
+from bgen.store.store import Store
+from bgen.tasks.anndata_model import Model
 from bgen.tasks.generate import draw_rows
-from bgen.tasks.model import Model
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_decoding_gives_expected_counts(model: Model, cells: anndata.AnnData) ->
 
 
 def test_versions_of_ensembl_ids_do_not_matter() -> None:
-    from bgen.data.genes import match_genes, plain_ids
+    from bgen.genes.table import match_genes, plain_ids
 
     ids = ["ENSG00000240216.7", "ENSMUSG00000000001.4_PAR", "G12.5"]
     assert plain_ids(ids) == ["ENSG00000240216", "ENSMUSG00000000001_PAR", "G12.5"]

@@ -14,9 +14,9 @@ import pytest
 import scipy.sparse as sp
 
 import bgen
-from bgen.config.errors import UserError
-from bgen.tasks.effects import Effects
-from bgen.tasks.network import Network, read_network
+from bgen.errors import UserError
+from bgen.genes.network import Network, read_network
+from bgen.tasks.perturb.effects import Effects
 
 GENES = 80
 

@@ -19,12 +19,12 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from bgen.config.errors import UserError
 from bgen.config.load import load_config
-from bgen.models.vae import VAE
-from bgen.tasks import plan as module
-from bgen.tasks.plan import Plan, plan
-from bgen.tasks.plan_memory import activation_bytes, memory
+from bgen.errors import UserError
+from bgen.models.vae.vae import VAE
+from bgen.operate import plan as module
+from bgen.operate.plan import Plan, plan
+from bgen.operate.plan_memory import activation_bytes, memory
 from bgen.track import record
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,17 +8,17 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from bgen.config.schema import PerturbConfig, VAEConfig
-from bgen.data.memory import MemoryCells
-from bgen.evaluate.perturbation import mean_log
-from bgen.models.counterfactual import change_counts
-from bgen.models.perturbation import PerturbationFlow
-from bgen.models.vae import VAE
-from bgen.tasks.effects import Effects, Scale, fit_effects
-from bgen.tasks.perturb import anchor
-from bgen.tasks.scale import _respond, fit_scale
-from bgen.tasks.screen import ScreenData, make_sets
-from bgen.train.pairs import Screen
+from bgen.config.run import PerturbConfig, VAEConfig
+from bgen.data.cells_in_memory import MemoryCells
+from bgen.evaluate.protocols.perturbation import mean_log
+from bgen.models.generators.counterfactual import change_counts
+from bgen.models.generators.perturbation_flow import PerturbationFlow
+from bgen.models.vae.vae import VAE
+from bgen.tasks.perturb.effect_scale import _respond, fit_scale
+from bgen.tasks.perturb.effects import Effects, Scale, fit_effects
+from bgen.tasks.perturb.perturb import anchor
+from bgen.tasks.perturb.screen import ScreenData, make_sets
+from bgen.train.stages.perturbation_pairs import Screen
 
 GENES, LABELS, CELLS, LIBRARY = 80, 6, 60, 100.0
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from bgen.config.errors import UserError
-from bgen.config.schema import TrainConfig
-from bgen.train.deepspeed_json import BatchPlan, batch_plan, deepspeed_config
+from bgen.config.run import TrainConfig
+from bgen.errors import UserError
+from bgen.train.engine.deepspeed_json import BatchPlan, batch_plan, deepspeed_config
 
 
 def config(**settings: Any) -> TrainConfig:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from bgen.config.backbone import BackboneConfig
-from bgen.config.schema import FlowConfig, TrainConfig, VAEConfig
-from bgen.models.backbone.registry import build_backbone
-from bgen.models.latent_flow import LatentFlow
-from bgen.models.vae import VAE
-from bgen.train.groups import parameter_groups, undecayed
+from bgen.config.run import FlowConfig, TrainConfig, VAEConfig
+from bgen.models.backbones.registry import build_backbone
+from bgen.models.generators.latent_flow import LatentFlow
+from bgen.models.vae.vae import VAE
+from bgen.train.engine.parameter_groups import parameter_groups, undecayed
 
 ENDS = {"stem.weight", "head.weight"}
 STACK = ENDS | {"flow_time.network.0.weight", "flow_time.network.2.weight"}
@@ -137,7 +137,7 @@ def flow(**settings: Any) -> LatentFlow:
 @pytest.mark.parametrize("mixer", ["mamba2", "mamba1", "s4d"])
 def test_autocast_computes_in_bfloat16_and_leaves_every_parameter_in_float32(mixer: str) -> None:
     from bgen.distributed import world as ranks
-    from bgen.train.engine import Engine
+    from bgen.train.engine.engine import Engine
 
     model = flow(name="hybrid", time={"mixer": mixer, "tokens": 2}).backbone
     train = TrainConfig.model_validate({"global_batch": 2, "precision": "bf16", "zero": 1})

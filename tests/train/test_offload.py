@@ -11,10 +11,10 @@ import pytest
 import torch
 from toy import run, toy_config
 
-from bgen.config.errors import UserError
-from bgen.config.schema import TrainConfig
+from bgen.config.run import TrainConfig
+from bgen.errors import UserError
 from bgen.track import record
-from bgen.train.deepspeed_json import deepspeed_config
+from bgen.train.engine.deepspeed_json import deepspeed_config
 
 WITH_AIO = any(Path(folder, "libaio.h").exists() for folder in ("/usr/include", "/usr/local/include"))
 

@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bgen.config.backbone import BackboneConfig
-from bgen.models.backbone.flops import backbone_flops
-from bgen.models.backbone.registry import build_backbone
-from bgen.nn import ssd, ssd_torch
+from bgen.models.backbones.flops import backbone_flops
+from bgen.models.backbones.registry import build_backbone
+from bgen.nn.scans import ssd, ssd_torch
 
 torch.set_num_threads(1)
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from bgen.config.backbone import BackboneConfig
-from bgen.config.errors import UserError
-from bgen.models.backbone import mixers
-from bgen.models.backbone.registry import build_backbone
+from bgen.errors import UserError
+from bgen.models.backbones import mixers
+from bgen.models.backbones.registry import build_backbone
 from bgen.nn.points import Points
 
 torch.set_num_threads(1)

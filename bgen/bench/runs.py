@@ -1,0 +1,31 @@
+"""A store of some cells, as `bgen data build` makes it: what a benchmark trains on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from anndata import AnnData
+
+from bgen import __version__
+from bgen.errors import UserError
+from bgen.files import write_h5ad
+from data_tools.building.build import build
+from data_tools.check.check import check
+
+
+def store_of(cells: AnnData, folder: Path, seed: int) -> Path:
+    """Write cells (raw counts in X) into a store in a new folder, nine tenths to train on; return its path.
+
+    Raises
+    ------
+    UserError
+        If the cells cannot be used.
+    """
+    folder.mkdir(parents=True)
+    write_h5ad(cells, folder / "cells.h5ad")
+    report = check([folder / "cells.h5ad"])
+    if report.errors:
+        raise UserError(f"The cells cannot be used: `bgen data check {folder / 'cells.h5ad'}` says why.")
+    store = folder / "store"
+    build(report, store, created_by=f"bgen {__version__}", splits={"train": 0.9, "valid": 0.1}, seed=seed)
+    return store
