@@ -16,10 +16,10 @@ from bgen.config.load import load_config
 from bgen.config.run import Config
 from bgen.errors import UserError
 from bgen.files import require_new_folder, write_h5ad
+from bgen.progress import Progress
 from bgen.store.format.manifest import Manifest
 from bgen.tasks.anndata_model import load_model
 from bgen.tasks.evaluate import score
-from bgen.tasks.generate import Progress
 from bgen.train.run import train
 from data_tools.building.build import build
 from data_tools.check.check import check

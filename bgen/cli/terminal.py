@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from bgen.progress import Progress
 
 WIDE = 200
 """Columns of what is written to a file or another program, which has no width of its own."""
@@ -20,15 +22,13 @@ results = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ e
 notes = Console(stderr=True)
 """Standard error: progress and remarks."""
 
-Advance = Callable[[str, int, int], None]
-"""Called with what is being done, how much is done, how much there is in all."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Seed = Annotated[int, typer.Option(help="Seed.")]
 
 
 @contextmanager
-def progress_bar() -> Iterator[Advance]:
+def progress_bar() -> Iterator[Progress]:
     """Give a function that shows a progress bar per kind of work on standard error."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -7,8 +7,9 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
+from bgen.arrays import I64
 from bgen.data.loader import CountReader
-from bgen.store.store import I64, Store
+from bgen.store.store import Store
 
 
 def read_anndata(store: Store, cells: I64) -> AnnData:

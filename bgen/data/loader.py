@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bgen.arrays import I64
 from bgen.data.batch import CellBatch
 from bgen.data.buffers import Pool
 from bgen.data.packed import PackedBatch
@@ -25,7 +26,7 @@ from bgen.order.cells import Order
 from bgen.order.keys import hash_keys
 from bgen.store.arena import Arena
 from bgen.store.format.codec import copy_rows
-from bgen.store.store import I64, Store
+from bgen.store.store import Store
 
 Key = tuple[int, int, int]
 

@@ -16,10 +16,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from bgen.arrays import I64
 from bgen.data.loader import Chunks, CountReader
 from bgen.data.packed import PackedBatch
 from bgen.store.arena import Arena
-from bgen.store.store import I64, Store
+from bgen.store.store import Store
 
 
 class SkippingReader(CountReader):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bgen.config.run import TrajectoriesConfig
+from bgen.config.data import TrajectoriesConfig
 from bgen.data.batch import CellBatch
 from bgen.data.loader import CountReader
 from bgen.data.run_ahead import run_ahead

@@ -31,7 +31,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bgen import __version__
-from bgen.config.run import FlowConfig, PerturbConfig, SampleConfig, VAEConfig
+from bgen.config.flow import FlowConfig, SampleConfig
+from bgen.config.perturb import PerturbConfig
+from bgen.config.vae import VAEConfig
 from bgen.errors import UserError, nearest
 from bgen.genes.table import hash_genes, read_genes, write_genes
 from bgen.hub.card import model_card

@@ -19,7 +19,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bgen.config.load import load_config
-from bgen.config.run import Config, VAEConfig
+from bgen.config.run import Config
+from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.errors import UserError, nearest
 from bgen.hub.directory import load_directory

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bgen.config.run import TrainConfig
+from bgen.config.train import TrainConfig
 from bgen.train.engine.deepspeed_json import BUCKET
 
 PROCESS = 700_000_000

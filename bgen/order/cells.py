@@ -19,11 +19,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
+from bgen.arrays import I64
 from bgen.order.keys import hash_text, permutation
-
-I64 = NDArray[np.int64]
 
 _CHUNKS, _ROWS = 1, 2  # what a key is for
 

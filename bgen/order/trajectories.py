@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bgen.arrays import I64
 from bgen.order.keys import hash_keys, hash_text, permutation
-
-I64 = NDArray[np.int64]
 
 _ORDER, _POINTS, _CELLS = 3, 4, 5  # what a key is for
 

@@ -17,8 +17,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from bgen.arrays import I64
 from bgen.errors import UserError
-from bgen.order.cells import _ROWS, I64, Members, Order, Window, _Epoch
+from bgen.order.cells import _ROWS, Members, Order, Window, _Epoch
 from bgen.order.keys import hash_keys, permutation
 from bgen.store.store import Store
 

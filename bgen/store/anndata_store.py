@@ -23,6 +23,7 @@ import tensorstore as ts
 import zarr
 from numpy.typing import NDArray
 
+from bgen.arrays import I64
 from bgen.errors import UserError
 from bgen.genes.table import hash_genes
 from bgen.store.arena import Arena
@@ -32,7 +33,7 @@ from bgen.store.format.manifest import Column, Manifest, Source
 from bgen.store.format.recode import encode_rows
 from bgen.store.format.zarr_metadata import chunk_length, read_metadata, require_whole
 from bgen.store.splits import DEFAULT, assign, assign_groups, group_names
-from bgen.store.store import I64, Store
+from bgen.store.store import Store
 
 ROWS = 256
 """Rows of a chunk; more where the file's own chunks are larger, since those are decoded whole."""

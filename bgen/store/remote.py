@@ -18,11 +18,12 @@ import numpy as np
 import tensorstore as ts
 from numpy.typing import NDArray
 
+from bgen.arrays import I64
 from bgen.config.data import Access
 from bgen.errors import UserError
 from bgen.store.cache import DiskCache
 from bgen.store.format.manifest import NAME, check_files, read_manifest
-from bgen.store.format.shards import I64, WHOLE, Stream
+from bgen.store.format.shards import WHOLE, Stream
 from bgen.store.store import Store
 
 SCHEMES = ("s3://", "gs://", "http://", "https://")

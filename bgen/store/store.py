@@ -29,6 +29,7 @@ import pandas as pd
 import tensorstore as ts
 from numpy.typing import NDArray
 
+from bgen.arrays import I64
 from bgen.errors import UserError, nearest
 from bgen.genes.table import read_genes
 from bgen.order.cells import Members, Order
@@ -39,8 +40,6 @@ from bgen.store.format.shards import Stream, read_ahead
 
 SHARD_CHUNKS = 256
 ROWS_CHUNK = 65_536
-
-I64 = NDArray[np.int64]
 
 
 def array_spec(path: Path, metadata: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bgen.arrays import I64
 from bgen.errors import UserError
 from bgen.store.format.manifest import File, check_files, hash_file
-from bgen.store.format.shards import CODECS, I64, Stream
+from bgen.store.format.shards import CODECS, Stream
 from bgen.store.remote import Access, Mirror, RemoteFiles, is_remote, write_whole
 from bgen.store.store import Store
 

@@ -20,10 +20,11 @@ from bgen.genes.table import match_genes
 from bgen.hub.directory import SavedModel, load_directory
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.order.keys import hash_keys
+from bgen.progress import Progress
 from bgen.tasks.cells.annotate import annotate_cells
 from bgen.tasks.cells.denoise import denoise_cells
 from bgen.tasks.cells.integrate import integrate_cells
-from bgen.tasks.generate import Progress, generate_cells, sample_settings
+from bgen.tasks.generate import generate_cells, sample_settings
 from bgen.tasks.perturb.perturb import perturb_cells
 from bgen.tasks.time.predict import Observed, Systems, predict_times, read_times, select_cells
 from bgen.tasks.time.trajectories import TimeAxis, generate_trajectories, trained_over_time
@@ -200,7 +201,7 @@ class Model:
         library_size
             Expected total counts of every cell; None: generated.
         sample
-            Overrides of the model's :class:`bgen.config.run.SampleConfig`, such as ``{"steps": 4}``.
+            Overrides of the model's :class:`bgen.config.flow.SampleConfig`, such as ``{"steps": 4}``.
         time_column
             obs column of the times; None: the model's name of it, or "time".
 

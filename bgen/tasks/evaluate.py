@@ -19,10 +19,10 @@ from bgen.evaluate.reports.distribution import write_report
 from bgen.files import require_new_folder
 from bgen.genes.table import match_genes
 from bgen.hub.directory import add_metrics
+from bgen.progress import Progress
 from bgen.store.open import open_store
 from bgen.store.store import Store
 from bgen.tasks.anndata_model import Model, load_model
-from bgen.tasks.generate import Progress
 from bgen.tasks.user_cells import read_h5ad
 from bgen.track import record as records
 

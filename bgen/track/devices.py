@@ -26,7 +26,7 @@ PEAKS = {
 def peak_flops(name: str, precision: str) -> float | None:
     """FLOP/s of one device called ``name``; None if it is not known.
 
-    ``precision`` is that of :class:`bgen.config.run.TrainConfig`: float32, or one that computes in bfloat16.
+    ``precision`` is that of :class:`bgen.config.train.TrainConfig`: float32, or one that computes in bfloat16.
     """
     for part, (bfloat16, float32) in PEAKS.items():
         if part in name:

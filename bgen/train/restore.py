@@ -11,7 +11,7 @@ from torch import nn
 from bgen.checkpoint import files, shards
 from bgen.checkpoint.commit import Checkpoints
 from bgen.checkpoint.shards import Shards
-from bgen.config.run import TrainConfig
+from bgen.config.train import TrainConfig
 from bgen.distributed import world as ranks
 from bgen.errors import UserError
 from bgen.train.engine.engine import Engine

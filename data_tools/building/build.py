@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bgen.errors import UserError, nearest
+from bgen.progress import Progress
 from bgen.store.format.manifest import Manifest
 from bgen.store.format.manifest import Source as ManifestSource
 from data_tools.building.partial import WORK, Plan, all_or_nothing, save_array
@@ -26,9 +27,6 @@ from data_tools.inputs.source import Source, open_source
 
 LARGE = 200_000_000
 """Stored values from which on a build starts worker processes by itself."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, cells done, cells in all."""
 
 
 def build(

@@ -18,6 +18,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from bgen.arrays import I64
 from bgen.errors import UserError
 from bgen.order.keys import hash_keys
 from data_tools.check.findings import FileReport, Rounding
@@ -28,8 +29,6 @@ PIECE_VALUES = 1 << 25
 
 BLOCK_ROWS = 8192
 """Rows in a block of something in memory."""
-
-I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)

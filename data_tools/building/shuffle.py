@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bgen.arrays import I64
 from bgen.errors import UserError
 from bgen.store.format.manifest import File
 from bgen.store.format.recode import encode_rows, gather, recode_chunks, recoded_gap_bytes
@@ -36,8 +37,6 @@ from bgen.store.format.shards import write_shard as write_shard_file
 from bgen.store.store import stream_metadata
 from data_tools.building.partial import WORK, commit, save_array
 from data_tools.building.pieces import Piece
-
-I64 = NDArray[np.int64]
 
 CELLS_PER_CHUNK = 256
 SHARD_BYTES = 128 << 20

@@ -13,8 +13,10 @@ import pandas as pd
 import tensorstore as ts
 from numpy.typing import NDArray
 
+from bgen.arrays import I64
 from bgen.genes.table import hash_genes, write_genes
 from bgen.order.keys import hash_keys
+from bgen.progress import Count
 from bgen.store.format.columns import encode_column
 from bgen.store.format.manifest import Column, Manifest, Source, hash_folder
 from bgen.store.store import array_spec, column_metadata, obs_path
@@ -32,8 +34,6 @@ from data_tools.building.shuffle import (
     write_shard,
 )
 
-I64 = NDArray[np.int64]
-Progress = Callable[[int, int], None]
 """Called with the cells done and the cells in all."""
 
 Stages = Callable[[str, int, int], None]
@@ -95,7 +95,7 @@ class Contents:
 
 
 def write_store(
-    folder: Path, contents: Contents, *, profile: str, seed: int, created_by: str, progress: Progress | None = None
+    folder: Path, contents: Contents, *, profile: str, seed: int, created_by: str, progress: Count | None = None
 ) -> Manifest:
     """Write a store of what is in memory (or drawn, or read, by rows) and return its manifest.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ import pandas as pd
 import zarr
 from numpy.typing import NDArray
 
+from bgen.arrays import I64
 from bgen.errors import UserError
+from bgen.progress import Count
 from bgen.store.format.codec import unpack_rows
 from bgen.store.format.recode import gather
-from bgen.store.store import I64, Store
+from bgen.store.store import Store
 
 CHUNKS_AT_ONCE = 32
 VALUES_PER_CHUNK = 1 << 18
@@ -27,12 +29,11 @@ VALUES_PER_CHUNK = 1 << 18
 EXACT = 1 << 24
 """Integers up to here are exact in float32."""
 
-Progress = Callable[[int, int], None]
 """Called with the cells done and the cells in all."""
 
 
 def to_anndata(
-    store: Store, out: Path, *, split: str | None = None, dtype: str = "float32", progress: Progress | None = None
+    store: Store, out: Path, *, split: str | None = None, dtype: str = "float32", progress: Count | None = None
 ) -> int:
     """Write the cells of a store, in its order, as AnnData and return how many they are.
 
@@ -114,7 +115,7 @@ def _annotation(store: Store, cells: I64) -> anndata.AnnData:
     return anndata.AnnData(obs=obs, var=var, uns=uns)
 
 
-def _write_counts(group: Any, store: Store, cells: I64, dtype: np.dtype, progress: Progress | None) -> None:
+def _write_counts(group: Any, store: Store, cells: I64, dtype: np.dtype, progress: Count | None) -> None:
     """Write the counts of ascending ``cells`` as X into an open HDF5 file or zarr group."""
     if "X" in group:
         del group["X"]

@@ -20,7 +20,6 @@ import json
 import math
 import shutil
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import google_crc32c
 import numpy as np
 
 from bgen.errors import UserError
+from bgen.progress import Count
 from bgen.store.format.manifest import NAME, check_files, hash_file
 from bgen.store.format.shards import compress
 from bgen.store.store import Store
@@ -37,11 +37,10 @@ from data_tools.building.partial import all_or_nothing
 BLOCK = 512
 """Bytes that a tar file is made of."""
 
-Progress = Callable[[int, int], None]
 """Called with the cells done and the cells in all."""
 
 
-def to_webdataset(store: Store, out: Path, *, blocks_per_shard: int = 256, progress: Progress | None = None) -> int:
+def to_webdataset(store: Store, out: Path, *, blocks_per_shard: int = 256, progress: Count | None = None) -> int:
     """Write a store as WebDataset and return the number of shards.
 
     Parameters

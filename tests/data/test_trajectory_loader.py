@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bgen.config.run import TrajectoriesConfig
+from bgen.config.data import TrajectoriesConfig
 from bgen.data.loader import CountReader
 from bgen.data.trajectory_batch import TrajectoryBatch
 from bgen.data.trajectory_loader import TrajectoryLoader, read_trajectories, valid_trajectories

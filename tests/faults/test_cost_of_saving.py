@@ -14,7 +14,7 @@ from torch import Tensor
 from toy import ToyStage, toy_config
 
 from bgen.checkpoint import shards
-from bgen.config.run import VAEConfig
+from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.models.vae.vae import VAE
 from bgen.train.saving import Saver

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from bgen.config.run import FlowConfig, SampleConfig, VAEConfig
+from bgen.config.flow import FlowConfig, SampleConfig
+from bgen.config.vae import VAEConfig
 from bgen.errors import UserError
 from bgen.hub.directory import ColumnInfo, SavedModel, load_directory, save_model
 from bgen.models.generators.latent_flow import LatentFlow

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from bgen.config.run import FlowConfig, VAEConfig
+from bgen.config.flow import FlowConfig
+from bgen.config.vae import VAEConfig
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.grow import grow_flow, grow_vae
 from bgen.models.vae.vae import VAE

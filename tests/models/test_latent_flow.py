@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bgen.config.run import FlowConfig, SampleConfig, VAEConfig
+from bgen.config.flow import FlowConfig, SampleConfig
+from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.errors import UserError
 from bgen.models.generators.conditions import ConditionEmbedding, drop_conditions

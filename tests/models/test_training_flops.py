@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bgen.config.backbone import BackboneConfig
-from bgen.config.run import FlowConfig, VAEConfig
+from bgen.config.flow import FlowConfig
+from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.data.trajectory_batch import TrajectoryBatch
 from bgen.models.generators.latent_flow import LatentFlow

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bgen.config.backbone import BackboneConfig
-from bgen.config.run import FlowConfig, PatternsConfig, SampleConfig, VAEConfig
+from bgen.config.flow import FlowConfig, PatternsConfig, SampleConfig
+from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.data.trajectory_batch import TrajectoryBatch
 from bgen.errors import UserError

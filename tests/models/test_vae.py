@@ -7,7 +7,7 @@ import torch
 from scipy import optimize, stats
 from torch import Tensor
 
-from bgen.config.run import VAEConfig
+from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.errors import UserError
 from bgen.models.likelihoods.negative_binomial import NegativeBinomial

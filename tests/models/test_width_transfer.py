@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bgen.config.backbone import BackboneConfig
-from bgen.config.run import FlowConfig, VAEConfig
+from bgen.config.flow import FlowConfig
+from bgen.config.vae import VAEConfig
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.vae.vae import VAE
 from bgen.train.engine.parameter_groups import parameter_groups

@@ -8,7 +8,8 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from bgen.config.run import PerturbConfig, VAEConfig
+from bgen.config.perturb import PerturbConfig
+from bgen.config.vae import VAEConfig
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.evaluate.protocols.perturbation import mean_log
 from bgen.models.generators.counterfactual import change_counts

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from bgen.config.run import TrainConfig
+from bgen.config.train import TrainConfig
 from bgen.errors import UserError
 from bgen.train.engine.deepspeed_json import BatchPlan, batch_plan, deepspeed_config
 

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from bgen.config.backbone import BackboneConfig
-from bgen.config.run import FlowConfig, TrainConfig, VAEConfig
+from bgen.config.flow import FlowConfig
+from bgen.config.train import TrainConfig
+from bgen.config.vae import VAEConfig
 from bgen.models.backbones.registry import build_backbone
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.vae.vae import VAE

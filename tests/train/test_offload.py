@@ -11,7 +11,7 @@ import pytest
 import torch
 from toy import run, toy_config
 
-from bgen.config.run import TrainConfig
+from bgen.config.train import TrainConfig
 from bgen.errors import UserError
 from bgen.track import record
 from bgen.train.engine.deepspeed_json import deepspeed_config

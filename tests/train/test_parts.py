@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bgen.config.run import TrainConfig
+from bgen.config.train import TrainConfig
 from bgen.train.engine.ema import EMA
 from bgen.train.engine.schedules import learning_rate
 from bgen.train.state import RunState

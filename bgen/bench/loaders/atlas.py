@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,9 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from bgen.arrays import I64
 from bgen.order.keys import hash_keys
+from bgen.progress import Count
 from bgen.store.format.manifest import Source
 from data_tools.building.write import Contents
 
@@ -38,8 +39,6 @@ EXPRESSED = 0.0818
 
 CELLS_AT_ONCE = 8192
 
-I64 = NDArray[np.int64]
-Progress = Callable[[int, int], None]
 """Called with the cells done and the cells in all."""
 
 
@@ -159,7 +158,7 @@ class Atlas:
             roles={"batch": "batch", "cell_type": "cell_type"},
         )
 
-    def write_h5ad(self, path: Path, progress: Progress | None = None) -> None:
+    def write_h5ad(self, path: Path, progress: Count | None = None) -> None:
         """Write an uncompressed h5ad of CSR float32, block by block; it appears under its name when it is complete."""
         partial = path.with_name(f".{path.name}.partial")
         bare = anndata.AnnData(shape=self.shape, obs=self.obs, var=pd.DataFrame(index=self.gene_ids))

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from bgen.bench.loaders import worker
 from bgen.bench.loaders.atlas import Atlas
 from bgen.bench.loaders.report import draw, show
 from bgen.errors import UserError, nearest
+from bgen.progress import Say
 from data_tools.building.build import build
 from data_tools.building.write import write_store
 from data_tools.check.check import CheckOptions, check
@@ -45,8 +46,6 @@ PACKAGES = {
     "webdataset": ("webdataset", "zstandard"),
 }
 """The other loaders, and what their environment must hold."""
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from rich.table import Table
 from scipy import sparse
 
 from bgen import __version__
-from bgen.bench.loaders.loaders import Say, machine
+from bgen.bench.loaders.loaders import machine
 from bgen.bench.quality import cells_scvi
 from bgen.bench.speed.versus import peer_environment, require_peer
 from bgen.bench.training import train_whole
@@ -45,6 +45,7 @@ from bgen.evaluate.protocols.scores import Estimate
 from bgen.files import require_new_folder, write_h5ad
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.order.keys import hash_keys
+from bgen.progress import Say
 from bgen.tasks.anndata_model import Model, load_model
 from bgen.tasks.generate import decode_counts
 from data_tools.building.build import build

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from bgen.evaluate.protocols.cell_eval import Figures, average, cell_eval_figure
 from bgen.evaluate.protocols.perturbation import MODEL, HeldOut, PerturbationScores, evaluate_perturbations, join
 from bgen.evaluate.reports.perturbation import write_perturbation_report
 from bgen.files import require_new_folder
+from bgen.progress import Say
 from bgen.tasks.anndata_model import Model
 from bgen.tasks.finetune.finetune import Request, finetune
 from bgen.tasks.perturb.held_out import DOSE, Key, predict_held_out, screen_keys, split_screen
@@ -46,8 +47,6 @@ GROUP, TARGETS, COMBINATIONS, DOSES = "group", "targets", "combinations", "doses
 WAYS = (f"{GROUP}:COLUMN", f"{TARGETS}:N", f"{COMBINATIONS}:N", DOSES)
 LEAST_CELLS = 40
 """Of a perturbation that is predicted, so that both halves of its cells tell something."""
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

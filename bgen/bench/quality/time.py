@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,9 @@ from bgen.evaluate.metrics.distribution import median_bandwidth
 from bgen.evaluate.protocols.scores import Estimate
 from bgen.evaluate.protocols.time_point import METRICS, Pool, interpolation_baselines, measure, paired_verdict
 from bgen.files import require_new_folder
+from bgen.progress import Say
 
 MODEL, REAL = "bgen flow", "real halves"
-Say = Callable[[str], None]
 Figures = dict[str, dict[str, float]]
 """Row to metric key to figure."""
 

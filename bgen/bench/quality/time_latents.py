@@ -12,14 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bgen.config.run import FlowConfig, SampleConfig
+from bgen.arrays import F32
+from bgen.config.flow import FlowConfig, SampleConfig
 from bgen.models.generators.latent_flow import LatentFlow, Places
 from bgen.models.vae.measured_latents import MeasuredLatents, batch_of_grids
 from bgen.order.keys import hash_keys
 from bgen.order.trajectories import Trajectories, TrajectoryOrder
 from bgen.tasks.finetune.course import neighbour_flow
-
-F32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from bgen.models.backbones.flops import backbone_flops
 from bgen.models.backbones.registry import build_backbone
 from bgen.models.backbones.size import with_parameters
 from bgen.nn.scans.published_kernels import missing
+from bgen.progress import Progress
 from bgen.track.devices import device_name
 
 TIMES = (2, 8, 64, 512, 2048)
@@ -29,8 +30,6 @@ SIZES = {"cpu": 50_000, "cuda": 10_000_000}
 
 PARITY = 3e-2
 """Largest relative difference of fused and plain Mamba-2 in bfloat16 that is taken for rounding."""
-
-Progress = Callable[[str, int, int], None]
 
 
 def variants(device: str) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ from bgen.config.backbone import Mamba2Config, TimeConfig
 from bgen.nn.mixers.mamba2 import Mamba2
 from bgen.nn.points import Points
 from bgen.nn.scans.ssd import ssd_chunked, ssd_sequential
+from bgen.progress import Say
 from bgen.train.heap import keep_heap
 
 SHAPES = ((64, 32), (512, 4), (2048, 1))
@@ -28,8 +29,6 @@ SHAPES = ((64, 32), (512, 4), (2048, 1))
 HEADS, CHANNELS, STATE = 8, 64, 64
 
 BLOCK = {"sequences": 4, "length": 512, "width": 256}
-
-Say = Callable[[str], None]
 
 
 def bench_ssd(repetitions: int = 5, say: Say = lambda line: None) -> dict[str, Any]:

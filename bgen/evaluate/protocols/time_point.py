@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 from scipy import sparse
 
+from bgen.arrays import F64
 from bgen.errors import UserError
 from bgen.evaluate.metrics import distribution
 from bgen.evaluate.protocols.scores import CLOSE, NOISE, SHORT, STYLES, Estimate, Metric, Verdict
@@ -47,7 +48,6 @@ METRICS = (
     Metric("energy", "energy distance", "lower", 3, "Difference of the distributions at all scales; about 0 if equal."),
     Metric("mmd2", "MMD² (RBF)", "lower", 4, "Difference of the densities at one length scale; about 0 if equal."),
 )
-F64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

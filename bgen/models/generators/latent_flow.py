@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bgen.config.run import FlowConfig, SampleConfig
+from bgen.config.flow import FlowConfig, SampleConfig
 from bgen.data.batch import CellBatch
 from bgen.data.trajectory_batch import TrajectoryBatch
 from bgen.errors import UserError

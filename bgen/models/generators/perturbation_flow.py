@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from bgen.config.run import PerturbConfig
+from bgen.config.perturb import PerturbConfig
 from bgen.data.batch import CellBatch
 from bgen.flow.path import interpolate, velocity
 from bgen.flow.solvers import integrate

@@ -17,9 +17,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from bgen.arrays import F32
 from bgen.nn.cpu.elementary import exp_not_above_one, log, log1p
 
-F32 = NDArray[np.float32]
 F = np.float32
 
 _TINY = np.float32(np.finfo(np.float32).tiny)

@@ -5,7 +5,7 @@ Axes: B cells, G genes, D latent size, H hidden width.
 
 from __future__ import annotations
 
-from bgen.config.run import VAEConfig
+from bgen.config.vae import VAEConfig
 from bgen.nn.flops import linear
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bgen.config.run import VAEConfig
+from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.data.trajectory_batch import TrajectoryBatch
 from bgen.models.vae.vae import VAE

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bgen.config.run import VAEConfig
+from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.errors import UserError, nearest
 from bgen.models.likelihoods.negative_binomial import NegativeBinomial, ZeroInflatedNegativeBinomial

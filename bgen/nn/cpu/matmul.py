@@ -17,9 +17,8 @@ from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba.core import cgutils, types
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 
-F32 = NDArray[np.float32]
+from bgen.arrays import F32
 
 LANES = 16
 """N has to be a multiple of it."""

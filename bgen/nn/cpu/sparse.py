@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import numba
 import numpy as np
-from numpy.typing import NDArray
 
+from bgen.arrays import F32, I32, I64
 from bgen.nn.cpu.elementary import log1p
-
-F32 = NDArray[np.float32]
-I32 = NDArray[np.int32]
-I64 = NDArray[np.int64]
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)

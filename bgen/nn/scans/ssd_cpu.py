@@ -14,16 +14,13 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from bgen.arrays import F32, I64
 from bgen.nn.cpu.elementary import exp_not_above_one
 from bgen.nn.cpu.matmul import BELOW, FULL, LANES, LOWER, UPPER, add_product, mix_product, put_product, transpose
 from bgen.nn.cpu.threads import parts
 from bgen.nn.scans.ssd_torch import Edges
-
-F32 = NDArray[np.float32]
-I64 = NDArray[np.int64]
 
 F = np.float32
 

@@ -19,13 +19,12 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from bgen.arrays import I64, U8
 from bgen.store.format.memcpy import copy_bytes
 
 ESCAPE = 255
 """In gaps: add 255 and go on. In counts: look in the overflow."""
 
-U8 = NDArray[np.uint8]
-I64 = NDArray[np.int64]
 
 PROFILES: dict[str, list[dict[str, Any]]] = {
     # for networks and disks: a third of the bytes of a usual sparse store

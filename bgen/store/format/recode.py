@@ -15,7 +15,8 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from bgen.store.format.codec import ESCAPE, I64, U8
+from bgen.arrays import I64, U8
+from bgen.store.format.codec import ESCAPE
 
 
 def _lowest_bit(typingctx: Any, word: Any) -> Any:

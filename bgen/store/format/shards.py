@@ -21,10 +21,8 @@ from typing import Any
 import google_crc32c
 import numcodecs
 import numpy as np
-from numpy.typing import NDArray
 
-I64 = NDArray[np.int64]
-U8 = NDArray[np.uint8]
+from bgen.arrays import I64, U8
 
 WHOLE = 0x48674BC7
 """CRC-32C of any bytes followed by their CRC-32C."""

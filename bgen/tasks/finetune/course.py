@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from bgen.config.backbone import BackboneConfig
 from bgen.config.data import TrajectoriesConfig
-from bgen.config.run import FlowConfig, PatternsConfig, TrainConfig
+from bgen.config.flow import FlowConfig, PatternsConfig
+from bgen.config.train import TrainConfig
 from bgen.errors import UserError, nearest
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.vae.vae import VAE

@@ -13,7 +13,7 @@ Under a launcher every rank reads the data and trains its share of each batch; r
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from bgen.models.annotator import LABEL, Annotator
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.generators.perturbation_flow import PerturbationFlow
 from bgen.nn.lora import add_lora, merge_lora
+from bgen.progress import Say
 from bgen.tasks.anndata_model import Model
 from bgen.tasks.finetune.course import (
     Course,
@@ -62,8 +63,6 @@ from bgen.train.stages.course_in_memory import CourseStage
 from bgen.train.stages.in_memory import MemoryStage, held_out
 from bgen.train.stages.perturbation_pairs import PairStage
 from bgen.train.trainer import check
-
-Say = Callable[[str], None]
 
 WATCHED = 0.15
 """Share of the cells that early stopping watches."""

@@ -30,6 +30,7 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 
+from bgen.arrays import F64
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.evaluate.metrics.space import TARGET_SUM, log_cp10k
 from bgen.models.generators.counterfactual import change_counts
@@ -66,8 +67,6 @@ AGREE = 2.0
 """Standard errors, between labels, by which effects in different cells have to agree."""
 
 LIMITS = (0.5, 2.0)
-
-F64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

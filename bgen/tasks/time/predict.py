@@ -21,7 +21,8 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bgen.config.run import SampleConfig
+from bgen.arrays import I64
+from bgen.config.flow import SampleConfig
 from bgen.errors import UserError, nearest
 from bgen.evaluate.metrics.space import fit_space
 from bgen.evaluate.protocols.time_point import (
@@ -36,10 +37,9 @@ from bgen.evaluate.protocols.time_point import (
 from bgen.hub.directory import SavedModel
 from bgen.models.generators.latent_flow import LatentFlow, Places
 from bgen.order.keys import hash_keys
-from bgen.tasks.generate import Progress, asked_codes, provenance, readable
+from bgen.progress import Progress
+from bgen.tasks.generate import asked_codes, provenance, readable
 from bgen.tasks.time.trajectories import TimeAxis, decode_some
-
-I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bgen.config.run import SampleConfig
+from bgen.arrays import F64
+from bgen.config.flow import SampleConfig
 from bgen.errors import UserError
 from bgen.hub.directory import SavedModel
 from bgen.models.generators.latent_flow import LatentFlow, Places
 from bgen.order.keys import hash_keys
-from bgen.tasks.generate import ENTRIES, Progress, asked_codes, decode_counts, draw_rows, provenance, readable
-
-F64 = NDArray[np.float64]
+from bgen.progress import Progress
+from bgen.tasks.generate import ENTRIES, asked_codes, decode_counts, draw_rows, provenance, readable
 
 
 def trained_over_time(model: SavedModel) -> bool:

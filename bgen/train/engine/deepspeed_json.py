@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bgen.config.run import TrainConfig
+from bgen.config.train import TrainConfig
 from bgen.errors import UserError
 
 # Elements per communication bucket: DeepSpeed's default of 5e8 reserves 2 GB whatever the model's size.

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bgen.checkpoint.shards import FIXED, Shards
-from bgen.config.run import TrainConfig
+from bgen.config.train import TrainConfig
 from bgen.data.batch import CellBatch
 from bgen.distributed.world import World
 from bgen.train.engine.deepspeed_json import deepspeed_config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from bgen.config.run import TrainConfig
+from bgen.config.train import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
