@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from anndata import AnnData
 
 from bgen import __version__
+from bgen.config.load import load_config
 from bgen.errors import UserError
 from bgen.files import write_h5ad
+from bgen.train.run import train
 from data_tools.building.build import build
 from data_tools.check.check import check
 
@@ -29,3 +32,16 @@ def store_of(cells: AnnData, folder: Path, seed: int) -> Path:
     store = folder / "store"
     build(report, store, created_by=f"bgen {__version__}", splits={"train": 0.9, "valid": 0.1}, seed=seed)
     return store
+
+
+def train_whole(name: str, overrides: Sequence[str]) -> None:
+    """Train what the configuration ``name`` with ``overrides`` says, and export it to ``out/model``.
+
+    Raises
+    ------
+    UserError
+        If the settings do not fit, or a signal stopped the training: half a training is not what is compared.
+    """
+    done = train(load_config(name, overrides))
+    if done.interrupted:
+        raise UserError(f"Stopped by a signal at step {done.step}; nothing was measured.")

@@ -8,12 +8,10 @@ from typing import Annotated
 
 import typer
 
-from bgen.cli.terminal import notes, results
+from bgen.cli.terminal import Overrides, notes, results
 from bgen.errors import UserError
 
 app = typer.Typer(help="Measure throughput and quality, beside peers where they are installed.", no_args_is_help=True)
-
-Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as train.steps=500.", show_default=False)]
 
 
 @app.command("loader")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bgen.cli.terminal import Json, results
+from bgen.cli.terminal import Json, Seed, notes, parse_times, parse_where, progress_bar, results
 from bgen.files import require_new_file, write_h5ad
 
 if TYPE_CHECKING:
@@ -23,6 +23,93 @@ ModelFolder = Annotated[Path, typer.Argument(help="Model directory.")]
 Data = Annotated[Path, typer.Argument(help="The .h5ad with your cells: raw counts.")]
 Out = Annotated[Path, typer.Option(help="The .h5ad to write.")]
 Layer = Annotated[str | None, typer.Option(help="Layer with the raw counts; default: X.")]
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="Model directory.")],
+    out: Annotated[Path, typer.Option(help="The .h5ad to write.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Cells to generate; with times, at each of them.")] = 1000,
+    where: Annotated[list[str] | None, typer.Option(help="Condition asked for, column=value; may be repeated.")] = None,
+    library_size: Annotated[
+        float | None, typer.Option(min=1, help="Total counts per cell; default: generated.")
+    ] = None,
+    times: Annotated[
+        str | None, typer.Option(help="Time points of whole trajectories, such as 0,24,48, or all.")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is the conditional model.")] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None, typer.Option(help="Flow times, within 0 to 1, in which guidance acts.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.")] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, heun, midpoint or adaptive.")] = None,
+    noise: Annotated[float | None, typer.Option(help="Spread of the noise it starts from; 1.05 covers more.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Generate cells as counts: single cells, or populations over time from a model that was trained on trajectories.
+
+    Example: `bgen generate bgen-demo/model --n 1000 --where cell_type=T1 --out cells.h5ad`
+
+    Example: `bgen generate runs/trajectories/model --times 0,24,48 --n 200 --out course.h5ad`
+    """
+    from bgen.files import require_new_file, write_h5ad
+    from bgen.tasks.anndata_model import load_model
+
+    require_new_file(out)
+    loaded = load_model(model)
+    with progress_bar() as progress:
+        cells = loaded.generate(
+            n,
+            where=parse_where(where or []),
+            library_size=library_size,
+            times=parse_times(times),
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+            steps=steps,
+            solver=solver,
+            noise=noise,
+            seed=seed,
+            progress=progress,
+        )
+    write_h5ad(cells, out)
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "cells": cells.n_obs, "genes": cells.n_vars}))
+    else:
+        results.print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes: {out}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Model directory.")],
+    data: Annotated[Path, typer.Option(help="Store with the splits train and test.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html and metrics.json.")],
+    generated: Annotated[Path | None, typer.Option(help="Score these cells instead of generating new ones.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, each with its own samples.")] = 3,
+    run: Annotated[
+        Path | None, typer.Option(help="Run folder of the model: its run at MLflow gets the scores as a child.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Score a model beside a per-type baseline and a real-versus-real ceiling, and write a report.
+
+    Example: `bgen evaluate bgen-demo/model --data bgen-demo/store --out bgen-demo/report`
+    """
+    from bgen.tasks.evaluate import score
+
+    with progress_bar() as progress:
+        scores = score(model, data, out, generated=generated, seeds=seeds, seed=seed, progress=progress)
+    if run is not None:
+        from bgen.track.publish import log_evaluation
+
+        child = log_evaluation(run, out.name, scores.means(), [out / "metrics.json", out / "report.html"])
+        notes.print(f"MLflow: child run {child}", highlight=False)
+    if as_json:
+        typer.echo(json.dumps(scores.as_json()))
+    else:
+        results.print(scores.table())
+        results.print(f"Report: {out / 'report.html'}")
 
 
 @app.command()

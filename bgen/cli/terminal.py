@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
+from bgen.errors import UserError
 from bgen.progress import Progress
 
 WIDE = 200
@@ -25,6 +26,28 @@ notes = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Seed = Annotated[int, typer.Option(help="Seed.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as train.steps=500.", show_default=False)]
+
+
+def parse_where(texts: Sequence[str]) -> dict[str, str]:
+    """Read conditions ``column=value``."""
+    where = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise UserError(f"'{text}' is not a condition: write column=value, such as cell_type=B.")
+        where[name.strip()] = value.strip()
+    return where
+
+
+def parse_times(text: str | None) -> list[float] | Literal["all"] | None:
+    """Read time points: numbers with commas between, or "all"."""
+    if text is None or text == "all":
+        return "all" if text else None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--times {text}: write numbers with commas between, such as 0,24,48, or all.") from None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bgen.cli.terminal import Json, Seed, notes, progress_bar, results
+from bgen.cli.terminal import Json, Seed, notes, parse_where, progress_bar, results
 
 app = typer.Typer(help="What a model does over time.")
 
@@ -96,7 +96,7 @@ def _predict(
     as_json: bool,
 ) -> None:
     from bgen.files import require_new_file, write_h5ad
-    from bgen.tasks.anndata_model import load_model, parse_where
+    from bgen.tasks.anndata_model import load_model
     from bgen.tasks.user_cells import read_h5ad
 
     require_new_file(out)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import svds
 
 from bgen.errors import UserError
-from bgen.tasks.perturb.screen import find_genes
+from bgen.genes.table import find_genes
 
 PASSED_ON = 0.25
 COMPONENTS = 64

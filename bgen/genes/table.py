@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from bgen.errors import UserError
+
+if TYPE_CHECKING:
+    pass
 
 NAME = "genes.csv"
 VERSIONED = r"^(ENS[A-Z]{0,6}G\d{11})\.\d+"
@@ -66,3 +70,11 @@ def match_genes(wanted: Sequence[str], there: Sequence[str], *, floor: float = 0
             f" {', '.join(there[:3])}."
         )
     return places
+
+
+def find_genes(genes: pd.DataFrame, names: Sequence[str]) -> NDArray[np.int64]:
+    """Return the place of each name among gene ids, else symbols; -1 if it is neither."""
+    by_id = pd.Index(genes["id"]).get_indexer(pd.Index(names))
+    symbols = pd.Series(np.arange(len(genes)), index=genes["symbol"]).groupby(level=0).first()
+    by_symbol = symbols.reindex(pd.Index(names)).fillna(-1).to_numpy()
+    return np.where(by_id >= 0, by_id, by_symbol).astype(np.int64)

@@ -21,7 +21,6 @@ from bgen.arrays import I64
 from bgen.errors import UserError
 from bgen.order.cells import _ROWS, Members, Order, Window, _Epoch
 from bgen.order.keys import hash_keys, permutation
-from bgen.store.store import Store
 
 _PHASE = 3  # what a key is for, beside those of the plain order
 
@@ -99,49 +98,6 @@ class WeightedOrder(Order):
         plain = super()._make_epoch(number)
         per_chunk = np.add.reduceat(self.multiplicities(number), self._starts[:-1])
         return _Epoch(plain.chunks, np.cumsum(per_chunk[plain.chunks]), plain.lane_starts)
-
-
-def weighted_order(
-    store: Store,
-    split: str,
-    *,
-    batch: int,
-    lanes: int,
-    window: int,
-    seed: int,
-    temperature: float,
-    by: str | None = None,
-) -> Order:
-    """Return the order of the cells of a split with sources drawn by weight.
-
-    Parameters
-    ----------
-    batch, lanes, window, seed
-        As of :meth:`bgen.store.store.Store.order`.
-    temperature
-        1: as they are; the higher, the more alike.
-    by
-        Column or role whose categories are the sources; None: the input files.
-
-    Raises
-    ------
-    UserError
-        If the column is not of categories, the split holds no cells or the temperature is below 1.
-    """
-    cells = store.cells_of_split(split)
-    if len(cells) == 0:
-        raise UserError(f"The split '{split}' of {store.folder} holds no cells.")
-    if by is None:
-        sources = store.source_of(cells)[0]
-    else:
-        column, values = store.column(by)
-        if column.kind != "category":
-            raise UserError(f"Sources are categories, and '{by}' holds numbers.")
-        sources = values[cells]
-    codes = np.unique(sources, return_inverse=True)[1]
-    name = f"{store.fingerprint}/{split}"
-    members = Members.of(cells, store.first_cell)
-    return WeightedOrder(members, batch, lanes, window, seed, name, sources=codes, temperature=temperature)
 
 
 def _round(amounts: NDArray[np.float64], total: int) -> I64:

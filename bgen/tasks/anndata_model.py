@@ -26,8 +26,10 @@ from bgen.tasks.cells.denoise import denoise_cells
 from bgen.tasks.cells.integrate import integrate_cells
 from bgen.tasks.generate import generate_cells, sample_settings
 from bgen.tasks.perturb.perturb import perturb_cells
-from bgen.tasks.time.predict import Observed, Systems, predict_times, read_times, select_cells
-from bgen.tasks.time.trajectories import TimeAxis, generate_trajectories, trained_over_time
+from bgen.tasks.time.axis import TimeAxis, trained_over_time
+from bgen.tasks.time.observed import Observed, Systems, read_times, select_cells
+from bgen.tasks.time.predict import predict_times
+from bgen.tasks.time.trajectories import generate_trajectories
 
 BATCH = 1024
 
@@ -399,27 +401,6 @@ def load_model(folder: str | Path, device: str = "cpu") -> Model:
         If it is not one, is incomplete or damaged, or comes from a newer bgen.
     """
     return Model(load_directory(folder, device))
-
-
-def parse_where(texts: Sequence[str]) -> dict[str, str]:
-    """Read conditions ``column=value``."""
-    where = {}
-    for text in texts:
-        name, sign, value = text.partition("=")
-        if not sign or not name:
-            raise UserError(f"'{text}' is not a condition: write column=value, such as cell_type=B.")
-        where[name.strip()] = value.strip()
-    return where
-
-
-def parse_times(text: str | None) -> list[float] | Literal["all"] | None:
-    """Read time points: numbers with commas between, or "all"."""
-    if text is None or text == "all":
-        return "all" if text else None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--times {text}: write numbers with commas between, such as 0,24,48, or all.") from None
 
 
 def _batch(counts: sp.csr_matrix, obs: Mapping[str, NDArray[np.int64]], first: int) -> CellBatch:

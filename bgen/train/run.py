@@ -18,7 +18,9 @@ from bgen.models.vae.vae import VAE
 from bgen.store.leakage import assert_no_leakage
 from bgen.store.open import open_data
 from bgen.store.store import Store
-from bgen.train.stages.from_store import StoreStage, make_stage, mean_and_std, rebuild
+from bgen.train.stages.flow import mean_and_std
+from bgen.train.stages.from_store import StoreStage
+from bgen.train.stages.registry import make_stage, rebuild
 from bgen.train.trainer import Trainer, TrainResult, check
 
 MODEL = "model"

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from bgen.data.loader import CountReader, TrainLoader
 from bgen.errors import UserError
 from bgen.order.cells import Members, Order
-from bgen.order.weighted import WeightedOrder, shares, weighted_order
+from bgen.order.weighted import WeightedOrder, shares
 from bgen.store.store import Store
+from bgen.store.weighting import weighted_order
 
 
 def make(sizes: list[int], batch: int, lanes: int, window: int, seed: int, temperature: float) -> WeightedOrder:

@@ -15,7 +15,7 @@ from bgen.config.load import load_config
 from bgen.store.format.manifest import hash_folder, read_manifest
 from bgen.store.open import open_data
 from bgen.store.store import Store
-from bgen.train.stages.from_store import make_stage
+from bgen.train.stages.registry import make_stage
 from bgen.train.trainer import Trainer, check
 from data_tools.building.write import write_array
 

@@ -33,8 +33,8 @@ from scipy import sparse
 from bgen import __version__
 from bgen.bench.loaders.loaders import machine
 from bgen.bench.quality import cells_scvi
+from bgen.bench.runs import train_whole
 from bgen.bench.speed.versus import peer_environment, require_peer
-from bgen.bench.training import train_whole
 from bgen.demo import stage_overrides
 from bgen.errors import UserError
 from bgen.evaluate.metrics.counts import variable_genes

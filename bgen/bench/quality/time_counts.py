@@ -16,8 +16,7 @@ import numpy as np
 from anndata import AnnData
 
 from bgen.bench.quality.time_latents import Recipe
-from bgen.bench.runs import store_of
-from bgen.bench.training import train_whole
+from bgen.bench.runs import store_of, train_whole
 from bgen.evaluate.metrics.counts import variable_genes
 from bgen.evaluate.protocols.time_point import TimeScores
 from bgen.tasks.anndata_model import Model, load_model

@@ -147,7 +147,7 @@ class SparseNB(torch.autograd.Function):
 def _forward_on_cpu(
     ctx: Any, logits: Tensor, log_theta: Tensor, theta: Tensor, library: Tensor, *csr: Tensor
 ) -> Tensor:
-    from bgen.models.likelihoods.negative_binomial import sparse_cpu as nb_cpu
+    from bgen.models.likelihoods import sparse_cpu as nb_cpu
     from bgen.nn.cpu.threads import parts
 
     ratio, log_prob = torch.empty_like(logits), torch.empty_like(library)
@@ -161,7 +161,7 @@ def _forward_on_cpu(
 
 def _backward_on_cpu(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients for logits ``[B, G]`` and log theta ``[G]``."""
-    from bgen.models.likelihoods.negative_binomial import sparse_cpu as nb_cpu
+    from bgen.models.likelihoods import sparse_cpu as nb_cpu
     from bgen.nn.cpu.threads import parts
 
     *saved, ratio, slopes = ctx.saved_tensors

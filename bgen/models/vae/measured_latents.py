@@ -5,14 +5,11 @@ Axes: n cells of the table, B cells of a batch, D dimensions that flow.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
-from bgen.data.trajectory_batch import TrajectoryBatch
 from bgen.models.vae.vae import VAE
-from bgen.order.trajectories import GridOfCells
 
 
 class MeasuredLatents(VAE):
@@ -37,25 +34,3 @@ class MeasuredLatents(VAE):
     def latents(self, batch: CellBatch) -> Tensor:
         """Return the latents ``[B, D]`` of the cells."""
         return self.table[batch.cells]
-
-
-def batch_of_grids(grids: list[GridOfCells], keys: Tensor, step: int) -> TrajectoryBatch:
-    """Put cells without counts on the grid of their trajectories; ``keys [B T N]`` are the cells' random keys."""
-    cells = torch.stack([torch.from_numpy(grid.cells) for grid in grids])
-    time = torch.stack([torch.from_numpy(grid.time) for grid in grids])
-    nothing = CellBatch(
-        indptr=torch.zeros(cells.numel() + 1, dtype=torch.int64),
-        indices=torch.zeros(0, dtype=torch.int32),
-        counts=torch.zeros(0),
-        n_genes=1,
-        keys=keys,
-        cells=cells.flatten(),
-        step=step,
-        obs={"time": time[..., None].expand(cells.shape).flatten()},
-    )
-    return TrajectoryBatch.of(
-        nothing,
-        mask=torch.stack([torch.from_numpy(grid.mask) for grid in grids]),
-        time=time,
-        control=torch.stack([torch.from_numpy(grid.control) for grid in grids]),
-    )

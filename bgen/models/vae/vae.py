@@ -8,115 +8,25 @@ Axes: B cells, G genes, D latent size, H hidden width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.errors import UserError, nearest
 from bgen.models.likelihoods.negative_binomial import NegativeBinomial, ZeroInflatedNegativeBinomial
+from bgen.models.vae.decoders.state_vector import Decoder
+from bgen.models.vae.encoders.state_vector import Encoder
 from bgen.models.vae.flops import vae_flops
-from bgen.models.vae.sparse_linear import log_normalise, sparse_matmul
 from bgen.models.vae.thinning import thin
 from bgen.models.vae.whitening import WhiteningStats
-from bgen.nn.embedding import CategoryEmbedding
 from bgen.nn.mup import learning_rate_scales, start_heads
 from bgen.nn.random import Stream, normal
-from bgen.nn.residual import ResidualBlock
-
-SCALE = 10_000.0
-"""Counts per cell to which the encoder's input is normalised before log1p."""
-
-_DISPERSION_SPEED = 10.0
-"""Factor between the dispersions' parameter and their logarithm: Adam moves a parameter by the learning rate a step at
-most, which would take thousands of steps to get from the start to a gene's own dispersion."""
-
-_START_THETA = 10.0
-"""Inverse dispersion that every gene starts with."""
 
 _LIBRARY_MARGIN = 0.1
 """Natural-log units that a generated library may lie outside the range seen in training."""
-
-
-class Covariates(nn.Module):
-    """Sum of one vector per covariate ``[B, H]``; an unknown code (-1) or an absent column adds nothing."""
-
-    def __init__(self, categories: Mapping[str, int], width: int) -> None:
-        super().__init__()
-        self.names = list(categories)
-        # Not a ModuleDict: a column may be called like one of its methods.
-        self.tables = nn.ModuleList(CategoryEmbedding(n, width, zero_unknown=True) for n in categories.values())
-
-    def forward(self, hidden: Tensor, obs: Mapping[str, Tensor]) -> Tensor:
-        """Add the covariates' vectors to ``hidden [B, H]``."""
-        for name, table in zip(self.names, self.tables, strict=True):
-            if name in obs:
-                hidden = hidden + table(obs[name])
-        return hidden
-
-
-class Encoder(nn.Module):
-    """Sparse log-normalised counts to the mean and log-variance of the latent state."""
-
-    def __init__(self, config: VAEConfig, n_genes: int, covariates: Mapping[str, int]) -> None:
-        super().__init__()
-        bound = 1 / math.sqrt(n_genes)
-        self.weight = nn.Parameter(torch.empty(n_genes, config.hidden).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(config.hidden))
-        self.covariates = Covariates(covariates, config.hidden)
-        self.blocks = nn.ModuleList(
-            ResidualBlock(config.hidden, config.dropout, number, config.recompute) for number in range(config.blocks)
-        )
-        self.norm = nn.LayerNorm(config.hidden)
-        self.head = nn.Linear(config.hidden, 2 * config.latent)
-
-    def forward(self, batch: CellBatch, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and log-variance ``[B, D]`` in float32; ``counts [NNZ]`` stand in for the batch's own."""
-        hidden = sparse_matmul(self.weight, batch, log_normalise(batch, counts, SCALE)) + self.bias
-        hidden = F.silu(self.covariates(hidden, batch.obs))
-        for block in self.blocks:
-            hidden = block(hidden, batch.keys)
-        mean, logvar = self.head(self.norm(hidden)).float().chunk(2, dim=1)
-        return mean, logvar.clamp(-12.0, 8.0)
-
-
-class Decoder(nn.Module):
-    """Latent state to the parameters of the distribution of counts."""
-
-    def __init__(self, config: VAEConfig, n_genes: int, covariates: Mapping[str, int]) -> None:
-        super().__init__()
-        self.stem = nn.Linear(config.latent, config.hidden)
-        self.covariates = Covariates(covariates, config.hidden)
-        self.blocks = nn.ModuleList(
-            ResidualBlock(config.hidden, config.dropout, config.blocks + number, config.recompute)
-            for number in range(config.blocks)
-        )
-        self.norm = nn.LayerNorm(config.hidden)
-        self.logits = nn.Linear(config.hidden, n_genes)
-        self.dropout_logits = nn.Linear(config.hidden, n_genes) if config.likelihood == "zinb" else None
-        self.scaled_log_theta = nn.Parameter(torch.full((n_genes,), math.log(_START_THETA) / _DISPERSION_SPEED))
-
-    @property
-    def log_theta(self) -> Tensor:
-        """``[G]``: log inverse dispersion of each gene."""
-        return self.scaled_log_theta * _DISPERSION_SPEED
-
-    def forward(self, z: Tensor, obs: Mapping[str, Tensor], keys: Tensor | None) -> tuple[Tensor, ...]:
-        """Return logits ``[B, G]``, log theta ``[G]`` and, for zinb, dropout logits ``[B, G]`` for ``z [B, D]``.
-
-        Tensors, not an object that holds them: ZeRO 3 finds in a module's output what its gradients come in by.
-        """
-        hidden = F.silu(self.covariates(self.stem(z), obs))
-        for block in self.blocks:
-            hidden = block(hidden, keys)
-        hidden = self.norm(hidden)
-        if self.dropout_logits is None:
-            return self.logits(hidden), self.log_theta
-        return self.logits(hidden), self.log_theta, self.dropout_logits(hidden)
 
 
 class VAE(nn.Module):

@@ -14,58 +14,41 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from anndata import AnnData
-from numpy.typing import NDArray
 from torch import nn
 
 from bgen import __version__
-from bgen.config.data import TrajectoriesConfig
 from bgen.config.load import load_config
-from bgen.config.run import Config
 from bgen.data.cells_in_memory import MemoryCells
-from bgen.distributed import world as ranks
 from bgen.evaluate.protocols.perturbation import PerturbationScores
 from bgen.evaluate.reports.perturbation import write_perturbation_report
-from bgen.genes.network import Network, read_network
+from bgen.genes.network import read_network
 from bgen.hub.directory import Module, SavedModel, count_combinations, load_directory, save_model
-from bgen.models.annotator import LABEL, Annotator
 from bgen.models.generators.latent_flow import LatentFlow
-from bgen.models.generators.perturbation_flow import PerturbationFlow
-from bgen.nn.lora import add_lora, merge_lora
 from bgen.progress import Say
 from bgen.tasks.anndata_model import Model
+from bgen.tasks.finetune.annotator import _train_annotator
+from bgen.tasks.finetune.autoencoder import _adapt_vae
 from bgen.tasks.finetune.course import (
-    Course,
-    course_facts,
-    course_shape,
-    new_course_flow,
+    _train_course,
     read_course,
-    whole_trajectories,
 )
+from bgen.tasks.finetune.flow import _train_flow
 from bgen.tasks.finetune.grow import grow, known_columns, widen_library
-from bgen.tasks.finetune.request import RANK, Mode, Request, check_columns, require_possible
+from bgen.tasks.finetune.perturbation import _train_perturbation
+from bgen.tasks.finetune.request import WATCHED, Request, check_columns, require_possible
 from bgen.tasks.finetune.runs import Runs, request_fingerprint, require_new_run, run_config
-from bgen.tasks.perturb.effect_scale import fit_scale
-from bgen.tasks.perturb.effects import Scale, fit_effects
 from bgen.tasks.perturb.held_out import score_held_out, split_screen
-from bgen.tasks.perturb.screen import gene_rows, read_screen, require_plain_counts
-from bgen.tasks.time.trajectories import trained_over_time
 from bgen.tasks.user_cells import require_cells
 from bgen.train.run import MODEL
-from bgen.train.stages.course_in_memory import CourseStage
-from bgen.train.stages.in_memory import MemoryStage, held_out
-from bgen.train.stages.perturbation_pairs import PairStage
+from bgen.train.stages.in_memory import held_out
 from bgen.train.trainer import check
-
-WATCHED = 0.15
-"""Share of the cells that early stopping watches."""
 
 
 @dataclass(frozen=True)
@@ -173,180 +156,12 @@ def finetune(
     return Tuned(made, scores)
 
 
-def _adapt_vae(
-    grown: SavedModel,
-    parent: SavedModel,
-    cells: MemoryCells,
-    watched: tuple[NDArray[np.int64], NDArray[np.int64]],
-    config: Config,
-    mode: Mode,
-    runs: Runs,
-) -> None:
-    """Train the autoencoder on the data; in mode head only if it has new rows, and then only those tables."""
-    vae = grown.vae
-    is_larger = vae.n_genes > parent.vae.n_genes or vae.covariates != parent.vae.covariates
-    if mode == "head" and not is_larger:
-        return
-    vae.requires_grad_(True)
-    if mode == "lora":
-        add_lora(vae, RANK)
-    if mode != "full":
-        tables = ["covariates.", "decoder.logits.bias", "scaled_log_theta"]
-        if vae.n_genes > parent.vae.n_genes:
-            tables += ["encoder.weight", "decoder.logits."]
-        for name, parameter in vae.named_parameters():
-            in_tables = any(part in name for part in tables)
-            parameter.requires_grad_(in_tables or "parametrizations.weight.0" in name)
-    # Whatever is built on the parent's latents was whitened by its statistics, so they stay.
-    runs.say(f"Adapting the autoencoder ({_trained(vae):,} parameters) ...")
-    stage = MemoryStage(config, vae, cells, *watched, ranks.current(), runs.fingerprint(grown), "nll")
-    result = runs.fit(config, stage)
-    runs.say(f"{result.step} steps, best held-out {stage.monitor} {result.best:.4g}.")
-    merge_lora(vae)
-    vae.requires_grad_(False).eval()
-
-
-def _train_flow(
-    grown: SavedModel,
-    cells: MemoryCells,
-    watched: tuple[NDArray[np.int64], NDArray[np.int64]],
-    config: Config,
-    mode: Mode,
-    runs: Runs,
-) -> LatentFlow:
-    flow = grown.module
-    assert isinstance(flow, LatentFlow), "checked at the start"
-    _choose_trained(flow, mode)
-    runs.fit(config, MemoryStage(config, flow, cells, *watched, ranks.current(), runs.fingerprint(grown)))
-    merge_lora(flow.backbone)
-    return flow
-
-
-def _train_course(
-    grown: SavedModel,
-    adata: AnnData,
-    cells: MemoryCells,
-    course: Course,
-    config: Config,
-    mode: Mode,
-    runs: Runs,
-) -> tuple[LatentFlow, dict[str, Any]]:
-    """Train the flow over time: the parent's, if it has one of the same column, else a new one."""
-    world = ranks.current()
-    if trained_over_time(grown) and grown.about["roles"].get("time") == course.column:
-        assert isinstance(grown.module, LatentFlow), "only flows are trained over time"
-        flow = grown.module
-        _choose_trained(flow, mode)
-        shape = TrajectoriesConfig.model_validate({**grown.about["trajectories"], "system": course.system})
-    else:
-        runs.say("The model has no flow over this time: a new one is trained on the autoencoder.")
-        flow = new_course_flow(grown.vae, course)
-        shape = course_shape(course, config.train.global_batch)
-    stage = CourseStage(
-        config.model_copy(update={"train": whole_trajectories(config.train, shape, world.size)}),
-        flow,
-        cells,
-        shape,
-        course.code,
-        course.time,
-        *course.split(WATCHED, config.seed),
-        world,
-        runs.fingerprint(grown),
-    )
-    runs.fit(stage.config, stage)
-    merge_lora(flow.backbone)
-    return flow, course_facts(course, shape, adata, grown.about.get("roles", {}))
-
-
-def _choose_trained(flow: LatentFlow, mode: Mode) -> None:
-    """Choose which of the flow's parameters are trained; lora: give it its low-rank changes."""
-    flow.conditions.requires_grad_(True)
-    flow.backbone.requires_grad_(mode == "full")
-    if mode == "lora":
-        add_lora(flow.backbone, RANK)
-    elif mode == "head":
-        flow.backbone.head.requires_grad_(True)
-
-
-def _train_annotator(
-    model: Model, given: NDArray[np.str_], cells: MemoryCells, config: Config, request: Request, runs: Runs
-) -> tuple[Annotator, dict[str, Any]]:
-    names, numbers = np.unique(given[given != ""], return_counts=True)
-    codes = pd.Index(names).get_indexer(pd.Index(given)).astype(np.int64)
-    weights = numbers.sum() / (len(names) * numbers)
-    annotator = Annotator(model.saved.vae, torch.from_numpy(weights).float())
-    if request.mode == "lora":
-        add_lora(annotator.vae.encoder, RANK)
-    else:
-        annotator.vae.encoder.requires_grad_(request.mode == "full")
-    annotator.head.requires_grad_(True)
-    labelled = MemoryCells(cells.counts, {**cells.obs, LABEL: codes})
-    train, valid = held_out(np.flatnonzero(codes >= 0), WATCHED, config.seed)
-    facts = runs.fingerprint(model.saved)
-    runs.fit(config, MemoryStage(config, annotator, labelled, train, valid, ranks.current(), facts))
-    merge_lora(annotator.vae.encoder)
-    annotator.requires_grad_(False)
-    return annotator, {"labels": names.tolist(), "label": request.label}
-
-
-def _train_perturbation(
-    model: Model, adata: AnnData, config: Config, request: Request, network: Network | None, runs: Runs
-) -> tuple[PerturbationFlow, dict[str, Any]]:
-    assert request.columns is not None, "checked at the start"
-    vae = model.saved.vae
-    require_plain_counts(vae)
-    data = read_screen(model, adata, request.columns, request.layer)
-    rows = gene_rows(data.cells.counts[data.screen.label < 0], config.perturb.gene_components)
-    regulated: NDArray[np.float32] | None = None
-    if network is not None:
-        runs.say(network.sentence(data.targets))
-        regulator_rows, regulated = network.factors(config.perturb.gene_components**0.5)
-        rows = np.concatenate([rows, regulator_rows], axis=1)
-    effects = fit_effects(data, data.labels)
-    flow = PerturbationFlow(
-        config.perturb,
-        vae,
-        len(data.names),
-        torch.from_numpy(rows),
-        data.dose_scale,
-        torch.from_numpy(effects.values),
-        None if regulated is None else torch.from_numpy(regulated),
-    )
-    train, valid = held_out(np.flatnonzero(data.screen.label >= 0), 0.1, config.seed)
-    stage = PairStage(
-        config, flow, data.cells, data.screen, train, valid, ranks.current(), runs.fingerprint(model.saved)
-    )
-    runs.fit(config, stage)
-    scale = Scale()
-    if config.perturb.scale:
-        scale = ranks.from_main(fit_scale(flow, data, config.seed) if ranks.current().rank == 0 else scale)
-    doses = [None if np.isnan(dose) else float(dose) for dose in effects.doses]
-    facts: dict[str, Any] = {
-        "perturbations": data.names,
-        "control": request.columns.control,
-        "strata": list(request.columns.strata),
-        "effects": [{"set": list(names), "dose": dose} for names, dose in zip(effects.sets, doses, strict=True)],
-        "effect_scale": asdict(scale),
-    }
-    if network is not None and regulated is not None:
-        facts["network"] = {
-            "components": len(regulated),
-            "edges": network.weights.nnz,
-            "edges_in_file": network.edges_in_file,
-        }
-    return flow, facts
-
-
 def _conditions(module: nn.Module) -> list[str]:
     return module.conditions.names if isinstance(module, LatentFlow) else []
 
 
 def _say_nothing(_: str) -> None:
     """What ranks other than the first say."""
-
-
-def _trained(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def _about(parent: SavedModel, request: Request, adata: AnnData, out: Path, facts: dict[str, Any]) -> dict[str, Any]:

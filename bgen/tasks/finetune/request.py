@@ -106,3 +106,7 @@ def check_columns(adata: AnnData, request: Request) -> NDArray[np.str_]:
             f" {'too few: ' + ', '.join(short) if short else 'it holds ' + str(len(names))}."
         )
     return given
+
+
+WATCHED = 0.15
+"""Share of the cells that early stopping watches."""

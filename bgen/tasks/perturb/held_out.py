@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from bgen.errors import UserError, nearest
 from bgen.evaluate.metrics.space import log_cp10k
 from bgen.evaluate.protocols.perturbation import TRAIN_MEAN, HeldOut, PerturbationScores, evaluate_perturbations
+from bgen.genes.table import find_genes
 from bgen.order.keys import hash_keys
 from bgen.tasks.anndata_model import Model
 from bgen.tasks.perturb.effect_estimates import log_effect
-from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, find_genes, members, require_controls, strata_codes
+from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, members, require_controls, strata_codes
 from bgen.tasks.user_cells import text_column
 
 CONTROL_SHARE = 0.25

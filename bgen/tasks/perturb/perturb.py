@@ -18,13 +18,14 @@ from torch import Tensor
 
 from bgen import __version__
 from bgen.errors import UserError, nearest
+from bgen.genes.table import find_genes
 from bgen.models.generators.counterfactual import change_counts
 from bgen.models.generators.perturbation_flow import PerturbationFlow, PerturbationSet
 from bgen.order.keys import hash_keys
 from bgen.progress import Progress
 from bgen.tasks.generate import ENTRIES
 from bgen.tasks.perturb.effects import Effects, Scale
-from bgen.tasks.perturb.screen import LEAST_CONTROLS, find_genes, make_sets, members, require_controls, whitened_latents
+from bgen.tasks.perturb.screen import LEAST_CONTROLS, make_sets, members, require_controls, whitened_latents
 from bgen.tasks.user_cells import require_cells, text_column
 
 if TYPE_CHECKING:

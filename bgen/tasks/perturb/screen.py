@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.errors import UserError, nearest
 from bgen.evaluate.metrics.space import fit_space, log_cp10k
+from bgen.genes.table import find_genes
 from bgen.models.generators.perturbation_flow import PerturbationSet
 from bgen.models.vae.vae import VAE
 from bgen.tasks.user_cells import require_cells, text_column
@@ -71,14 +72,6 @@ class ScreenData:
 def members(label: str) -> list[str]:
     """Return the perturbations of a label."""
     return [part.strip() for part in label.split(JOIN) if part.strip()]
-
-
-def find_genes(genes: pd.DataFrame, names: Sequence[str]) -> NDArray[np.int64]:
-    """Return the place of each name among gene ids, else symbols; -1 if it is neither."""
-    by_id = pd.Index(genes["id"]).get_indexer(pd.Index(names))
-    symbols = pd.Series(np.arange(len(genes)), index=genes["symbol"]).groupby(level=0).first()
-    by_symbol = symbols.reindex(pd.Index(names)).fillna(-1).to_numpy()
-    return np.where(by_id >= 0, by_id, by_symbol).astype(np.int64)
 
 
 def read_screen(model: Model, adata: AnnData, columns: Columns, layer: str | None = None) -> ScreenData:

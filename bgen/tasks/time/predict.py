@@ -10,7 +10,6 @@ Axes: B trajectories, T time points, N cells per time point, D + 1 whitened late
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,100 +22,20 @@ from torch import Tensor
 
 from bgen.arrays import I64
 from bgen.config.flow import SampleConfig
-from bgen.errors import UserError, nearest
-from bgen.evaluate.metrics.space import fit_space
+from bgen.errors import UserError
 from bgen.evaluate.protocols.time_point import (
     MIN_CELLS,
-    Pool,
     TimeScores,
-    evaluate_time_point,
-    forecast_baselines,
-    interpolation_baselines,
-    mixed_counts,
 )
 from bgen.hub.directory import SavedModel
 from bgen.models.generators.latent_flow import LatentFlow, Places
 from bgen.order.keys import hash_keys
 from bgen.progress import Progress
 from bgen.tasks.generate import asked_codes, provenance, readable
-from bgen.tasks.time.trajectories import TimeAxis, decode_some
-
-
-@dataclass(frozen=True)
-class Systems:
-    """What forms a trajectory of its own in the user's data.
-
-    Attributes
-    ----------
-    code
-        Number of each cell's system ``[n]``.
-    labels
-        System column to the value of each system, in the order of the numbers.
-    """
-
-    code: I64
-    labels: dict[str, list[str]]
-
-    @classmethod
-    def of(cls, adata: AnnData, columns: Sequence[str]) -> Systems:
-        """Group cells by those of the columns that the data have; without any, all cells are one system."""
-        there = [name for name in columns if name in adata.obs]
-        if not there:
-            return cls(np.zeros(adata.n_obs, np.int64), {})
-        table = adata.obs[there].astype(str)
-        code, values = pd.factorize(pd.MultiIndex.from_frame(table))
-        return cls(code, {name: [str(value[i]) for value in values] for i, name in enumerate(there)})
-
-
-@dataclass(frozen=True)
-class Observed:
-    """The user's cells as the model sees them.
-
-    Attributes
-    ----------
-    counts
-        CSR ``[n, G]``, the model's genes.
-    mean, variance
-        Of the latent states, ``[n, D]``.
-    time
-        ``[n]``, in the model's unit.
-    columns
-        Conditions and covariates that the model knows and the data have: codes (-1 = unknown) or numbers ``[n]``.
-    systems
-        Which cells form a trajectory.
-    """
-
-    counts: sp.csr_matrix
-    mean: NDArray[np.float32]
-    variance: NDArray[np.float32]
-    time: NDArray[np.float64]
-    columns: dict[str, NDArray[Any]]
-    systems: Systems
-
-    @property
-    def system(self) -> I64:
-        """Number of each cell's system ``[n]``."""
-        return self.systems.code
-
-
-@dataclass(frozen=True)
-class Task:
-    """One system and time asked for: rows of the observed cells by time point, ascending, and how many to generate."""
-
-    system: int
-    time: float
-    context: dict[float, I64]
-    n: int
-
-    def side(self, after: bool) -> list[float]:
-        """Return the observed times before (nearest last) or after (nearest first) the time asked for."""
-        return [time for time in self.context if (time > self.time) == after]
-
-    @property
-    def share(self) -> float:
-        """How much of the way from the previous to the next time point lies behind the time asked for."""
-        low, high = self.side(False)[-1], self.side(True)[0]
-        return (self.time - low) / (high - low)
+from bgen.tasks.time.axis import TimeAxis
+from bgen.tasks.time.observed import Observed, Task
+from bgen.tasks.time.score import _score
+from bgen.tasks.time.trajectories import decode_some
 
 
 def predict_times(
@@ -205,57 +124,6 @@ def predict_times(
     if axis.unit:
         adata.uns["time_unit"] = axis.unit
     return adata, scores
-
-
-def select_cells(model: SavedModel, adata: AnnData, where: Mapping[str, Any]) -> AnnData:
-    """Return the cells that agree with ``where`` in the columns that the data have.
-
-    Raises
-    ------
-    UserError
-        If a condition is unknown to the model, or no cell agrees.
-    """
-    keep = np.ones(adata.n_obs, bool)
-    for given, value in where.items():
-        name = model.column_name(given)
-        there = next((c for c in (name, model.columns[name].role) if c in adata.obs), None)
-        if there is None:
-            continue
-        if model.columns[name].kind == "category":
-            keep &= (adata.obs[there].astype(str) == str(value)).to_numpy()
-        else:
-            keep &= np.isclose(adata.obs[there].to_numpy(np.float64), float(value))
-        if not keep.any():
-            choices = adata.obs[there].astype(str).unique()
-            raise UserError(f"No cell of the data has {given}={value}.{nearest(str(value), choices)}")
-    return adata if keep.all() else adata[keep]
-
-
-def read_times(adata: AnnData, axis: TimeAxis, column: str | None) -> NDArray[np.float64]:
-    """Return the time of each cell ``[n]`` of the user's data.
-
-    Raises
-    ------
-    UserError
-        If there is no such column, it is no number, is missing for some cells, or has another unit.
-    """
-    choices = [column] if column else [axis.column, "time"]
-    name = next((choice for choice in choices if choice in adata.obs), None)
-    if name is None:
-        raise UserError(
-            f"The data have no time: obs has no column '{choices[0]}'.{nearest(choices[0], adata.obs.columns)}"
-            " Name the column with --time-column."
-        )
-    values = pd.to_numeric(adata.obs[name].astype(object), errors="coerce").to_numpy(np.float64)
-    if not np.isfinite(values).all():
-        raise UserError(
-            f"obs['{name}'] holds no number for {int((~np.isfinite(values)).sum()):,} of {adata.n_obs:,} cells:"
-            f" give each its time{f' in {axis.unit}' if axis.unit else ''}, or remove those cells."
-        )
-    unit = adata.uns.get("time_unit")
-    if unit and axis.unit and str(unit) != axis.unit:
-        raise UserError(f"The data's times are in {unit} (uns['time_unit']), the model's in {axis.unit}. Convert them.")
-    return values
 
 
 def _tasks(
@@ -400,52 +268,3 @@ def _like_neighbours(observed: Observed, task: Task, rng: np.random.Generator) -
         later = rng.random(task.n) < task.share
         rows = np.where(later, following[rng.integers(len(following), size=task.n)], rows)
     return rows
-
-
-def _score(
-    observed: Observed,
-    seen: NDArray[np.bool_],
-    tasks: Sequence[Task],
-    truth: sp.csr_matrix,
-    made: sp.csr_matrix,
-    axis: TimeAxis,
-    forecast: bool,
-) -> TimeScores:
-    """Compare with the truth, in principal components of the cells ``seen`` (a bool per cell): those not asked for."""
-    space = fit_space(observed.counts[seen])
-    found: dict[str, list[tuple[Pool, int]]] = {}
-    for task in tasks:
-        sides = task.side(False), task.side(True)
-        previous = space.project(observed.counts[task.context[sides[0][-1]]])
-        if forecast:
-            before = space.project(observed.counts[task.context[sides[0][-2]]]) if len(sides[0]) > 1 else None
-            gap = sides[0][-1] - sides[0][-2] if len(sides[0]) > 1 else 1.0
-            pools = forecast_baselines(previous, before, (task.time - sides[0][-1]) / gap)
-        else:
-            ends = [observed.counts[task.context[time]] for time in (sides[0][-1], sides[1][0])]
-            following = space.project(ends[1])
-            pools = interpolation_baselines(previous, following, task.share)
-            mixed = mixed_counts(ends[0], ends[1], previous, following, task.share)
-            pools["OT-midpoint as counts"] = Pool(space.project(mixed))
-        for name, pool in pools.items():
-            found.setdefault(name, []).append((pool, task.n))
-    baselines = {name: _together(pools) for name, pools in found.items() if len(pools) == len(tasks)}
-    setting: dict[str, int | float | str] = {
-        "time": tasks[0].time,
-        "systems": len(tasks),
-        "genes": int(truth.shape[1]),
-        "components": len(space.components),
-        "time_was_in_training": str(bool(np.isclose(axis.trained, tasks[0].time).any())),
-    }
-    return evaluate_time_point(space.project(truth), space.project(made), baselines, setting=setting)
-
-
-def _together(pools: Sequence[tuple[Pool, int]]) -> Pool:
-    """Join the pools of several systems, each with the weight of its cells."""
-    if len(pools) == 1:
-        return pools[0][0]
-    weights = []
-    for pool, n in pools:
-        own = np.full(len(pool.points), 1.0) if pool.weights is None else pool.weights
-        weights.append(own / own.sum() * n)
-    return Pool(np.concatenate([pool.points for pool, _ in pools]), np.concatenate(weights))

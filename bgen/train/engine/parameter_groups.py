@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from bgen.models.vae.vae import Encoder
+from bgen.models.vae.encoders.state_vector import Encoder
 from bgen.nn.mup import Transfers
 
 DECAYED = (nn.Linear, Encoder)
