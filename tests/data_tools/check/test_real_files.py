@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from data_tools.check.check import CheckOptions, check
 from data_tools.check.findings import Roles
 
-DATA = Path(os.environ.get("BGEN_REAL_DATA", Path(__file__).parents[2] / "../shared/data"))
+DATA = Path(os.environ.get("BGEN_REAL_DATA", Path(__file__).parents[3] / "../shared/data"))
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}: set BGEN_REAL_DATA")
 
 

@@ -38,7 +38,7 @@ def test_it_goes_on_as_if_undisturbed(
 ) -> None:
     assert bgen(*command(demo, task, tmp_path / "calm", *QUICK)).code == 0
     asked = command(demo, task, tmp_path / "killed", *QUICK, "train.requeue_exit=7")
-    paths = [str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(HERE.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     killed = subprocess.run(
         [sys.executable, HERE / "killed.py", run, str(step), str(int(number)), *asked],
