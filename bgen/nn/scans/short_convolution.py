@@ -18,6 +18,8 @@ class ShortConvolution(nn.Module):
     W shifted multiply-adds: no kernel to install, and packed sequences are kept apart.
     """
 
+    decayed = ()
+
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         bound = 1 / math.sqrt(width)
