@@ -16,7 +16,7 @@ from bgen.arrays import F32
 from bgen.config.flow import FlowConfig, SampleConfig
 from bgen.data.trajectory_batch import batch_of_grids
 from bgen.models.generators.latent_flow import LatentFlow, Places
-from bgen.models.vae.measured_latents import MeasuredLatents
+from bgen.models.measured_latents import MeasuredLatents
 from bgen.order.keys import hash_keys
 from bgen.order.trajectories import Trajectories, TrajectoryOrder
 from bgen.tasks.finetune.course import neighbour_flow
