@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bgen.nn.flops import layers
 from bgen.nn.random import Stream, keep_mask
 
 

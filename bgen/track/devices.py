@@ -24,7 +24,7 @@ class Device:
     memory: float
 
     def peak(self, precision: str) -> float:
-        """FLOP/s in a precision of :class:`bgen.config.train.TrainConfig`: float32, or one that computes in bfloat16."""
+        """FLOP/s in float32, or in any other precision of :class:`bgen.config.train.TrainConfig`: they use bfloat16."""
         return self.float32 if precision == "float32" else self.bfloat16
 
 
