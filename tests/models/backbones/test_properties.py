@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bgen.config.backbone import BackboneConfig
 from bgen.errors import UserError
-from bgen.models.backbones import mixers
+from bgen.models.backbones import along
 from bgen.models.backbones.registry import build_backbone
 from bgen.nn.points import Points
 
@@ -69,9 +69,9 @@ def build(case: str, broken: Broken | None = None, **time: Any) -> nn.Module:
     model = build_backbone(D, BackboneConfig.model_validate(settings)).double()
     if broken is not None:
         for module in list(model.modules()):
-            if isinstance(module, mixers.AlongCells | mixers.AlongTimeBySlot):
+            if isinstance(module, along.AlongCells | along.AlongTimeBySlot):
                 module.mixer = broken(module.mixer)
-            elif isinstance(module, mixers.AlongTimeByTokens):
+            elif isinstance(module, along.AlongTimeByTokens):
                 module.tokens.mixer = broken(module.tokens.mixer)
     with torch.no_grad():
         for parameter in model.parameters():
