@@ -16,6 +16,9 @@ from bgen.config.backbone import BackboneConfig
 from bgen.errors import UserError
 from bgen.models.backbones import along
 from bgen.models.backbones.registry import build_backbone
+from bgen.nn.mixers.mamba1 import Mamba1
+from bgen.nn.mixers.mamba2 import Mamba2
+from bgen.nn.mixers.s4d import S4D
 from bgen.nn.points import Points
 
 torch.set_num_threads(1)
@@ -337,16 +340,16 @@ def tie_directions(model: nn.Module) -> None:
     """Give the backward runs the forward runs' parameters."""
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, mixers.Mamba2):
+            if isinstance(module, Mamba2):
                 maps = module.split[2:5]
                 start = 2 * module.inner
                 forward = module.in_proj.weight[start : start + sum(maps)]
                 module.in_proj.weight[start + sum(maps) :] = forward
                 module.dt_bias[1] = module.dt_bias[0]
-            elif isinstance(module, mixers.Mamba1):
+            elif isinstance(module, Mamba1):
                 for pair in (module.x_proj, module.dt_proj):
                     pair[1].load_state_dict(pair[0].state_dict())
-            elif isinstance(module, mixers.S4D):
+            elif isinstance(module, S4D):
                 module.C[1] = module.C[0]
 
 

@@ -16,13 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import bgen.config.backbone as settings
 import bgen.nn.mixers.registry as registry
 from bgen.config.backbone import CELL_MIXERS, TIME_MIXERS, BackboneConfig, MixerConfig, TimeConfig
+from bgen.config.flow import SampleConfig
 from bgen.config.load import load_config
 from bgen.config.section import PositiveFloat
 from bgen.errors import UserError
 from bgen.hub.directory import SavedModel, load_directory
 from bgen.models.backbones.registry import build_backbone
 from bgen.models.backbones.size import backbone_flops
-from bgen.models.generators.latent_flow import LatentFlow
+from bgen.models.generators.latent_flow import LatentFlow, Places
 from bgen.nn.decay import decays
 from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.points import Points
@@ -133,9 +134,6 @@ def test_its_settings_come_back_with_the_exported_model(model: SavedModel) -> No
     conditions = {"time": torch.zeros(2, 3)}
     keys = torch.arange(24).view(2, 3, 4)
     places = {"mask": torch.ones(2, 3, 4, dtype=torch.bool), "time": torch.tensor([[0.0, 24.0, 30.0]]).expand(2, -1)}
-    from bgen.config.flow import SampleConfig
-    from bgen.models.generators.latent_flow import Places
-
     made = model.module.sample_trajectories(conditions, keys, SampleConfig(steps=2), Places(**places))
     assert made.isfinite().all()
 

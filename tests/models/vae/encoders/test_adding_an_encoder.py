@@ -104,7 +104,9 @@ def run(mean: Any, bgen: Any, demo: Any, tmp_path_factory: pytest.TempPathFactor
 
 
 def cells(genes: int = 30) -> CellBatch:
-    counts = torch.poisson(torch.full((12, genes), 0.5), generator=torch.Generator().manual_seed(0)) + torch.eye(12, genes)
+    counts = torch.poisson(torch.full((12, genes), 0.5), generator=torch.Generator().manual_seed(0)) + torch.eye(
+        12, genes
+    )
     rows, columns = counts.nonzero(as_tuple=True)
     indptr = torch.cat((torch.zeros(1, dtype=torch.int64), (counts != 0).sum(1).cumsum(0)))
     numbers = torch.arange(12)
@@ -160,7 +162,9 @@ def test_finetuning_adds_genes_and_batches(run: Path, bgen: Any, demo: Any, tmp_
     assert grown.encoder.table[:, 120:].abs().min() > 0  # they started at zero and were trained
     assert torch.equal(grown.encoder.scale, old.encoder.scale) == (mode != "full")
     assert torch.equal(grown.encoder.head.bias, old.encoder.head.bias) == (mode != "full")
-    assert len(grown.encoder.covariates.tables[0].table.weight) == len(old.encoder.covariates.tables[0].table.weight) + 1
+    assert (
+        len(grown.encoder.covariates.tables[0].table.weight) == len(old.encoder.covariates.tables[0].table.weight) + 1
+    )
 
 
 def test_what_is_known_stays_as_it_was(mean: Any) -> None:
