@@ -88,7 +88,7 @@ def test_perturbations_are_predicted_on_any_codec() -> None:
     z = codec.latents(base)
     sets = {"known": torch.zeros(6, 1, dtype=torch.int64), "gene": torch.ones(6, 1, dtype=torch.int64)}
     sets |= {"dose": torch.full((6, 1), torch.nan), "there": torch.ones(6, 1, dtype=torch.bool)}
-    batch = PairBatch(**vars(base), perturbed=z, control=z.flip(0), **sets)
+    batch = PairBatch(**vars(cells()), perturbed=z, control=z.flip(0), **sets)
     flow(batch)["loss"].mean().backward()
     moved = flow.transport(z, batch.perturbations, 2)
     decoded = flow.decode(moved, torch.zeros(G), {})
