@@ -111,7 +111,7 @@ class AnnDataModel:
             As :meth:`encode`, or if the layer is not there.
         """
         if layer is not None and layer not in adata.layers:
-            raise UserError(f"The data has no layer '{layer}'.{nearest(layer, adata.layers.keys())}")
+            raise UserError(f"The data has no layer '{layer}'.{nearest(layer, filter(None, adata.layers))}")
         places = match_genes(self.genes, adata.var_names.astype(str).tolist(), what="the data")
         matrix = sp.csr_matrix(adata.X if layer is None else adata.layers[layer])
         if matrix.nnz and (matrix.data.min() < 0 or not np.array_equal(matrix.data, np.rint(matrix.data))):

@@ -26,7 +26,7 @@ class TenxMtxSource(Source):
         return self.n_cells
 
     def _rows(self, name: str, step: int, start: int, stop: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        whole = sp.csc_matrix(scipy.io.mmread(self.file)).T
+        whole = sp.csc_matrix(scipy.io.mmread(self.file, spmatrix=False)).T
         for first in range(start, stop, step):
             yield first, sp.csr_matrix(whole[first : min(first + step, stop)])
 
