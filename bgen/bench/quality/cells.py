@@ -35,7 +35,7 @@ from bgen.bench.loaders.loaders import machine
 from bgen.bench.quality import cells_scvi
 from bgen.bench.runs import train_whole
 from bgen.bench.speed.versus import peer_environment, require_peer
-from bgen.demo import stage_overrides
+from bgen.config.load import stage_overrides
 from bgen.errors import UserError
 from bgen.evaluate.metrics.counts import variable_genes
 from bgen.evaluate.metrics.memorisation import memorisation

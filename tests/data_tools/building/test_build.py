@@ -28,7 +28,7 @@ from data_tools.building.partial import Interrupted, all_or_nothing
 from data_tools.building.run_tasks import open_runner
 from data_tools.check.check import CheckOptions, check
 from data_tools.check.findings import Roles
-from data_tools.inputs.source import source as inputs
+from data_tools.inputs import source as inputs
 
 N_GENES = 700
 

@@ -18,8 +18,8 @@ from bgen.store.store import Store
 from data_tools.building.build import build
 from data_tools.check.check import CheckOptions, check
 from data_tools.export.to_anndata import to_anndata
+from data_tools.inputs import source as inputs
 from data_tools.inputs.source import open_source
-from data_tools.inputs.source import source as inputs
 
 
 def make_adata(n_cells: int = 83, seed: int = 0, layout: str = "csr") -> anndata.AnnData:
