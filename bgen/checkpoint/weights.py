@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bgen.checkpoint import files
 from bgen.checkpoint.shards import Shards
-from bgen.config.errors import UserError
+from bgen.errors import UserError
 
 
 def export_weights(root: Path) -> tuple[dict[str, Tensor], Path]:

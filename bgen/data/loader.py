@@ -1,7 +1,7 @@
 """From a store and its order to batches: read windows ahead, pack rows, hand over packed or unpacked batches.
 
 A thread runs ahead of the training loop; it and the threads that decode release the interpreter lock. Of each lane the
-bytes of one window are kept. The lanes turn their pages in turn (:mod:`bgen.data.order`), so it is enough to have the
+bytes of one window are kept. The lanes turn their pages in turn (:mod:`bgen.order.cells`), so it is enough to have the
 next few windows on their way, those of the lanes that will need them first.
 """
 
@@ -17,15 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bgen.data.arena import Arena
+from bgen.arrays import I64
 from bgen.data.batch import CellBatch
 from bgen.data.buffers import Pool
-from bgen.data.codec import copy_rows
-from bgen.data.keys import hash_keys
-from bgen.data.order import Order
 from bgen.data.packed import PackedBatch
 from bgen.data.run_ahead import run_ahead
-from bgen.data.store import I64, Store
+from bgen.order.cells import Order
+from bgen.order.keys import hash_keys
+from bgen.store.arena import Arena
+from bgen.store.format.codec import copy_rows
+from bgen.store.store import Store
 
 Key = tuple[int, int, int]
 
@@ -41,7 +42,7 @@ class Chunks:
 
     arena: Arena
     slots: I64
-    rows: I64  # [R, 6], see bgen.data.codec.locate_rows
+    rows: I64  # [R, 6], see bgen.store.format.codec.locate_rows
     cells: I64  # [R] numbers of the cells in the order in which they are taken
     futures: list[Future[None]]
 

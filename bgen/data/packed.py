@@ -17,12 +17,12 @@ from torch import Tensor
 
 from bgen.data.batch import CellBatch
 from bgen.data.buffers import Pool
-from bgen.data.codec import ESCAPE, unpack_dense, unpack_rows
+from bgen.store.format.codec import ESCAPE, unpack_dense, unpack_rows
 
 
 @dataclass
 class PackedBatch:
-    """Counts of B cells in the store's encoding (:mod:`bgen.data.codec`).
+    """Counts of B cells in the store's encoding (:mod:`bgen.store.format.codec`).
 
     Attributes
     ----------

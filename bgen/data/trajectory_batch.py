@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bgen.data.batch import CellBatch
+from bgen.order.trajectories import GridOfCells
 
 
 @dataclass
@@ -57,3 +58,25 @@ class TrajectoryBatch(CellBatch):
             unknown = torch.nan if column.is_floating_point() else -1
             shared[name] = torch.where(same, value_P1.squeeze(1), unknown)
         return shared
+
+
+def batch_of_grids(grids: list[GridOfCells], keys: Tensor, step: int) -> TrajectoryBatch:
+    """Put cells without counts on the grid of their trajectories; ``keys [B T N]`` are the cells' random keys."""
+    cells = torch.stack([torch.from_numpy(grid.cells) for grid in grids])
+    time = torch.stack([torch.from_numpy(grid.time) for grid in grids])
+    nothing = CellBatch(
+        indptr=torch.zeros(cells.numel() + 1, dtype=torch.int64),
+        indices=torch.zeros(0, dtype=torch.int32),
+        counts=torch.zeros(0),
+        n_genes=1,
+        keys=keys,
+        cells=cells.flatten(),
+        step=step,
+        obs={"time": time[..., None].expand(cells.shape).flatten()},
+    )
+    return TrajectoryBatch.of(
+        nothing,
+        mask=torch.stack([torch.from_numpy(grid.mask) for grid in grids]),
+        time=time,
+        control=torch.stack([torch.from_numpy(grid.control) for grid in grids]),
+    )

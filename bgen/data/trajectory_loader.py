@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bgen.config.errors import UserError
-from bgen.config.schema import TrajectoriesConfig
+from bgen.config.data import TrajectoriesConfig
 from bgen.data.batch import CellBatch
-from bgen.data.keys import hash_keys
 from bgen.data.loader import CountReader
-from bgen.data.populations import GridOfCells, Trajectories, TrajectoryOrder
 from bgen.data.run_ahead import run_ahead
-from bgen.data.store import Store
 from bgen.data.trajectory_batch import TrajectoryBatch
+from bgen.errors import UserError
+from bgen.order.keys import hash_keys
+from bgen.order.trajectories import GridOfCells, Trajectories, TrajectoryOrder
+from bgen.store.store import Store
 
 _TRAIN, _VALID = 3, 4  # what a cell's random key is for
 

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 
-from bgen.config.errors import UserError
+from bgen.errors import UserError
 
 # The launcher ends the other ranks as soon as one has ended, so the others leave rank 0 this many seconds to speak.
 PATIENCE = 3.0

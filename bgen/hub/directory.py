@@ -30,15 +30,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bgen import __version__
-from bgen.config.errors import UserError, nearest
-from bgen.config.schema import FlowConfig, PerturbConfig, SampleConfig, VAEConfig
-from bgen.data.genes import hash_genes, read_genes, write_genes
+from bgen.config.flow import FlowConfig, SampleConfig
+from bgen.config.perturb import PerturbConfig
+from bgen.config.vae import VAEConfig
+from bgen.errors import UserError, nearest
+from bgen.genes.table import hash_genes, read_genes, write_genes
 from bgen.hub.card import model_card
 from bgen.models.annotator import Annotator
-from bgen.models.latent_flow import LatentFlow
-from bgen.models.perturbation import PerturbationFlow
-from bgen.models.vae import VAE
+from bgen.models.generators.latent_flow import LatentFlow
+from bgen.models.generators.perturbation_flow import PerturbationFlow
+from bgen.models.vae.vae import VAE
+from bgen.version import __version__
 
 Module = VAE | LatentFlow | Annotator | PerturbationFlow
 KINDS: dict[type, str] = {VAE: "vae", LatentFlow: "flow", Annotator: "annotator", PerturbationFlow: "perturbation"}
@@ -80,7 +82,7 @@ class SavedModel:
     module
         One of :data:`KINDS`, in evaluation mode.
     genes
-        Gene table (see :mod:`bgen.data.genes`).
+        Gene table (see :mod:`bgen.genes.table`).
     columns
         Conditions and covariates by column name.
     combinations

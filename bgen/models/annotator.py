@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bgen.data.batch import CellBatch
-from bgen.models.thinning import thin
-from bgen.models.vae import VAE
+from bgen.models.vae.thinning import thin
+from bgen.models.vae.vae import VAE
 
 LABEL = "label"
 """Name of the obs column of a batch that holds the codes of the labels."""

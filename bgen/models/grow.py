@@ -13,8 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from bgen.models.latent_flow import LatentFlow
-from bgen.models.vae import VAE
+from bgen.models.generators.latent_flow import LatentFlow
+from bgen.models.vae.vae import VAE
 
 
 def grow_vae(vae: VAE, covariates: Mapping[str, int], new_shares: Tensor | None = None) -> VAE:

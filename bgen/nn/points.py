@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bgen.config.errors import UserError
+from bgen.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bgen.config.errors import UserError
+from bgen.errors import UserError
 from bgen.track.record import Row
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bgen.config.load import to_yaml
-from bgen.config.schema import Config
+from bgen.config.run import Config
 from bgen.distributed.world import World
 from bgen.track import record as records
 from bgen.track.environment import environment

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bgen.config.errors import UserError
 from bgen.config.load import load_config
+from bgen.errors import UserError
 from bgen.track import record as records
 from bgen.track.mlflow import RUN_TAG, MlflowRun, tracking_uri
 from bgen.track.output import CONFIG, RECORD, target

@@ -15,7 +15,7 @@ class Throughput:
     Parameters
     ----------
     peak
-        FLOP/s that all ranks together can do at most (:mod:`bgen.track.peak`); None if that is not known.
+        FLOP/s that all ranks together can do at most (:mod:`bgen.track.devices`); None if that is not known.
     """
 
     def __init__(self, peak: float | None = None) -> None:

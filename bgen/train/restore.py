@@ -11,10 +11,10 @@ from torch import nn
 from bgen.checkpoint import files, shards
 from bgen.checkpoint.commit import Checkpoints
 from bgen.checkpoint.shards import Shards
-from bgen.config.errors import UserError
-from bgen.config.schema import TrainConfig
+from bgen.config.train import TrainConfig
 from bgen.distributed import world as ranks
-from bgen.train.engine import Engine
+from bgen.errors import UserError
+from bgen.train.engine.engine import Engine
 from bgen.train.state import RunState
 
 

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bgen.config.errors import UserError
-from bgen.config.schema import Config
-from bgen.data.leakage import assert_no_leakage
-from bgen.data.open import open_data
-from bgen.data.store import Store
+from bgen.config.run import Config
 from bgen.distributed import world as ranks
+from bgen.errors import UserError
 from bgen.hub.directory import ColumnInfo, SavedModel, count_combinations, save_model
-from bgen.models.latent_flow import LatentFlow
-from bgen.models.vae import VAE
-from bgen.train.stages import StoreStage, make_stage, mean_and_std, rebuild
+from bgen.models.generators.latent_flow import LatentFlow
+from bgen.models.vae.vae import VAE
+from bgen.store.leakage import assert_no_leakage
+from bgen.store.open import open_data
+from bgen.store.store import Store
+from bgen.train.stages.flow import mean_and_std
+from bgen.train.stages.from_store import StoreStage
+from bgen.train.stages.registry import make_stage, rebuild
 from bgen.train.trainer import Trainer, TrainResult, check
 
 MODEL = "model"

@@ -12,11 +12,11 @@ from torch import Tensor
 from bgen.checkpoint import shards
 from bgen.checkpoint.commit import Checkpoints, SaveError
 from bgen.checkpoint.shards import Shards
-from bgen.config.errors import UserError
-from bgen.config.schema import Config
+from bgen.config.run import Config
 from bgen.distributed import world as ranks
-from bgen.train.ema import EMA
-from bgen.train.engine import Engine, Pieces
+from bgen.errors import UserError
+from bgen.train.engine.ema import EMA
+from bgen.train.engine.engine import Engine, Pieces
 from bgen.train.state import RunState
 
 

@@ -17,24 +17,24 @@ from torch import Tensor
 
 from bgen.checkpoint import files
 from bgen.checkpoint.commit import Checkpoints
-from bgen.config.errors import UserError
-from bgen.config.schema import Config
+from bgen.config.run import Config
 from bgen.data.batch import CellBatch
 from bgen.data.packed import PackedBatch
 from bgen.distributed import world as ranks
 from bgen.distributed.signals import StopSignals
+from bgen.errors import UserError
+from bgen.track.devices import device_name, peak_flops
 from bgen.track.output import CHECKPOINTS, RECORD, RunOutput, run_identifier
-from bgen.track.peak import device_name, peak_flops
 from bgen.track.throughput import Throughput
 from bgen.train import restore
-from bgen.train.batches import Batches
-from bgen.train.deepspeed_json import deepspeed_config
-from bgen.train.engine import Engine
+from bgen.train.data_outage import Batches
+from bgen.train.engine.deepspeed_json import deepspeed_config
+from bgen.train.engine.engine import Engine
+from bgen.train.engine.schedules import learning_rate
 from bgen.train.heap import keep_heap
-from bgen.train.heldout import held_out
+from bgen.train.held_out import held_out
 from bgen.train.saving import Saver, Weights
-from bgen.train.schedules import learning_rate
-from bgen.train.stage import CountsDamage, CountsFlops, Stage
+from bgen.train.stages.stage import CountsDamage, CountsFlops, Stage
 from bgen.train.state import RunState
 from bgen.train.watch import HostReport, Watchdog
 

@@ -16,8 +16,8 @@ import torch
 from bgen.checkpoint import commit, files, shards
 from bgen.checkpoint.commit import Checkpoints, SaveError
 from bgen.checkpoint.weights import export_weights
-from bgen.config.errors import UserError
 from bgen.distributed import world as ranks
+from bgen.errors import UserError
 
 
 @pytest.fixture(autouse=True)

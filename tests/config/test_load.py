@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bgen.config.errors import UserError, nearest
 from bgen.config.load import find_config, load_config, packaged_configs, to_yaml, validate
+from bgen.errors import UserError, nearest
 
 
 def write(path: Path, text: str) -> Path:

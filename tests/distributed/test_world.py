@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bgen.config.errors import UserError
 from bgen.distributed import world as ranks
 from bgen.distributed.report import report_user_error
 from bgen.distributed.signals import StopSignals
+from bgen.errors import UserError
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

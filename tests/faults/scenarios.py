@@ -19,10 +19,10 @@ from typing import Any
 from toy import ToyStage, toy_config
 
 from bgen.checkpoint import shards
-from bgen.config.errors import UserError
 from bgen.data.batch import CellBatch
 from bgen.distributed import world as ranks
 from bgen.distributed.report import report_user_error
+from bgen.errors import UserError
 from bgen.train.trainer import Trainer, TrainResult
 
 SETTINGS: dict[str, Any] = {"steps": 30, "checkpoint_every": 5, "zero": 1, "ema": 0.9, "step_timeout": 60}

@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 import torch
 
-from bgen.config.errors import UserError
-from bgen.config.schema import FlowConfig, SampleConfig, VAEConfig
+from bgen.config.flow import FlowConfig, SampleConfig
+from bgen.config.vae import VAEConfig
+from bgen.errors import UserError
 from bgen.hub.directory import ColumnInfo, SavedModel, load_directory, save_model
-from bgen.models.latent_flow import LatentFlow
-from bgen.models.vae import VAE
+from bgen.models.generators.latent_flow import LatentFlow
+from bgen.models.vae.vae import VAE
 
 G = 6
 BACKBONES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from bgen.config.errors import UserError
+from bgen.errors import UserError
 from bgen.hub.directory import SavedModel, count_combinations, load_directory, save_model
 
 

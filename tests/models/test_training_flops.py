@@ -10,13 +10,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bgen.config.backbone import BackboneConfig
-from bgen.config.schema import FlowConfig, VAEConfig
+from bgen.config.flow import FlowConfig
+from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.data.trajectory_batch import TrajectoryBatch
-from bgen.models.flops import vae_flops
-from bgen.models.latent_flow import LatentFlow
-from bgen.models.vae import VAE
-from bgen.nn import ssd, ssd_torch
+from bgen.models.generators.latent_flow import LatentFlow
+from bgen.models.vae.flops import vae_flops
+from bgen.models.vae.vae import VAE
+from bgen.nn.scans import ssd, ssd_torch
 
 B, T, N, G, NONZEROS = 2, 3, 4, 30, 5
 

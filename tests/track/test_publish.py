@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from bgen.config.errors import UserError
 from bgen.config.load import validate
-from bgen.config.schema import Config
+from bgen.config.run import Config
 from bgen.distributed.world import World
+from bgen.errors import UserError
 from bgen.track.environment import environment
 from bgen.track.output import RunOutput
 from bgen.track.publish import log_evaluation, log_model, sync

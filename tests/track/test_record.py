@@ -13,8 +13,8 @@ import torch
 from bgen.config.load import validate
 from bgen.distributed.world import World
 from bgen.track import record, throughput
+from bgen.track.devices import peak_flops
 from bgen.track.output import RunOutput, run_identifier
-from bgen.track.peak import peak_flops
 from bgen.track.progress import ProgressLine
 from bgen.track.throughput import Throughput
 

@@ -12,8 +12,8 @@ from toy import ToyModel, ToyStage, run, toy_config
 
 from bgen.checkpoint import files, shards
 from bgen.checkpoint.weights import export_weights
-from bgen.config.errors import UserError
 from bgen.data.batch import CellBatch
+from bgen.errors import UserError
 from bgen.track import record
 from bgen.train.trainer import Trainer
 

@@ -1,0 +1,47 @@
+"""A store of some cells, as `bgen data build` makes it: what a benchmark trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from anndata import AnnData
+
+from bgen.config.load import load_config
+from bgen.errors import UserError
+from bgen.files import write_h5ad
+from bgen.train.run import train
+from bgen.version import __version__
+from data_tools.building.build import build
+from data_tools.check.check import check
+
+
+def store_of(cells: AnnData, folder: Path, seed: int) -> Path:
+    """Write cells (raw counts in X) into a store in a new folder, nine tenths to train on; return its path.
+
+    Raises
+    ------
+    UserError
+        If the cells cannot be used.
+    """
+    folder.mkdir(parents=True)
+    write_h5ad(cells, folder / "cells.h5ad")
+    report = check([folder / "cells.h5ad"])
+    if report.errors:
+        raise UserError(f"The cells cannot be used: `bgen data check {folder / 'cells.h5ad'}` says why.")
+    store = folder / "store"
+    build(report, store, created_by=f"bgen {__version__}", splits={"train": 0.9, "valid": 0.1}, seed=seed)
+    return store
+
+
+def train_whole(name: str, overrides: Sequence[str]) -> None:
+    """Train what the configuration ``name`` with ``overrides`` says, and export it to ``out/model``.
+
+    Raises
+    ------
+    UserError
+        If the settings do not fit, or a signal stopped the training: half a training is not what is compared.
+    """
+    done = train(load_config(name, overrides))
+    if done.interrupted:
+        raise UserError(f"Stopped by a signal at step {done.step}; nothing was measured.")

@@ -1,0 +1,54 @@
+"""``bgen perturb``. Heavy imports stand inside the verb, so ``--help`` is quick."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bgen.cli.terminal import Json, Seed, parse_where, progress_bar, results
+from bgen.files import require_new_file, write_h5ad
+
+app = typer.Typer(help="Perturbations.")
+
+
+@app.command()
+def perturb(
+    model: Annotated[Path, typer.Argument(help="Model directory, of `bgen finetune --task perturb`.")],
+    data: Annotated[Path, typer.Argument(help="The .h5ad with your control cells: raw counts.")],
+    out: Annotated[Path, typer.Option(help="The .h5ad to write.")],
+    perturbation: Annotated[str, typer.Option(help="Gene or drug, or several joined by '+'.")],
+    control: Annotated[str | None, typer.Option(help="Which cells are controls, column=value; default: all.")] = None,
+    dose: Annotated[float | None, typer.Option(help="In the unit that the model was trained with.")] = None,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="Cells to predict; default: one per control.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer with the raw counts; default: X.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Predict what your control cells would look like under a perturbation, as counts.
+
+    Example: `bgen perturb my-model/model my.h5ad --control perturbation=control --perturbation G0012 --out cells.h5ad`
+    """
+    from bgen.tasks.load import load_model
+    from bgen.tasks.user_cells import read_h5ad
+
+    require_new_file(out)
+    where = next(iter(parse_where([control]).items())) if control is not None else None
+    with progress_bar() as progress:
+        cells = load_model(model).perturb(
+            read_h5ad(data), perturbation, control=where, dose=dose, n=n, layer=layer, seed=seed, progress=progress
+        )
+    write_h5ad(cells, out)
+    unseen = list(cells.uns["bgen"]["unseen"])
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "cells": cells.n_obs, "genes": cells.n_vars, "unseen": unseen}))
+        return
+    if unseen:
+        results.print(
+            f"Not in training, predicted from what is known of the gene alone: {', '.join(unseen)}. Such"
+            " predictions are often no better than the average perturbation: check them.",
+            highlight=False,
+        )
+    results.print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes: {out}", highlight=False, soft_wrap=True)

@@ -1,0 +1,53 @@
+"""Fine-tuning, first part: the autoencoder, adapted to new genes, new batches, another tissue."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from bgen.config.run import Config
+from bgen.data.cells_in_memory import MemoryCells
+from bgen.distributed import world as ranks
+from bgen.hub.directory import SavedModel
+from bgen.nn.lora import add_lora, merge_lora
+from bgen.tasks.finetune.request import RANK, Mode
+from bgen.tasks.finetune.runs import Runs
+from bgen.train.stages.in_memory import MemoryStage
+
+
+def _adapt_vae(
+    grown: SavedModel,
+    parent: SavedModel,
+    cells: MemoryCells,
+    watched: tuple[NDArray[np.int64], NDArray[np.int64]],
+    config: Config,
+    mode: Mode,
+    runs: Runs,
+) -> None:
+    """Train the autoencoder on the data; in mode head only if it has new rows, and then only those tables."""
+    vae = grown.vae
+    is_larger = vae.n_genes > parent.vae.n_genes or vae.covariates != parent.vae.covariates
+    if mode == "head" and not is_larger:
+        return
+    vae.requires_grad_(True)
+    if mode == "lora":
+        add_lora(vae, RANK)
+    if mode != "full":
+        tables = ["covariates.", "decoder.logits.bias", "scaled_log_theta"]
+        if vae.n_genes > parent.vae.n_genes:
+            tables += ["encoder.weight", "decoder.logits."]
+        for name, parameter in vae.named_parameters():
+            in_tables = any(part in name for part in tables)
+            parameter.requires_grad_(in_tables or "parametrizations.weight.0" in name)
+    # Whatever is built on the parent's latents was whitened by its statistics, so they stay.
+    runs.say(f"Adapting the autoencoder ({_trained(vae):,} parameters) ...")
+    stage = MemoryStage(config, vae, cells, *watched, ranks.current(), runs.fingerprint(grown), "nll")
+    result = runs.fit(config, stage)
+    runs.say(f"{result.step} steps, best held-out {stage.monitor} {result.best:.4g}.")
+    merge_lora(vae)
+    vae.requires_grad_(False).eval()
+
+
+def _trained(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

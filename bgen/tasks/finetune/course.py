@@ -1,0 +1,213 @@
+"""``bgen finetune --task time``: from the user's own time course to a model that interpolates and forecasts it.
+
+A parent that was trained on trajectories over time lends its flow; otherwise a small hybrid is trained on the adapted
+autoencoder. Missing time points start from displacement interpolation (``flow.source: neighbours``), so the network has
+only to learn what that misses: a course of one experiment has a handful of time points.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from bgen.config.backbone import BackboneConfig
+from bgen.config.data import TrajectoriesConfig
+from bgen.config.flow import FlowConfig, PatternsConfig
+from bgen.config.run import Config
+from bgen.config.train import TrainConfig
+from bgen.data.cells_in_memory import MemoryCells
+from bgen.distributed import world as ranks
+from bgen.errors import UserError, nearest
+from bgen.hub.directory import SavedModel
+from bgen.models.generators.latent_flow import LatentFlow
+from bgen.models.vae.vae import VAE
+from bgen.nn.lora import merge_lora
+from bgen.order.keys import hash_keys
+from bgen.tasks.finetune.flow import _choose_trained
+from bgen.tasks.finetune.request import WATCHED, Mode
+from bgen.tasks.finetune.runs import Runs
+from bgen.tasks.time.axis import trained_over_time
+from bgen.tasks.user_cells import text_column
+from bgen.train.stages.course_in_memory import CourseStage
+
+LEAST_TIMES, LEAST_CELLS = 3, 10
+
+
+@dataclass(frozen=True)
+class Course:
+    """The user's time course.
+
+    Attributes
+    ----------
+    column
+        obs column of the times.
+    time
+        ``[n_cells]``.
+    system
+        obs columns that name a trajectory.
+    code
+        Number of each cell's trajectory ``[n_cells]``.
+    """
+
+    column: str
+    time: NDArray[np.float64]
+    system: list[str]
+    code: NDArray[np.int64]
+
+    @property
+    def times(self) -> NDArray[np.float64]:
+        """Distinct times, ascending."""
+        return np.unique(self.time)
+
+    def split(self, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the cells to train on and those to watch: a ``share`` of every population of every trajectory."""
+        population = pd.factorize(pd.MultiIndex.from_arrays([self.code, self.time]))[0]
+        order = np.lexsort((hash_keys(seed, np.arange(len(population))), population))
+        sizes = np.bincount(population)
+        place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        watched = place < np.maximum(1, np.round(share * sizes)).astype(int)[population[order]]
+        return np.sort(order[~watched]), np.sort(order[watched])
+
+
+def read_course(adata: AnnData, column: str | None, system: list[str]) -> Course:
+    """Read the times and trajectories of the user's cells.
+
+    Raises
+    ------
+    UserError
+        If the column is not named or not there, is no number, or holds too few time points or cells.
+    """
+    if column is None:
+        raise UserError("--task time needs --time: the obs column with the time of each cell.")
+    if column not in adata.obs:
+        raise UserError(f"obs has no column '{column}'.{nearest(column, adata.obs.columns)}")
+    time = pd.to_numeric(adata.obs[column].astype(object), errors="coerce").to_numpy(np.float64)
+    if not np.isfinite(time).all():
+        raise UserError(
+            f"obs['{column}'] holds no number for {int((~np.isfinite(time)).sum()):,} of {adata.n_obs:,} cells: give"
+            " each its time, or remove those cells."
+        )
+    labels = [text_column(adata, name) for name in system]
+    code = pd.factorize(pd.MultiIndex.from_arrays(labels))[0] if labels else np.zeros(adata.n_obs, np.int64)
+    course = Course(column, time, system, code.astype(np.int64))
+    counts = pd.Series(time).value_counts().sort_index()
+    if len(counts) < LEAST_TIMES:
+        raise UserError(
+            f"obs['{column}'] holds {len(counts)} time points; {LEAST_TIMES} at least are needed to learn from."
+        )
+    if (counts < LEAST_CELLS).all():
+        raise UserError(
+            f"No time of obs['{column}'] has {LEAST_CELLS} cells: round the times, so that each has a population."
+        )
+    return course
+
+
+def course_shape(course: Course, batch: int) -> TrajectoriesConfig:
+    """Choose trajectories for a course: three time points, and cells so that a batch of ``batch`` cells holds four."""
+    typical = int(np.median(pd.Series(course.time).value_counts()))
+    return TrajectoriesConfig(
+        along="time", system=course.system, times=LEAST_TIMES, cells=max(8, min(batch // (4 * LEAST_TIMES), typical))
+    )
+
+
+def whole_trajectories(train: TrainConfig, shape: TrajectoriesConfig, world_size: int) -> TrainConfig:
+    """Return the settings with a global batch and micro batches of whole trajectories, no larger than were asked for.
+
+    The global batch holds one trajectory per rank at least.
+
+    Raises
+    ------
+    UserError
+        If not even one trajectory fits into a micro batch.
+    """
+    share = max(1, train.global_batch // (shape.size * world_size))
+    micro = None
+    if train.micro_batch is not None:
+        if train.micro_batch < shape.size:
+            raise UserError(
+                f"train.micro_batch={train.micro_batch} holds no whole trajectory of {shape.times} time points x"
+                f" {shape.cells} cells: give {shape.size} at least, or leave it out."
+            )
+        most = train.micro_batch // shape.size
+        micro = shape.size * max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
+    return train.model_copy(update={"global_batch": share * shape.size * world_size, "micro_batch": micro})
+
+
+def new_course_flow(vae: VAE, course: Course) -> LatentFlow:
+    """Return a flow to train that is told nothing but the populations."""
+    return LatentFlow(neighbour_flow(float(np.median(np.diff(course.times))), forecast=True), vae, {}, {})
+
+
+def neighbour_flow(scale: float, *, forecast: bool = False) -> FlowConfig:
+    """Return settings of a flow for courses with few time points.
+
+    ``scale`` is a typical gap in time; with ``forecast`` every third trajectory trains that, the others interpolation.
+
+    The network sees the neighbouring populations and the cells, not the date: from a handful of time points it could
+    only learn dates by heart.
+    """
+    backbone = BackboneConfig.model_validate(
+        {
+            "name": "hybrid",
+            "width": 32,
+            "layers": 1,
+            "pattern": ["time", "none"],
+            "attention": {"heads": 2},
+            "mamba2": {"head_width": 16, "state": 16},
+            "time": {"scale": scale, "tokens": 4},
+        }
+    )
+    patterns = PatternsConfig(noise=0, forecast=0.5 if forecast else 0, interpolate=1, perturb=0, independent=1)
+    return FlowConfig(backbone=backbone, source="neighbours", condition_dropout=0.0, patterns=patterns)
+
+
+def course_facts(course: Course, shape: TrajectoriesConfig, adata: AnnData, roles: dict[str, str]) -> dict[str, Any]:
+    """Return what the model directory says of time."""
+    unit = adata.uns.get("time_unit")
+    return {
+        "trajectories": shape.model_dump(mode="json"),
+        "times": [float(time) for time in course.times],
+        "roles": {**roles, "time": course.column},
+        **({"units": {"time": str(unit)}} if unit else {}),
+    }
+
+
+def _train_course(
+    grown: SavedModel,
+    adata: AnnData,
+    cells: MemoryCells,
+    course: Course,
+    config: Config,
+    mode: Mode,
+    runs: Runs,
+) -> tuple[LatentFlow, dict[str, Any]]:
+    """Train the flow over time: the parent's, if it has one of the same column, else a new one."""
+    world = ranks.current()
+    if trained_over_time(grown) and grown.about["roles"].get("time") == course.column:
+        assert isinstance(grown.module, LatentFlow), "only flows are trained over time"
+        flow = grown.module
+        _choose_trained(flow, mode)
+        shape = TrajectoriesConfig.model_validate({**grown.about["trajectories"], "system": course.system})
+    else:
+        runs.say("The model has no flow over this time: a new one is trained on the autoencoder.")
+        flow = new_course_flow(grown.vae, course)
+        shape = course_shape(course, config.train.global_batch)
+    stage = CourseStage(
+        config.model_copy(update={"train": whole_trajectories(config.train, shape, world.size)}),
+        flow,
+        cells,
+        shape,
+        course.code,
+        course.time,
+        *course.split(WATCHED, config.seed),
+        world,
+        runs.fingerprint(grown),
+    )
+    runs.fit(stage.config, stage)
+    merge_lora(flow.backbone)
+    return flow, course_facts(course, shape, adata, grown.about.get("roles", {}))
