@@ -1,4 +1,4 @@
-"""Settings of the backbones: which mixers stand along which axis, and their sizes (DESIGN, sections 3 and 8)."""
+"""Settings of the backbones: which mixers stand along which axis, and their sizes (bgen/README.md, "Backbones")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of what is read, from where and in what order (DESIGN, sections 6 and 7)."""
+"""Settings of what is read, from where and in what order (bgen/README.md, "Store" and "Order")."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bgen.config.section import Fraction, NonNegativeFloat, NonNegativeInt, Posi
 
 
 class TrajectoriesConfig(Section):
-    """The flow is trained on trajectories of populations instead of single cells (DESIGN, sections 3 and 7)."""
+    """The flow is trained on trajectories of populations instead of single cells (:mod:`bgen.order.trajectories`)."""
 
     along: Literal["time", "perturbation"] = Field(
         "time",

@@ -12,10 +12,10 @@ from bgen.config.section import Fraction, NonNegativeFloat, PositiveFloat, Posit
 
 
 class PatternsConfig(Section):
-    """How often training on trajectories observes which time points (DESIGN, section 4).
+    """How often training on trajectories observes which time points (:mod:`bgen.flow.patterns`).
 
     An observed time point is held at flow time t = 0 and does not enter the loss. The weights need not add up to 1; a
-    pattern that a trajectory is too short for, or has no control for, is left out for it.
+    pattern is left out where a trajectory is too short for it or has no control.
     """
 
     noise: NonNegativeFloat = Field(1.0, description="Weight of observing nothing: joint generation.")
@@ -34,7 +34,7 @@ class PatternsConfig(Section):
 
 
 class FlowConfig(Section):
-    """The rectified flow in the latent space (DESIGN, section 4)."""
+    """The rectified flow in the latent space (bgen/README.md, "Flow")."""
 
     vae: Path | None = Field(None, description="Run folder or exported directory of the VAE; needed by stage flow.")
     backbone: BackboneConfig = BackboneConfig()

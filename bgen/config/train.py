@@ -23,7 +23,7 @@ class OffloadConfig(Section):
 
 
 class TrainConfig(Section):
-    """The training loop and its DeepSpeed engine (DESIGN, section 10)."""
+    """The training loop and its DeepSpeed engine (bgen/README.md, "Training")."""
 
     steps: PositiveInt = Field(2000, description="Optimiser steps.")
     global_batch: PositiveInt = Field(512, description="Cells per optimiser step over all ranks.")

@@ -1,4 +1,4 @@
-"""The exported model directory: safetensors, JSON and CSV, no pickle; loads anywhere (DESIGN, section 11).
+"""The exported model directory: safetensors, JSON and CSV, no pickle; loads anywhere.
 
 ::
 

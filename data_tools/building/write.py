@@ -1,4 +1,4 @@
-"""Write a store: all or nothing (DESIGN, section 6)."""
+"""Write a store: all or nothing (its layout: :mod:`bgen.store.store`)."""
 
 from __future__ import annotations
 
@@ -33,8 +33,6 @@ from data_tools.building.shuffle import (
     spill,
     write_shard,
 )
-
-"""Called with the cells done and the cells in all."""
 
 Stages = Callable[[str, int, int], None]
 """Called with what is being done, cells done, cells in all."""
