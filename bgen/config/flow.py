@@ -19,11 +19,12 @@ class PatternsConfig(Section):
     """
 
     noise: NonNegativeFloat = Field(1.0, description="Weight of observing nothing: joint generation.")
-    forecast: NonNegativeFloat = Field(1.0, description="Weight of observing the past, up to a time point drawn.")
+    forecast: NonNegativeFloat = Field(1.0, description="Weight of observing the past, up to a random time point.")
     interpolate: NonNegativeFloat = Field(1.0, description="Weight of observing all but one time point in between.")
     perturb: NonNegativeFloat = Field(1.0, description="Weight of observing the control populations.")
     independent: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5, description="Share of trajectories whose time points have flow times of their own; others share one."
+        0.5,
+        description="Share of trajectories whose time points each have a flow time of their own; in the others they share it.",
     )
 
     @model_validator(mode="after")
@@ -71,8 +72,8 @@ class SampleConfig(Section):
     tolerance: PositiveFloat = Field(1e-3, description="Relative and absolute error that solver adaptive allows.")
     noise: PositiveFloat = Field(
         1.0,
-        description="Standard deviation of the noise that generation starts from: above 1 covers more of what real "
-        "cells are, with more cells further out than those; below 1 the reverse.",
+        description="Standard deviation of the noise that generation starts from. Above 1, generated cells cover more "
+        "of the real ones, but more of them lie further out; below 1, the reverse.",
     )
     guidance: NonNegativeFloat = Field(1.0, description="Guidance scale; 1 is the conditional model itself.")
     guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Range of t in which guidance acts.")

@@ -108,7 +108,7 @@ def ssd_fused(
     """SSD with log_decay = dt a by the published kernels; see :func:`bgen.nn.scans.ssd.ssd_sequential`.
 
     The kernels scale x by dt. ``impulse`` undoes that, for inputs that must not grow with the time gap; dt must then be
-    0 where x is 0, and at least the floor of :mod:`bgen.nn.real_time` elsewhere. The initial state belongs to the first
+    at least the floor of :mod:`bgen.nn.real_time`, or 0 where x is 0 as well. The initial state belongs to the first
     sequence; the numbers in ``sequence_BT`` start at 0 and rise.
     """
     if impulse:
