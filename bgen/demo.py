@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bgen import __version__
 from bgen.config.load import load_config, stage_overrides
 from bgen.config.run import Config
 from bgen.errors import UserError
 from bgen.files import require_new_folder, write_h5ad
 from bgen.progress import Progress
 from bgen.store.format.manifest import Manifest
-from bgen.tasks.anndata_model import load_model
 from bgen.tasks.evaluate import score
+from bgen.tasks.load import load_model
 from bgen.train.run import train
+from bgen.version import __version__
 from data_tools.building.build import build
 from data_tools.check.check import check
 from data_tools.simulate.simulate import simulate

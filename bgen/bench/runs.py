@@ -7,11 +7,11 @@ from pathlib import Path
 
 from anndata import AnnData
 
-from bgen import __version__
 from bgen.config.load import load_config
 from bgen.errors import UserError
 from bgen.files import write_h5ad
 from bgen.train.run import train
+from bgen.version import __version__
 from data_tools.building.build import build
 from data_tools.check.check import check
 
