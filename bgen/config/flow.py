@@ -23,8 +23,7 @@ class PatternsConfig(Section):
     interpolate: NonNegativeFloat = Field(1.0, description="Weight of observing all but one time point in between.")
     perturb: NonNegativeFloat = Field(1.0, description="Weight of observing the control populations.")
     independent: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5,
-        description="Share of trajectories whose time points each have a flow time of their own; in the others they share it.",
+        0.5, description="Share of trajectories whose time points have independent flow times; others share one."
     )
 
     @model_validator(mode="after")

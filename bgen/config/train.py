@@ -14,8 +14,7 @@ class OffloadConfig(Section):
     """What leaves the accelerator's memory between uses."""
 
     optimizer: Literal["none", "cpu", "nvme"] = Field(
-        "none",
-        description="Where the optimiser's state and the float32 weights live; cpu needs zero 1 to 3, nvme needs zero 3.",
+        "none", description="Where optimiser state and float32 weights live; cpu needs zero 1 to 3, nvme needs 3."
     )
     parameters: Literal["none", "cpu", "nvme"] = Field(
         "none", description="Where the parameters live between uses; needs zero 3."
