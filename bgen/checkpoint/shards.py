@@ -1,8 +1,8 @@
-"""The tensors of a checkpoint, one safetensors file per rank, readable at any number of ranks and ZeRO stage.
+"""The tensors of a checkpoint: one safetensors file per rank, readable at any number of ranks and ZeRO stage.
 
-A parameter is split among ranks however the ZeRO stage has it. Each rank writes the pieces that it keeps, each under
-its place in the whole parameter, ``KIND/START/NAME``: elements of the flattened parameter ``NAME`` from ``START`` on.
-A reader takes the elements it wants from whichever pieces hold them. Kinds:
+The ZeRO stage decides how a parameter is split among ranks. Each rank writes the pieces that it keeps under the name
+``KIND/START/NAME``: elements of the flattened parameter ``NAME`` from ``START`` on. A reader takes the elements it
+wants from whichever pieces hold them. Kinds:
 
 - ``weight``: trained parameters in float32; ``average``: their moving average; ``best``: the best so far.
 - ``optimizer.X``: the optimiser's state ``X``; ``step/START/NAME`` is its step counter for the piece.
@@ -54,7 +54,7 @@ def file_name(rank: int) -> str:
 def write(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, Iterable[int]]) -> dict[str, Any]:
     """Write CPU tensors, wait until they are on the disk, and return the file's size and SHA-256.
 
-    The safetensors library would hold the interpreter lock for the whole file, and with it the training loop.
+    The safetensors library would hold the interpreter lock for the whole file, and so stop the training loop.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Settings of the backbones: which mixers stand along which axis, and their sizes (DESIGN, sections 3 and 8)."""
+"""Settings of the backbones: which mixers stand along which axis, and their sizes (bgen/README.md, "Backbones")."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class TimeConfig(Section):
     )
     tracked: bool = Field(
         False,
-        description="Slot i is the same cell (or bulk sample) at every time point, so mix each slot over time; "
-        "false: populations, summarised by state tokens.",
+        description="true: slot i is the same cell (or bulk sample) at every time point, and each slot is mixed over "
+        "time; false: populations, summarised by state tokens.",
     )
     tokens: PositiveInt = Field(8, description="State tokens, M, that summarise one population.")
 

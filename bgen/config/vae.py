@@ -10,7 +10,7 @@ from bgen.config.section import Fraction, NonNegativeFloat, NonNegativeInt, Posi
 
 
 class VAEConfig(Section):
-    """The variational autoencoder of counts (DESIGN, section 9)."""
+    """The variational autoencoder of counts (bgen/README.md, "VAE" and "Likelihoods")."""
 
     latent: PositiveInt = Field(16, description="Size of the latent, D.")
     hidden: PositiveInt = Field(256, description="Width of the encoder's and decoder's hidden layers.")

@@ -1,4 +1,4 @@
-"""How many floating-point operations a second devices can do at most, for MFU.
+"""The most floating-point operations a second that devices can do, for MFU.
 
 Dense matrix products, from the manufacturers' data sheets (without sparsity). A device that is not listed has no MFU.
 """
@@ -20,7 +20,7 @@ PEAKS = {
     "L4": (121e12, 30.3e12),
     "RTX 4090": (165e12, 82.6e12),
 }
-"""FLOP/s; the first name that fits counts."""
+"""FLOP/s by name; the first name that fits counts."""
 
 
 def peak_flops(name: str, precision: str) -> float | None:

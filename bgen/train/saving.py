@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, when it is written, and what is said about it."""
+"""What a checkpoint of a run holds, and when it is written."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Saver:
     def begin(self, weights: Weights, state: RunState) -> str | None:
         """Start to save; what was still being saved is finished first.
 
-        A failure is reported and training goes on; returns what failed, if anything did.
+        A failure is reported and training goes on; return what failed, if anything did.
         """
         self.finish()
         train = self.config.train
