@@ -24,7 +24,7 @@ from anndata import AnnData
 from torch import nn
 
 from bgen import __version__
-from bgen.config.load import load_config
+from bgen.config.load import load_finetune
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.evaluate.protocols.perturbation import PerturbationScores
 from bgen.evaluate.reports.perturbation import write_perturbation_report
@@ -35,10 +35,7 @@ from bgen.progress import Say
 from bgen.tasks.anndata_model import Model
 from bgen.tasks.finetune.annotator import _train_annotator
 from bgen.tasks.finetune.autoencoder import _adapt_vae
-from bgen.tasks.finetune.course import (
-    _train_course,
-    read_course,
-)
+from bgen.tasks.finetune.course import _train_course, course_config, read_course
 from bgen.tasks.finetune.flow import _train_flow
 from bgen.tasks.finetune.grow import grow, known_columns, widen_library
 from bgen.tasks.finetune.perturbation import _train_perturbation
@@ -47,7 +44,7 @@ from bgen.tasks.finetune.runs import Runs, request_fingerprint, require_new_run,
 from bgen.tasks.perturb.held_out import score_held_out, split_screen
 from bgen.tasks.user_cells import require_cells
 from bgen.train.run import MODEL
-from bgen.train.stages.in_memory import held_out
+from bgen.train.stages.in_memory import split_watched
 from bgen.train.trainer import check
 
 
@@ -78,7 +75,7 @@ def finetune(
     out
         New folder for the runs and the model.
     overrides
-        ``section.key=value`` for the configuration "finetune".
+        ``section.key=value`` for the configuration "finetune", or "finetune/course" for a course over time.
     resume
         Go on with what ``out`` holds, from the newest whole checkpoint; start if there is nothing yet.
     say
@@ -99,7 +96,8 @@ def finetune(
     require_possible(parent, adata, request)
     labels = check_columns(adata, request)
     course = read_course(adata, request.time, list(request.system)) if request.task == "time" else None
-    base = load_config("finetune", [f"data.store={folder}", *overrides])
+    base = course_config(course, overrides) if course is not None else load_finetune("finetune", overrides)
+    base = base.model_copy(update={"parent": folder})
     world = check(base)
     if not world.is_main:
         say = _say_nothing
@@ -115,7 +113,7 @@ def finetune(
     cells = MemoryCells(model.counts(adata, request.layer), known_columns(grown, adata))
     widen_library(grown.vae, cells)
     runs = Runs(resume, request_fingerprint(parent, adata, cells, request), say)
-    watched = held_out(np.arange(len(cells), dtype=np.int64), WATCHED, base.seed)
+    watched = split_watched(np.arange(len(cells), dtype=np.int64), WATCHED, base.seed)
     _adapt_vae(grown, parent, cells, watched, run_config(base, "vae", out / "vae"), request.mode, runs)
     torch.manual_seed(base.seed)  # new networks again: after a resume as in the run that it goes on with
     done: Module

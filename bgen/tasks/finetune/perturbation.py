@@ -10,7 +10,7 @@ import torch
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from bgen.config.run import Config
+from bgen.config.finetune import FinetuneConfig
 from bgen.distributed import world as ranks
 from bgen.genes.network import Network
 from bgen.models.generators.perturbation_flow import PerturbationFlow
@@ -20,12 +20,12 @@ from bgen.tasks.finetune.runs import Runs
 from bgen.tasks.perturb.effect_scale import fit_scale
 from bgen.tasks.perturb.effects import Scale, fit_effects
 from bgen.tasks.perturb.screen import gene_rows, read_screen, require_plain_counts
-from bgen.train.stages.in_memory import held_out
+from bgen.train.stages.in_memory import split_watched
 from bgen.train.stages.perturbation_pairs import PairStage
 
 
 def _train_perturbation(
-    model: Model, adata: AnnData, config: Config, request: Request, network: Network | None, runs: Runs
+    model: Model, adata: AnnData, config: FinetuneConfig, request: Request, network: Network | None, runs: Runs
 ) -> tuple[PerturbationFlow, dict[str, Any]]:
     assert request.columns is not None, "checked at the start"
     vae = model.saved.vae
@@ -47,7 +47,7 @@ def _train_perturbation(
         torch.from_numpy(effects.values),
         None if regulated is None else torch.from_numpy(regulated),
     )
-    train, valid = held_out(np.flatnonzero(data.screen.label >= 0), 0.1, config.seed)
+    train, valid = split_watched(np.flatnonzero(data.screen.label >= 0), 0.1, config.seed)
     stage = PairStage(
         config, flow, data.cells, data.screen, train, valid, ranks.current(), runs.fingerprint(model.saved)
     )
