@@ -7,7 +7,6 @@ from pathlib import Path
 
 from anndata import AnnData
 
-from bgen import __version__
 from bgen.config.load import load_config
 from bgen.config.run import RunConfig
 from bgen.errors import UserError
@@ -15,6 +14,7 @@ from bgen.files import write_h5ad
 from bgen.train.run import train
 from bgen.train.stages.stage import Stage
 from bgen.train.trainer import Trainer, TrainResult
+from bgen.version import __version__
 from data_tools.building.build import build
 from data_tools.check.check import check
 

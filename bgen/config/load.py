@@ -171,3 +171,22 @@ def _model_of(annotation: Any) -> Any:
         models = [a for a in typing.get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
         return models[0] if models else None
     return annotation
+
+
+def stage_overrides(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Sort ``vae.section.key=value`` and ``flow.section.key=value`` by stage.
+
+    Raises
+    ------
+    UserError
+        If one is of neither.
+    """
+    given: dict[str, list[str]] = {"vae": [], "flow": []}
+    for text in overrides:
+        stage, _, rest = text.partition(".")
+        if stage not in given:
+            raise UserError(
+                f"'{text}': write vae.train.steps=500 or flow.train.steps=500, for one of the two trainings."
+            )
+        given[stage].append(rest)
+    return given

@@ -7,6 +7,7 @@ LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without it, the run is one process and op
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -125,8 +126,6 @@ def start(timeout: float = 600.0) -> World:
 
 
 def _loopback() -> str:
-    import socket
-
     names = [name for _, name in socket.if_nameindex()]
     return next((name for name in ("lo", "lo0") if name in names), names[0])
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from bgen.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 NAME = "genes.csv"
 VERSIONED = r"^(ENS[A-Z]{0,6}G\d{11})\.\d+"

@@ -30,7 +30,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bgen import __version__
 from bgen.config.flow import FlowConfig, SampleConfig
 from bgen.config.perturb import PerturbConfig
 from bgen.config.vae import VAEConfig
@@ -41,6 +40,7 @@ from bgen.models.annotator import Annotator
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.generators.perturbation_flow import PerturbationFlow
 from bgen.models.vae.vae import VAE
+from bgen.version import __version__
 
 Module = VAE | LatentFlow | Annotator | PerturbationFlow
 KINDS: dict[type, str] = {VAE: "vae", LatentFlow: "flow", Annotator: "annotator", PerturbationFlow: "perturbation"}

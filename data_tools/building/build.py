@@ -23,7 +23,8 @@ from data_tools.building.splits import DEFAULT, Codes, assign, assign_groups, gr
 from data_tools.building.vocabulary import take_reference
 from data_tools.building.write import Contents, fill
 from data_tools.check.findings import FileReport, Report, Roles
-from data_tools.inputs.source import Source, open_source
+from data_tools.inputs.open import open_source
+from data_tools.inputs.source import Source
 
 LARGE = 200_000_000
 """Stored values from which on a build starts worker processes by itself."""

@@ -91,7 +91,8 @@ def save_array(path: Path, array: ArrayLike) -> None:
     """Write a .npy file as :func:`commit` does."""
     stream = io.BytesIO()
     np.save(stream, array)
-    commit(path, stream.getbuffer())
+    with stream.getbuffer() as data:
+        commit(path, data)
 
 
 def commit(path: Path, data: bytes | memoryview) -> None:

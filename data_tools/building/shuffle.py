@@ -136,7 +136,6 @@ def spill(piece: Piece, to: Spill) -> None:
     """Read a piece and write its cells, encoded and sorted by their place in the store."""
     if to.is_done():
         return
-    place = np.load(to.folder / WORK / "place.npy", mmap_mode="r")
     gene_map = piece.gene_map()
     n_genes = int(np.load(to.folder / WORK / "n_genes.npy"))
     expressed = np.zeros(n_genes, np.int64)
@@ -144,7 +143,7 @@ def spill(piece: Piece, to: Spill) -> None:
     parts: list[tuple[NDArray[Any], ...]] = []
     for block in piece.blocks():
         n_rows, entries = len(block.indptr) - 1, len(block.counts)
-        there = np.asarray(place[block.start : block.start + n_rows])
+        there = _load_part(to.folder / WORK / "place.npy", block.start, block.start + n_rows)
         gaps = np.empty(entries + n_rows * (n_genes // 255 + 1), np.uint8)
         counts, overflow = np.empty(entries, np.uint8), np.empty(entries, np.uint32)
         sizes = np.zeros((n_rows, 3), np.int64)
@@ -187,6 +186,7 @@ def measure(of: Spill) -> None:
     starts = np.ascontiguousarray(of.starts()[:, 0])
     gaps = np.memmap(of.path("streams"), np.uint8, "r", shape=(int(starts[-1]),)) if starts[-1] else np.zeros(0, "u1")
     found = recoded_gap_bytes(np.asarray(gaps), starts, np.load(of.folder / WORK / "rank.npy"))
+    del gaps
     commit(of.path("gap_bytes"), found.tobytes())
 
 
@@ -207,7 +207,7 @@ def write_shard(folder: Path, number: int, spills: list[Spill], layout: Layout) 
         return
     first_chunk = number * layout.shard_chunks
     last_chunk = min(first_chunk + layout.shard_chunks, layout.n_chunks)
-    first_cell = np.load(folder / WORK / "first_cell.npy", mmap_mode="r")[first_chunk : last_chunk + 1]
+    first_cell = _load_part(folder / WORK / "first_cell.npy", first_chunk, last_chunk + 1)
     streams, cells = _collect(spills, int(first_cell[0]), int(first_cell[-1]))
     rank = np.load(folder / WORK / "rank.npy")
     packed: dict[str, list[bytes]] = {"gaps": [], "counts": []}
@@ -228,6 +228,11 @@ def write_shard(folder: Path, number: int, spills: list[Spill], layout: Layout) 
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
     commit(_shard_note(folder, number), json.dumps(files).encode())
+
+
+def _load_part(path: Path, start: int, stop: int) -> NDArray[Any]:
+    """Return entries of a .npy file, and leave it closed: an open map would hold its room on a disk that is full."""
+    return np.array(np.load(path, mmap_mode="r")[start:stop])
 
 
 @contextmanager

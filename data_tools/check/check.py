@@ -23,7 +23,8 @@ from data_tools.check.findings import FileReport, Report, Roles, Rounding, liste
 from data_tools.check.genes import Genes, MergeDuplicates, resolve_genes, resolve_organism
 from data_tools.check.obs import resolve_roles
 from data_tools.inputs.anndata_zarr import members
-from data_tools.inputs.source import Source, open_source
+from data_tools.inputs.open import open_source
+from data_tools.inputs.source import Source
 
 FEW_GENES = 5000
 """Below this, a file is taken for a selection of genes (G04)."""

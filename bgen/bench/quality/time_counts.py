@@ -1,7 +1,7 @@
 """A hybrid flow on a time course of counts: the whole job of a user, without one time point.
 
 Variable genes are chosen, the store is built, VAE and flow are trained on the other time points; then the missing one
-is interpolated (or forecast) and scored by :meth:`bgen.tasks.anndata_model.Model.predict_times`, as ``bgen
+is interpolated (or forecast) and scored by :meth:`bgen.tasks.load.Model.predict_times`, as ``bgen
 interpolate`` and ``bgen forecast`` do.
 """
 
@@ -19,7 +19,7 @@ from bgen.bench.quality.time_latents import Recipe
 from bgen.bench.runs import store_of, train_whole
 from bgen.evaluate.metrics.counts import variable_genes
 from bgen.evaluate.protocols.time_point import TimeScores
-from bgen.tasks.anndata_model import Model, load_model
+from bgen.tasks.load import Model, load_model
 
 GENES = 2000
 """Variable genes that are kept, chosen on the time points that the model may see."""

@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bgen.data.batch import CellBatch
+from bgen.models.likelihoods import sparse_cpu
+from bgen.nn.cpu.threads import parts
 
 _SHIFT = 4
 
@@ -147,26 +149,20 @@ class SparseNB(torch.autograd.Function):
 def _forward_on_cpu(
     ctx: Any, logits: Tensor, log_theta: Tensor, theta: Tensor, library: Tensor, *csr: Tensor
 ) -> Tensor:
-    from bgen.models.likelihoods import sparse_cpu as nb_cpu
-    from bgen.nn.cpu.threads import parts
-
     ratio, log_prob = torch.empty_like(logits), torch.empty_like(library)
-    terms, slopes = nb_cpu.tables(theta.numpy())
+    terms, slopes = sparse_cpu.tables(theta.numpy())
     number = parts(len(logits), logits.numel())
     arrays: Any = [tensor.detach().numpy() for tensor in (logits, log_theta, theta, library, *csr, ratio, log_prob)]
-    nb_cpu.forward(number, terms, *arrays)
+    sparse_cpu.forward(number, terms, *arrays)
     ctx.save_for_backward(theta, library, *csr, ratio, torch.from_numpy(slopes))
     return log_prob
 
 
 def _backward_on_cpu(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients for logits ``[B, G]`` and log theta ``[G]``."""
-    from bgen.models.likelihoods import sparse_cpu as nb_cpu
-    from bgen.nn.cpu.threads import parts
-
     *saved, ratio, slopes = ctx.saved_tensors
     grad_logits = torch.empty_like(ratio)
     number = parts(len(ratio), ratio.numel())
     arrays: Any = [tensor.numpy() for tensor in (slopes, grad.contiguous(), *saved, ratio, grad_logits)]
-    shares = nb_cpu.backward(number, *arrays)
+    shares = sparse_cpu.backward(number, *arrays)
     return grad_logits, torch.from_numpy(shares.sum(axis=0))

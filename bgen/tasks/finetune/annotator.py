@@ -14,14 +14,19 @@ from bgen.data.cells_in_memory import MemoryCells
 from bgen.distributed import world as ranks
 from bgen.models.annotator import LABEL, Annotator
 from bgen.nn.lora import add_lora, merge_lora
-from bgen.tasks.anndata_model import Model
+from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.finetune.request import RANK, WATCHED, Request
 from bgen.tasks.finetune.runs import Runs
 from bgen.train.stages.in_memory import MemoryStage, split_watched
 
 
 def _train_annotator(
-    model: Model, given: NDArray[np.str_], cells: MemoryCells, config: FinetuneConfig, request: Request, runs: Runs
+    model: AnnDataModel,
+    given: NDArray[np.str_],
+    cells: MemoryCells,
+    config: FinetuneConfig,
+    request: Request,
+    runs: Runs,
 ) -> tuple[Annotator, dict[str, Any]]:
     names, numbers = np.unique(given[given != ""], return_counts=True)
     codes = pd.Index(names).get_indexer(pd.Index(given)).astype(np.int64)

@@ -23,7 +23,6 @@ import torch
 from anndata import AnnData
 from torch import nn
 
-from bgen import __version__
 from bgen.config.load import load_finetune
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.evaluate.protocols.perturbation import PerturbationScores
@@ -32,7 +31,7 @@ from bgen.genes.network import read_network
 from bgen.hub.directory import Module, SavedModel, count_combinations, load_directory, save_model
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.progress import Say
-from bgen.tasks.anndata_model import Model
+from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.finetune.annotator import _train_annotator
 from bgen.tasks.finetune.autoencoder import _adapt_vae
 from bgen.tasks.finetune.course import _train_course, course_config, read_course
@@ -46,6 +45,7 @@ from bgen.tasks.user_cells import require_cells
 from bgen.train.run import MODEL
 from bgen.train.stages.in_memory import split_watched
 from bgen.train.trainer import check
+from bgen.version import __version__
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def finetune(
         labels = check_columns(adata, request)
     grown = grow(parent, adata, add_genes=request.add_genes, floor=request.floor, layer=request.layer, say=say)
     network = None if request.network is None else read_network(request.network, grown.genes)
-    model = Model(grown)
+    model = AnnDataModel(grown)
     cells = MemoryCells(model.counts(adata, request.layer), known_columns(grown, adata))
     widen_library(grown.vae, cells)
     runs = Runs(resume, request_fingerprint(parent, adata, cells, request), say)
@@ -144,7 +144,7 @@ def finetune(
         return Tuned(made, scores)
     if kept_back is not None and request.columns is not None:
         say("Scoring on what was held out ...")
-        scores = score_held_out(Model(made), adata, kept_back, request.columns, layer=request.layer)
+        scores = score_held_out(AnnDataModel(made), adata, kept_back, request.columns, layer=request.layer)
         made.about["held_out"] = scores.as_json()
         facts = {"parent": made.about["parent"]["name"], "cells trained on": adata.n_obs, "bgen": __version__}
         write_perturbation_report(out / "report.html", scores, provenance=facts)

@@ -14,7 +14,7 @@ from bgen.config.finetune import FinetuneConfig
 from bgen.distributed import world as ranks
 from bgen.genes.network import Network
 from bgen.models.generators.perturbation_flow import PerturbationFlow
-from bgen.tasks.anndata_model import Model
+from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.finetune.request import Request
 from bgen.tasks.finetune.runs import Runs
 from bgen.tasks.perturb.effect_scale import fit_scale
@@ -25,7 +25,7 @@ from bgen.train.stages.perturbation_pairs import PairStage
 
 
 def _train_perturbation(
-    model: Model, adata: AnnData, config: FinetuneConfig, request: Request, network: Network | None, runs: Runs
+    model: AnnDataModel, adata: AnnData, config: FinetuneConfig, request: Request, network: Network | None, runs: Runs
 ) -> tuple[PerturbationFlow, dict[str, Any]]:
     assert request.columns is not None, "checked at the start"
     vae = model.saved.vae

@@ -6,7 +6,7 @@ Axes: N cells, G genes of the model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,20 +16,18 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bgen import __version__
 from bgen.errors import UserError, nearest
 from bgen.genes.table import find_genes
 from bgen.models.generators.counterfactual import change_counts
 from bgen.models.generators.perturbation_flow import PerturbationFlow, PerturbationSet
 from bgen.order.keys import hash_keys
 from bgen.progress import Progress
+from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.generate import ENTRIES
 from bgen.tasks.perturb.effects import Effects, Scale
 from bgen.tasks.perturb.screen import LEAST_CONTROLS, make_sets, members, require_controls, whitened_latents
 from bgen.tasks.user_cells import require_cells, text_column
-
-if TYPE_CHECKING:
-    from bgen.tasks.anndata_model import Model
+from bgen.version import __version__
 
 STEPS = 10
 ANCHOR_CELLS = 2000
@@ -37,7 +35,7 @@ ANCHOR_CELLS = 2000
 
 
 def perturb_cells(
-    model: Model,
+    model: AnnDataModel,
     adata: AnnData,
     perturbation: str,
     *,
@@ -146,7 +144,7 @@ def anchor(
 
 
 def ask(
-    model: Model, perturbation: str, dose: float | None = None
+    model: AnnDataModel, perturbation: str, dose: float | None = None
 ) -> tuple[PerturbationSet, NDArray[np.float64], list[str]]:
     """Return the set ``[1, K]`` that a label means, its average effect ``[G]``, and the members not trained on.
 
@@ -192,7 +190,7 @@ def ask(
     return sets, effects.of(parts, dose, flow.gene_embedding.numpy(), genes, places), unseen
 
 
-def _require_flow(model: Model) -> PerturbationFlow:
+def _require_flow(model: AnnDataModel) -> PerturbationFlow:
     module: Any = model.saved.module
     if not isinstance(module, PerturbationFlow):
         raise UserError(

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from bgen.data.batch import CellBatch
+from bgen.models.vae import sparse_linear
 from bgen.models.vae.sparse_linear import densify, log_normalise, sparse_matmul
-from bgen.models.vae.vae import sparse_linear
 
 
 def csr(x: Tensor) -> CellBatch:
