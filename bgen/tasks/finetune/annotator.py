@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 import torch
@@ -12,6 +10,7 @@ from numpy.typing import NDArray
 from bgen.config.finetune import FinetuneConfig
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.distributed import world as ranks
+from bgen.hub.about import Annotation
 from bgen.models.annotator import LABEL, Annotator
 from bgen.nn.lora import add_lora, merge_lora
 from bgen.tasks.anndata_model import AnnDataModel
@@ -27,7 +26,8 @@ def _train_annotator(
     config: FinetuneConfig,
     request: Request,
     runs: Runs,
-) -> tuple[Annotator, dict[str, Any]]:
+) -> tuple[Annotator, Annotation]:
+    assert request.label is not None, "checked at the start"
     names, numbers = np.unique(given[given != ""], return_counts=True)
     codes = pd.Index(names).get_indexer(pd.Index(given)).astype(np.int64)
     weights = numbers.sum() / (len(names) * numbers)
@@ -43,4 +43,4 @@ def _train_annotator(
     runs.fit(config, MemoryStage(config, annotator, labelled, train, valid, ranks.current(), facts))
     merge_lora(annotator.vae.encoder)
     annotator.requires_grad_(False)
-    return annotator, {"labels": names.tolist(), "label": request.label}
+    return annotator, Annotation(label=request.label, labels=names.tolist())

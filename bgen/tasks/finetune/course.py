@@ -24,6 +24,7 @@ from bgen.config.train import TrainConfig
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.distributed import world as ranks
 from bgen.errors import UserError, nearest
+from bgen.hub.about import About
 from bgen.hub.directory import SavedModel
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.nn.lora import merge_lora
@@ -163,33 +164,37 @@ def _scale(gap: float) -> str:
     return f"flow.backbone.time.scale={gap}"
 
 
-def course_facts(course: Course, shape: TrajectoriesConfig, adata: AnnData, roles: dict[str, str]) -> dict[str, Any]:
-    """Return what the model directory says of time."""
+def about_course(about: About, course: Course, shape: TrajectoriesConfig, adata: AnnData) -> About:
+    """Return what the model directory says, and what it says of time."""
     unit = adata.uns.get("time_unit")
-    return {
-        "trajectories": shape.model_dump(mode="json"),
+    said: dict[str, Any] = {
+        "trajectories": shape,
         "times": [float(time) for time in course.times],
-        "roles": {**roles, "time": course.column},
+        "roles": {**about.roles, "time": course.column},
         **({"units": {"time": str(unit)}} if unit else {}),
     }
+    return about.model_copy(update=said)
 
 
 def _train_course(
     grown: SavedModel,
-    adata: AnnData,
     cells: MemoryCells,
     course: Course,
     config: FinetuneConfig,
     mode: Mode,
     runs: Runs,
-) -> tuple[LatentFlow, dict[str, Any]]:
-    """Train the flow over time: the parent's, if it has one of the same column, else a new one."""
+) -> tuple[LatentFlow, TrajectoriesConfig]:
+    """Train the flow over time: the parent's, if it has one of the same column, else a new one.
+
+    Returns the flow and the shape of the trajectories that it was trained on.
+    """
     world = ranks.current()
-    if trained_over_time(grown) and grown.about["roles"].get("time") == course.column:
+    if trained_over_time(grown) and grown.about.roles.get("time") == course.column:
         assert isinstance(grown.module, LatentFlow), "only flows are trained over time"
         flow = grown.module
         _choose_trained(flow, mode)
-        shape = TrajectoriesConfig.model_validate({**grown.about["trajectories"], "system": course.system})
+        assert grown.about.trajectories is not None, "it was trained on them"
+        shape = grown.about.trajectories.model_copy(update={"system": course.system})
     else:
         runs.say("The model has no flow over this time: a new one is trained on the autoencoder.")
         flow = LatentFlow(config.flow, grown.vae, {}, {})  # told nothing but the populations
@@ -207,4 +212,4 @@ def _train_course(
     )
     runs.fit(stage.config, stage)
     merge_lora(flow.backbone)
-    return flow, course_facts(course, shape, adata, grown.about.get("roles", {}))
+    return flow, shape

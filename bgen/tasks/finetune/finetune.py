@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,13 +27,14 @@ from bgen.data.cells_in_memory import MemoryCells
 from bgen.evaluate.protocols.perturbation import PerturbationScores
 from bgen.evaluate.reports.perturbation import write_perturbation_report
 from bgen.genes.network import read_network
+from bgen.hub.about import About, Finetuning, HeldOutScores, Parent
 from bgen.hub.directory import Module, SavedModel, count_combinations, load_directory, save_model
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.progress import Say
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.finetune.annotator import _train_annotator
 from bgen.tasks.finetune.autoencoder import _adapt_vae
-from bgen.tasks.finetune.course import _train_course, course_config, read_course
+from bgen.tasks.finetune.course import _train_course, about_course, course_config, read_course
 from bgen.tasks.finetune.flow import _train_flow
 from bgen.tasks.finetune.grow import grow, known_columns, widen_library
 from bgen.tasks.finetune.perturbation import _train_perturbation
@@ -117,26 +117,28 @@ def finetune(
     _adapt_vae(grown, parent, cells, watched, run_config(base, "vae", out / "vae"), request.mode, runs)
     torch.manual_seed(base.seed)  # new networks again: after a resume as in the run that it goes on with
     done: Module
-    facts: dict[str, Any] = {}
+    about = _about(parent, request, adata, out)
     if request.task == "generate":
         done = _train_flow(grown, cells, watched, run_config(base, "flow", out / "flow"), request.mode, runs)
     elif request.task == "annotate":
-        done, facts = _train_annotator(model, labels, cells, run_config(base, "vae", out / "annotator"), request, runs)
+        settings = run_config(base, "vae", out / "annotator")
+        done, annotation = _train_annotator(model, labels, cells, settings, request, runs)
+        about = about.model_copy(update={"annotation": annotation})
     elif course is not None:
-        done, facts = _train_course(
-            grown, adata, cells, course, run_config(base, "flow", out / "flow"), request.mode, runs
-        )
+        done, shape = _train_course(grown, cells, course, run_config(base, "flow", out / "flow"), request.mode, runs)
+        about = about_course(about, course, shape, adata)
     else:
-        done, facts = _train_perturbation(
-            model, adata, run_config(base, "perturb", out / "perturbation"), request, network, runs
-        )
+        assert request.columns is not None, "checked at the start"
+        settings = run_config(base, "perturb", out / "perturbation")
+        done, perturbation = _train_perturbation(model, adata, settings, request, network, runs)
+        about = about.model_copy(update={"perturbation": perturbation, "control": request.columns.control})
     used = list(dict.fromkeys([*_conditions(done), *grown.vae.covariates]))
     made = replace(
         grown,
         module=done,
         columns={name: grown.columns[name] for name in used},
         combinations=count_combinations({name: cells.obs[name] for name in used}),
-        about=_about(parent, request, adata, out, facts),
+        about=about,
         metrics=None,
     )
     scores: PerturbationScores | None = None
@@ -145,8 +147,11 @@ def finetune(
     if kept_back is not None and request.columns is not None:
         say("Scoring on what was held out ...")
         scores = score_held_out(AnnDataModel(made), adata, kept_back, request.columns, layer=request.layer)
-        made.about["held_out"] = scores.as_json()
-        facts = {"parent": made.about["parent"]["name"], "cells trained on": adata.n_obs, "bgen": __version__}
+        assert about.perturbation is not None, "only perturbations are held out"
+        found = HeldOutScores.model_validate(scores.as_json())
+        perturbation = about.perturbation.model_copy(update={"held_out": found})
+        made.about = about.model_copy(update={"perturbation": perturbation})
+        facts = {"parent": parent.about.name, "cells trained on": adata.n_obs, "bgen": __version__}
         write_perturbation_report(out / "report.html", scores, provenance=facts)
     if (out / MODEL).exists():  # of fewer steps: the run was resumed
         shutil.rmtree(out / MODEL)
@@ -162,14 +167,20 @@ def _say_nothing(_: str) -> None:
     """What ranks other than the first say."""
 
 
-def _about(parent: SavedModel, request: Request, adata: AnnData, out: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **{key: parent.about[key] for key in ("organism", "units", "control", "roles") if key in parent.about},
-        "name": out.resolve().name,
-        "sources": [f"{adata.n_obs:,} cells of the user"],
-        "cells": adata.n_obs,
-        "task": request.task,
-        "mode": request.mode,
-        "parent": {"name": parent.about.get("name", "a bgen model"), "fingerprint": parent.fingerprint()},
-        **facts,
-    }
+def _about(parent: SavedModel, request: Request, adata: AnnData, out: Path) -> About:
+    """Return what every fine-tuned model says of itself: what its parent knows of cells, and where it comes from."""
+    theirs = parent.about
+    return About(
+        name=out.resolve().name,
+        organism=theirs.organism,
+        units=theirs.units,
+        roles=theirs.roles,
+        control=theirs.control,
+        sources=[f"{adata.n_obs:,} cells of the user"],
+        cells=adata.n_obs,
+        finetuning=Finetuning(
+            task=request.task,
+            mode=request.mode,
+            parent=Parent(name=theirs.name, fingerprint=parent.fingerprint()),
+        ),
+    )
