@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from bgen.config.backbone import HyenaConfig, TimeConfig
 from bgen.errors import UserError
+from bgen.nn.flops import layers
+from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.points import Points
 from bgen.nn.real_time import both_directions, split_directions
 from bgen.nn.scans.long_convolution import convolve_fft
@@ -29,6 +31,8 @@ from bgen.nn.scans.short_convolution import ShortConvolution
 
 class Sine(nn.Module):
     """sin(frequency x), the frequency learned per channel."""
+
+    decayed = ()
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -79,10 +83,11 @@ class HyenaFilter(nn.Module):
         return self.network(self.features[:length]) * self.window[:length]
 
 
-class Hyena(nn.Module):
+class Hyena(Mixer):
     """Mix ``[B, T, D]`` along T. Backward runs have filters of their own."""
 
     needs_regular_grid = True
+    decayed = ()
 
     def __init__(self, width: int, config: HyenaConfig, time: TimeConfig) -> None:
         super().__init__()
@@ -125,3 +130,7 @@ class Hyena(nn.Module):
             forward_BTD, backward_BTD = split_directions(y_BTD)
             y_BTD = forward_BTD + backward_BTD
         return self.out_proj(y_BTD)
+
+    def flops(self, B: int, L: int) -> int:
+        """See :class:`Mixer`: the layers, and the network that makes the filters, once a batch."""
+        return layers(B * L, self.in_proj, self.out_proj) + layers(L, self.filter.network)
