@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bgen import __version__
-from bgen.config.load import load_config
+from bgen.config.load import load_config, stage_overrides
 from bgen.config.run import Config
 from bgen.errors import UserError
 from bgen.files import require_new_folder, write_h5ad
 from bgen.progress import Progress
 from bgen.store.format.manifest import Manifest
-from bgen.tasks.anndata_model import load_model
 from bgen.tasks.evaluate import score
+from bgen.tasks.load import load_model
 from bgen.train.run import train
+from bgen.version import __version__
 from data_tools.building.build import build
 from data_tools.check.check import check
 from data_tools.simulate.simulate import simulate
@@ -132,22 +132,3 @@ def _configs(out: Path, manifest: Manifest, seed: int, overrides: Sequence[str])
     vae = [*common, f"out={out / 'vae'}", f"vae.covariates={covariates}", *given["vae"]]
     flow = [*common, f"out={out / 'flow'}", f"flow.vae={out / 'vae'}", f"flow.conditions={conditions}", *given["flow"]]
     return {"vae": load_config("demo/vae", vae), "flow": load_config("demo/flow", flow)}
-
-
-def stage_overrides(overrides: Sequence[str]) -> dict[str, list[str]]:
-    """Sort ``vae.section.key=value`` and ``flow.section.key=value`` by stage.
-
-    Raises
-    ------
-    UserError
-        If one is of neither.
-    """
-    given: dict[str, list[str]] = {"vae": [], "flow": []}
-    for text in overrides:
-        stage, _, rest = text.partition(".")
-        if stage not in given:
-            raise UserError(
-                f"'{text}': write vae.train.steps=500 or flow.train.steps=500, for one of the two trainings."
-            )
-        given[stage].append(rest)
-    return given

@@ -54,7 +54,7 @@ def generate(
     Example: `bgen generate runs/trajectories/model --times 0,24,48 --n 200 --out course.h5ad`
     """
     from bgen.files import require_new_file, write_h5ad
-    from bgen.tasks.anndata_model import load_model
+    from bgen.tasks.load import load_model
 
     require_new_file(out)
     loaded = load_model(model)
@@ -118,7 +118,7 @@ def embed(model: ModelFolder, data: Data, out: Out, layer: Layer = None, as_json
 
     Example: `bgen embed bgen-demo/model my.h5ad --out embedded.h5ad`
     """
-    from bgen.tasks.anndata_model import load_model
+    from bgen.tasks.load import load_model
     from bgen.tasks.user_cells import read_h5ad
 
     require_new_file(out)
@@ -145,7 +145,7 @@ def annotate(
 
     Example: `bgen annotate bgen-demo/model my.h5ad --label cell_type --out annotated.h5ad`
     """
-    from bgen.tasks.anndata_model import load_model
+    from bgen.tasks.load import load_model
     from bgen.tasks.user_cells import read_h5ad
 
     require_new_file(out)
@@ -176,8 +176,8 @@ def denoise(
 
     Example: `bgen denoise bgen-demo/model my.h5ad --out denoised.h5ad`
     """
-    from bgen.tasks.anndata_model import load_model
     from bgen.tasks.cells.denoise import denoising_scores
+    from bgen.tasks.load import load_model
     from bgen.tasks.user_cells import read_h5ad
 
     require_new_file(out)
@@ -209,7 +209,7 @@ def integrate(
     reference: Annotated[str | None, typer.Option(help="Batch to decode as; default: the largest.")] = None,
     batch: Annotated[str | None, typer.Option(help="Covariate to remove; default: batch.")] = None,
     label: Annotated[
-        str | None, typer.Option(help="obs column of cell types: also score by scib-metrics (bgen[integration]).")
+        str | None, typer.Option(help="obs column of cell types: also score by scib-metrics (bgen-flow[integration]).")
     ] = None,
     layer: Layer = None,
     as_json: Json = False,
@@ -218,7 +218,7 @@ def integrate(
 
     Example: `bgen integrate bgen-demo/model my.h5ad --out integrated.h5ad`
     """
-    from bgen.tasks.anndata_model import load_model
+    from bgen.tasks.load import load_model
     from bgen.tasks.user_cells import read_h5ad
 
     require_new_file(out)

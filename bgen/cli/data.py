@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from bgen import __version__
 from bgen.cli.terminal import Json, Seed, notes, progress_bar, results
 from bgen.errors import UserError
 from bgen.files import require_new_file, require_new_folder, write_h5ad
+from bgen.version import __version__
 
 app = typer.Typer(help="Check, build and inspect stores of counts.", no_args_is_help=True)
 

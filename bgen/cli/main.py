@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from bgen import __version__
 from bgen.cli.bench import app as bench_app
 from bgen.cli.cells import app as cells_app
 from bgen.cli.data import app as data_app
@@ -21,6 +20,7 @@ from bgen.cli.train import app as train_app
 from bgen.cli.train import config_app, track_app
 from bgen.distributed.report import report_user_error
 from bgen.errors import UserError
+from bgen.version import __version__
 
 app = typer.Typer(
     name="bgen",

@@ -31,7 +31,7 @@ def perturb(
 
     Example: `bgen perturb my-model/model my.h5ad --control perturbation=control --perturbation G0012 --out cells.h5ad`
     """
-    from bgen.tasks.anndata_model import load_model
+    from bgen.tasks.load import load_model
     from bgen.tasks.user_cells import read_h5ad
 
     require_new_file(out)

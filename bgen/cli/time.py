@@ -96,7 +96,7 @@ def _predict(
     as_json: bool,
 ) -> None:
     from bgen.files import require_new_file, write_h5ad
-    from bgen.tasks.anndata_model import load_model
+    from bgen.tasks.load import load_model
     from bgen.tasks.user_cells import read_h5ad
 
     require_new_file(out)

@@ -1,4 +1,4 @@
-"""Settings of the backbones: which mixers stand along which axis, and their sizes.
+"""Settings of the backbones: which mixers stand along which axis, and their sizes (bgen/README.md, "Backbones").
 
 A mixer's own settings are a section here and one line in :data:`TIME_MIXERS` or :data:`CELL_MIXERS`.
 """
@@ -150,8 +150,8 @@ class TimeConfig(Section):
     )
     tracked: bool = Field(
         False,
-        description="Slot i is the same cell (or bulk sample) at every time point, so mix each slot over time; "
-        "false: populations, summarised by state tokens.",
+        description="true: slot i is the same cell (or bulk sample) at every time point, and each slot is mixed over "
+        "time; false: populations, summarised by state tokens.",
     )
     tokens: PositiveInt = Field(8, description="State tokens, M, that summarise one population.")
 
@@ -189,7 +189,7 @@ class BackboneConfig(SectionOfComponents):
     attention: AttentionConfig = AttentionConfig()
 
     @classmethod
-    def components(cls) -> Mapping[str, type[MixerConfig]]:
+    def component_sections(cls) -> Mapping[str, type[MixerConfig]]:
         """Return the sections of the mixers; attention, which also pools into state tokens, has its own field."""
         mixers = TIME_MIXERS | CELL_MIXERS
         return {name: kind for name, kind in mixers.items() if kind is not AttentionConfig}
@@ -221,7 +221,7 @@ class BackboneConfig(SectionOfComponents):
         if attends and self.width % (2 * self.attention.heads):
             wrong.append(f"width: {self.width} is not a multiple of 2 x attention.heads = {2 * self.attention.heads}")
         used = {over_time, self.cells.mixer if "cells" in self.axes else None}
-        for name, kind in self.components().items():
+        for name, kind in self.component_sections().items():
             if name in used:
                 wrong += self.settings(kind).misfits(self.width, real_time=self.time.real_time)
         if self.attention.longest_period <= self.attention.shortest_period:

@@ -111,7 +111,7 @@ class SectionOfComponents(Section):
     def _name_parts(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
-        kinds = cls.components()
+        kinds = cls.component_sections()
         own = {key: value for key, value in given.items() if key in cls.model_fields}
         names = [*kinds, *(key for key in given if key not in own and key not in kinds)]
         return own | {name: _Part(kinds.get(name), given.get(name, {})) for name in names}

@@ -15,11 +15,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """A section of the configuration: unknown keys are errors, values are validated also when defaults apply."""
+    """A section of the configuration: unknown keys are errors, and defaults are validated like given values."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
 
     @classmethod
-    def components(cls) -> Mapping[str, type[Section]]:
+    def component_sections(cls) -> Mapping[str, type[Section]]:
         """Return the sections that it has beside its fields, by key: those of components that a registry lists."""
         return {}

@@ -33,7 +33,7 @@ DECODERS: dict[str, type[NamedSection]] = {"state_vector": StateVectorDecoderCon
 
 
 class VAEConfig(Section):
-    """The variational autoencoder of counts."""
+    """The variational autoencoder of counts (bgen/README.md, "VAE" and "Likelihoods")."""
 
     encoder: Annotated[SerializeAsAny[NamedSection], ChosenByName(ENCODERS, "state_vector")] = Field(
         StateVectorEncoderConfig(), description="From counts to the latent state: name, and that encoder's settings."

@@ -5,16 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from bgen.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 NAME = "genes.csv"
 VERSIONED = r"^(ENS[A-Z]{0,6}G\d{11})\.\d+"
@@ -40,7 +36,7 @@ def hash_genes(ids: Sequence[str]) -> str:
 
 
 def plain_ids(ids: Sequence[str]) -> list[str]:
-    """Return ids as a store has them: Ensembl gene ids without their version; unchanged if that would merge some."""
+    """Return ids as a store has them: Ensembl gene ids without their version, unless that would merge two of them."""
     names = pd.Index(ids).astype(str)
     plain = names.str.replace(VERSIONED, r"\1", regex=True)
     return (plain if plain.is_unique else names).tolist()

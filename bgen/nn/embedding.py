@@ -47,7 +47,7 @@ class CategoryEmbedding(nn.Module):
     width
         C.
     zero_unknown
-        Whether the unknown is fixed at zero, as a one-hot encoding would have it.
+        Whether the vector of the unknown is fixed at zero, as in a one-hot encoding.
     """
 
     def __init__(self, categories: int, width: int, *, zero_unknown: bool) -> None:

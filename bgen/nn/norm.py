@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation that computes in float32 or wider whatever the autocast."""
+"""Root-mean-square normalisation, computed in float32 or wider also under autocast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``bgen plan``: what a run will need, before it is started: memory, floating-point operations, time, disk.
+"""``bgen plan``: what a run will need, told before it starts: memory, floating-point operations, time, disk.
 
 The module is built and one small forward pass is run here, on the CPU, with cells of the store's density; the rest is
 arithmetic.
@@ -65,7 +65,7 @@ class Plan:
     limit
         Bytes that a rank may take.
     flops_per_cell, flops_per_step
-        Forward and backward pass; the latter of the global batch.
+        Forward and backward pass of one cell, and of the global batch.
     tokens_per_cell
         Expressed genes of a cell, on average.
     cells_per_day, hours
@@ -237,7 +237,7 @@ class _Subject:
         self.module.train()
 
     def _vae(self, manifest: Manifest | None) -> tuple[VAEConfig, int, dict[str, int]]:
-        """What the VAE is built from: of a flow, the trained one's settings if it is there."""
+        """What the VAE is built from; under a flow, the settings of the trained VAE if it is there."""
         config, path = self.config, self.config.flow.vae
         if config.stage == "flow" and path is not None:
             for folder in (path, path / "model"):

@@ -1,10 +1,9 @@
-"""What a user holds: an exported model with its verbs, AnnData in and AnnData out."""
+"""The ground floor of all verbs: an exported model that encodes AnnData and decodes latent states."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -15,27 +14,16 @@ from torch import Tensor
 
 from bgen.data.batch import CellBatch
 from bgen.errors import UserError, nearest
-from bgen.evaluate.protocols.time_point import TimeScores
 from bgen.genes.table import match_genes
-from bgen.hub.directory import SavedModel, load_directory
+from bgen.hub.directory import SavedModel
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.order.keys import hash_keys
-from bgen.progress import Progress
-from bgen.tasks.cells.annotate import annotate_cells
-from bgen.tasks.cells.denoise import denoise_cells
-from bgen.tasks.cells.integrate import integrate_cells
-from bgen.tasks.generate import generate_cells, sample_settings
-from bgen.tasks.perturb.perturb import perturb_cells
-from bgen.tasks.time.axis import TimeAxis, trained_over_time
-from bgen.tasks.time.observed import Observed, Systems, read_times, select_cells
-from bgen.tasks.time.predict import predict_times
-from bgen.tasks.time.trajectories import generate_trajectories
 
 BATCH = 1024
 
 
-class Model:
-    """An exported model, loaded.
+class AnnDataModel:
+    """An exported model: its genes, and the way from counts to latent states and back.
 
     Attributes
     ----------
@@ -48,7 +36,7 @@ class Model:
 
     def __repr__(self) -> str:
         saved = self.saved
-        return f"<bgen {saved.kind} '{saved.about.get('name')}': {len(self.genes):,} genes>"
+        return f"<bgen {saved.kind} '{saved.about.name}': {len(self.genes):,} genes>"
 
     @property
     def genes(self) -> list[str]:
@@ -62,230 +50,6 @@ class Model:
         names = module.conditions.names if isinstance(module, LatentFlow) else []
         known = self.saved.columns
         return {name: known[name].categories if known[name].kind == "category" else "number" for name in names}
-
-    def generate(
-        self,
-        n: int = 1000,
-        *,
-        where: Mapping[str, Any] | None = None,
-        library_size: float | None = None,
-        times: Sequence[float] | Literal["all"] | None = None,
-        guidance: float | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-        steps: int | None = None,
-        solver: str | None = None,
-        noise: float | None = None,
-        seed: int = 0,
-        progress: Progress | None = None,
-    ) -> AnnData:
-        """Generate cells; see :func:`bgen.tasks.generate.generate_cells`.
-
-        With ``times`` ("all": those of the training cells), whole trajectories with n cells at each time point; see
-        :func:`bgen.tasks.time.trajectories.generate_trajectories`. A model trained on trajectories takes all times
-        unless others are given.
-        """
-        settings = sample_settings(
-            self.saved.sample,
-            guidance=guidance,
-            guidance_interval=guidance_interval,
-            steps=steps,
-            solver=solver,
-            noise=noise,
-        )
-        if times is None and not trained_over_time(self.saved):
-            return generate_cells(
-                self.saved,
-                n,
-                where=where or {},
-                library_size=library_size,
-                settings=settings,
-                seed=seed,
-                progress=progress,
-            )
-        return generate_trajectories(
-            self.saved,
-            n,
-            times=None if times is None or times == "all" else times,
-            where=where or {},
-            library_size=library_size,
-            settings=settings,
-            seed=seed,
-            progress=progress,
-        )
-
-    def interpolate(
-        self,
-        adata: AnnData,
-        times: float | Sequence[float],
-        *,
-        n: int | None = None,
-        where: Mapping[str, Any] | None = None,
-        library_size: float | None = None,
-        sample: Mapping[str, Any] | None = None,
-        time_column: str | None = None,
-        layer: str | None = None,
-        seed: int = 0,
-    ) -> AnnData:
-        """Generate cells at time points that the data lack, from the time points around; AnnData of integer counts.
-
-        See :meth:`predict_times`.
-        """
-        return self.predict_times(
-            adata,
-            times,
-            forecast=False,
-            n=n,
-            where=where,
-            library_size=library_size,
-            sample=sample,
-            time_column=time_column,
-            layer=layer,
-            seed=seed,
-        )[0]
-
-    def forecast(
-        self,
-        adata: AnnData,
-        times: float | Sequence[float],
-        *,
-        n: int | None = None,
-        where: Mapping[str, Any] | None = None,
-        library_size: float | None = None,
-        sample: Mapping[str, Any] | None = None,
-        time_column: str | None = None,
-        layer: str | None = None,
-        seed: int = 0,
-    ) -> AnnData:
-        """Generate cells at later time points from the data before them; otherwise as :meth:`interpolate`."""
-        return self.predict_times(
-            adata,
-            times,
-            forecast=True,
-            n=n,
-            where=where,
-            library_size=library_size,
-            sample=sample,
-            time_column=time_column,
-            layer=layer,
-            seed=seed,
-        )[0]
-
-    def predict_times(
-        self,
-        adata: AnnData,
-        times: float | Sequence[float],
-        *,
-        forecast: bool,
-        n: int | None = None,
-        where: Mapping[str, Any] | None = None,
-        library_size: float | None = None,
-        sample: Mapping[str, Any] | None = None,
-        time_column: str | None = None,
-        layer: str | None = None,
-        seed: int = 0,
-        progress: Progress | None = None,
-    ) -> tuple[AnnData, dict[float, TimeScores]]:
-        """Generate cells at times that are treated as missing from the data, and score them where they are not.
-
-        Parameters
-        ----------
-        adata
-            Raw counts in X (or ``layer``) and a time for every cell in obs; genes are matched by id.
-        times
-            Times asked for, in the model's unit. Cells that the data hold there are not shown to the model; they are
-            what it is compared with (also in ``uns['bgen']['scores']`` of the result).
-        forecast
-            From earlier time points alone; otherwise from both sides.
-        n
-            Cells per time; None: as many as the data hold there, else the mean of the neighbours.
-        where
-            Condition to value: only cells that agree are looked at, and such cells are generated.
-        library_size
-            Expected total counts of every cell; None: generated.
-        sample
-            Overrides of the model's :class:`bgen.config.flow.SampleConfig`, such as ``{"steps": 4}``.
-        time_column
-            obs column of the times; None: the model's name of it, or "time".
-
-        Raises
-        ------
-        UserError
-            If the model knows no trajectories, or data, times or conditions do not fit it.
-        """
-        axis = TimeAxis.of(self.saved)
-        wanted = [float(times)] if isinstance(times, int | float) else [float(time) for time in times]
-        asked = where or {}
-        settings = sample_settings(self.saved.sample, **(sample or {}))
-        adata = select_cells(self.saved, adata, asked)
-        mean, variance = self.encode(adata, layer=layer)
-        known = [c for c in self.saved.columns if c != axis.column]
-        observed = Observed(
-            counts=self.counts(adata, layer),
-            mean=mean,
-            variance=variance,
-            time=read_times(adata, axis, time_column),
-            columns={name: values for name in known if (values := self._column(adata, name)) is not None},
-            systems=Systems.of(adata, axis.system),
-        )
-        return predict_times(
-            self.saved,
-            observed,
-            wanted,
-            forecast=forecast,
-            where=asked,
-            n=n,
-            library_size=library_size,
-            settings=settings,
-            seed=seed,
-            progress=progress,
-        )
-
-    def embed(self, adata: AnnData, *, layer: str | None = None) -> AnnData:
-        """Return a copy of the data with the latent means of its cells in ``obsm['X_bgen']`` ``[n_cells, D]``."""
-        mean, _ = self.encode(adata, layer=layer)
-        embedded = adata.copy()
-        embedded.obsm["X_bgen"] = mean
-        embedded.uns["bgen"] = {**dict(adata.uns.get("bgen", {})), "embedding_model": self.saved.fingerprint()}
-        return embedded
-
-    def annotate(
-        self, adata: AnnData, label: str | None = None, *, layer: str | None = None, threshold: float = 0.5
-    ) -> AnnData:
-        """Label cells, with probabilities; see :func:`bgen.tasks.cells.annotate.annotate_cells`."""
-        return annotate_cells(self, adata, label, layer=layer, threshold=threshold)
-
-    def denoise(self, adata: AnnData, *, layer: str | None = None, library_size: float | None = None) -> AnnData:
-        """Add expected counts as a layer; see :func:`bgen.tasks.cells.denoise.denoise_cells`."""
-        return denoise_cells(self, adata, layer=layer, library_size=library_size)
-
-    def integrate(
-        self,
-        adata: AnnData,
-        *,
-        reference: str | None = None,
-        batch: str | None = None,
-        label: str | None = None,
-        layer: str | None = None,
-    ) -> AnnData:
-        """Add a latent and counts without batch effects; see :func:`bgen.tasks.cells.integrate.integrate_cells`."""
-        return integrate_cells(self, adata, reference=reference, batch=batch, label=label, layer=layer)
-
-    def perturb(
-        self,
-        adata: AnnData,
-        perturbation: str,
-        *,
-        control: tuple[str, str] | None = None,
-        dose: float | None = None,
-        n: int | None = None,
-        layer: str | None = None,
-        seed: int = 0,
-        progress: Progress | None = None,
-    ) -> AnnData:
-        """Predict perturbed cells from control cells; see :func:`bgen.tasks.perturb.perturb.perturb_cells`."""
-        return perturb_cells(
-            self, adata, perturbation, control=control, dose=dose, n=n, layer=layer, seed=seed, progress=progress
-        )
 
     @torch.no_grad()
     def encode(self, adata: AnnData, *, layer: str | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -347,7 +111,7 @@ class Model:
             As :meth:`encode`, or if the layer is not there.
         """
         if layer is not None and layer not in adata.layers:
-            raise UserError(f"The data has no layer '{layer}'.{nearest(layer, adata.layers.keys())}")
+            raise UserError(f"The data has no layer '{layer}'.{nearest(layer, filter(None, adata.layers))}")
         places = match_genes(self.genes, adata.var_names.astype(str).tolist(), what="the data")
         matrix = sp.csr_matrix(adata.X if layer is None else adata.layers[layer])
         if matrix.nnz and (matrix.data.min() < 0 or not np.array_equal(matrix.data, np.rint(matrix.data))):
@@ -390,17 +154,6 @@ class Model:
         """Return the codes of category names; one that the model does not know is unknown, -1."""
         codes = {category: code for code, category in enumerate(self.saved.columns[name].categories)}
         return np.array([codes.get(str(value), -1) for value in values], dtype=np.int64)
-
-
-def load_model(folder: str | Path, device: str = "cpu") -> Model:
-    """Load an exported model directory.
-
-    Raises
-    ------
-    UserError
-        If it is not one, is incomplete or damaged, or comes from a newer bgen.
-    """
-    return Model(load_directory(folder, device))
 
 
 def _batch(counts: sp.csr_matrix, obs: Mapping[str, NDArray[np.int64]], first: int) -> CellBatch:

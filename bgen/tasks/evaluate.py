@@ -9,7 +9,6 @@ import numpy as np
 import scipy.sparse as sp
 from anndata import AnnData
 
-from bgen import __version__
 from bgen.data.as_anndata import read_anndata
 from bgen.evaluate.metrics.memorisation import memorisation
 from bgen.evaluate.protocols.distribution import baseline_cells
@@ -22,9 +21,10 @@ from bgen.hub.directory import add_metrics
 from bgen.progress import Progress
 from bgen.store.open import open_store
 from bgen.store.store import Store
-from bgen.tasks.anndata_model import Model, load_model
+from bgen.tasks.load import Model, load_model
 from bgen.tasks.user_cells import read_h5ad
 from bgen.track import record as records
+from bgen.version import __version__
 
 MOST_CELLS = 20_000
 """Cells of each split that are read."""
@@ -87,7 +87,7 @@ def score(
         cells,
         baseline_cells(train, test, cell_type=cell_type, seed=seed),
         losses=_records(model),
-        title=f"How good are the cells of {loaded.saved.about.get('name', 'this model')}?",
+        title=f"How good are the cells of {loaded.saved.about.name}?",
         provenance=_provenance(loaded, store, generated, seed),
     )
     if generated is None:

@@ -15,8 +15,8 @@ import bgen
 from bgen.data.as_anndata import read_split
 from bgen.errors import UserError
 from bgen.store.store import Store
-from bgen.tasks.anndata_model import Model
 from bgen.tasks.generate import draw_rows
+from bgen.tasks.load import Model
 
 
 @pytest.fixture(scope="module")

@@ -30,12 +30,11 @@ from anndata import AnnData
 from rich.table import Table
 from scipy import sparse
 
-from bgen import __version__
 from bgen.bench.loaders.loaders import machine
 from bgen.bench.quality import cells_scvi
 from bgen.bench.runs import train_whole
 from bgen.bench.speed.versus import peer_environment, require_peer
-from bgen.demo import stage_overrides
+from bgen.config.load import stage_overrides
 from bgen.errors import UserError
 from bgen.evaluate.metrics.counts import variable_genes
 from bgen.evaluate.metrics.memorisation import memorisation
@@ -46,8 +45,9 @@ from bgen.files import require_new_folder, write_h5ad
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.order.keys import hash_keys
 from bgen.progress import Say
-from bgen.tasks.anndata_model import Model, load_model
 from bgen.tasks.generate import decode_counts
+from bgen.tasks.load import Model, load_model
+from bgen.version import __version__
 from data_tools.building.build import build
 from data_tools.check.check import check
 

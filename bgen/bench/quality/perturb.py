@@ -28,7 +28,6 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from bgen import __version__
 from bgen.bench.runs import store_of, train_whole
 from bgen.errors import UserError, nearest
 from bgen.evaluate.protocols.cell_eval import Figures, average, cell_eval_figures, require_cell_eval
@@ -37,11 +36,12 @@ from bgen.evaluate.reports.perturbation import write_perturbation_report
 from bgen.files import require_new_folder
 from bgen.genes.table import find_genes
 from bgen.progress import Say
-from bgen.tasks.anndata_model import Model
 from bgen.tasks.finetune.finetune import Request, finetune
+from bgen.tasks.load import Model
 from bgen.tasks.perturb.held_out import DOSE, Key, predict_held_out, screen_keys, split_screen
 from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, require_controls
 from bgen.tasks.user_cells import read_h5ad, text_column
+from bgen.version import __version__
 
 GROUP, TARGETS, COMBINATIONS, DOSES = "group", "targets", "combinations", "doses"
 WAYS = (f"{GROUP}:COLUMN", f"{TARGETS}:N", f"{COMBINATIONS}:N", DOSES)

@@ -1,7 +1,7 @@
 """A hybrid flow on a time course of counts: the whole job of a user, without one time point.
 
 Variable genes are chosen, the store is built, VAE and flow are trained on the other time points; then the missing one
-is interpolated (or forecast) and scored by :meth:`bgen.tasks.anndata_model.Model.predict_times`, as ``bgen
+is interpolated (or forecast) and scored by :meth:`bgen.tasks.load.Model.predict_times`, as ``bgen
 interpolate`` and ``bgen forecast`` do.
 """
 
@@ -19,7 +19,7 @@ from bgen.bench.quality.time_latents import Recipe
 from bgen.bench.runs import store_of, train_whole
 from bgen.evaluate.metrics.counts import variable_genes
 from bgen.evaluate.protocols.time_point import TimeScores
-from bgen.tasks.anndata_model import Model, load_model
+from bgen.tasks.load import Model, load_model
 
 GENES = 2000
 """Variable genes that are kept, chosen on the time points that the model may see."""
@@ -66,12 +66,13 @@ def train_without(
         *common,
         f"out={folder / 'vae'}",
         "vae.covariates=[batch]",
-        f"train.steps={min(VAE_STEPS, 10 * recipe.steps)}",
+        f"train.steps={min(VAE_STEPS, 10 * recipe.train.steps)}",
         f"train.global_batch={BATCH}",
         "train.learning_rate=2e-3",
     ]
     train_whole("vae", vae)
-    shape = {"system": list(system), "times": recipe.times, "cells": recipe.cells}
+    shape = {**recipe.shape.model_dump(mode="json"), "system": list(system)}
+    training = recipe.train.model_dump(mode="json", exclude_unset=True)
     flow_settings = recipe.flow.model_dump(mode="json", exclude={"vae"})
     flow = [
         *common,
@@ -80,12 +81,7 @@ def train_without(
         *(f"flow.{name}={json.dumps(value)}" for name, value in flow_settings.items()),
         f"sample={json.dumps(recipe.sample.model_dump(mode='json'))}",
         f"data.trajectories={json.dumps(shape)}",
-        f"train.steps={recipe.steps}",
-        f"train.global_batch={recipe.batch * recipe.times * recipe.cells}",
-        f"train.learning_rate={recipe.learning_rate}",
-        f"train.ema={recipe.ema}",
-        "train.warmup=50",
-        "train.eval_every=0",
+        f"train={json.dumps(training)}",
     ]
     train_whole("trajectories", flow)
     return load_model(folder / "flow" / "model"), cells

@@ -30,7 +30,6 @@ from rich.console import Console
 from rich.table import Table
 
 import bgen
-from bgen import __version__
 from bgen.bench.loaders.loaders import machine
 from bgen.bench.speed import versus_worker
 from bgen.bench.speed.versus_worker import Job
@@ -38,6 +37,7 @@ from bgen.errors import UserError, nearest
 from bgen.evaluate.metrics.counts import variable_genes
 from bgen.progress import Say
 from bgen.store.format.manifest import Source
+from bgen.version import __version__
 from data_tools.building.write import Contents, write_store
 from data_tools.simulate.simulate import simulate
 

@@ -92,13 +92,13 @@ def bgen(job: Job) -> Trained:
     import numpy as np
     import torch
 
-    from bgen import __version__
     from bgen.config.load import load_config
     from bgen.data.loader import CountReader
     from bgen.hub.directory import load_directory
     from bgen.store.open import open_store
     from bgen.track.record import read
     from bgen.train.run import train
+    from bgen.version import __version__
 
     store = open_store(str(Path(job.folder) / "store"))
     epoch = len(store.cells_of_split("train")) / job.batch

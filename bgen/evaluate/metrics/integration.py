@@ -37,7 +37,7 @@ def require_scib() -> None:
             import scib_metrics.benchmark  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"scib-metrics cannot be imported ({error}): `pip install 'bgen[integration]'`, or leave --label out."
+            f"scib-metrics cannot be imported ({error}): `pip install 'bgen-flow[integration]'`, or leave --label out."
         ) from None
 
 

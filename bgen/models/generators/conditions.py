@@ -1,4 +1,4 @@
-"""What generation can be asked for: named categorical columns and numbers, as one vector per cell.
+"""What generation can be asked for: named columns of categories or numbers, embedded as one vector per cell.
 
 Axes: B cells, C width of the embedding.
 """
@@ -87,5 +87,5 @@ class ConditionEmbedding(nn.Module):
 
 
 def drop_conditions(keys: Tensor, probability: float) -> Tensor:
-    """bool ``[B]``: whose conditions are hidden, all together, with a probability; keyed by ``keys [B]``."""
+    """bool ``[B]``: cells whose conditions are hidden, all of them, with a probability; keyed by ``keys [B]``."""
     return uniform(keys, Stream.CONDITION_DROPOUT, 1).squeeze(1) < probability

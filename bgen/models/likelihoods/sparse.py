@@ -6,11 +6,11 @@ of a count ``x`` is
     log p(x) = -theta * L  +  [ x * (log mu - L) + A(x, theta) - log x! ],
     A(x, theta) = log Gamma(theta + x) - log Gamma(theta) - x * log theta.
 
-The first term is that of a zero; it needs no log-gamma and its sum over genes is one matrix-vector product. The bracket
-is zero for ``x = 0``, so it is evaluated at the non-zeros only (about one entry in ten). ``A`` vanishes as theta grows;
-it is computed by Stirling's series after the recurrence ``Gamma(y) = Gamma(y + 4) / (y (y+1) (y+2) (y+3))``, in a form
-that does not subtract large numbers: torch's float32 lgamma loses all digits of the difference from theta = 1e4 on,
-and its digamma is five times slower on a CPU.
+The first term is the log-probability of a zero; it needs no log-gamma, and its sum over genes is one matrix-vector
+product. The bracket is zero for ``x = 0``, so it is evaluated at the non-zeros only (about one entry in ten). ``A``
+vanishes as theta grows. It is computed by Stirling's series after the recurrence ``Gamma(y) = Gamma(y + 4) / (y (y+1)
+(y+2) (y+3))``, in a form that does not subtract large numbers. torch's float32 lgamma would lose all digits of the
+difference from theta = 1e4 on, and its digamma is five times slower on a CPU.
 
 On a CPU in float32 the passes are compiled ones (:mod:`bgen.models.likelihoods.sparse_cpu`); elsewhere they are
 torch's.
@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bgen.data.batch import CellBatch
+from bgen.models.likelihoods import sparse_cpu
+from bgen.nn.cpu.threads import parts
 
 _SHIFT = 4
 
@@ -56,7 +58,7 @@ def _count_term(x: Tensor, theta: Tensor) -> Tensor:
 
 
 def _stirling(y: Tensor) -> Tensor:
-    """What Stirling's formula for log Gamma(y) leaves over, to 4e-8 for y >= 4."""
+    """The rest of Stirling's formula for log Gamma(y), with an error of 4e-8 for y >= 4."""
     inverse = 1 / y
     square = inverse * inverse
     return inverse * (1 / 12 - square * (1 / 360 - square / 1260))
@@ -91,7 +93,8 @@ def log_softmax_at(logits: Tensor, rho: Tensor, rows: Tensor, flat: Tensor) -> T
 class SparseNB(torch.autograd.Function):
     """Log-probability of sparse counts, ``[B]``; gradients for ``logits [B, G]`` and ``log_theta [G]``.
 
-    ``apply(logits, log_theta, library, batch, counts)``: ``counts [NNZ]`` are the batch's in the dtype of the others.
+    ``apply(logits, log_theta, library, batch, counts)``: ``counts [NNZ]`` are those of the batch, in the dtype of the
+    logits.
     """
 
     @staticmethod
@@ -147,26 +150,20 @@ class SparseNB(torch.autograd.Function):
 def _forward_on_cpu(
     ctx: Any, logits: Tensor, log_theta: Tensor, theta: Tensor, library: Tensor, *csr: Tensor
 ) -> Tensor:
-    from bgen.models.likelihoods import sparse_cpu as nb_cpu
-    from bgen.nn.cpu.threads import parts
-
     ratio, log_prob = torch.empty_like(logits), torch.empty_like(library)
-    terms, slopes = nb_cpu.tables(theta.numpy())
+    terms, slopes = sparse_cpu.tables(theta.numpy())
     number = parts(len(logits), logits.numel())
     arrays: Any = [tensor.detach().numpy() for tensor in (logits, log_theta, theta, library, *csr, ratio, log_prob)]
-    nb_cpu.forward(number, terms, *arrays)
+    sparse_cpu.forward(number, terms, *arrays)
     ctx.save_for_backward(theta, library, *csr, ratio, torch.from_numpy(slopes))
     return log_prob
 
 
 def _backward_on_cpu(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients for logits ``[B, G]`` and log theta ``[G]``."""
-    from bgen.models.likelihoods import sparse_cpu as nb_cpu
-    from bgen.nn.cpu.threads import parts
-
     *saved, ratio, slopes = ctx.saved_tensors
     grad_logits = torch.empty_like(ratio)
     number = parts(len(ratio), ratio.numel())
     arrays: Any = [tensor.numpy() for tensor in (slopes, grad.contiguous(), *saved, ratio, grad_logits)]
-    shares = nb_cpu.backward(number, *arrays)
+    shares = sparse_cpu.backward(number, *arrays)
     return grad_logits, torch.from_numpy(shares.sum(axis=0))

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bgen.data.batch import CellBatch
+from bgen.nn.cpu import sparse
+from bgen.nn.cpu.threads import parts
 
 SPARSE_SHARE = 0.4
 """Share of stored values up to which the sparse product is the quicker one on a CPU."""
@@ -41,35 +43,26 @@ class _SparseMatmul(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        from bgen.nn.cpu.sparse import transpose  # numba takes a while to import
-        from bgen.nn.cpu.threads import parts
-
         indptr, indices, values = ctx.saved_tensors
         number = parts(ctx.n_genes, len(values))
-        by_gene = transpose(indptr.numpy(), indices.numpy(), values.numpy(), ctx.n_genes, number)
+        by_gene = sparse.transpose(indptr.numpy(), indices.numpy(), values.numpy(), ctx.n_genes, number)
         indptr, indices, values = (torch.from_numpy(array) for array in by_gene)
         return _product(indptr, indices, values, grad.contiguous()), None, None, None
 
 
 def _product(indptr: Tensor, indices: Tensor, values: Tensor, dense: Tensor) -> Tensor:
-    from bgen.nn.cpu.sparse import product
-    from bgen.nn.cpu.threads import parts
-
     out = torch.empty(len(indptr) - 1, dense.shape[1])
     number = parts(len(out), len(values) * dense.shape[1] // _GAIN)
-    product(indptr.numpy(), indices.numpy(), values.numpy(), dense.numpy(), number, out.numpy())
+    sparse.product(indptr.numpy(), indices.numpy(), values.numpy(), dense.numpy(), number, out.numpy())
     return out
 
 
 def log_normalise(batch: CellBatch, counts: Tensor, scale: float) -> Tensor:
     """``log(1 + scale * count / library)`` of ``counts [NNZ]`` of the cells of ``batch``; a library is at least 1."""
     if counts.device.type == "cpu" and counts.dtype == torch.float32:
-        from bgen.nn.cpu import sparse as sparse_cpu
-        from bgen.nn.cpu.threads import parts
-
         out = torch.empty_like(counts)
         number = parts(len(batch), _PER_LOGARITHM * len(counts))
-        sparse_cpu.log_normalise(batch.indptr.numpy(), counts.numpy(), scale, number, out.numpy())
+        sparse.log_normalise(batch.indptr.numpy(), counts.numpy(), scale, number, out.numpy())
         return out
     library = torch.segment_reduce(counts, "sum", offsets=batch.indptr, initial=0.0).clamp_min(1.0)
     return torch.log1p(counts * (scale / library).index_select(0, batch.rows))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from bgen.data.batch import CellBatch
+from bgen.models.vae.thinning_cpu import thin_small
+from bgen.nn.cpu.threads import parts
 from bgen.nn.random import Stream, at, row_state, uniform, unit_from_bits
 
 KEPT = (0.3, 1.0)
@@ -35,9 +37,6 @@ def thin(batch: CellBatch, share: float) -> Tensor:
         rows = batch.rows
         entries = chosen.index_select(0, rows).nonzero().squeeze(1)
         return _thin_entries(batch, batch.counts, entries, rows.index_select(0, entries), state, keep)
-    from bgen.models.vae.thinning_cpu import thin_small  # numba takes a while to import
-    from bgen.nn.cpu.threads import parts
-
     done, large, large_rows = thin_small(
         batch.indptr.numpy(),
         batch.indices.numpy(),

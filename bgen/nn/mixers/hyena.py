@@ -60,16 +60,9 @@ class HyenaFilter(nn.Module):
     def __init__(self, channels: int, config: HyenaConfig) -> None:
         super().__init__()
         width = config.filter_width
-        sine = Sine(width)  # one set of frequencies for all layers, as published
-        self.network = nn.Sequential(
-            nn.Linear(1 + 2 * config.bands, width),
-            sine,
-            nn.Linear(width, width),
-            sine,
-            nn.Linear(width, width),
-            sine,
-            nn.Linear(width, channels, bias=False),
-        )
+        self.sine = Sine(width)  # one set of frequencies for all layers, as published
+        self.hidden = nn.ModuleList(nn.Linear(size, width) for size in (1 + 2 * config.bands, width, width))
+        self.output = nn.Linear(width, channels, bias=False)
         place_L1 = torch.linspace(0, 1, config.max_length)[:, None]
         turn_L1 = 2 * math.pi * torch.arange(config.max_length)[:, None] / config.max_length
         angle = turn_L1 * torch.linspace(1e-4, config.bands - 1, config.bands)
@@ -80,7 +73,10 @@ class HyenaFilter(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """Return the first ``length`` places, ``[T, channels]``."""
-        return self.network(self.features[:length]) * self.window[:length]
+        x = self.features[:length]
+        for linear in self.hidden:
+            x = self.sine(linear(x))
+        return self.output(x) * self.window[:length]
 
 
 class Hyena(Mixer):

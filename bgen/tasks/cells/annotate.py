@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,10 +30,9 @@ from bgen.errors import UserError, nearest
 from bgen.evaluate.metrics.space import fit_space
 from bgen.models.annotator import Annotator
 from bgen.models.generators.latent_flow import LatentFlow
+from bgen.tasks.anndata_model import AnnDataModel
+from bgen.tasks.time.trajectories import generate_as_trained
 from bgen.tasks.user_cells import require_cells, text_column
-
-if TYPE_CHECKING:
-    from bgen.tasks.anndata_model import Model
 
 ABSTAINED = "unknown"
 LEAST_CELLS = 5
@@ -67,7 +66,7 @@ class Head:
 
 
 def annotate_cells(
-    model: Model,
+    model: AnnDataModel,
     adata: AnnData,
     label: str | None = None,
     *,
@@ -129,7 +128,7 @@ def annotate_cells(
     return annotated
 
 
-def _with_its_own_head(model: Model, adata: AnnData, layer: str | None, threshold: float) -> AnnData:
+def _with_its_own_head(model: AnnDataModel, adata: AnnData, layer: str | None, threshold: float) -> AnnData:
     """Annotate with the classifier that fine-tuning trained."""
     module = model.saved.module
     if not isinstance(module, Annotator):
@@ -138,15 +137,17 @@ def _with_its_own_head(model: Model, adata: AnnData, layer: str | None, threshol
             " `bgen finetune --task annotate` has labels of its own."
         )
     about = model.saved.about
+    assert about.annotation is not None, "checked when it was loaded"
+    label, labels = about.annotation.label, about.annotation.labels
     probabilities = module.probabilities(torch.from_numpy(model.encode(adata, layer=layer)[0])).double().numpy()
-    annotated = _told(adata, about["label"], np.array(about["labels"]), probabilities, threshold, None)
-    abstained = int((annotated.obs[f"{about['label']}_bgen"] == ABSTAINED).sum())
+    annotated = _told(adata, label, np.array(labels), probabilities, threshold, None)
+    abstained = int((annotated.obs[f"{label}_bgen"] == ABSTAINED).sum())
     annotated.uns["bgen_annotate"] = {
         "model": model.saved.fingerprint(),
-        "label": about["label"],
+        "label": label,
         "threshold": threshold,
         "reference": "cells that the model was fine-tuned on",
-        "reference_cells": {"all": int(about["cells"])},
+        "reference_cells": {"all": about.cells},
         "query_cells": adata.n_obs,
         "abstained": abstained,
     }
@@ -220,14 +221,14 @@ def _folds(numbers: NDArray[np.intp]) -> StratifiedKFold:
     return StratifiedKFold(min(5, int(numbers.min())), shuffle=True, random_state=0)
 
 
-def _whitened(model: Model, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+def _whitened(model: AnnDataModel, latents: NDArray[np.float32]) -> NDArray[np.float32]:
     vae = model.saved.vae
     whitened: NDArray[np.float32] = (latents - vae.latent_mean[:-1].numpy()) / vae.latent_std[:-1].numpy()
     return whitened
 
 
 def _generated_reference(
-    model: Model, label: str, adata: AnnData, seed: int
+    model: AnnDataModel, label: str, adata: AnnData, seed: int
 ) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
     """Return whitened latents of cells generated per training label, and their labels."""
     module = model.saved.module
@@ -244,7 +245,9 @@ def _generated_reference(
         )
     parts, labels = [], []
     for number, name in enumerate(known[column].categories):
-        made = model.generate(GENERATED_CELLS, where={column: name}, seed=seed + number)
+        made = generate_as_trained(
+            model.saved, GENERATED_CELLS, where={column: name}, settings=model.saved.sample, seed=seed + number
+        )
         parts.append(_whitened(model, model.encode(made)[0]))
         labels += [name] * GENERATED_CELLS
     return np.concatenate(parts), np.array(labels)

@@ -5,7 +5,7 @@ Axes: N cells, G genes of the model, V genes of the data.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,10 +17,8 @@ from bgen.errors import UserError
 from bgen.evaluate.metrics.calibration import calibration
 from bgen.evaluate.metrics.denoising import molecular_cross_validation, split_molecules
 from bgen.genes.table import match_genes
+from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.user_cells import in_genes_of, require_cells
-
-if TYPE_CHECKING:
-    from bgen.tasks.anndata_model import Model
 
 LAYER = "denoised"
 SCORED_CELLS = 1000
@@ -28,7 +26,7 @@ SCORED_CELLS = 1000
 
 
 def denoise_cells(
-    model: Model, adata: AnnData, *, layer: str | None = None, library_size: float | None = None
+    model: AnnDataModel, adata: AnnData, *, layer: str | None = None, library_size: float | None = None
 ) -> AnnData:
     """Return a copy of the data with expected counts.
 
@@ -65,7 +63,7 @@ def denoise_cells(
     return denoised
 
 
-def denoising_scores(model: Model, adata: AnnData, *, layer: str | None = None, seed: int = 0) -> dict[str, Any]:
+def denoising_scores(model: AnnDataModel, adata: AnnData, *, layer: str | None = None, seed: int = 0) -> dict[str, Any]:
     """Score denoising by molecular cross-validation on at most 1,000 cells, beside PCA and the mean over cells.
 
     Returns the deviances, and the share of held-out counts in the central 50 and 90 % of the model's distributions.
@@ -89,7 +87,7 @@ def denoising_scores(model: Model, adata: AnnData, *, layer: str | None = None, 
 
 
 def _expected(
-    model: Model,
+    model: AnnDataModel,
     adata: AnnData,
     z: NDArray[np.float32],
     counts: sp.csr_matrix,

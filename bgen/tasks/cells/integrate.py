@@ -8,7 +8,7 @@ Axes: N cells, D latent size, G genes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from anndata import AnnData
@@ -17,17 +17,15 @@ from bgen.errors import UserError, nearest
 from bgen.evaluate.metrics.integration import UNINTEGRATED, require_scib, scib_figures
 from bgen.evaluate.metrics.mixing import batch_mixing
 from bgen.evaluate.metrics.space import fit_space
+from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.user_cells import in_genes_of, require_cells, text_column
-
-if TYPE_CHECKING:
-    from bgen.tasks.anndata_model import Model
 
 EMBEDDING = "X_bgen_integrated"
 LAYER = "integrated"
 
 
 def integrate_cells(
-    model: Model,
+    model: AnnDataModel,
     adata: AnnData,
     *,
     reference: str | None = None,
@@ -105,7 +103,7 @@ def integrate_cells(
     return integrated
 
 
-def _covariate(model: Model, asked: str | None) -> str:
+def _covariate(model: AnnDataModel, asked: str | None) -> str:
     """Return the model's covariate that is meant."""
     names = list(model.saved.vae.covariates)
     if not names:

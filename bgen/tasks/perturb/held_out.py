@@ -21,8 +21,9 @@ from bgen.evaluate.metrics.space import log_cp10k
 from bgen.evaluate.protocols.perturbation import TRAIN_MEAN, HeldOut, PerturbationScores, evaluate_perturbations
 from bgen.genes.table import find_genes
 from bgen.order.keys import hash_keys
-from bgen.tasks.anndata_model import Model
+from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.perturb.effect_estimates import log_effect
+from bgen.tasks.perturb.perturb import perturb_cells
 from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, members, require_controls, strata_codes
 from bgen.tasks.user_cells import text_column
 
@@ -79,7 +80,7 @@ def split_screen(
 
 
 def score_held_out(
-    model: Model, train: AnnData, back: AnnData, columns: Columns, *, layer: str | None = None, seeds: int = 3
+    model: AnnDataModel, train: AnnData, back: AnnData, columns: Columns, *, layer: str | None = None, seeds: int = 3
 ) -> PerturbationScores:
     """Predict what was kept back and score it; both sets are as :func:`split_screen` returns them."""
     made = predict_held_out(model, train, back, columns, layer=layer)
@@ -87,7 +88,7 @@ def score_held_out(
 
 
 def predict_held_out(
-    model: Model,
+    model: AnnDataModel,
     train: AnnData,
     back: AnnData,
     columns: Columns,
@@ -119,7 +120,7 @@ def predict_held_out(
         real = np.flatnonzero([other == key for other in held_keys])
         name = "+".join(key[0])
         n = max(cells.n_obs, -(-len(real) // 2))  # no control cell twice, as long as there are enough
-        predicted = model.perturb(cells, name, dose=key[1], n=n, layer=layer, seed=seed)
+        predicted = perturb_cells(model, cells, name, dose=key[1], n=n, layer=layer, seed=seed)
         targets = find_genes(model.saved.genes, key[0])
         populations = {}
         if shared_controls:

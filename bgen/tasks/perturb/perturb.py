@@ -5,8 +5,8 @@ Axes: N cells, G genes of the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,20 +16,18 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bgen import __version__
 from bgen.errors import UserError, nearest
 from bgen.genes.table import find_genes
 from bgen.models.generators.counterfactual import change_counts
 from bgen.models.generators.perturbation_flow import PerturbationFlow, PerturbationSet
 from bgen.order.keys import hash_keys
 from bgen.progress import Progress
+from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.generate import ENTRIES
-from bgen.tasks.perturb.effects import Effects, Scale
+from bgen.tasks.perturb.effects import Effects
 from bgen.tasks.perturb.screen import LEAST_CONTROLS, make_sets, members, require_controls, whitened_latents
 from bgen.tasks.user_cells import require_cells, text_column
-
-if TYPE_CHECKING:
-    from bgen.tasks.anndata_model import Model
+from bgen.version import __version__
 
 STEPS = 10
 ANCHOR_CELLS = 2000
@@ -37,7 +35,7 @@ ANCHOR_CELLS = 2000
 
 
 def perturb_cells(
-    model: Model,
+    model: AnnDataModel,
     adata: AnnData,
     perturbation: str,
     *,
@@ -146,7 +144,7 @@ def anchor(
 
 
 def ask(
-    model: Model, perturbation: str, dose: float | None = None
+    model: AnnDataModel, perturbation: str, dose: float | None = None
 ) -> tuple[PerturbationSet, NDArray[np.float64], list[str]]:
     """Return the set ``[1, K]`` that a label means, its average effect ``[G]``, and the members not trained on.
 
@@ -155,10 +153,11 @@ def ask(
     UserError
         If a member is neither a known perturbation nor a gene of the model, or the dose is missing or wrong.
     """
-    flow, about = _require_flow(model), model.saved.about
-    names: Sequence[str] = about["perturbations"]
+    flow, facts = _require_flow(model), model.saved.about.perturbation
+    assert facts is not None, "checked when it was loaded"
+    names = facts.perturbations
     parts = members(perturbation)
-    if not parts or perturbation == about["control"]:
+    if not parts or perturbation == model.saved.about.control:
         raise UserError(f"'{perturbation}' is no perturbation: name a gene or a drug, or several joined by '+'.")
     genes = find_genes(model.saved.genes, parts)
     unseen = [part for part in parts if part not in names]
@@ -169,8 +168,8 @@ def ask(
                 f"The model knows no perturbation '{part}', and no gene of that name that cells express."
                 f"{nearest(part, known)} It was trained on {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
             )
-    rows = about["effects"]
-    doses = sorted({row["dose"] for row in rows if row["dose"] is not None})
+    rows = facts.effects
+    doses = sorted({row.dose for row in rows if row.dose is not None})
     if dose is not None and not dose >= 0:
         raise UserError(f"A dose is a number from 0 up, not {dose:g}.")
     if dose is not None and not doses:
@@ -182,17 +181,17 @@ def ask(
     sets = make_sets([parts], np.array([np.nan if dose is None else dose]), every, targets)
     sets.known[sets.known >= len(names)] = -1
     effects = Effects(
-        [tuple(row["set"]) for row in rows],
-        np.array([np.nan if row["dose"] is None else row["dose"] for row in rows], np.float64),
+        [tuple(row.set) for row in rows],
+        np.array([np.nan if row.dose is None else row.dose for row in rows], np.float64),
         flow.effects.numpy(),
-        Scale(**about.get("effect_scale", {})),
+        facts.effect_scale,
         flow.network.numpy(),
     )
     places = dict(zip(names, targets.tolist(), strict=False))
     return sets, effects.of(parts, dose, flow.gene_embedding.numpy(), genes, places), unseen
 
 
-def _require_flow(model: Model) -> PerturbationFlow:
+def _require_flow(model: AnnDataModel) -> PerturbationFlow:
     module: Any = model.saved.module
     if not isinstance(module, PerturbationFlow):
         raise UserError(

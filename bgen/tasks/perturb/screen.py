@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -24,11 +23,9 @@ from bgen.evaluate.metrics.space import fit_space, log_cp10k
 from bgen.genes.table import find_genes
 from bgen.models.generators.perturbation_flow import PerturbationSet
 from bgen.models.vae.vae import VAE
+from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.user_cells import require_cells, text_column
 from bgen.train.stages.perturbation_pairs import Screen
-
-if TYPE_CHECKING:
-    from bgen.tasks.anndata_model import Model
 
 JOIN = "+"
 LEAST_CONTROLS = 20
@@ -74,7 +71,7 @@ def members(label: str) -> list[str]:
     return [part.strip() for part in label.split(JOIN) if part.strip()]
 
 
-def read_screen(model: Model, adata: AnnData, columns: Columns, layer: str | None = None) -> ScreenData:
+def read_screen(model: AnnDataModel, adata: AnnData, columns: Columns, layer: str | None = None) -> ScreenData:
     """Prepare control and perturbed cells.
 
     Raises
@@ -124,7 +121,7 @@ def strata_codes(adata: AnnData, columns: Columns) -> NDArray[np.int64]:
 
 
 def whitened_latents(
-    model: Model, adata: AnnData, layer: str | None = None
+    model: AnnDataModel, adata: AnnData, layer: str | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return mean and standard deviation ``[N, D + 1]`` of the whitened latents, log library size last."""
     mean, variance = model.encode(adata, layer=layer)

@@ -6,7 +6,7 @@ Axes: B trajectories, T time points, N cells per time point, D + 1 whitened late
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -22,8 +22,48 @@ from bgen.hub.directory import SavedModel
 from bgen.models.generators.latent_flow import LatentFlow, Places
 from bgen.order.keys import hash_keys
 from bgen.progress import Progress
-from bgen.tasks.generate import ENTRIES, asked_codes, decode_counts, draw_rows, provenance, readable
-from bgen.tasks.time.axis import TimeAxis
+from bgen.tasks.generate import (
+    ENTRIES,
+    asked_codes,
+    decode_counts,
+    draw_rows,
+    generate_cells,
+    provenance,
+    readable,
+)
+from bgen.tasks.time.axis import TimeAxis, trained_over_time
+
+
+def generate_as_trained(
+    model: SavedModel,
+    n: int,
+    *,
+    times: Sequence[float] | Literal["all"] | None = None,
+    where: Mapping[str, Any],
+    library_size: float | None = None,
+    settings: SampleConfig,
+    seed: int,
+    progress: Progress | None = None,
+) -> AnnData:
+    """Generate cells as the model was trained: single ones, or whole trajectories.
+
+    Trajectories if ``times`` are given ("all": those of the training cells), or if the model was trained on such: see
+    :func:`generate_trajectories`, and :func:`bgen.tasks.generate.generate_cells` for single cells.
+    """
+    if times is None and not trained_over_time(model):
+        return generate_cells(
+            model, n, where=where, library_size=library_size, settings=settings, seed=seed, progress=progress
+        )
+    return generate_trajectories(
+        model,
+        n,
+        times=None if times is None or times == "all" else times,
+        where=where,
+        library_size=library_size,
+        settings=settings,
+        seed=seed,
+        progress=progress,
+    )
 
 
 def generate_trajectories(

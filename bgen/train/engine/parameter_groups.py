@@ -26,9 +26,9 @@ def undecayed(module: nn.Module) -> set[str]:
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trained parameters as optimiser groups, in the module's order: with and without weight decay.
 
-    Where the learning rate is transferred from another width (:mod:`bgen.nn.mup`), each of its multiples
-    makes a group of its own, with that ``lr_scale``. AdamW decays by learning rate times weight decay, so the weight
-    decay is divided by the multiple: how fast weights decay does not depend on the width.
+    Where the learning rate is transferred from another width (:mod:`bgen.nn.mup`), each of its multiples makes a group
+    of its own, with that ``lr_scale``. AdamW decays by learning rate times weight decay, so the weight decay is divided
+    by the multiple: then the speed of decay does not depend on the width.
     """
     without = undecayed(module)
     scales = module.learning_rate_scales() if isinstance(module, Transfers) else {}

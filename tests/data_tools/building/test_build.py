@@ -28,7 +28,7 @@ from data_tools.building.partial import Interrupted, all_or_nothing
 from data_tools.building.run_tasks import open_runner
 from data_tools.check.check import CheckOptions, check
 from data_tools.check.findings import Roles
-from data_tools.inputs.source import source as inputs
+from data_tools.inputs import source as inputs
 
 N_GENES = 700
 
@@ -193,7 +193,10 @@ def test_errors_of_workers_arrive(files: list[Path], tmp_path: Path, cluster: st
 SCRIPT = """
     import os, signal, sys
     from pathlib import Path
-    from data_tools import inputs, pieces, run_tasks, shuffle
+    from data_tools import inputs
+    from data_tools.building import pieces
+    from data_tools.building import run_tasks
+    from data_tools.building import shuffle
     from data_tools.building.build import build
     from data_tools.check.check import check
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from bgen.data.batch import CellBatch
+from bgen.models.vae import thinning
 from bgen.models.vae.thinning import KEPT, thin
 from bgen.models.vae.thinning_cpu import thin_small
-from bgen.models.vae.vae import thinning
 from bgen.nn.random import Stream, row_state, uniform
 
 

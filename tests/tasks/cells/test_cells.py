@@ -13,7 +13,7 @@ from sklearn.metrics import f1_score
 
 import bgen
 from bgen.errors import UserError
-from bgen.tasks.anndata_model import Model
+from bgen.tasks.load import Model
 
 
 @pytest.fixture(scope="module")
