@@ -11,7 +11,7 @@ Or every component has a section under its name, and another key says which of t
     backbone: {name: ssm, time: {mixer: mamba2}, mamba2: {state: 16}, s4d: {state: 8}}
 """
 
-from __future__ import annotations
+# Annotations are objects here, not strings: pydantic 2.8 would look the names up in the module of a subclass.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
