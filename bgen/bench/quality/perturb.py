@@ -7,11 +7,11 @@ What is left out, each in its own trainings:
 - ``targets:N``: N random single perturbations at a time, of which the model only knows the target gene.
 - ``combinations:N``: N random combinations whose members are trained on.
 - ``doses``: each dose between others of the same perturbation in turn, scored together. All control cells are trained
-  on and predicted from, as a user would do with the own ones: no control cell is what is predicted, and half of few
-  vehicle cells, twice, is noise that no row can beat.
+on and predicted from, as a user would do: no control cell is ever predicted, and halving few vehicle cells twice would
+add noise that no row can beat.
 
-VAE and flow see nothing else of what is left out. The trainings of further seeds have other random choices, and are
-averaged where the same is left out; intervals are over perturbations.
+Apart from that, VAE and flow see nothing of what is left out. The trainings of further seeds have other random choices,
+and are averaged where the same is left out; intervals are over perturbations.
 """
 
 from __future__ import annotations
