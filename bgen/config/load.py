@@ -6,13 +6,16 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from bgen.config.run import Config
+from bgen.config.finetune import FinetuneConfig
+from bgen.config.run import Config, RunConfig
 from bgen.errors import UserError, nearest
+
+Kind = TypeVar("Kind", bound=RunConfig)
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
 """Where an installed bgen keeps its configurations; a source checkout has them at its top level."""
@@ -42,7 +45,7 @@ def find_config(name: str | Path, beside: Path | None = None) -> Path:
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Load, extend, override and validate a configuration.
+    """Load, extend, override and validate the configuration of a training.
 
     Parameters
     ----------
@@ -57,24 +60,43 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
     UserError
         Naming the path of each wrong key or value and the nearest key.
     """
-    tree = _read(find_config(name), ())
-    for override in overrides:
-        tree = _merge(tree, _parse_override(override))
-    return validate(tree, source=str(name))
+    return validate(_resolve(name, overrides), Config, source=str(name))
 
 
-def validate(tree: Mapping[str, Any], source: str) -> Config:
-    """Turn a mapping into a :class:`Config`, collecting all mistakes in one :class:`UserError`."""
+def load_finetune(name: str | Path, overrides: Sequence[str] = ()) -> FinetuneConfig:
+    """Load the configuration of a fine-tuning, as :func:`load_config` does that of a training."""
+    return validate(_resolve(name, overrides), FinetuneConfig, source=str(name))
+
+
+def load_either(name: str | Path, overrides: Sequence[str] = ()) -> Config | FinetuneConfig:
+    """Load the configuration of a fine-tuning if it names a ``parent``, else that of a training."""
+    tree = _resolve(name, overrides)
+    if "parent" in tree:
+        return validate(tree, FinetuneConfig, source=str(name))
+    return validate(tree, Config, source=str(name))
+
+
+def validate(tree: Mapping[str, Any], kind: type[Kind], source: str) -> Kind:
+    """Turn a mapping into a configuration of a ``kind``, collecting all mistakes in one :class:`UserError`."""
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        lines = [f"  {_explain(item)}" for item in error.errors()]
+        lines = [f"  {_explain(item, kind)}" for item in error.errors()]
         raise UserError(f"The configuration {source} is not valid:\n" + "\n".join(lines)) from None
 
 
-def to_yaml(config: Config) -> str:
-    """Return the resolved configuration as YAML, which :func:`load_config` reads back to the same."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+def to_yaml(config: RunConfig) -> str:
+    """Return the resolved configuration as YAML, which :func:`load_either` reads back to the same."""
+    tree = config.model_dump(mode="json")
+    last = {name: tree.pop(name) for name in ("train", "track")}  # what all kinds share, as in the shipped files
+    return yaml.safe_dump({**tree, **last}, sort_keys=False)
+
+
+def _resolve(name: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+    tree = _read(find_config(name), ())
+    for override in overrides:
+        tree = _merge(tree, _parse_override(override))
+    return tree
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -116,11 +138,11 @@ def _parse_override(text: str) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", tree)
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, kind: type[BaseModel]) -> str:
     """Say in one line what is wrong at which path of the configuration."""
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        section = _section(item["loc"][:-1])
+        section = _section(kind, item["loc"][:-1])
         hint = nearest(str(item["loc"][-1]), section.model_fields) if section else ""
         return f"{path}: unknown key.{hint}"
     if item["type"] == "missing":
@@ -129,9 +151,9 @@ def _explain(item: Any) -> str:
     return f"{path}: {message} (it is {item['input']!r})" if path else message
 
 
-def _section(loc: Sequence[int | str]) -> type[BaseModel] | None:
-    """Return the section of the tree at ``loc``."""
-    section: Any = Config
+def _section(kind: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel] | None:
+    """Return the section at ``loc`` of a configuration."""
+    section: Any = kind
     for part in loc:
         field = (
             section.model_fields.get(str(part))

@@ -68,12 +68,7 @@ def read_batch(
     cells = take(reader.read_cells(distinct), torch.from_numpy(place))
     cells.keys = torch.from_numpy(keys.view(np.int64))
     cells.step, cells.first_slot = step, first_slot
-    return TrajectoryBatch.of(
-        cells,
-        mask=torch.from_numpy(np.stack([grid.mask for grid in grids])),
-        time=torch.from_numpy(np.stack([grid.time for grid in grids])),
-        control=torch.from_numpy(np.stack([grid.control for grid in grids])),
-    )
+    return TrajectoryBatch.of_grids(cells, grids)
 
 
 def take(batch: CellBatch, place: Tensor) -> CellBatch:

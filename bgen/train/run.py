@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from bgen.config.run import Config
 from bgen.distributed import world as ranks
 from bgen.errors import UserError
+from bgen.hub.about import About, Training
 from bgen.hub.directory import ColumnInfo, SavedModel, count_combinations, save_model
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.vae.vae import VAE
@@ -126,19 +127,16 @@ def exported(config: Config, stage: StoreStage, step: int) -> SavedModel:
         columns=columns,
         combinations=count_combinations(values),
         sample=config.sample,
-        about={
-            "name": config.out.resolve().name,
-            "organism": manifest.organism,
-            "units": manifest.units,
-            "control": manifest.control,
-            "roles": manifest.roles,
-            "store": manifest.fingerprint,
-            "sources": [source.name for source in manifest.sources],
-            "split": config.data.split,
-            "trajectories": config.data.trajectories and config.data.trajectories.model_dump(mode="json"),
-            "times": _times(store, cells),
-            "cells": len(cells),
-            "steps": step,
-            "seed": config.seed,
-        },
+        about=About(
+            name=config.out.resolve().name,
+            organism=manifest.organism,
+            units=manifest.units,
+            roles=manifest.roles,
+            control=manifest.control,
+            sources=[source.name for source in manifest.sources],
+            cells=len(cells),
+            times=_times(store, cells),
+            trajectories=config.data.trajectories,
+            training=Training(store=manifest.fingerprint, split=config.data.split, steps=step, seed=config.seed),
+        ),
     )

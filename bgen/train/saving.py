@@ -12,7 +12,7 @@ from torch import Tensor
 from bgen.checkpoint import shards
 from bgen.checkpoint.commit import Checkpoints, SaveError
 from bgen.checkpoint.shards import Shards
-from bgen.config.run import Config
+from bgen.config.run import RunConfig
 from bgen.distributed import world as ranks
 from bgen.errors import UserError
 from bgen.train.engine.ema import EMA
@@ -39,7 +39,7 @@ class Weights:
         The checkpoint that the run goes on from.
     """
 
-    def __init__(self, engine: Engine, config: Config, saved: Shards | None) -> None:
+    def __init__(self, engine: Engine, config: RunConfig, saved: Shards | None) -> None:
         train = config.train
         self.engine = engine
         self.average = EMA(engine.partition.weights(), train.ema) if train.ema > 0 else None
@@ -104,7 +104,7 @@ class Saver:
     def __init__(
         self,
         checkpoints: Checkpoints,
-        config: Config,
+        config: RunConfig,
         fingerprint: dict[str, Any],
         event: Callable[[str, dict[str, Any]], None],
         say: Callable[[str], None],

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bgen.checkpoint import files
 from bgen.checkpoint.commit import Checkpoints
-from bgen.config.run import Config
+from bgen.config.run import RunConfig
 from bgen.data.batch import CellBatch
 from bgen.data.packed import PackedBatch
 from bgen.distributed import world as ranks
@@ -32,7 +32,7 @@ from bgen.train.engine.deepspeed_json import deepspeed_config
 from bgen.train.engine.engine import Engine
 from bgen.train.engine.schedules import learning_rate
 from bgen.train.heap import keep_heap
-from bgen.train.held_out import held_out
+from bgen.train.held_out_losses import held_out_losses
 from bgen.train.saving import Saver, Weights
 from bgen.train.stages.stage import CountsDamage, CountsFlops, Stage
 from bgen.train.state import RunState
@@ -74,7 +74,7 @@ class Trainer:
         As :func:`check`, which is worth calling before a stage is built.
     """
 
-    def __init__(self, config: Config, stage: Stage) -> None:
+    def __init__(self, config: RunConfig, stage: Stage) -> None:
         self.world = check(config)
         self.config = config
         self.stage = stage
@@ -342,7 +342,7 @@ class Trainer:
             return bool(ranks.agree_max(self._signals.received is not None))
 
         with self.engine.swapped_in(self.weights.judged):
-            means = held_out(self.engine, self.stage, stopped)
+            means = held_out_losses(self.engine, self.stage, stopped)
         if means is None:
             return False
         state.evaluating = False
@@ -384,7 +384,7 @@ class Trainer:
         self.output.event(event, self.state.step, values)
 
 
-def check(config: Config) -> ranks.World:
+def check(config: RunConfig) -> ranks.World:
     """Meet the other ranks, check what can be checked before a stage is built, and return this rank's place.
 
     Raises

@@ -12,6 +12,7 @@ import torch
 from bgen.config.flow import FlowConfig, SampleConfig
 from bgen.config.vae import VAEConfig
 from bgen.errors import UserError
+from bgen.hub.about import About
 from bgen.hub.directory import ColumnInfo, SavedModel, load_directory, save_model
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.vae.vae import VAE
@@ -43,7 +44,7 @@ def saved(backbone: dict[str, Any]) -> SavedModel:
         },
         combinations=pd.DataFrame({"cell_type": [0, 1], "time": [0.0, 24.0], "cells": [3, 4]}),
         sample=SampleConfig(steps=3),
-        about={"name": "test", "organism": "synthetic"},
+        about=About(name="test", organism="synthetic"),
     )
 
 

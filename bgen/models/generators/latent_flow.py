@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from bgen.config.flow import FlowConfig, SampleConfig
 from bgen.data.batch import CellBatch
 from bgen.data.trajectory_batch import TrajectoryBatch
-from bgen.errors import UserError
 from bgen.flow.guidance import guide
 from bgen.flow.loss import velocity_loss
 from bgen.flow.path import interpolate, velocity, velocity_from_data
@@ -86,7 +85,6 @@ class LatentFlow(nn.Module):
         self.conditions = ConditionEmbedding(categories, numbers, config.backbone.width)
         self.outputs = self.size * (len(KINDS) if config.source == "neighbours" else 1)
         self.backbone = build_backbone(self.size, config.backbone, self.outputs)
-        self.register_load_state_dict_pre_hook(_refuse_one_head)
         if config.backbone.transfer_from is not None:
             for module, twin in self._twins():
                 start_heads(module, twin)
@@ -316,14 +314,3 @@ def _hold(v: Velocity, moving: Tensor) -> Velocity:
         return v(z, t) * moving[..., None]
 
     return held
-
-
-def _refuse_one_head(module: nn.Module, state: Mapping[str, Tensor], *_: object) -> None:
-    """Refuse a flow from neighbours whose network had one output for all kinds of start, as bgen once had."""
-    assert isinstance(module, LatentFlow)
-    head = state.get("backbone.head.bias")
-    if head is not None and module.outputs != len(head) == module.size:
-        raise UserError(
-            "This flow from neighbours (flow.source) has one output for interpolation and forecast, as an earlier bgen"
-            " trained it; this one reads flows with one each. Train it again, or fine-tune its parent again."
-        )

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from bgen.config.run import Config
+from bgen.config.finetune import FinetuneConfig
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.distributed import world as ranks
 from bgen.hub.directory import SavedModel
@@ -21,7 +21,7 @@ def _adapt_vae(
     parent: SavedModel,
     cells: MemoryCells,
     watched: tuple[NDArray[np.int64], NDArray[np.int64]],
-    config: Config,
+    config: FinetuneConfig,
     mode: Mode,
     runs: Runs,
 ) -> None:

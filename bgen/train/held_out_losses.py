@@ -14,7 +14,7 @@ from bgen.train.stages.stage import Stage
 
 
 @torch.no_grad()
-def held_out(engine: Engine, stage: Stage, stopped: Callable[[], bool]) -> dict[str, float] | None:
+def held_out_losses(engine: Engine, stage: Stage, stopped: Callable[[], bool]) -> dict[str, float] | None:
     """Mean of each of the module's losses over the held-out cells.
 
     Parameters
