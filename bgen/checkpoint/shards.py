@@ -6,7 +6,7 @@ wants from whichever pieces hold them. Kinds:
 
 - ``weight``: trained parameters in float32; ``average``: their moving average; ``best``: the best so far.
 - ``optimizer.X``: the optimiser's state ``X``; ``step/START/NAME`` is its step counter for the piece.
-- ``fixed``: buffers and frozen parameters, whole, in their own type; ``best-fixed``: those beside ``best``.
+- ``fixed``: buffers and frozen parameters, whole, in their own type; ``best-fixed``: the buffers beside ``best``.
 """
 
 from __future__ import annotations
@@ -160,9 +160,11 @@ class Shards:
         return max((float(handle.get_tensor(entry)) for _, _, handle, entry in pieces), default=0.0)
 
     def export(self) -> dict[str, Tensor]:
-        """The state dict to export: the best weights where the run keeps them, else the average, else the last."""
+        """The state dict to export: the best weights where the run keeps them, else the average, else the last.
+
+        What else ``best-fixed`` holds is left out: first runs kept buffers there that follow from the settings.
+        """
         kind = next(kind for kind in (BEST, AVERAGE, WEIGHT) if kind in self.kinds)
-        fixed = BEST_FIXED if kind == BEST else FIXED
-        state = {name: self.whole(FIXED, name) for name in self.names(FIXED)}
-        state |= {name: self.whole(fixed, name) for name in self.names(fixed)}
+        beside_best = set(self.names(BEST_FIXED)) if kind == BEST else set()
+        state = {name: self.whole(BEST_FIXED if name in beside_best else FIXED, name) for name in self.names(FIXED)}
         return state | {name: self.whole(kind, name) for name in self.names(kind)}

@@ -109,7 +109,9 @@ class SavedModel:
     @property
     def vae(self) -> VAE:
         """The autoencoder."""
-        return self.module if isinstance(self.module, VAE) else self.module.vae
+        vae = self.module if isinstance(self.module, VAE) else self.module.vae
+        assert isinstance(vae, VAE), "no other codec is exported"
+        return vae
 
     @property
     def kind(self) -> str:

@@ -18,6 +18,8 @@ from torch.nn.utils import parametrize
 class LowRank(nn.Module):
     """The change of one weight ``[out, in]``."""
 
+    decayed = ()
+
     def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
         super().__init__()
         out, inside = weight.shape

@@ -13,6 +13,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bgen.nn.flops import layers
+
 
 class AdaLNZero(nn.Module):
     """Modulated normalisation in front of a residual branch, and the gate behind it.
@@ -48,3 +50,7 @@ class AdaLNZero(nn.Module):
         parameters = parameters.view(*parameters.shape[:-1], *([1] * missing), parameters.shape[-1])
         shift, scale, gate = parameters.chunk(3, dim=-1)
         return self.norm(x) * (1 + scale) + shift, gate
+
+    def flops(self, conditions: int) -> int:
+        """Floating-point operations of the forward pass for so many vectors of conditions."""
+        return layers(conditions, self.project)

@@ -13,6 +13,8 @@ class RMSNorm(nn.Module):
     (torch's own, given bfloat16 and float32 weights as autocast does, warns and takes a slow path.)
     """
 
+    decayed = ()
+
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))

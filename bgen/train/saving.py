@@ -66,7 +66,7 @@ class Weights:
         """Keep a copy of the weights that were just judged."""
         source = self.judged if self.judged is not None else self.engine.partition.weights()
         self.best = {place: piece.clone() for place, piece in source.items()}
-        self.best_buffers = {name: b.detach().cpu().clone() for name, b in self.engine.module.named_buffers()}
+        self.best_buffers = self.engine.buffers()
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies on the CPU of all that this rank saves."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from bgen.errors import UserError, nearest
 from bgen.nn.embedding import CategoryEmbedding, NumberEmbedding
+from bgen.nn.flops import layers
 from bgen.nn.random import Stream, uniform
 
 
@@ -61,6 +62,10 @@ class ConditionEmbedding(nn.Module):
             values = conditions.get(name, torch.full((), torch.nan, device=device))
             total = total + embedding(torch.where(hidden, torch.nan, values.float()))
         return self.joint(F.silu(total))
+
+    def flops(self, points: int) -> int:
+        """Floating-point operations of the forward pass for so many cells; see :mod:`bgen.nn.flops`."""
+        return layers(points, self.numbers, self.joint)
 
     def require_known(self, names: Mapping[str, object]) -> None:
         """Raise UserError for a column that this model was not trained with."""

@@ -32,8 +32,8 @@ from bgen.flow.path import interpolate, velocity
 from bgen.flow.solvers import integrate
 from bgen.flow.times import sample_times
 from bgen.models.backbones.mlp import MLPBackbone
+from bgen.models.codec import Codec
 from bgen.models.likelihoods.negative_binomial import NegativeBinomial
-from bgen.models.vae.vae import VAE
 from bgen.nn.random import Stream, uniform
 
 
@@ -89,13 +89,13 @@ class PairBatch(CellBatch):
 
 
 class PerturbationFlow(nn.Module):
-    """A frozen VAE, the flow from control to perturbed latents, and average effects on genes.
+    """A frozen codec, such as a VAE, the flow from control to perturbed latents, and average effects on genes.
 
     Parameters
     ----------
     config
         Settings.
-    vae
+    codec
         Trained, with its whitening fitted.
     perturbations
         P.
@@ -109,6 +109,7 @@ class PerturbationFlow(nn.Module):
         ``[E', G]``: maps the last E' elements of a gene's row to the genes that it regulates; None: unknown.
     """
 
+    decayed = ()
     gene_embedding: Tensor
     dose_scale: Tensor
     effects: Tensor
@@ -117,7 +118,7 @@ class PerturbationFlow(nn.Module):
     def __init__(
         self,
         config: PerturbConfig,
-        vae: VAE,
+        codec: Codec,
         perturbations: int,
         gene_embedding: Tensor,
         dose_scale: float,
@@ -126,8 +127,8 @@ class PerturbationFlow(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.vae = vae.requires_grad_(False).eval()
-        self.size = vae.config.latent + 1
+        self.vae: Codec = codec.requires_grad_(False).eval()
+        self.size = codec.size
         width = config.width
         self.register_buffer("gene_embedding", gene_embedding)
         self.register_buffer("dose_scale", torch.tensor(float(dose_scale)))
@@ -144,7 +145,7 @@ class PerturbationFlow(nn.Module):
         nn.init.zeros_(self.shift.weight)
 
     def train(self, mode: bool = True) -> PerturbationFlow:
-        """Switch what is trained; the VAE stays in evaluation mode."""
+        """Switch what is trained; the codec stays in evaluation mode."""
         super().train(mode)
         self.vae.eval()
         return self

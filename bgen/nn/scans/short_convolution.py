@@ -18,6 +18,8 @@ class ShortConvolution(nn.Module):
     Computed as W shifted multiply-adds: this needs no kernel, and keeps packed sequences apart.
     """
 
+    decayed = ()
+
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         bound = 1 / math.sqrt(width)

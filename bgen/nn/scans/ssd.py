@@ -62,6 +62,18 @@ def ssd_sequential(
     return torch.stack(y, dim=1), h_BHPS
 
 
+def ssd_flops(B: int, T: int, inner: int, groups: int, state: int, chunk: int = 64) -> int:
+    """Floating-point operations of :func:`ssd_chunked` without initial and final state; ``inner`` is H P.
+
+    T counts as the whole chunks that it fills. Both halves of the weights within a chunk count, as in torch; the
+    compiled loop for CPUs leaves out the empty one.
+    """
+    Q = min(T, chunk)
+    C = -(-T // Q)
+    points = B * C * Q
+    return 2 * points * Q * (groups * state + inner) + (4 * points * inner * state if C > 1 else 0)
+
+
 def ssd_chunked(
     x_BTHP: Tensor,
     log_decay_BTH: Tensor,

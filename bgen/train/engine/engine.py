@@ -87,8 +87,8 @@ class Engine:
             if saved is not None:
                 self.partition.restore(saved)
                 self.put(self.partition.weights())
-        # ZeRO 3 leaves frozen parameters in parts; they never change, so a copy from before serves.
-        self._frozen = frozen if config.zero == 3 else {}
+        # ZeRO 3 leaves frozen parameters in parts, pure_bf16 rounds them; they never change: a copy from before serves.
+        self._frozen = frozen if config.zero == 3 or config.precision == "pure_bf16" else {}
 
     def forward(self, batch: CellBatch) -> dict[str, Tensor]:
         """The module's per-cell losses ``{name: [B]}``, in the configured precision."""
@@ -139,8 +139,13 @@ class Engine:
         """Switch between training and evaluation."""
         self._engine.train(mode)
 
+    def buffers(self) -> dict[str, Tensor]:
+        """Copies, on the CPU, of the buffers that the model's state holds; those that follow from settings do not."""
+        names = {name for name, _ in self.module.named_buffers()}
+        return {name: t.detach().to("cpu", copy=True) for name, t in self.module.state_dict().items() if name in names}
+
     def fixed(self) -> dict[str, Tensor]:
-        """Copies, on the CPU, of what is not trained: buffers and frozen parameters."""
+        """Copies, on the CPU, of what is not trained: the state's buffers, and frozen parameters."""
         trained = self.partition.shapes
         state = {name: t for name, t in self.module.state_dict().items() if name not in trained} | self._frozen
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}

@@ -1,4 +1,7 @@
-"""Which parameters weight decay applies to. DeepSpeed ignores per-parameter marks, so the groups are built here."""
+"""Parameters as groups of the optimiser: with and without weight decay (:mod:`bgen.nn.decay`), and by learning rate.
+
+DeepSpeed ignores marks on parameters, so the groups are built here.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from bgen.models.vae.encoders.state_vector import Encoder
+from bgen.nn.decay import decays
 from bgen.nn.mup import Transfers
-
-DECAYED = (nn.Linear, Encoder)
-"""Modules whose ``weight`` decays: the matrices. (The encoder's holds one row per gene.)"""
-
-
-def decays(module: nn.Module, name: str) -> bool:
-    """Whether weight decay applies to parameter ``name`` of ``module``, the module that owns it.
-
-    A matrix that is pulled to zero makes a simpler map. For everything else zero has no such meaning: it would be one
-    certain decay rate (A_log, A_imag, dt_bias), one certain place (embeddings, learned queries), or switch off what a
-    fixed number of times is added up (biases, scales of norms, D, S4D's C, short convolutions, dispersions).
-    """
-    return name == "weight" and isinstance(module, DECAYED)
 
 
 def undecayed(module: nn.Module) -> set[str]:
