@@ -8,9 +8,9 @@ from bgen.errors import UserError, nearest
 from bgen.evaluate.metrics import counts, distribution, effects
 from bgen.evaluate.metrics.metric import Metric
 
-METRICS: dict[str, Metric[Any]] = {
-    metric.key: metric for metric in (*distribution.METRICS, *counts.METRICS, *effects.METRICS)
-}
+_OWN: tuple[Metric[Any], ...] = (*distribution.METRICS, *counts.METRICS, *effects.METRICS)
+
+METRICS: dict[str, Metric[Any]] = {metric.key: metric for metric in _OWN}
 """Key to metric."""
 
 

@@ -341,7 +341,7 @@ def _draw(space: Space, one: HeldOut, seed: int, number: int) -> _Drawn:
     controls = one.control[rng.choice(one.control.shape[0], n, replace=one.control.shape[0] < n)]
     effects = {MODEL: mean_log(one.predicted) - mean_log(one.control), CEILING: other}
     effects |= {CONTROL_COPY: np.zeros_like(real), **one.baselines}
-    points = {name: space.project(cells) for name, cells in some.items()}
+    points: dict[str, NDArray[Any]] = {name: space.project(cells) for name, cells in some.items()}
     at_control = space.project(controls)
     points |= {row: at_control + effects[row] @ space.components.T for row in effects if row not in points}
     return _Drawn(real, _clearest(first, first_control), effects, points)
