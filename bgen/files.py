@@ -37,7 +37,7 @@ def slashes_in_names() -> Iterator[None]:
     import anndata
 
     with anndata.settings.override(disallow_forward_slash_in_h5ad=False), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Forward slashes will be written differently", FutureWarning)
+        warnings.filterwarnings("ignore", "Forward slashes will be ", FutureWarning)
         yield
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from bgen.config.components import ChosenByName
 from bgen.config.finetune import FinetuneConfig
 from bgen.config.run import Config, RunConfig
+from bgen.config.section import Section
 from bgen.errors import UserError, nearest
 
 Kind = TypeVar("Kind", bound=RunConfig)
@@ -81,7 +82,7 @@ def validate(tree: Mapping[str, Any], kind: type[Kind], source: str) -> Kind:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        lines = [f"  {_explain(item, kind)}" for item in error.errors()]
+        lines = [f"  {_explain(item, kind, tree)}" for item in error.errors()]
         raise UserError(f"The configuration {source} is not valid:\n" + "\n".join(lines)) from None
 
 
@@ -138,12 +139,12 @@ def _parse_override(text: str) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", tree)
 
 
-def _explain(item: Any, kind: type[BaseModel]) -> str:
-    """Say in one line what is wrong at which path of the configuration."""
+def _explain(item: Any, kind: type[RunConfig], tree: Mapping[str, Any]) -> str:
+    """Say in one line what is wrong at which path of the configuration ``tree``."""
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        section = _section(kind, item["loc"][:-1])
-        hint = nearest(str(item["loc"][-1]), section.model_fields) if section else ""
+        section = _section(kind, item["loc"][:-1], tree)
+        hint = nearest(str(item["loc"][-1]), [*section.model_fields, *section.component_sections()]) if section else ""
         return f"{path}: unknown key.{hint}"
     if item["type"] == "missing":
         return f"{path}: is needed and not set."
@@ -151,26 +152,25 @@ def _explain(item: Any, kind: type[BaseModel]) -> str:
     return f"{path}: {message} (it is {item['input']!r})" if path else message
 
 
-def _section(kind: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel] | None:
-    """Return the section at ``loc`` of a configuration."""
-    section: Any = kind
+def _section(kind: type[RunConfig], loc: Sequence[int | str], tree: Any) -> type[Section] | None:
+    """Return the section of a configuration of a ``kind``, ``tree``, at ``loc``."""
+    section: type[Section] | None = kind
     for part in loc:
-        field = (
-            section.model_fields.get(str(part))
-            if isinstance(section, type) and issubclass(section, BaseModel)
-            else None
-        )
-        if field is None:
-            return None
-        section = _model_of(field.annotation)
-    return section if isinstance(section, type) and issubclass(section, BaseModel) else None
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+        section = None if section is None else _part(section, str(part), tree)
+    return section
 
 
-def _model_of(annotation: Any) -> Any:
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        models = [a for a in typing.get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
-        return models[0] if models else None
-    return annotation
+def _part(section: type[Section], key: str, given: Any) -> type[Section] | None:
+    """Return the section that a section has under ``key``, where ``given`` stands; None: there is no section."""
+    field = section.model_fields.get(key)
+    if field is None:
+        return section.component_sections().get(key)
+    for mark in field.metadata:
+        if isinstance(mark, ChosenByName):
+            return mark.section(given)
+    kinds = typing.get_args(field.annotation) or (field.annotation,)  # those of a union: a section or None
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def stage_overrides(overrides: Sequence[str]) -> dict[str, list[str]]:

@@ -20,8 +20,8 @@ from bgen.order.trajectories import GridOfCells
 class TrajectoryBatch(CellBatch):
     """B trajectories as ``B T N`` cells in that order: cell ``(b T + t) N + n`` is the n-th at time point t of b.
 
-    A place without a cell (``mask`` False) holds some cell nevertheless, which counts nowhere. Its length is the number
-    of places, so that a global batch is counted in cells whatever its shape.
+    A place without a cell (``mask`` False) still holds some cell, which never counts. The length of a batch is its
+    number of places, so that a global batch is counted in cells whatever its shape.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""The exported model directory: safetensors, JSON and CSV, no pickle; loads anywhere (DESIGN, section 11).
+"""The exported model directory: safetensors, JSON and CSV, no pickle; loads anywhere.
 
 ::
 
@@ -59,7 +59,7 @@ class ColumnInfo:
     Attributes
     ----------
     role
-        What it is to bgen (cell_type, batch, time, ...), or its own name.
+        Its role in bgen (cell_type, batch, time, ...), or its own name.
     kind
         "category" or "number".
     categories
@@ -88,7 +88,8 @@ class SavedModel:
     columns
         Conditions and covariates by column name.
     combinations
-        A column per condition and covariate (codes or numbers) and ``cells``, how many training cells had them.
+        A column per condition and covariate (codes or numbers), and ``cells``: how many training cells had the
+        combination.
     sample
         Defaults of generation.
     about
@@ -108,7 +109,9 @@ class SavedModel:
     @property
     def vae(self) -> VAE:
         """The autoencoder."""
-        return self.module if isinstance(self.module, VAE) else self.module.vae
+        vae = self.module if isinstance(self.module, VAE) else self.module.vae
+        assert isinstance(vae, VAE), "no other codec is exported"
+        return vae
 
     @property
     def kind(self) -> str:
@@ -126,7 +129,7 @@ class SavedModel:
         raise UserError(f"The model has no condition '{name}'.{nearest(name, [*self.columns, *roles])}")
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the weights: what tells this model from every other one."""
+        """Return the SHA-256 of the weights, which tells this model from every other one."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(name.encode())
@@ -238,7 +241,7 @@ def load_directory(folder: str | Path, device: str = "cpu") -> SavedModel:
 def count_combinations(columns: Mapping[str, NDArray[Any]], limit: int = 65_536, seed: int = 0) -> pd.DataFrame:
     """Return the distinct combinations of columns ``[n_cells]`` and how many cells have each, most frequent first.
 
-    More than ``limit`` of them (a number measured per cell) are replaced by a seeded sample of cells.
+    If there are more than ``limit`` (a number measured per cell), a seeded sample of cells is taken instead.
     """
     n = len(next(iter(columns.values()))) if columns else 0
     if not columns:

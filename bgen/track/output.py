@@ -28,7 +28,9 @@ CHECKPOINTS = "checkpoints"
 
 
 def run_identifier(config: RunConfig) -> str:
-    """A new identifier for the run in ``config.out``, or its own if it was killed before its first checkpoint."""
+    """Return an identifier for the run in ``config.out``: a new one, or its own if it was killed before its first
+    checkpoint.
+    """
     path = config.out / RECORD
     if path.exists() and (rows := records.read(path)):
         return str(rows[0]["run"])

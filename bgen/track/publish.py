@@ -20,7 +20,7 @@ STATUS = {"end": "FINISHED", "interrupted": "KILLED"}
 
 
 def sync(run: Path, uri: str | None = None) -> str:
-    """Send everything of a run's record that its MLflow run does not have yet; ``bgen track sync``.
+    """``bgen track sync``: send everything in the record of a run that its MLflow run does not have yet.
 
     Parameters
     ----------

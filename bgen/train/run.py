@@ -41,7 +41,7 @@ def train(config: Config, *, resume: bool = False, accept_changed_data: bool = F
     resume
         Go on from the newest whole checkpoint, or start if there is none yet.
     accept_changed_data
-        Go on also where the data is not what the run began with.
+        Also go on if the data are not those that the run began with.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def train(config: Config, *, resume: bool = False, accept_changed_data: bool = F
     result = Trainer(config, stage).fit(resume=resume, accept_changed_data=accept_changed_data)
     if not result.interrupted and world.is_main:
         folder = config.out / MODEL
-        if folder.exists():  # of fewer steps: the run was resumed
+        if folder.exists():  # the model of an earlier end, after fewer steps: the run was resumed
             shutil.rmtree(folder)
         save_model(exported(config, stage, result.step), folder)
     ranks.barrier()
@@ -63,7 +63,7 @@ def train(config: Config, *, resume: bool = False, accept_changed_data: bool = F
 
 
 def _refuse_leakage(store: Store, world: ranks.World) -> None:
-    """Let the main rank look for cells or groups that are in two splits; every rank hears of it."""
+    """Raise UserError on every rank if the main rank finds cells or groups that are in two splits."""
     problem = None
     if world.is_main:
         try:

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, when it is written, and what is said about it."""
+"""What a checkpoint of a run holds, and when it is written."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Weights:
         """Keep a copy of the weights that were just judged."""
         source = self.judged if self.judged is not None else self.engine.partition.weights()
         self.best = {place: piece.clone() for place, piece in source.items()}
-        self.best_buffers = {name: b.detach().cpu().clone() for name, b in self.engine.module.named_buffers()}
+        self.best_buffers = self.engine.buffers()
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies on the CPU of all that this rank saves."""
@@ -115,7 +115,7 @@ class Saver:
     def begin(self, weights: Weights, state: RunState) -> str | None:
         """Start to save; what was still being saved is finished first.
 
-        A failure is reported and training goes on; returns what failed, if anything did.
+        A failure is reported and training goes on; return what failed, if anything did.
         """
         self.finish()
         train = self.config.train

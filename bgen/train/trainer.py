@@ -52,7 +52,7 @@ class TrainResult:
     best
         Lowest held-out loss of the stage's monitor, None if it was never evaluated.
     stopped_early, interrupted
-        Whether patience ran out; whether a signal ended it (then a checkpoint was saved and nothing else is done).
+        Whether patience ran out; whether a signal ended training (then a checkpoint was saved, and nothing else done).
     record
         The JSONL record.
     """
@@ -93,8 +93,8 @@ class Trainer:
         Parameters
         ----------
         resume
-            Continue from the newest checkpoint that is whole; from the start if there is none yet, so a job that may
-            be restarted is started with it.
+            Continue from the newest whole checkpoint, or start if there is none yet. So a job that may be restarted can
+            always be started with it.
         accept_changed_data
             Also continue with other data than the run began with.
 
@@ -271,7 +271,7 @@ class Trainer:
     def _skipped(
         self, micro_batches: Sequence[CellBatch | PackedBatch], unfinite: list[Tensor], spike: float | None
     ) -> None:
-        """Note a step that was not applied, and its cells; end the run if there were too many in a row."""
+        """Record a step that was not applied, and its cells; end the run if there were too many in a row."""
         train, state = self.config.train, self.state
         state.skipped += 1
         state.skipped_in_row += 1
@@ -296,7 +296,7 @@ class Trainer:
             )
 
     def _damaged_cells(self) -> int:
-        """Cells of this rank that others stood in for so far; says which chunk each time that one is found damaged."""
+        """Return how many cells of this rank were replaced so far; warn once of each damaged chunk."""
         if not isinstance(self.stage, CountsDamage):
             return 0
         for chunk in list(self.stage.damage())[len(self._damage_told) :]:
@@ -385,7 +385,7 @@ class Trainer:
 
 
 def check(config: RunConfig) -> ranks.World:
-    """Meet the other ranks and check what can be checked before a stage is built; returns this rank's place.
+    """Meet the other ranks, check what can be checked before a stage is built, and return this rank's place.
 
     Raises
     ------

@@ -27,6 +27,10 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "cells": {"mixer": "set_attention", "inducing": 2},
     },
     "ssm": {"layers": 1, "mamba2": {"head_width": 8, "state": 4}},
+    **{mixer: {"name": "ssm", "layers": 1, "time": {"mixer": mixer}} for mixer in ("mamba1", "attention")},
+    "hyena": {"name": "ssm", "layers": 1, "time": {"mixer": "hyena", "real_time": False}},
+    "transformer": {"layers": 1},
+    "set_transformer": {"layers": 1},
 }
 
 

@@ -22,7 +22,7 @@ from bgen.config.track import TrackConfig
 from bgen.config.train import TrainConfig
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.models.generators.latent_flow import LatentFlow, Places
-from bgen.models.vae.measured_latents import MeasuredLatents
+from bgen.models.measured_latents import MeasuredLatents
 from bgen.order.keys import hash_keys
 from bgen.tasks.finetune.course import course_flow
 from bgen.train.stages.course_in_memory import CourseStage

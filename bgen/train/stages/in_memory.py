@@ -30,7 +30,7 @@ class MemoryStage:
     cells
         All cells.
     train, valid
-        Numbers of the cells to train on and to watch; every cell that is watched counts once.
+        Numbers of the cells to train on and of those to watch; every watched cell counts once.
     fingerprint
         See :class:`bgen.train.stages.stage.Stage`.
     """
@@ -78,7 +78,7 @@ class MemoryStage:
             yield self.batch(prepared, keys, part, 0), torch.from_numpy(weight)
 
     def prepare(self, rows: NDArray[np.int64], rng: np.random.Generator) -> Any:
-        """Return what :meth:`batch` cuts batches from: here the numbers of the cells."""
+        """Return what :meth:`batch` takes its parts from: here the numbers of the cells."""
         return rows
 
     def batch(self, prepared: Any, keys: NDArray[np.uint64], part: slice, step: int) -> CellBatch:
