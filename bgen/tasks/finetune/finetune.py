@@ -25,7 +25,7 @@ from torch import nn
 from bgen.config.load import load_finetune
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.evaluate.protocols.perturbation import PerturbationScores
-from bgen.evaluate.reports.perturbation import write_perturbation_report
+from bgen.evaluate.registry import PerturbationProtocol, find_protocol
 from bgen.genes.network import read_network
 from bgen.hub.about import About, Finetuning, HeldOutScores, Parent
 from bgen.hub.directory import Module, SavedModel, count_combinations, load_directory, save_model
@@ -152,7 +152,7 @@ def finetune(
         perturbation = about.perturbation.model_copy(update={"held_out": found})
         made.about = about.model_copy(update={"perturbation": perturbation})
         facts = {"parent": parent.about.name, "cells trained on": adata.n_obs, "bgen": __version__}
-        write_perturbation_report(out / "report.html", scores, provenance=facts)
+        find_protocol(PerturbationProtocol).report(out / "report.html", scores, provenance=facts)
     if (out / MODEL).exists():  # of fewer steps: the run was resumed
         shutil.rmtree(out / MODEL)
     save_model(made, out / MODEL)

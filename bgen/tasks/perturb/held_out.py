@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from bgen.errors import UserError, nearest
 from bgen.evaluate.metrics.space import log_cp10k
-from bgen.evaluate.protocols.perturbation import TRAIN_MEAN, HeldOut, PerturbationScores, evaluate_perturbations
+from bgen.evaluate.protocols.perturbation import TRAIN_MEAN, HeldOut, PerturbationScores
+from bgen.evaluate.registry import PerturbationProtocol, find_protocol
 from bgen.genes.table import find_genes
 from bgen.order.keys import hash_keys
 from bgen.tasks.anndata_model import AnnDataModel
@@ -84,7 +85,7 @@ def score_held_out(
 ) -> PerturbationScores:
     """Predict what was kept back and score it; both sets are as :func:`split_screen` returns them."""
     made = predict_held_out(model, train, back, columns, layer=layer)
-    return evaluate_perturbations(model.counts(train, layer), made, seeds=seeds)
+    return find_protocol(PerturbationProtocol).evaluate(model.counts(train, layer), made, seeds=seeds)
 
 
 def predict_held_out(
