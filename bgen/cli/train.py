@@ -78,9 +78,9 @@ def config_show(
 
     Example: `bgen config show demo/vae train.steps=10`
     """
-    from bgen.config.load import load_config, to_yaml
+    from bgen.config.load import load_either, to_yaml
 
-    loaded = load_config(config, overrides or [])
+    loaded = load_either(config, overrides or [])
     if deepspeed:
         from bgen.train.engine.deepspeed_json import deepspeed_config
 
@@ -95,9 +95,9 @@ def config_check(config: str, overrides: Overrides = None) -> None:
 
     Example: `bgen config check demo/vae train.steps=10`
     """
-    from bgen.config.load import load_config
+    from bgen.config.load import load_either
 
-    load_config(config, overrides or [])
+    load_either(config, overrides or [])
     typer.echo(f"{config} is valid.")
 
 

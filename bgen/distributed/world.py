@@ -89,7 +89,7 @@ def start(timeout: float = 600.0) -> World:
     Parameters
     ----------
     timeout
-        Seconds that the ranks have to meet, and for each collective until :func:`set_timeout` says otherwise.
+        Seconds that the ranks have for meeting, and for each collective until :func:`set_timeout` changes that.
 
     Raises
     ------
@@ -152,9 +152,9 @@ def stop() -> None:
 
 
 def set_timeout(seconds: float) -> None:
-    """Change how long a collective may take from now on: start-up is slow, a step is not.
+    """Change how long a collective may take from now on; start-up needs longer than a step.
 
-    This concerns every process group, also those that DeepSpeed has made for itself.
+    This applies to every process group, also to those that DeepSpeed made for itself.
     """
     from torch.distributed import distributed_c10d
 

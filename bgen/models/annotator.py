@@ -48,7 +48,7 @@ class Annotator(nn.Module):
 
     def logits(self, mean: Tensor) -> Tensor:
         """``[B, K]`` for latent means ``[B, D]``."""
-        return self.head((mean - self.vae.latent_mean[:-1]) / self.vae.latent_std[:-1])
+        return self.head(self.vae.whiten_state(mean))
 
     @torch.no_grad()
     def probabilities(self, mean: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""``bgen doctor``: is this machine ready, what falls back, and how to mend it."""
+"""``bgen doctor``: whether this machine is ready, what falls back to something slower, and how to mend it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LITTLE_SPACE = 10e9
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: what, whether it is well, what was found, and how to mend it."""
+    """One thing that was looked at: what it is, whether it is well, what was found, and how to mend it."""
 
     name: str
     status: Status
@@ -148,7 +148,7 @@ def kernels() -> Iterator[Finding]:
 
 
 def extensions() -> Iterator[Finding]:
-    """Locks that a killed compilation left: whoever waits for one waits for ever."""
+    """Locks that a killed compilation left: a process that waits for one waits for ever."""
     default = Path.home() / ".cache" / "torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
     stale = [lock for lock in root.glob("**/lock") if time.time() - lock.stat().st_mtime > 600]
@@ -160,7 +160,7 @@ def extensions() -> Iterator[Finding]:
 
 
 def disk(folder: Path) -> Iterator[Finding]:
-    """Room and speed where checkpoints will be, and whether a folder can be renamed as their commit needs it."""
+    """Room and speed where checkpoints will be, and whether a folder can be renamed there, as a commit needs it."""
     try:
         free = shutil.disk_usage(folder).free
         with tempfile.TemporaryDirectory(dir=folder, prefix=".bgen-doctor-") as made:
@@ -205,7 +205,7 @@ def network() -> Iterator[Finding]:
 
 
 def _interfaces() -> list[str]:
-    """Network interfaces that are up and have an IPv4 address other hosts can use, with that address."""
+    """Network interfaces that are up, with an IPv4 address that other hosts can use."""
     up = psutil.net_if_stats()
     return [
         f"{name} ({entry.address})"

@@ -36,7 +36,7 @@ class AnnDataModel:
 
     def __repr__(self) -> str:
         saved = self.saved
-        return f"<bgen {saved.kind} '{saved.about.get('name')}': {len(self.genes):,} genes>"
+        return f"<bgen {saved.kind} '{saved.about.name}': {len(self.genes):,} genes>"
 
     @property
     def genes(self) -> list[str]:

@@ -87,7 +87,7 @@ def score(
         cells,
         baseline_cells(train, test, cell_type=cell_type, seed=seed),
         losses=_records(model),
-        title=f"How good are the cells of {loaded.saved.about.get('name', 'this model')}?",
+        title=f"How good are the cells of {loaded.saved.about.name}?",
         provenance=_provenance(loaded, store, generated, seed),
     )
     if generated is None:

@@ -1,4 +1,4 @@
-"""What a run ran in: host, software, launcher, and the state of the source code."""
+"""The environment of a run: host, software, launcher, and the state of the source code."""
 
 from __future__ import annotations
 

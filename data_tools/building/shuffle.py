@@ -2,13 +2,13 @@
 
 1. :func:`spill` reads a piece once. It writes the cells, encoded in the vocabulary's gene order and sorted by their
    place in the store, and counts the cells that express each gene.
-2. When all pieces are read the genes' order is known, and :func:`measure` finds each cell's bytes of gaps in it, from
-   which follow the chunks.
-3. :func:`write_shard` collects a shard's cells from all spills, encodes them in the final gene order, and writes the
+2. When all pieces are read, the order of the genes is known, and :func:`measure` finds how many bytes of gaps each cell
+has in it. The chunks follow from that. 3. :func:`write_shard` collects a shard's cells from all spills, encodes them in
+the final gene order, and writes the
    shard.
 
-A task's result is there whole or not at all, so a task that was killed is done again and one that was done is not.
-What a store holds does not depend on how the input was cut or who did the tasks.
+The result of a task is there whole or not at all, so only tasks that were killed are done again. What a store holds
+depends neither on how the input was cut nor on what ran the tasks.
 
 Axes: N cells of the store, G genes.
 """
@@ -40,7 +40,7 @@ from data_tools.building.pieces import Piece
 
 CELLS_PER_CHUNK = 256
 SHARD_BYTES = 128 << 20
-"""Bytes of a shard in one stream, uncompressed, at most: its cells are held while it is written."""
+"""Bytes of a shard in one stream, uncompressed, at most; its cells are in memory while it is written."""
 
 CHUNKS_AT_ONCE = 16
 
@@ -239,8 +239,8 @@ def _load_part(path: Path, start: int, stop: int) -> NDArray[Any]:
 def _whole_file(path: Path, folder: Path) -> Iterator[Path]:
     """Give a place to write a file, which is moved to ``path`` when it is whole and on the disk.
 
-    A worker of a build that was killed may still be at it while another does its task again: both write the same bytes,
-    each in a place of its own.
+    After a build was killed, one of its workers may still be at a task while another does it again: both write the same
+    bytes, each in a place of its own.
     """
     half = folder / WORK / "halves" / f"{path.name}-{uuid.uuid4().hex}"
     half.parent.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
-"""``bgen data check``: read every value of every file, and say all that is wrong, with the fix.
+"""``bgen data check``: read every value of every file, and list everything that is wrong, each with its fix.
 
-The same check decides, for ``bgen data build``, which matrix holds the counts, which gene each column is, which cells
-are kept and which obs column plays which role.
+For ``bgen data build`` the same check decides which matrix holds the counts, which gene each column is, which cells are
+kept, and which obs column plays which role.
 
 Axes: N cells, M columns of a file, G final genes.
 """
@@ -30,7 +30,7 @@ FEW_GENES = 5000
 """Below this, a file is taken for a selection of genes (G04)."""
 
 PARTIAL = ("spliced", "unspliced", "ambiguous", "matrix")
-"""Layers of RNA velocity: counts, but of a part of each cell's molecules; not proposed before others."""
+"""Layers of RNA velocity: they hold counts, but only of some of a cell's molecules, so others are proposed first."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class CheckOptions:
     counts
         Matrix that holds the counts: "X", "raw/X", "layers/counts"; None: X, if it is counts.
     rounding
-        What to do with values that are not integers: "none" refuses them, but for numerical noise.
+        What to do with values that are not integers: "none" refuses them, except numerical noise.
     gene_column
         Column of var with gene ids; None: its index.
     merge_duplicates
@@ -90,8 +90,8 @@ def check(
 ) -> Report:
     """Check files of counts that are to become one store.
 
-    Everything is read once, block by block. Nothing is raised for what is wrong with a file: all of it is in the
-    report's findings, and :attr:`Report.errors` says whether a store can be built.
+    Everything is read once, block by block. Faults of a file raise nothing: they are in the findings of the report, and
+    :attr:`Report.errors` says whether a store can be built.
 
     Raises
     ------

@@ -38,7 +38,7 @@ def to_anndata(
     """Write the cells of a store, in its order, as AnnData and return how many they are.
 
     X holds the counts as CSR; obs the barcodes, every column and the split; var the gene table; uns the organism and
-    the units, so that ``bgen data build`` makes the same store of it again, but for the order.
+    the units. So ``bgen data build`` makes the same store of it again, except for the order of the cells.
 
     Parameters
     ----------

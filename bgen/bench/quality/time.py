@@ -159,7 +159,7 @@ def bench_time(
     out.mkdir(parents=True, exist_ok=True)
     if data in LATENT:
         settings = recipe(steps=steps, forecast=both, solver_steps=solver_steps)
-        runs = _latent(data, path, seeds, points, settings, steps or STEPS, say)
+        runs = _latent(data, path, out, seeds, points, settings, steps or STEPS, say)
     else:
         cells, system = COUNTS[data](path)
         gap = float(np.median(np.diff(np.unique(cells.obs["time"]))))
@@ -171,7 +171,14 @@ def bench_time(
 
 
 def _latent(
-    data: str, path: Path, seeds: int, points: list[float] | None, settings: Recipe, peer_steps: int, say: Say
+    data: str,
+    path: Path,
+    out: Path,
+    seeds: int,
+    points: list[float] | None,
+    settings: Recipe,
+    peer_steps: int,
+    say: Say,
 ) -> dict[float, list[Figures]]:
     course = LATENT[data](path)
     runs: dict[float, list[Figures]] = {}
@@ -183,7 +190,9 @@ def _latent(
         populations = {time: rest.at(time) for time in rest.times}
         for seed in range(seeds):
             rng = np.random.default_rng([seed, 4])
-            flow = train(rest, settings, seed)
+            folder = out / f"time{point:g}-seed{seed}"
+            flow = train(rest, settings, seed, folder)
+            shutil.rmtree(folder)
             pools = {MODEL: Pool(generate(flow, rest, point, len(real), settings, seed)), **known}
             pools["OT-CFM"] = Pool(ot_cfm(populations, point, len(real), seed, peer_steps))
             found = {row: _figures(real, pool, bandwidth, rng) for row, pool in pools.items()}

@@ -15,9 +15,8 @@ import torch
 
 from bgen.bench.speed.train_step import time_backbone
 from bgen.config.backbone import BackboneConfig
-from bgen.models.backbones.flops import backbone_flops
 from bgen.models.backbones.registry import build_backbone
-from bgen.models.backbones.size import with_parameters
+from bgen.models.backbones.size import backbone_flops, with_parameters
 from bgen.nn.scans.published_kernels import missing
 from bgen.progress import Progress
 from bgen.track.devices import device_name

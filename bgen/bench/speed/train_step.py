@@ -19,7 +19,6 @@ from torch import nn
 from bgen.config.backbone import BackboneConfig
 from bgen.config.run import Config
 from bgen.data.batch import CellBatch
-from bgen.models.backbones.flops import backbone_flops
 from bgen.models.backbones.registry import build_backbone
 from bgen.models.vae.vae import VAE
 from bgen.track.devices import device_name, peak_flops
@@ -121,8 +120,7 @@ def time_backbone(
     def loss() -> torch.Tensor:
         return (model(z, t, condition, None, moments).float() - target).square().mean()
 
-    flops = 3 * backbone_flops(size, config, B, T, N)
-    return _time(model, loss, B * T * N, flops, device, precision, repetitions)
+    return _time(model, loss, B * T * N, 3 * model.flops(B, T, N), device, precision, repetitions)
 
 
 def time_vae(config: Config, genes: int, cells: int, device: torch.device, repetitions: int = 5) -> Timing:

@@ -50,7 +50,7 @@ def _rows(indptr: I64, indices: I32, values: F32, dense: F32, begin: int, end: i
 
 @numba.njit(cache=True, nogil=True, parallel=True)
 def transpose(indptr: I64, indices: I32, values: F32, columns: int, parts: int) -> tuple[I64, I32, F32]:
-    """Return the CSR form of the transpose of a CSR matrix with ascending indices, by counting; rows stay in order.
+    """Return the transpose of a CSR matrix with ascending indices, as CSR, by counting; rows stay in order.
 
     Each of the ``parts`` takes a range of the columns, which in every row is a range of its entries.
     """

@@ -1,7 +1,7 @@
 """How many threads a compiled loop over rows takes.
 
-numba's threads are OpenMP's, as torch's are: a pool of Python's own would compete with torch's, which keep a core busy
-for a while after each of its operations (measured: 8.6 ms instead of 5.6 for a product and a loop of 2.8 each).
+numba uses OpenMP's threads, as torch does. A pool of Python's own would compete with torch's threads, which keep a core
+busy for a while after each operation (measured: 8.6 ms instead of 5.6 for a product and a loop of 2.8 each).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numba
 import torch
 
 WORTH = 1 << 16
-"""Elements of work that a thread is worth."""
+"""Elements of work that are worth a thread."""
 
 
 def parts(rows: int, work: int) -> int:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bgen.config.backbone import AttentionConfig, TimeConfig
+from bgen.nn.flops import layers
+from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.norm import RMSNorm
 from bgen.nn.points import Points
 from bgen.nn.rotary import Rotary
@@ -78,8 +80,13 @@ class Attention(nn.Module):
         q, k, v = self.project(x_BLD, source_BSD)
         return self.combine(attend(q, k, v, None if valid_BS is None else valid_BS[:, None, None]))
 
+    def flops(self, B: int, L: int, S: int) -> int:
+        """Floating-point operations of L points that ask S points, masked or not; see :mod:`bgen.nn.flops`."""
+        products = 4 * B * L * S * self.q_proj.out_features
+        return layers(B * L, self.q_proj, self.out_proj) + layers(B * S, self.kv_proj) + products
 
-class CellAttention(nn.Module):
+
+class CellAttention(Mixer):
     """Attention among the cells of one population: no positions, so permuting the cells permutes the result."""
 
     def __init__(self, width: int, config: AttentionConfig) -> None:
@@ -91,8 +98,12 @@ class CellAttention(nn.Module):
         x_BND = points.blank(x_BND)
         return self.attention(x_BND, x_BND, points.valid_BL)
 
+    def flops(self, B: int, L: int) -> int:
+        """See :class:`Mixer`."""
+        return self.attention.flops(B, L, L)
 
-class TimeAttention(nn.Module):
+
+class TimeAttention(Mixer):
     """Attention over time points; what it knows of time is the real time between two points, by rotary angles."""
 
     def __init__(self, width: int, config: AttentionConfig, time: TimeConfig) -> None:
@@ -114,6 +125,10 @@ class TimeAttention(nn.Module):
             time_BT = torch.where(points.valid_BL, time_BT, time_BT.new_zeros(()))
         y = attend(self.rotary(q, time_BT), self.rotary(k, time_BT), v, self._allowed(points, T), self.causal)
         return self.attention.combine(y)
+
+    def flops(self, B: int, L: int) -> int:
+        """See :class:`Mixer`; also what is masked is computed."""
+        return self.attention.flops(B, L, L)
 
     def _allowed(self, points: Points, T: int) -> Tensor | None:
         """Who may see whom, where it is not everyone or simply the past: bool, broadcasts to ``[B, H, T, T]``."""

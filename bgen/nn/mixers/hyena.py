@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from bgen.config.backbone import HyenaConfig, TimeConfig
 from bgen.errors import UserError
+from bgen.nn.flops import layers
+from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.points import Points
 from bgen.nn.real_time import both_directions, split_directions
 from bgen.nn.scans.long_convolution import convolve_fft
@@ -29,6 +31,8 @@ from bgen.nn.scans.short_convolution import ShortConvolution
 
 class Sine(nn.Module):
     """sin(frequency x), the frequency learned per channel."""
+
+    decayed = ()
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -56,16 +60,9 @@ class HyenaFilter(nn.Module):
     def __init__(self, channels: int, config: HyenaConfig) -> None:
         super().__init__()
         width = config.filter_width
-        sine = Sine(width)  # one set of frequencies for all layers, as published
-        self.network = nn.Sequential(
-            nn.Linear(1 + 2 * config.bands, width),
-            sine,
-            nn.Linear(width, width),
-            sine,
-            nn.Linear(width, width),
-            sine,
-            nn.Linear(width, channels, bias=False),
-        )
+        self.sine = Sine(width)  # one set of frequencies for all layers, as published
+        self.hidden = nn.ModuleList(nn.Linear(size, width) for size in (1 + 2 * config.bands, width, width))
+        self.output = nn.Linear(width, channels, bias=False)
         place_L1 = torch.linspace(0, 1, config.max_length)[:, None]
         turn_L1 = 2 * math.pi * torch.arange(config.max_length)[:, None] / config.max_length
         angle = turn_L1 * torch.linspace(1e-4, config.bands - 1, config.bands)
@@ -76,13 +73,17 @@ class HyenaFilter(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """Return the first ``length`` places, ``[T, channels]``."""
-        return self.network(self.features[:length]) * self.window[:length]
+        x = self.features[:length]
+        for linear in self.hidden:
+            x = self.sine(linear(x))
+        return self.output(x) * self.window[:length]
 
 
-class Hyena(nn.Module):
+class Hyena(Mixer):
     """Mix ``[B, T, D]`` along T. Backward runs have filters of their own."""
 
     needs_regular_grid = True
+    decayed = ()
 
     def __init__(self, width: int, config: HyenaConfig, time: TimeConfig) -> None:
         super().__init__()
@@ -125,3 +126,7 @@ class Hyena(nn.Module):
             forward_BTD, backward_BTD = split_directions(y_BTD)
             y_BTD = forward_BTD + backward_BTD
         return self.out_proj(y_BTD)
+
+    def flops(self, B: int, L: int) -> int:
+        """See :class:`Mixer`: the layers, and the network that makes the filters, once a batch."""
+        return layers(B * L, self.in_proj, self.out_proj) + layers(L, self.filter.network)

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from bgen.config.backbone import Mamba1Config, TimeConfig
 from bgen.errors import UserError
+from bgen.nn.flops import layers, linear
+from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.points import Points
 from bgen.nn.real_time import both_directions, gaps, split_directions, step_sizes
 from bgen.nn.scans.published_kernels import selective_scan_fused, use_fused
@@ -28,8 +30,10 @@ from bgen.nn.scans.selective_scan import selective_scan
 from bgen.nn.scans.short_convolution import ShortConvolution
 
 
-class Mamba1(nn.Module):
+class Mamba1(Mixer):
     """Mix ``[B, T, D]`` along T. Backward runs have maps b, c and rates of their own."""
+
+    decayed = ()
 
     def __init__(self, width: int, config: Mamba1Config, time: TimeConfig) -> None:
         super().__init__()
@@ -88,3 +92,8 @@ class Mamba1(nn.Module):
             forward_BTE, backward_BTE = split_directions(y_BTE)
             y_BTE = forward_BTE + backward_BTE
         return self.out_proj(y_BTE.to(z_BTE.dtype) * F.silu(z_BTE))
+
+    def flops(self, B: int, L: int) -> int:
+        """See :class:`Mixer`: the layers (the narrow ones once a direction), and the states' products with c."""
+        states = linear(self.directions * B * L, *self.A_log.shape)
+        return layers(B * L, self.in_proj, self.x_proj, self.dt_proj, self.out_proj) + states

@@ -21,20 +21,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bgen.config.backbone import Mamba2Config, TimeConfig
+from bgen.nn.flops import layers
+from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.norm import RMSNorm
 from bgen.nn.points import Points
 from bgen.nn.real_time import both_directions, gaps, split_directions, step_sizes
 from bgen.nn.scans.published_kernels import ssd_fused, use_fused
 from bgen.nn.scans.short_convolution import ShortConvolution
-from bgen.nn.scans.ssd import ssd_chunked
+from bgen.nn.scans.ssd import ssd_chunked, ssd_flops
 
 
-class Mamba2(nn.Module):
+class Mamba2(Mixer):
     """Mix ``[B, T, D]`` along T.
 
     Backward runs share the input, the gate and the decays A with forward runs and have maps b, c and rates of their
     own, so that past and future are told apart. Both run in one call, stacked along the batch axis.
     """
+
+    decayed = ()
 
     def __init__(self, width: int, config: Mamba2Config, time: TimeConfig) -> None:
         super().__init__()
@@ -85,6 +89,11 @@ class Mamba2(nn.Module):
             forward_BTE, backward_BTE = split_directions(y_BTE)
             y_BTE = forward_BTE + backward_BTE
         return self.out_proj(self.norm(y_BTE * F.silu(z_BTE)))
+
+    def flops(self, B: int, L: int) -> int:
+        """See :class:`Mixer`."""
+        scan = ssd_flops(self.directions * B, L, self.inner, self.config.groups, self.config.state)
+        return layers(B * L, self.in_proj, self.out_proj) + scan
 
     def _steps(self, rate_BTH: Tensor, run: Points, like_BTE: Tensor) -> Tensor:
         """dt ``[B, T, H]``, in float32 or wider whatever the autocast."""

@@ -22,14 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bgen.config.backbone import S4DConfig, TimeConfig
+from bgen.nn.flops import layers
+from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.points import Points, continues
 from bgen.nn.real_time import both_directions, gaps, split_directions
 from bgen.nn.scans.linear_scan import scan_chunked
 from bgen.nn.scans.long_convolution import convolve_fft
 
 
-class S4D(nn.Module):
+class S4D(Mixer):
     """Mix ``[B, T, D]`` along T. Backward runs have the decays in common with forward runs and a C of their own."""
+
+    decayed = ()
 
     def __init__(self, width: int, config: S4DConfig, time: TimeConfig) -> None:
         super().__init__()
@@ -55,6 +59,10 @@ class S4D(nn.Module):
             y_RBTD = self._convolve(wide_RBTD) if self.convolutional else self._recur(wide_RBTD, run)
         y_BTD = sum(split_directions(y_RBTD.flatten(0, 1))) if self.directions == 2 else y_RBTD[0]
         return F.glu(self.out_proj(F.gelu((y_BTD + self.D * u_BTD).to(u_BTD.dtype))), dim=-1)
+
+    def flops(self, B: int, L: int) -> int:
+        """See :class:`Mixer`: only the output map is a matrix product."""
+        return layers(B * L, self.out_proj)
 
     def exponents(self) -> tuple[Tensor, Tensor]:
         """A dt ``[D, S]`` and C~ ``[R, D, S]``, complex."""

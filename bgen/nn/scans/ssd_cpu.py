@@ -1,7 +1,8 @@
 """The chunked SSD and its gradient on a CPU in float32, compiled: chunk by chunk and head by head, in its caches.
 
-One sweep over the chunks of a sequence forward and one backward, as memory is what they wait for: the state stays in
-the caches, every input is read once, and the weights within a chunk exist for one head at a time, up to the diagonal.
+There is one sweep over the chunks of a sequence forward and one backward, because memory is the bottleneck: the state
+stays in the caches, every input is read once, and the weights within a chunk exist for one head at a time, up to the
+diagonal.
 
 Axes: B sequences, C chunks, Q points of a chunk, H heads, K groups of heads that share b and c, P channels, S state
 size; P and S are multiples of LANES.
@@ -49,7 +50,7 @@ def _forward(
 ) -> None:
     """Write ``y [B, C, Q, H, P]`` and, from the first of them, the ``states [B, 1 + C, H, S, P]``.
 
-    The heads of a sequence and group are cut into ``split``; what that makes goes to the threads in ``parts``.
+    The heads of a sequence and group are cut into ``split`` pieces, which the threads take in ``parts``.
     """
     units = x.shape[0] * b.shape[3] * split
     for part in numba.prange(parts):
@@ -118,7 +119,7 @@ def _backward(
     db: F32,
     dc: F32,
 ) -> None:
-    """Write the gradients; that of the last state, ``dstate [B, H, S, P]``, becomes that of the first.
+    """Write the gradients; ``dstate [B, H, S, P]`` comes in for the last state and goes out for the first.
 
     ``db`` and ``dc [split, B, C, Q, K, S]`` hold the sums over the heads of each part.
     """
@@ -262,7 +263,7 @@ def _weights(cb: F32, total: F32, firsts: I64, totals: F32, out: F32) -> None:
 
 @_compile()
 def _weights_and_sum(cb: F32, total: F32, firsts: I64, totals: F32, dweight: F32, out: F32, dcb: F32) -> None:
-    """Do as :func:`_weights`, add their gradient's part that is that of ``cb``, and multiply it by the weights."""
+    """Do as :func:`_weights`; add to the gradient of ``cb``, and multiply the gradient of the weights by them."""
     for i in range(len(total)):
         totals[i] = total[i]
     for i in range(len(firsts)):
@@ -276,7 +277,7 @@ def _weights_and_sum(cb: F32, total: F32, firsts: I64, totals: F32, dweight: F32
 
 @_compile("reassoc")
 def _add_row_sums_less_column_sums(t: F32, out: F32) -> None:
-    """Add to ``out [Q]`` the sums of ``t``'s rows less those of its columns, both of what is below the diagonal."""
+    """Add to ``out [Q]`` the row sums of ``t`` less its column sums, both below the diagonal only."""
     for i in range(len(out)):
         row, total = t[i], F(0)
         for j in range(i):
@@ -337,7 +338,7 @@ def _dot(t: F32, other: F32) -> Any:
 
 @_compile()
 def _gather(t: F32, out: F32) -> None:
-    """Copy ``t [Q, R, P]`` in the order of the memory into ``out [R, Q, P]``."""
+    """Copy ``t [Q, R, P]`` into ``out [R, Q, P]``, in the order in which it lies in memory."""
     for q in range(len(t)):
         for r in range(t.shape[1]):
             given, into = t[q, r], out[r, q]
@@ -396,7 +397,7 @@ def backward(
 
 
 def _shares(x_BCQHP: Tensor, b_BCQKS: Tensor) -> tuple[int, int]:
-    """Return into how many parts to cut a group's heads, and for how many threads there is work."""
+    """Return into how many pieces to cut a group's heads, and how many threads have work."""
     (B, _, Q, H, _), K = x_BCQHP.shape, b_BCQKS.shape[3]
     threads = parts(B * H, x_BCQHP.numel() * Q)
     return min(H // K, -(-threads // (B * K))), threads
@@ -411,7 +412,7 @@ def _or_zero(first_BCQ: Tensor | None, Q: int) -> Tensor:
 
 
 def _or_empty(t: Tensor | None, axes: int) -> Tensor:
-    """Return ``t``, or for None what stands where nobody reads."""
+    """Return ``t``, or for None an array that nobody reads."""
     return torch.empty((0,) * axes) if t is None else t
 
 

@@ -80,7 +80,7 @@ class Manifest(Part):
         default_factory=dict, description="Split to the values of split_by that were put there by name."
     )
     vocabulary: str = Field("union", description="union of the inputs' genes, or the name of a reference file.")
-    splits: dict[str, int] = Field(description="Split to number of cells; its code in obs is its place here.")
+    splits: dict[str, int] = Field(description="Split to number of cells; a split's code is its place here.")
     seed: int
     sources: list[Source]
     files: dict[str, File]
@@ -94,7 +94,7 @@ class Manifest(Part):
     def digest(self) -> str:
         """Return the hash of everything that is set but the fingerprint.
 
-        Fields that a manifest was written without do not count, so that those of older stores stay valid.
+        A field that was not written does not count, so that the manifests of older stores stay valid.
         """
         bare = self.model_copy(update={"fingerprint": ""})
         return hashlib.sha256(bare.model_dump_json(exclude_unset=True).encode()).hexdigest()

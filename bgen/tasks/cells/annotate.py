@@ -137,15 +137,17 @@ def _with_its_own_head(model: AnnDataModel, adata: AnnData, layer: str | None, t
             " `bgen finetune --task annotate` has labels of its own."
         )
     about = model.saved.about
+    assert about.annotation is not None, "checked when it was loaded"
+    label, labels = about.annotation.label, about.annotation.labels
     probabilities = module.probabilities(torch.from_numpy(model.encode(adata, layer=layer)[0])).double().numpy()
-    annotated = _told(adata, about["label"], np.array(about["labels"]), probabilities, threshold, None)
-    abstained = int((annotated.obs[f"{about['label']}_bgen"] == ABSTAINED).sum())
+    annotated = _told(adata, label, np.array(labels), probabilities, threshold, None)
+    abstained = int((annotated.obs[f"{label}_bgen"] == ABSTAINED).sum())
     annotated.uns["bgen_annotate"] = {
         "model": model.saved.fingerprint(),
-        "label": about["label"],
+        "label": label,
         "threshold": threshold,
         "reference": "cells that the model was fine-tuned on",
-        "reference_cells": {"all": int(about["cells"])},
+        "reference_cells": {"all": about.cells},
         "query_cells": adata.n_obs,
         "abstained": abstained,
     }

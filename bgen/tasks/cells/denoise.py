@@ -81,7 +81,7 @@ def denoising_scores(model: AnnDataModel, adata: AnnData, *, layer: str | None =
     scores: dict[str, Any] = molecular_cross_validation(counts, {"model": by_model}, seed=seed)
     if model.saved.vae.config.likelihood == "nb":
         first, second = split_molecules(counts, seed)
-        theta = np.exp(model.saved.vae.decoder.log_theta.detach().numpy().astype(np.float64))
+        theta = np.exp(model.saved.vae.log_theta.detach().numpy().astype(np.float64))
         scores["calibration"] = calibration(second, by_model(first), theta, seed=seed).as_json()
     return scores
 

@@ -7,6 +7,7 @@ only to learn what that misses: a course of one experiment has a handful of time
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +16,17 @@ import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from bgen.config.backbone import BackboneConfig
 from bgen.config.data import TrajectoriesConfig
-from bgen.config.flow import FlowConfig, PatternsConfig
-from bgen.config.run import Config
+from bgen.config.finetune import FinetuneConfig
+from bgen.config.flow import FlowConfig
+from bgen.config.load import load_finetune
 from bgen.config.train import TrainConfig
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.distributed import world as ranks
 from bgen.errors import UserError, nearest
+from bgen.hub.about import About
 from bgen.hub.directory import SavedModel
 from bgen.models.generators.latent_flow import LatentFlow
-from bgen.models.vae.vae import VAE
 from bgen.nn.lora import merge_lora
 from bgen.order.keys import hash_keys
 from bgen.tasks.finetune.flow import _choose_trained
@@ -36,6 +37,9 @@ from bgen.tasks.user_cells import text_column
 from bgen.train.stages.course_in_memory import CourseStage
 
 LEAST_TIMES, LEAST_CELLS = 3, 10
+
+COURSE = "finetune/course"
+"""Configuration of a fine-tuning on a time course."""
 
 
 @dataclass(frozen=True)
@@ -138,64 +142,62 @@ def whole_trajectories(train: TrainConfig, shape: TrajectoriesConfig, world_size
     return train.model_copy(update={"global_batch": share * shape.size * world_size, "micro_batch": micro})
 
 
-def new_course_flow(vae: VAE, course: Course) -> LatentFlow:
-    """Return a flow to train that is told nothing but the populations."""
-    return LatentFlow(neighbour_flow(float(np.median(np.diff(course.times))), forecast=True), vae, {}, {})
+def course_config(course: Course, overrides: Sequence[str]) -> FinetuneConfig:
+    """Return the configuration of a fine-tuning on a course, whose typical gap is the unit of the flow's time."""
+    return load_finetune(COURSE, [_scale(float(np.median(np.diff(course.times)))), *overrides])
 
 
-def neighbour_flow(scale: float, *, forecast: bool = False) -> FlowConfig:
-    """Return settings of a flow for courses with few time points.
+def course_flow(gap: float, *, forecast: bool) -> FlowConfig:
+    """Return the settings of a new flow for a course with few time points.
 
-    ``scale`` is a typical gap in time; with ``forecast`` every third trajectory trains that, the others interpolation.
-
-    The network sees the neighbouring populations and the cells, not the date: from a handful of time points it could
-    only learn dates by heart.
+    Parameters
+    ----------
+    gap
+        Typical gap in time.
+    forecast
+        Train every third trajectory to forecast, the others to interpolate; False: all to interpolate.
     """
-    backbone = BackboneConfig.model_validate(
-        {
-            "name": "hybrid",
-            "width": 32,
-            "layers": 1,
-            "pattern": ["time", "none"],
-            "attention": {"heads": 2},
-            "mamba2": {"head_width": 16, "state": 16},
-            "time": {"scale": scale, "tokens": 4},
-        }
-    )
-    patterns = PatternsConfig(noise=0, forecast=0.5 if forecast else 0, interpolate=1, perturb=0, independent=1)
-    return FlowConfig(backbone=backbone, source="neighbours", condition_dropout=0.0, patterns=patterns)
+    return load_finetune(COURSE, [_scale(gap), *([] if forecast else ["flow.patterns.forecast=0"])]).flow
 
 
-def course_facts(course: Course, shape: TrajectoriesConfig, adata: AnnData, roles: dict[str, str]) -> dict[str, Any]:
-    """Return what the model directory says of time."""
+def _scale(gap: float) -> str:
+    return f"flow.backbone.time.scale={gap}"
+
+
+def about_course(about: About, course: Course, shape: TrajectoriesConfig, adata: AnnData) -> About:
+    """Return what the model directory says, and what it says of time."""
     unit = adata.uns.get("time_unit")
-    return {
-        "trajectories": shape.model_dump(mode="json"),
+    said: dict[str, Any] = {
+        "trajectories": shape,
         "times": [float(time) for time in course.times],
-        "roles": {**roles, "time": course.column},
+        "roles": {**about.roles, "time": course.column},
         **({"units": {"time": str(unit)}} if unit else {}),
     }
+    return about.model_copy(update=said)
 
 
 def _train_course(
     grown: SavedModel,
-    adata: AnnData,
     cells: MemoryCells,
     course: Course,
-    config: Config,
+    config: FinetuneConfig,
     mode: Mode,
     runs: Runs,
-) -> tuple[LatentFlow, dict[str, Any]]:
-    """Train the flow over time: the parent's, if it has one of the same column, else a new one."""
+) -> tuple[LatentFlow, TrajectoriesConfig]:
+    """Train the flow over time: the parent's, if it has one of the same column, else a new one.
+
+    Returns the flow and the shape of the trajectories that it was trained on.
+    """
     world = ranks.current()
-    if trained_over_time(grown) and grown.about["roles"].get("time") == course.column:
+    if trained_over_time(grown) and grown.about.roles.get("time") == course.column:
         assert isinstance(grown.module, LatentFlow), "only flows are trained over time"
         flow = grown.module
         _choose_trained(flow, mode)
-        shape = TrajectoriesConfig.model_validate({**grown.about["trajectories"], "system": course.system})
+        assert grown.about.trajectories is not None, "it was trained on them"
+        shape = grown.about.trajectories.model_copy(update={"system": course.system})
     else:
         runs.say("The model has no flow over this time: a new one is trained on the autoencoder.")
-        flow = new_course_flow(grown.vae, course)
+        flow = LatentFlow(config.flow, grown.vae, {}, {})  # told nothing but the populations
         shape = course_shape(course, config.train.global_batch)
     stage = CourseStage(
         config.model_copy(update={"train": whole_trajectories(config.train, shape, world.size)}),
@@ -210,4 +212,4 @@ def _train_course(
     )
     runs.fit(stage.config, stage)
     merge_lora(flow.backbone)
-    return flow, course_facts(course, shape, adata, grown.about.get("roles", {}))
+    return flow, shape

@@ -16,28 +16,25 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from anndata import AnnData
 from torch import nn
 
-from bgen.config.load import load_config
+from bgen.config.load import load_finetune
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.evaluate.protocols.perturbation import PerturbationScores
 from bgen.evaluate.reports.perturbation import write_perturbation_report
 from bgen.genes.network import read_network
+from bgen.hub.about import About, Finetuning, HeldOutScores, Parent
 from bgen.hub.directory import Module, SavedModel, count_combinations, load_directory, save_model
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.progress import Say
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.finetune.annotator import _train_annotator
 from bgen.tasks.finetune.autoencoder import _adapt_vae
-from bgen.tasks.finetune.course import (
-    _train_course,
-    read_course,
-)
+from bgen.tasks.finetune.course import _train_course, about_course, course_config, read_course
 from bgen.tasks.finetune.flow import _train_flow
 from bgen.tasks.finetune.grow import grow, known_columns, widen_library
 from bgen.tasks.finetune.perturbation import _train_perturbation
@@ -46,7 +43,7 @@ from bgen.tasks.finetune.runs import Runs, request_fingerprint, require_new_run,
 from bgen.tasks.perturb.held_out import score_held_out, split_screen
 from bgen.tasks.user_cells import require_cells
 from bgen.train.run import MODEL
-from bgen.train.stages.in_memory import held_out
+from bgen.train.stages.in_memory import split_watched
 from bgen.train.trainer import check
 from bgen.version import __version__
 
@@ -78,7 +75,7 @@ def finetune(
     out
         New folder for the runs and the model.
     overrides
-        ``section.key=value`` for the configuration "finetune".
+        ``section.key=value`` for the configuration "finetune", or "finetune/course" for a course over time.
     resume
         Go on with what ``out`` holds, from the newest whole checkpoint; start if there is nothing yet.
     say
@@ -99,7 +96,8 @@ def finetune(
     require_possible(parent, adata, request)
     labels = check_columns(adata, request)
     course = read_course(adata, request.time, list(request.system)) if request.task == "time" else None
-    base = load_config("finetune", [f"data.store={folder}", *overrides])
+    base = course_config(course, overrides) if course is not None else load_finetune("finetune", overrides)
+    base = base.model_copy(update={"parent": folder})
     world = check(base)
     if not world.is_main:
         say = _say_nothing
@@ -115,30 +113,32 @@ def finetune(
     cells = MemoryCells(model.counts(adata, request.layer), known_columns(grown, adata))
     widen_library(grown.vae, cells)
     runs = Runs(resume, request_fingerprint(parent, adata, cells, request), say)
-    watched = held_out(np.arange(len(cells), dtype=np.int64), WATCHED, base.seed)
+    watched = split_watched(np.arange(len(cells), dtype=np.int64), WATCHED, base.seed)
     _adapt_vae(grown, parent, cells, watched, run_config(base, "vae", out / "vae"), request.mode, runs)
     torch.manual_seed(base.seed)  # new networks again: after a resume as in the run that it goes on with
     done: Module
-    facts: dict[str, Any] = {}
+    about = _about(parent, request, adata, out)
     if request.task == "generate":
         done = _train_flow(grown, cells, watched, run_config(base, "flow", out / "flow"), request.mode, runs)
     elif request.task == "annotate":
-        done, facts = _train_annotator(model, labels, cells, run_config(base, "vae", out / "annotator"), request, runs)
+        settings = run_config(base, "vae", out / "annotator")
+        done, annotation = _train_annotator(model, labels, cells, settings, request, runs)
+        about = about.model_copy(update={"annotation": annotation})
     elif course is not None:
-        done, facts = _train_course(
-            grown, adata, cells, course, run_config(base, "flow", out / "flow"), request.mode, runs
-        )
+        done, shape = _train_course(grown, cells, course, run_config(base, "flow", out / "flow"), request.mode, runs)
+        about = about_course(about, course, shape, adata)
     else:
-        done, facts = _train_perturbation(
-            model, adata, run_config(base, "perturb", out / "perturbation"), request, network, runs
-        )
+        assert request.columns is not None, "checked at the start"
+        settings = run_config(base, "perturb", out / "perturbation")
+        done, perturbation = _train_perturbation(model, adata, settings, request, network, runs)
+        about = about.model_copy(update={"perturbation": perturbation, "control": request.columns.control})
     used = list(dict.fromkeys([*_conditions(done), *grown.vae.covariates]))
     made = replace(
         grown,
         module=done,
         columns={name: grown.columns[name] for name in used},
         combinations=count_combinations({name: cells.obs[name] for name in used}),
-        about=_about(parent, request, adata, out, facts),
+        about=about,
         metrics=None,
     )
     scores: PerturbationScores | None = None
@@ -147,8 +147,11 @@ def finetune(
     if kept_back is not None and request.columns is not None:
         say("Scoring on what was held out ...")
         scores = score_held_out(AnnDataModel(made), adata, kept_back, request.columns, layer=request.layer)
-        made.about["held_out"] = scores.as_json()
-        facts = {"parent": made.about["parent"]["name"], "cells trained on": adata.n_obs, "bgen": __version__}
+        assert about.perturbation is not None, "only perturbations are held out"
+        found = HeldOutScores.model_validate(scores.as_json())
+        perturbation = about.perturbation.model_copy(update={"held_out": found})
+        made.about = about.model_copy(update={"perturbation": perturbation})
+        facts = {"parent": parent.about.name, "cells trained on": adata.n_obs, "bgen": __version__}
         write_perturbation_report(out / "report.html", scores, provenance=facts)
     if (out / MODEL).exists():  # of fewer steps: the run was resumed
         shutil.rmtree(out / MODEL)
@@ -164,14 +167,20 @@ def _say_nothing(_: str) -> None:
     """What ranks other than the first say."""
 
 
-def _about(parent: SavedModel, request: Request, adata: AnnData, out: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **{key: parent.about[key] for key in ("organism", "units", "control", "roles") if key in parent.about},
-        "name": out.resolve().name,
-        "sources": [f"{adata.n_obs:,} cells of the user"],
-        "cells": adata.n_obs,
-        "task": request.task,
-        "mode": request.mode,
-        "parent": {"name": parent.about.get("name", "a bgen model"), "fingerprint": parent.fingerprint()},
-        **facts,
-    }
+def _about(parent: SavedModel, request: Request, adata: AnnData, out: Path) -> About:
+    """Return what every fine-tuned model says of itself: what its parent knows of cells, and where it comes from."""
+    theirs = parent.about
+    return About(
+        name=out.resolve().name,
+        organism=theirs.organism,
+        units=theirs.units,
+        roles=theirs.roles,
+        control=theirs.control,
+        sources=[f"{adata.n_obs:,} cells of the user"],
+        cells=adata.n_obs,
+        finetuning=Finetuning(
+            task=request.task,
+            mode=request.mode,
+            parent=Parent(name=theirs.name, fingerprint=parent.fingerprint()),
+        ),
+    )

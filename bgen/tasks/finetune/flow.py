@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from bgen.config.run import Config
+from bgen.config.finetune import FinetuneConfig
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.distributed import world as ranks
 from bgen.hub.directory import SavedModel
@@ -20,7 +20,7 @@ def _train_flow(
     grown: SavedModel,
     cells: MemoryCells,
     watched: tuple[NDArray[np.int64], NDArray[np.int64]],
-    config: Config,
+    config: FinetuneConfig,
     mode: Mode,
     runs: Runs,
 ) -> LatentFlow:

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
-
 import numpy as np
 import torch
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from bgen.config.run import Config
+from bgen.config.finetune import FinetuneConfig
 from bgen.distributed import world as ranks
 from bgen.genes.network import Network
+from bgen.hub.about import EffectOf, EffectScale, Perturbation, RegulatoryNetwork
 from bgen.models.generators.perturbation_flow import PerturbationFlow
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.finetune.request import Request
 from bgen.tasks.finetune.runs import Runs
 from bgen.tasks.perturb.effect_scale import fit_scale
-from bgen.tasks.perturb.effects import Scale, fit_effects
+from bgen.tasks.perturb.effects import fit_effects
 from bgen.tasks.perturb.screen import gene_rows, read_screen, require_plain_counts
-from bgen.train.stages.in_memory import held_out
+from bgen.train.stages.in_memory import split_watched
 from bgen.train.stages.perturbation_pairs import PairStage
 
 
 def _train_perturbation(
-    model: AnnDataModel, adata: AnnData, config: Config, request: Request, network: Network | None, runs: Runs
-) -> tuple[PerturbationFlow, dict[str, Any]]:
+    model: AnnDataModel,
+    adata: AnnData,
+    config: FinetuneConfig,
+    request: Request,
+    network: Network | None,
+    runs: Runs,
+) -> tuple[PerturbationFlow, Perturbation]:
     assert request.columns is not None, "checked at the start"
     vae = model.saved.vae
     require_plain_counts(vae)
@@ -47,26 +50,24 @@ def _train_perturbation(
         torch.from_numpy(effects.values),
         None if regulated is None else torch.from_numpy(regulated),
     )
-    train, valid = held_out(np.flatnonzero(data.screen.label >= 0), 0.1, config.seed)
+    train, valid = split_watched(np.flatnonzero(data.screen.label >= 0), 0.1, config.seed)
     stage = PairStage(
         config, flow, data.cells, data.screen, train, valid, ranks.current(), runs.fingerprint(model.saved)
     )
     runs.fit(config, stage)
-    scale = Scale()
+    scale = EffectScale()
     if config.perturb.scale:
         scale = ranks.from_main(fit_scale(flow, data, config.seed) if ranks.current().rank == 0 else scale)
     doses = [None if np.isnan(dose) else float(dose) for dose in effects.doses]
-    facts: dict[str, Any] = {
-        "perturbations": data.names,
-        "control": request.columns.control,
-        "strata": list(request.columns.strata),
-        "effects": [{"set": list(names), "dose": dose} for names, dose in zip(effects.sets, doses, strict=True)],
-        "effect_scale": asdict(scale),
-    }
+    used: RegulatoryNetwork | None = None
     if network is not None and regulated is not None:
-        facts["network"] = {
-            "components": len(regulated),
-            "edges": network.weights.nnz,
-            "edges_in_file": network.edges_in_file,
-        }
-    return flow, facts
+        used = RegulatoryNetwork(
+            components=len(regulated), edges=network.weights.nnz, edges_in_file=network.edges_in_file
+        )
+    return flow, Perturbation(
+        perturbations=data.names,
+        strata=list(request.columns.strata),
+        effects=[EffectOf(set=list(names), dose=dose) for names, dose in zip(effects.sets, doses, strict=True)],
+        effect_scale=scale,
+        network=used,
+    )

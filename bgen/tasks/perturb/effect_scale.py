@@ -33,11 +33,12 @@ from numpy.typing import NDArray
 from bgen.arrays import F64
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.evaluate.metrics.space import TARGET_SUM, log_cp10k
+from bgen.hub.about import EffectScale
 from bgen.models.generators.counterfactual import change_counts
 from bgen.models.generators.perturbation_flow import PerturbationFlow, PerturbationSet
 from bgen.models.likelihoods.negative_binomial import NegativeBinomial
 from bgen.tasks.perturb.effect_estimates import control_weights, log_effect
-from bgen.tasks.perturb.effects import LEAST_TARGETS, Effects, Scale, fit_effects
+from bgen.tasks.perturb.effects import LEAST_TARGETS, Effects, fit_effects
 from bgen.tasks.perturb.perturb import STEPS, anchor
 from bgen.tasks.perturb.screen import ScreenData
 
@@ -100,7 +101,7 @@ class _Fold:
     rest: F64
 
 
-def fit_scale(flow: PerturbationFlow, data: ScreenData, seed: int) -> Scale:
+def fit_scale(flow: PerturbationFlow, data: ScreenData, seed: int) -> EffectScale:
     """Return the scales for the effects of a trained flow; 1 where there is too little to tell."""
     rng = np.random.default_rng([seed, 5])
     some = _choose(data, rng)
@@ -110,7 +111,7 @@ def fit_scale(flow: PerturbationFlow, data: ScreenData, seed: int) -> Scale:
     folds = [_fold(some, logs, np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(FOLDS)]
     real = np.array([[one.part[label] @ one.rest[label] for one in folds] for label in labels])
     if not _agree(real):
-        return Scale()
+        return EffectScale()
     response = _respond(flow, some, rng, known=True)
     trained, error = 1.0, 0.0
     for _ in range(ROUNDS):
@@ -122,7 +123,7 @@ def fit_scale(flow: PerturbationFlow, data: ScreenData, seed: int) -> Scale:
         ratio, error = _ratio(real, predicted)
         error *= trained
         trained = float(np.clip(trained * ratio, *LIMITS))
-    return Scale(_towards_one(trained, error), _unseen(flow, some, folds, rng))
+    return EffectScale(trained=_towards_one(trained, error), unseen=_unseen(flow, some, folds, rng))
 
 
 def _unseen(flow: PerturbationFlow, data: ScreenData, folds: list[_Fold], rng: np.random.Generator) -> float:

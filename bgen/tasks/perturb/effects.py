@@ -13,12 +13,13 @@ Axes: R trained sets with their dose, P perturbations, G genes, E size of a gene
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from bgen.hub.about import EffectScale
 from bgen.tasks.perturb.effect_estimates import raw_effects, shrink
 from bgen.tasks.perturb.screen import ScreenData
 
@@ -26,16 +27,6 @@ RIDGES = (1.0, 10.0, 100.0, np.inf)
 LEAST_CELLS = 2
 LEAST_TARGETS = 6
 """Targets from which unseen ones are predicted otherwise than by the average."""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """By what effects of trained perturbations and of unseen targets are multiplied
-    (:mod:`bgen.tasks.perturb.effect_scale`).
-    """
-
-    trained: float = 1.0
-    unseen: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +40,7 @@ class Effects:
     sets: list[tuple[str, ...]]
     doses: NDArray[np.float64]
     values: NDArray[np.float32]
-    scale: Scale = Scale()
+    scale: EffectScale = field(default_factory=EffectScale)
     network: NDArray[np.float32] | None = None
 
     def of(

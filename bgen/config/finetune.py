@@ -1,0 +1,30 @@
+"""Settings of a fine-tuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from bgen.config.flow import FlowConfig
+from bgen.config.perturb import PerturbConfig
+from bgen.config.run import RunConfig
+
+
+class FinetuneConfig(RunConfig):
+    """The training runs of ``bgen finetune``, on the user's cells in memory.
+
+    Everything else that shapes the autoencoder and the parent's flow is the parent's and cannot be set.
+    """
+
+    stage: Literal["vae", "flow", "perturb"] = Field(
+        "vae", description="What a run trains; `bgen finetune` sets it for each of its runs."
+    )
+    parent: Path = Field(description="Model directory that is fine-tuned.")
+    flow: FlowConfig = Field(
+        FlowConfig(), description="The flow over time that is new where the parent has none (--task time)."
+    )
+    perturb: PerturbConfig = Field(
+        PerturbConfig(), description="The flow from control to perturbed cells (--task perturb)."
+    )
