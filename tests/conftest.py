@@ -62,7 +62,7 @@ def run_bgen(*arguments: object) -> Result:
     import contextlib
     import io
 
-    from bgen.cli.main import main as cli
+    from bgen.cli.main import main
 
     out, err = io.StringIO(), io.StringIO()
     argv = sys.argv
@@ -71,7 +71,7 @@ def run_bgen(*arguments: object) -> Result:
     os.environ["COLUMNS"] = "100"
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main()
+            main()
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0
