@@ -62,7 +62,7 @@ def run_bgen(*arguments: object) -> Result:
     import contextlib
     import io
 
-    from bgen.cli.main import main as cli
+    from bgen.cli import main as cli
 
     out, err = io.StringIO(), io.StringIO()
     argv = sys.argv
