@@ -18,19 +18,17 @@ from numpy.typing import NDArray
 from bgen.config.backbone import BackboneConfig
 from bgen.config.data import TrajectoriesConfig
 from bgen.config.flow import FlowConfig, PatternsConfig
-from bgen.config.run import Config
 from bgen.config.train import TrainConfig
-from bgen.data.cells_in_memory import MemoryCells
 from bgen.distributed import world as ranks
 from bgen.errors import UserError, nearest
-from bgen.hub.directory import SavedModel
+from bgen.hub.directory import Module, SavedModel
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.vae.vae import VAE
 from bgen.nn.lora import merge_lora
 from bgen.order.keys import hash_keys
-from bgen.tasks.finetune.flow import _choose_trained
-from bgen.tasks.finetune.request import WATCHED, Mode
-from bgen.tasks.finetune.runs import Runs
+from bgen.tasks.finetune.flow import choose_trained
+from bgen.tasks.finetune.request import WATCHED, Request, require_wide_layers
+from bgen.tasks.finetune.task import Job, Task
 from bgen.tasks.time.axis import trained_over_time
 from bgen.tasks.user_cells import text_column
 from bgen.train.stages.course_in_memory import CourseStage
@@ -177,37 +175,41 @@ def course_facts(course: Course, shape: TrajectoriesConfig, adata: AnnData, role
     }
 
 
-def _train_course(
-    grown: SavedModel,
-    adata: AnnData,
-    cells: MemoryCells,
-    course: Course,
-    config: Config,
-    mode: Mode,
-    runs: Runs,
-) -> tuple[LatentFlow, dict[str, Any]]:
-    """Train the flow over time: the parent's, if it has one of the same column, else a new one."""
-    world = ranks.current()
-    if trained_over_time(grown) and grown.about["roles"].get("time") == course.column:
-        assert isinstance(grown.module, LatentFlow), "only flows are trained over time"
-        flow = grown.module
-        _choose_trained(flow, mode)
-        shape = TrajectoriesConfig.model_validate({**grown.about["trajectories"], "system": course.system})
-    else:
-        runs.say("The model has no flow over this time: a new one is trained on the autoencoder.")
-        flow = new_course_flow(grown.vae, course)
-        shape = course_shape(course, config.train.global_batch)
-    stage = CourseStage(
-        config.model_copy(update={"train": whole_trajectories(config.train, shape, world.size)}),
-        flow,
-        cells,
-        shape,
-        course.code,
-        course.time,
-        *course.split(WATCHED, config.seed),
-        world,
-        runs.fingerprint(grown),
-    )
-    runs.fit(stage.config, stage)
-    merge_lora(flow.backbone)
-    return flow, course_facts(course, shape, adata, grown.about.get("roles", {}))
+class Time(Task[Course]):
+    """The user's own time course; prepared are its times and trajectories."""
+
+    def check(self, parent: SavedModel, adata: AnnData, request: Request) -> None:
+        """See :class:`Task`."""
+        require_wide_layers(parent, request)
+        self.prepare(parent, adata, request)
+
+    def prepare(self, grown: SavedModel, adata: AnnData, request: Request) -> Course:
+        """See :class:`Task`."""
+        return read_course(adata, request.time, list(request.system))
+
+    def train(self, job: Job, prepared: Course) -> tuple[Module, dict[str, Any]]:
+        """Train the flow over time: the parent's, if it has one of the same column, else a new one."""
+        world, grown, config, course = ranks.current(), job.grown, job.settings("flow", "flow"), prepared
+        if trained_over_time(grown) and grown.about["roles"].get("time") == course.column:
+            assert isinstance(grown.module, LatentFlow), "only flows are trained over time"
+            flow = grown.module
+            choose_trained(flow, job.request.mode)
+            shape = TrajectoriesConfig.model_validate({**grown.about["trajectories"], "system": course.system})
+        else:
+            job.runs.say("The model has no flow over this time: a new one is trained on the autoencoder.")
+            flow = new_course_flow(grown.vae, course)
+            shape = course_shape(course, config.train.global_batch)
+        stage = CourseStage(
+            config.model_copy(update={"train": whole_trajectories(config.train, shape, world.size)}),
+            flow,
+            job.memory,
+            shape,
+            course.code,
+            course.time,
+            *course.split(WATCHED, config.seed),
+            world,
+            job.runs.fingerprint(grown),
+        )
+        job.runs.fit(stage.config, stage)
+        merge_lora(flow.backbone)
+        return flow, course_facts(course, shape, job.cells.adata, grown.about.get("roles", {}))
