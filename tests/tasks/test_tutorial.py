@@ -35,7 +35,9 @@ def test_it_was_run_from_top_to_bottom_without_an_error(committed: Any) -> None:
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert {output["output_type"] for output in outputs} <= {"stream", "display_data", "execute_result"}
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2, "a curve of losses, and a map of cells"
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2, (
+        "a curve of losses, and a map of cells"
+    )
 
 
 def test_it_names_no_place_of_the_machine_it_ran_on(committed: Any) -> None:
