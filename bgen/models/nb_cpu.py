@@ -25,7 +25,9 @@ _TINY = np.float32(np.finfo(np.float32).tiny)
 TABLED = 16
 """Counts below this are looked up: what they add to a gene's log-probability is the same in all cells."""
 
-_compile = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz", "reassoc"})
+_compile = numba.njit(
+    cache=True, nogil=True, forceinline=True, error_model="numpy", fastmath={"contract", "nsz", "reassoc"}
+)
 
 
 _in_parts = numba.njit(cache=True, nogil=True, parallel=True)
