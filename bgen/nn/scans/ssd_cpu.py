@@ -31,7 +31,7 @@ def _compile(parallel: bool = False) -> Any:
 
 
 def _inlined(*flags: str) -> Any:
-    """Compile arithmetic into its callers (:mod:`bgen.nn.cpu_math` says why)."""
+    """Compile arithmetic into its callers (:mod:`bgen.nn.cpu.elementary` says why)."""
     return numba.njit(
         cache=True, nogil=True, forceinline=True, error_model="numpy", fastmath={"contract", "nsz", *flags}
     )
