@@ -20,7 +20,7 @@ from bgen.progress import Progress
 from bgen.store.open import open_store
 from bgen.store.store import Store
 from bgen.tasks.load import Model, load_model
-from bgen.tasks.user_cells import read_h5ad
+from bgen.tasks.user_cells import read_input
 from bgen.track import record as records
 from bgen.version import __version__
 
@@ -68,7 +68,7 @@ def score(
     require_new_folder(out)
     loaded, store = load_model(model), open_store(data)
     train, test = (_read_sample(store, split, seed) for split in ("train", "test"))
-    cells = read_h5ad(generated) if generated else loaded.generate(SURPLUS * test.n_obs, seed=seed, progress=progress)
+    cells = read_input(generated) if generated else loaded.generate(SURPLUS * test.n_obs, seed=seed, progress=progress)
     cells = _align(cells, test)
     cell_type = store.manifest.roles.get("cell_type")
 

@@ -7,11 +7,11 @@ What is left out, each in its own trainings:
 - ``targets:N``: N random single perturbations at a time, of which the model only knows the target gene.
 - ``combinations:N``: N random combinations whose members are trained on.
 - ``doses``: each dose between others of the same perturbation in turn, scored together. All control cells are trained
-  on and predicted from, as a user would do with the own ones: no control cell is what is predicted, and half of few
-  vehicle cells, twice, is noise that no row can beat.
+on and predicted from, as a user would do: no control cell is ever predicted, and halving few vehicle cells twice would
+add noise that no row can beat.
 
-VAE and flow see nothing else of what is left out. The trainings of further seeds have other random choices, and are
-averaged where the same is left out; intervals are over perturbations.
+Apart from that, VAE and flow see nothing of what is left out. The trainings of further seeds have other random choices,
+and are averaged where the same is left out; intervals are over perturbations.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from bgen.tasks.finetune.finetune import Request, finetune
 from bgen.tasks.load import Model
 from bgen.tasks.perturb.held_out import DOSE, Key, predict_held_out, screen_keys, split_screen
 from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, require_controls
-from bgen.tasks.user_cells import read_h5ad, text_column
+from bgen.tasks.user_cells import read_input, text_column
 from bgen.version import __version__
 
 GROUP, TARGETS, COMBINATIONS, DOSES = "group", "targets", "combinations", "doses"
@@ -106,7 +106,7 @@ def bench_perturb(
     """
     if cell_eval:
         require_cell_eval()
-    cells = read_h5ad(path)
+    cells = read_input(path)
     require_controls(text_column(cells, columns.perturbation), columns.control, f"obs['{columns.perturbation}']")
     planned = {text: [splits(cells, columns, *_read(text), seed) for seed in range(seeds)] for text in leave}
     require_new_folder(out)
@@ -192,10 +192,11 @@ def _predict(
     made: list[tuple[sp.csr_matrix, list[HeldOut]]] = []
     for part in parts:
         model = _train(part.train, columns, training, folder, seed)
-        held = predict_held_out(model, part.train, part.back, columns, seed=seed, shared_controls=together)
+        train, back = model.read(part.train), model.read(part.back)
+        held = predict_held_out(model, train, back, columns, seed=seed, shared_controls=together)
         if not together and len(parts) > 1:
             held = [replace(one, label=f"{part.name}: {one.label}") for one in held]
-        made.append((model.counts(part.train, None), held))
+        made.append((train.counts, held))
         shutil.rmtree(folder)
     if together:
         return [(made[0][0], [one for _, held in made for one in held])]

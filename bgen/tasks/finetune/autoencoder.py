@@ -16,7 +16,7 @@ from bgen.tasks.finetune.runs import Runs
 from bgen.train.stages.in_memory import MemoryStage
 
 
-def _adapt_vae(
+def adapt_autoencoder(
     grown: SavedModel,
     parent: SavedModel,
     cells: MemoryCells,

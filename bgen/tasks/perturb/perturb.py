@@ -26,7 +26,7 @@ from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.generate import ENTRIES
 from bgen.tasks.perturb.effects import Effects
 from bgen.tasks.perturb.screen import LEAST_CONTROLS, make_sets, members, require_controls, whitened_latents
-from bgen.tasks.user_cells import require_cells, text_column
+from bgen.tasks.user_cells import UserCells, text_column
 from bgen.version import __version__
 
 STEPS = 10
@@ -36,13 +36,12 @@ ANCHOR_CELLS = 2000
 
 def perturb_cells(
     model: AnnDataModel,
-    adata: AnnData,
+    cells: UserCells,
     perturbation: str,
     *,
     control: tuple[str, str] | None = None,
     dose: float | None = None,
     n: int | None = None,
-    layer: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> AnnData:
@@ -73,9 +72,9 @@ def perturb_cells(
         If the model is no perturbation model, there are no control cells, or nothing is known of the perturbation.
     """
     flow = _require_flow(model)
-    require_cells(adata)
     if control is not None:
-        adata = adata[require_controls(text_column(adata, control[0]), control[1], f"obs['{control[0]}']")]
+        cells = cells[require_controls(text_column(cells.adata, control[0]), control[1], f"obs['{control[0]}']")]
+    adata = cells.adata
     if adata.n_obs < LEAST_CONTROLS:
         raise UserError(f"There are {adata.n_obs} control cells; at least {LEAST_CONTROLS} are needed.")
     sets, effect, unseen = ask(model, perturbation, dose)
@@ -84,13 +83,14 @@ def perturb_cells(
     rows = np.concatenate([rng.permutation(adata.n_obs) for _ in range(-(-wanted // adata.n_obs))])[:wanted]
     rows = np.sort(rows)
     keys = torch.from_numpy(hash_keys(seed, np.arange(wanted)).view(np.int64))
-    latents = torch.from_numpy(whitened_latents(model, adata, layer)[0])
-    codes = {name: column[rows] for name, column in model.covariates(adata).items()}
+    latents = torch.from_numpy(whitened_latents(model, cells)[0])
+    coded = model.covariates(cells)
+    codes = {name: column[rows] for name, column in coded.items()}
     some = np.sort(np.random.default_rng(0).permutation(adata.n_obs)[:ANCHOR_CELLS])
     before = latents[some]
-    covariates = {name: torch.from_numpy(column[some]) for name, column in model.covariates(adata).items()}
+    covariates = {name: torch.from_numpy(column[some]) for name, column in coded.items()}
     moved = flow.transport(before, sets.repeat(len(some)), STEPS)
-    measured = model.counts(adata, layer)
+    measured = cells.counts
     own = anchor(flow, before, covariates, measured, np.zeros_like(effect))
     folds = anchor(flow, moved, covariates, measured, effect)
     parts = []

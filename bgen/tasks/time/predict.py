@@ -34,7 +34,7 @@ from bgen.progress import Progress
 from bgen.tasks.generate import asked_codes, provenance, readable
 from bgen.tasks.time.axis import TimeAxis
 from bgen.tasks.time.observed import Observed, Task
-from bgen.tasks.time.score import _score
+from bgen.tasks.time.score import score_time
 from bgen.tasks.time.trajectories import decode_some
 
 
@@ -60,7 +60,7 @@ def predict_times(
     Parameters
     ----------
     observed
-        From :func:`read_observed`.
+        From :func:`bgen.tasks.time.observed.observe`.
     times
         Times asked for, in the model's unit.
     forecast
@@ -108,7 +108,7 @@ def predict_times(
         truth = observed.counts[np.isin(observed.system, [task.system for task in tasks]) & (observed.time == moment)]
         if truth.shape[0] >= 2 * MIN_CELLS:
             seen = ~np.isin(observed.time, moments)
-            scores[moment] = _score(observed, seen, tasks, truth, sp.vstack(made, format="csr"), axis, forecast)
+            scores[moment] = score_time(observed, seen, tasks, truth, sp.vstack(made, format="csr"), axis, forecast)
         if progress:
             progress("generating", number + 1, len(moments))
     table = pd.concat(obs, ignore_index=True)

@@ -21,7 +21,7 @@ from bgen.tasks.time.axis import TimeAxis
 from bgen.tasks.time.observed import Observed, Task
 
 
-def _score(
+def score_time(
     observed: Observed,
     seen: NDArray[np.bool_],
     tasks: Sequence[Task],
