@@ -363,7 +363,8 @@ def read_user_data(
     adata, notes = (data, ()) if isinstance(data, AnnData) else _read(Path(data))
     require_cells(adata)
     if layer is not None and layer not in adata.layers:
-        raise UserError(f"The data has no layer '{layer}'.{nearest(layer, adata.layers.keys())}")
+        layers = [str(name) for name in adata.layers if name is not None]  # anndata 0.13 counts X among them, as None
+        raise UserError(f"The data has no layer '{layer}'.{nearest(layer, layers)}")
     source = open_source(adata)
     looked = look(
         source,

@@ -89,7 +89,8 @@ def open_memory(adata: AnnData) -> MemorySource:
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"The file behind the backed AnnData cannot be read ({error}). Is it closed?") from error
     values: dict[str, Any] = {"X": adata.X, "raw/X": None if adata.raw is None else adata.raw.X}
-    values |= {f"layers/{name}": layer for name, layer in adata.layers.items()}
+    # anndata 0.13 counts X among the layers, as None
+    values |= {f"layers/{name}": layer for name, layer in adata.layers.items() if name is not None}
     matrices = {name: about for name, matrix in values.items() if (about := _describe(matrix))}
     variables = {name: _frame(adata.raw.var if name == "raw/X" else adata.var) for name in matrices}
     uns = {key: value for key, value in adata.uns.items() if isinstance(value, str | int | float | np.generic)}

@@ -20,6 +20,13 @@ from data_tools.inputs.source import Matrix, Source
 
 MATRIX = ("matrix.mtx", "matrix.mtx.gz")
 
+HEADERS = {
+    *("barcode", "barcodes", "cell", "cells", "cellid", "cellbarcode", "cellbarcodes", "cellname"),
+    *("gene", "genes", "geneid", "geneids", "genename", "genenames", "genesymbol", "symbol", "feature", "features"),
+    *("featureid", "featurename", "ensemblid", "id", "name", "index", "x", "v1"),
+}
+"""Words, in lower case and without punctuation, that head a column of barcodes or genes."""
+
 
 @dataclass
 class TenxMtxSource(Source):
@@ -65,8 +72,8 @@ def open_mtx(path: Path) -> Source:
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: cannot be read as a 10x folder ({error}).") from error
     notes = [f"The files of the sample are those that begin with '{prefix}'."] if prefix else []
-    # One line too many is a header. A matrix of as many genes as cells is taken to be genes x cells.
-    shapes = [(f, b) for f in (0, 1) for b in (0, 1)]
+    # A matrix of as many genes as cells is taken to be genes x cells.
+    shapes = [(f, b) for f in range(1 + _has_header(features)) for b in range(1 + _has_header(barcodes))]
     sizes = {(len(features) - f, len(barcodes) - b): (f, b) for f, b in shapes}
     by_cell = (rows, columns) not in sizes and (columns, rows) in sizes
     headers = sizes.get((columns, rows) if by_cell else (rows, columns))
@@ -87,6 +94,12 @@ def open_mtx(path: Path) -> Source:
     dtype = np.dtype(np.int64 if values == "integer" else np.float64)
     about = Matrix((len(barcodes), len(features)), dtype, "csc", int(stored))
     return TenxMtxSource(path, "10x mtx", obs, {"X": var}, {"X": about}, notes=tuple(notes), file=file, by_cell=by_cell)
+
+
+def _has_header(table: pd.DataFrame) -> bool:
+    """Whether the first line of a table looks like names of columns."""
+    first = {"".join(letter for letter in str(text).lower() if letter.isalnum()) for text in table.iloc[0]}
+    return bool(first & HEADERS)
 
 
 def _only(folder: Path, files: list[Path]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -53,7 +54,7 @@ def run(demo: Any, tmp_path: Path, protocol: str) -> tuple[str, dict[str, Any], 
     """Score the demo's model; return table, JSON, page and card."""
     model = Path(shutil.copytree(demo.model, tmp_path / "model"))
     scores = score(model, demo.store, tmp_path / "report", seeds=2, protocol=protocol)
-    console = Console(width=100, record=True, quiet=True)
+    console = Console(width=100, record=True, file=io.StringIO())
     console.print(scores.table())
     told = json.loads((tmp_path / "report" / "metrics.json").read_text())
     page = (tmp_path / "report" / "report.html").read_text()
@@ -74,8 +75,6 @@ def test_the_metric_of_the_page_is_measured(draw: Draw) -> None:
 
 def test_the_protocol_of_the_page_takes_a_metric_from_outside(demo: Any, tmp_path: Path) -> None:
     run_page("metrics")
-    code = (EVALUATE / "protocols" / "README.md").read_text(encoding="utf-8")
-    assert '"library_ks")' in code
     names = run_page("protocols")
     with_gap = choose_metrics("w2", "library_gap")
     PROTOCOLS["sizes-v2"] = CellsProtocol(

@@ -95,7 +95,7 @@ class AlongTimeByTokens(Along):
         return self.tokens.flops(B, T, N)
 
 
-def mixer_along(axis: Axis, config: BackboneConfig) -> nn.Module:
+def mixer_along(axis: Axis, config: BackboneConfig) -> Along:
     """Make the mixer that ``config`` names for an axis, laid along that axis."""
     if axis == "none":
         return AlongNone(MLP(config.width, config.mlp))

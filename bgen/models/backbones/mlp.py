@@ -6,6 +6,9 @@ and the blocks.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -74,5 +77,5 @@ class MLPBackbone(Backbone):
 
     def flops(self, B: int, T: int, N: int) -> int:
         """See :class:`Backbone`."""
-        blocks = sum(block.flops(B * T * N, B * T) for block in self.blocks)
+        blocks = sum(block.flops(B * T * N, B * T) for block in cast("Iterable[_Block]", self.blocks))
         return layers(B * T * N, self.stem, self.head) + self.time.flops(B * T) + blocks

@@ -5,6 +5,9 @@ Axes: B trajectories, T time points, N cells per time point, D latent size, O ou
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -75,7 +78,7 @@ class Stack(Backbone):
 
     def flops(self, B: int, T: int, N: int) -> int:
         """See :class:`Backbone`."""
-        blocks = sum(block.flops(B, T, N) for block in self.blocks)
+        blocks = sum(block.flops(B, T, N) for block in cast("Iterable[Block]", self.blocks))
         return layers(B * T * N, self.stem, self.head) + self.flow_time.flops(B * T) + blocks
 
     def _check(self, grid: Grid) -> None:

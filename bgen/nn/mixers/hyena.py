@@ -78,6 +78,10 @@ class HyenaFilter(nn.Module):
             x = self.sine(linear(x))
         return self.output(x) * self.window[:length]
 
+    def flops(self, length: int) -> int:
+        """Floating-point operations of the forward pass; see :mod:`bgen.nn.flops` for what is counted."""
+        return layers(length, self)
+
 
 class Hyena(Mixer):
     """Mix ``[B, T, D]`` along T. Backward runs have filters of their own."""
@@ -128,5 +132,5 @@ class Hyena(Mixer):
         return self.out_proj(y_BTD)
 
     def flops(self, B: int, L: int) -> int:
-        """See :class:`Mixer`: the layers, and the network that makes the filters, once a batch."""
-        return layers(B * L, self.in_proj, self.out_proj) + layers(L, self.filter.network)
+        """See :class:`Mixer`: the layers, and the filters, once a batch."""
+        return layers(B * L, self.in_proj, self.out_proj) + self.filter.flops(L)

@@ -49,7 +49,7 @@ class Smoothing(Mixer):
     def __init__(self, width: int, config: SmoothingConfig, time: TimeConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(width, width) / width**0.5)
-        self.log_rate = nn.Parameter(torch.tensor(math.log(config.rate)))
+        self.log_rate = nn.Parameter(torch.full((1,), math.log(config.rate)))
 
     def forward(self, x_BLD: Tensor, points: Points) -> Tensor:
         """See Mixer."""
