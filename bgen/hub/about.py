@@ -60,7 +60,7 @@ class EffectOf(Section):
 
 
 class EffectScale(Section):
-    """By what average effects are multiplied (:mod:`bgen.tasks.perturb.effect_scale`)."""
+    """Factors that calibrate the size of average effects (:mod:`bgen.tasks.perturb.effect_scale`)."""
 
     trained: float = Field(1.0, description="Those of trained perturbations.")
     unseen: float = Field(1.0, description="Those that are predicted for unseen targets.")

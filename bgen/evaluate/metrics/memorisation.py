@@ -1,4 +1,4 @@
-"""Does a model repeat its training cells? Generated cells beside unseen real ones.
+"""Whether a model repeats its training cells: generated cells beside unseen real ones.
 
 A model that has learnt the distribution is as far from the training cells as other real cells are; one that copies is
 closer. This tells copying, not privacy: cells that are no copies may still tell who was in the data.
@@ -21,7 +21,8 @@ from bgen.evaluate.metrics.space import fit_space
 
 CLOSE_QUANTILE = 0.05
 TOLERANCE = 0.05
-"""Generated cells may be so much nearer (a share) to training cells than real ones before it is called memorisation."""
+"""Share by which generated cells may be nearer to training cells than real ones are, before it is called memorisation.
+"""
 
 
 @dataclass(frozen=True)
