@@ -113,7 +113,7 @@ class Matched:
     notes: tuple[str, ...] = ()
 
     def sentences(self, *, values: bool = True) -> list[str]:
-        """Say what was matched, and what a user should know about the rest; ``values``: also about values of columns."""
+        """Say what was matched, and what a user should know about the rest; ``values``: also values of columns."""
         total = self.genes + len(self.missing)
         said = [
             *self.notes,
