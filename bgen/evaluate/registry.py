@@ -1,8 +1,8 @@
-"""All protocols by id: what each is, how it scores, and the page that it writes.
+"""All protocols by id, with how each scores and the page that it writes.
 
-There are three kinds of question, each with its own evidence: do generated cells look like unseen real ones, do
-predicted perturbed cells look like held-out ones, is a generated time point near the real one. Protocols of one kind
-take the same evidence, so any of them can stand where the current one (:data:`CURRENT`) stands.
+There are three kinds of question, each with its own evidence: whether generated cells look like unseen real ones,
+whether predicted perturbed cells look like held-out ones, and whether a generated time point is near the real one.
+Protocols of one kind take the same evidence, so any of them can replace the current one (:data:`CURRENT`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Does the generated count matrix look like one from the instrument: per gene, per cell and between genes.
+"""Whether generated counts look like counts from the instrument: per gene, per cell and between genes.
 
 Counts are raw, sparse [N, G]. Nothing here needs an embedding, so these figures catch what principal components hide:
 wrong sparsity, wrong noise, wrong library sizes, lost co-expression.
@@ -88,8 +88,8 @@ def log10_rmse(a: Array, b: Array, floor: float) -> float:
 def moment_scores(real: GeneMoments, generated: GeneMoments, genes: NDArray[np.intp]) -> dict[str, float]:
     """Compare moments over the given genes: rank correlation and root mean squared error.
 
-    Means and variances are compared in log10. Half a count in the whole sample, 0.5 / N, is added to both, which is the
-    resolution that N cells allow and keeps genes that one side never saw finite.
+    Means and variances are compared in log10. Half a count in the whole sample, 0.5 / N, is added to both: that is the
+    resolution of N cells, and it keeps genes finite that one side never saw.
     """
     if real.cells != generated.cells:
         raise ValueError(f"moments are over {real.cells} and {generated.cells} cells: use equally many")

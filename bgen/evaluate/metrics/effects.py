@@ -1,4 +1,4 @@
-"""Does a predicted effect of a perturbation agree with the real one?
+"""Whether the predicted effect of a perturbation agrees with the real one.
 
 An effect is a difference per gene between perturbed and control cells, here of mean log(1 + counts per 10,000).
 
@@ -18,7 +18,7 @@ from bgen.evaluate.metrics.distribution import Points
 from bgen.evaluate.metrics.metric import Metric
 
 TOP = 20
-"""Genes with the clearest real effects that some figures look at."""
+"""Number of genes with the clearest real effects, to which some figures are limited."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ def direction(effect: F64, real: F64) -> float:
 
 
 def slope(effect: F64, real: F64, size: float) -> float:
-    """Return <effect, real> / size: its mean over perturbations is the size of predicted effects in real ones."""
+    """Return <effect, real> / size; its mean over perturbations is how large predicted effects are beside real ones."""
     return float(effect @ real) / max(size, 1e-9)
 
 

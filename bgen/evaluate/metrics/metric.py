@@ -1,4 +1,4 @@
-"""What a figure says of itself: its name, what is better, and how it is computed."""
+"""A metric: its name, which values are better, and how it is computed."""
 
 from __future__ import annotations
 

@@ -5,13 +5,14 @@ with n generated cells (the model), with n cells of a negative binomial per type
 with n real training cells (the ceiling).
 
 - n is the same everywhere: the figures depend on it.
-- Where types are known every row has the types of those very test cells, as far as it holds enough of each. So no row
-  wins or loses by its composition, which the user asks for and chance decides in a random sample. (Matched samples
+- Where types are known, every row has the types of those very test cells, as far as it holds enough of each. So no row
+wins or loses by its composition, which is the user's choice in generation and chance in a random sample. (Matched
+samples
   differ less than independent ones, so MMD^2 and energy distance of equal distributions lie slightly below 0.)
-- Embedding, kernel bandwidth and genes come from a random half of train, drawn anew for each seed, and the ceiling's
-  cells from the other half. Principal components follow the noise of the cells that they were fitted on, so these lie
-  further out than any new cell: on 2,264 sorted blood cells x 16,791 genes a ceiling of those very cells has W2 9.0 and
-  precision 0.3 where new real cells have 6.9 and 0.9, and even poor models would seem to reach it.
+- Embedding, kernel bandwidth and genes come from a random half of train, drawn anew for each seed; the cells of the
+  ceiling come from the other half. Principal components follow the noise of the cells that they were fitted on, so
+  these lie further out than any new cell. On 2,264 sorted blood cells x 16,791 genes, a ceiling of the fitted cells
+  has W2 9.0 and precision 0.3 where new real cells have 6.9 and 0.9: even poor models would seem to reach it.
 """
 
 from __future__ import annotations

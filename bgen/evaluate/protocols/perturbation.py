@@ -5,14 +5,14 @@ real perturbed and control cells are split into two halves: one is what predicti
 ceiling, and chooses the genes with the clearest effects. So no row is measured on noise that chose its genes.
 
 - An effect is the difference of mean log(1 + counts per 10,000) between perturbed and control cells. The control cells
-  are real and the same in every row, also where a model would predict its own (a model that only scales its own
-  controls can otherwise win or lose the discrimination score).
+are real and the same in every row, even for a model that would predict its own (otherwise a model could win or lose the
+discrimination score by scaling its controls).
 - Control cells that the model and the baselines were trained on, too (``shared_controls``: doses of a drug with few
   vehicle cells), are not split: all of them are the reference of every effect, in both halves. With some 30 cells on
-  either side the noise of two references would be larger than what the drug does. One reference adds the same noise to
-  all real and predicted effects: rows compare with each other, but their correlations not with those of other screens.
-  Control cells moved by an effect that was measured against themselves would be closer to the truth than any sample
-  can be, so baselines are then real cells (``populations``): of the nearest dose, of all training perturbations.
+  either side, the noise of two references would be larger than the effect of the drug. One reference adds the same
+  noise to all real and predicted effects: rows compare with each other, but their correlations not with those of other
+  screens. Control cells moved by an effect that was measured against themselves would be closer to the truth than any
+  sample can be, so baselines are then real cells (``populations``): of the nearest dose, of all training perturbations.
 - Callers predict as many cells as there are control cells to predict from (more only where the real ones need it): a
   control cell that is used twice makes a population narrower. Up to ``perturbation-v2`` they were at least 500.
 - A baseline is an effect that needs no model: "control copy" (none) and what the caller gives: "train mean" (the

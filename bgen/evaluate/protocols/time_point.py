@@ -1,4 +1,5 @@
-"""The protocol ``time-point-v1``: is a generated time point nearer to the real one than what needs no learning?
+"""The protocol ``time-point-v1``: whether a generated time point is nearer to the real one than baselines without
+learning.
 
 Frozen: a change of any figure needs a new protocol id. The cells of one time point were kept from the model. They are
 compared with generated ones and with baselines that see the same neighbouring time points:
@@ -12,8 +13,8 @@ For each of several seeds the real cells are halved at random. Every row is comp
 the ceiling is n cells of the other: n is the same for all, since every figure here depends on it. n = min(half of the
 real cells, cells of the smallest row, 1,000).
 
-The verdict is against the strongest baseline, whichever that is for a figure. Rows of one seed see the same real cells,
-so differences between rows are judged by their own spread over the seeds.
+The verdict on a figure is against its strongest baseline. All rows of a seed see the same real cells, so a difference
+between rows is judged by its own spread over the seeds.
 
 Interpolated cells have less scatter than measured ones. W1 and W2 of few cells in many dimensions reward that: there
 the OT-midpoint may come out below the ceiling. Energy distance and MMD do not.

@@ -37,7 +37,7 @@ def adapt_autoencoder(
         genes = vae.n_genes > parent.vae.n_genes
         for parameter in (*vae.encoder.tables(genes=genes), *vae.decoder.tables(genes=genes)):
             parameter.requires_grad_(True)
-    # Whatever is built on the parent's latents was whitened by its statistics, so they stay.
+    # All that is built on the parent's latents was whitened by its statistics, so these stay.
     runs.say(f"Adapting the autoencoder ({_trained(vae):,} parameters) ...")
     stage = MemoryStage(config, vae, cells, *watched, ranks.current(), runs.fingerprint(grown), "nll")
     result = runs.fit(config, stage)

@@ -1,8 +1,8 @@
 """``bgen finetune --task time``: from the user's own time course to a model that interpolates and forecasts it.
 
-A parent that was trained on trajectories over time lends its flow; otherwise a small hybrid is trained on the adapted
-autoencoder. Missing time points start from displacement interpolation (``flow.source: neighbours``), so the network has
-only to learn what that misses: a course of one experiment has a handful of time points.
+The flow of a parent that was trained on trajectories over time is trained further; otherwise a small hybrid is trained
+on the adapted autoencoder. The course of one experiment has only a handful of time points, so missing ones start from
+displacement interpolation (``flow.source: neighbours``), and the network learns only what that misses.
 """
 
 from __future__ import annotations

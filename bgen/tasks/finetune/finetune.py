@@ -1,11 +1,11 @@
-"""``bgen finetune``: a trained model, adapted to the user's cells; the result is again a model directory.
+"""``bgen finetune``: adapt a trained model to the user's cells; the result is again a model directory.
 
 The autoencoder is adapted first (to new genes, new batches, another tissue), then what the task needs is trained on it:
 the flow (``generate``), a classifier (``annotate``), the flow from control to perturbed cells (``perturb``), the flow
-over the user's time course (``time``). Modes:
-``full`` trains all weights; ``lora`` low-rank changes of the linear layers, and what is new; ``head`` leaves the
-autoencoder as it is (but for the rows of new batches and genes) and trains the task's last layers. A network that the
-parent does not have (a classifier, a flow from control cells, a first flow over time) is new and trained whole.
+over the user's time course (``time``). Modes: ``full`` trains all weights; ``lora`` trains low-rank changes of the
+linear layers, and what is new; ``head`` leaves the autoencoder as it is (except the rows of new batches and genes) and
+trains the last layers of the task. A network that the parent does not have (a classifier, a flow from control cells, a
+first flow over time) is new and trained whole.
 
 Under a launcher every rank reads the data and trains its share of each batch; rank 0 speaks, scores and writes.
 """
@@ -44,7 +44,7 @@ from bgen.version import __version__
 
 @dataclass(frozen=True)
 class Tuned:
-    """The model that rank 0 wrote, and (there) its scores on what was held out, if anything was."""
+    """The model that rank 0 wrote, and, on rank 0, its scores on held-out perturbations, if there were any."""
 
     model: SavedModel
     scores: PerturbationScores | None

@@ -1,4 +1,4 @@
-"""What a task of fine-tuning is: what it needs, and how its network is trained once the autoencoder is adapted."""
+"""The base of all tasks of fine-tuning: what a task needs, and how it trains on the adapted autoencoder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Job:
     Attributes
     ----------
     grown
-        The parent with rows for what is new in the data; its autoencoder is adapted.
+        The parent, with rows for what is new in the data and with its autoencoder adapted.
     cells
         The user's cells, matched to it.
     memory
@@ -49,7 +49,7 @@ class Job:
     request
         What is asked for.
     runs
-        Trains, and goes on with trainings that were cut off.
+        Runs trainings, and goes on with interrupted ones.
     about
         What every fine-tuned model says of itself.
     """

@@ -29,7 +29,7 @@ from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, members, require_
 from bgen.tasks.user_cells import UserCells, text_column
 
 CONTROL_SHARE = 0.25
-"""Part of the control cells from which held-out perturbations are predicted; of few, up to half."""
+"""Share of the control cells that held-out perturbations are predicted from; if there are few, up to half."""
 
 NEAREST_DOSE = "nearest dose"
 
@@ -58,7 +58,7 @@ def split_rows(
     held_out
         Labels, with ``@dose`` to hold out one dose only.
     shared_controls
-        All control cells are in both sets, as a user's own would be.
+        Put all control cells into both sets, as they would be for a user's own cells.
 
     Raises
     ------

@@ -63,8 +63,8 @@ def perturb_cells(
     Returns
     -------
     AnnData
-        Integer counts (CSR float32) of the model's genes; obs: that of the control cells, ``control_cell`` (whose
-        counterfactual it is), ``perturbation`` and ``dose``; provenance in ``uns['bgen']``, with what is unseen.
+        Integer counts (CSR float32) of the model's genes; obs: that of the control cells, ``control_cell`` (the cell
+        that it was predicted from), ``perturbation`` and ``dose``; provenance in ``uns['bgen']``, with what is unseen.
 
     Raises
     ------
@@ -130,15 +130,16 @@ def anchor(
     control: sp.csr_matrix,
     effect: NDArray[np.float64],
 ) -> Tensor:
-    """Return what to add to the decoder's logits ``[G]`` so that the average cell is control average times effect.
+    """Return what to add to the decoder's logits ``[G]``, so that the average cell is the control average times the
+    effect.
 
-    The control average is the measured one, of the counts ``control``: so neither the flow's nor the decoder's average
-    error enters. ``moved`` are transported control latents, and ``effect`` natural logs ``[G]``.
+    The control average is measured, from the counts ``control``, so average errors of flow and decoder cancel.
+    ``moved`` are transported control latents, and ``effect`` natural logs ``[G]``.
     """
     decoded = flow.mean_share(moved, covariates).double()
     library = np.maximum(np.asarray(control.sum(1)).ravel(), 1.0)
     measured = torch.from_numpy(np.asarray(control.T @ (1 / library)) / len(library))
-    # Half a molecule in all these cells on both sides: a gene that none of them shows has no ratio.
+    # Half a molecule in all these cells is added to both sides: a gene that none of them shows would have no ratio.
     least = 0.5 / float(library.sum())
     return (torch.from_numpy(effect) + torch.log((measured + least) / (decoded + least))).float()
 
