@@ -30,6 +30,7 @@ IMPORTED_AS = {
 NOT_IMPORTED = {
     "alembic": "MLflow migrates its sqlite file with it, and mlflow-skinny does not bring it",
     "einops": "mamba-ssm's kernels import it, and are installed without their dependencies",
+    "ipykernel": "the tests start it, to run the tutorial notebook",
     "mlflow": "the command `mlflow ui`, which mlflow-skinny lacks",
     "moto": "the tests run its server as a program",
     "packaging": "mamba-ssm's kernels import it, and are installed without their dependencies",

@@ -38,12 +38,12 @@ def store_of(cells: AnnData, folder: Path, seed: int) -> Path:
 
 
 def train_whole(name: str, overrides: Sequence[str]) -> None:
-    """Train what the configuration ``name`` with ``overrides`` says, and export it to ``out/model``.
+    """Train the configuration ``name`` with ``overrides``, and export the model to ``out/model``.
 
     Raises
     ------
     UserError
-        If the settings do not fit, or a signal stopped the training: half a training is not what is compared.
+        If the settings do not fit, or a signal stopped the training, since half a training is no comparison.
     """
     _require_whole(train(load_config(name, overrides)))
 

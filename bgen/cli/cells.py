@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bgen.cli.options import Data, cells_options, say_matched, with_options
 from bgen.cli.terminal import Json, Seed, notes, parse_times, parse_where, progress_bar, results
 from bgen.files import require_new_file, write_h5ad
 
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="What a model does with your cells.")
 
 ModelFolder = Annotated[Path, typer.Argument(help="Model directory.")]
-Data = Annotated[Path, typer.Argument(help="The .h5ad with your cells: raw counts.")]
 Out = Annotated[Path, typer.Option(help="The .h5ad to write.")]
-Layer = Annotated[str | None, typer.Option(help="Layer with the raw counts; default: X.")]
 
 
 @app.command()
@@ -113,20 +112,23 @@ def evaluate(
 
 
 @app.command()
-def embed(model: ModelFolder, data: Data, out: Out, layer: Layer = None, as_json: Json = False) -> None:
+@with_options(reading=cells_options)
+def embed(model: ModelFolder, data: Data, out: Out, *, reading: Any, as_json: Json = False) -> None:
     """Put the latent state of the cells into obsm['X_bgen'].
 
     Example: `bgen embed bgen-demo/model my.h5ad --out embedded.h5ad`
     """
     from bgen.tasks.load import load_model
-    from bgen.tasks.user_cells import read_h5ad
 
     require_new_file(out)
-    cells = load_model(model).embed(read_h5ad(data), layer=layer)
-    _finish(cells, out, {"dimensions": cells.obsm["X_bgen"].shape[1]}, [], as_json)
+    loaded = load_model(model)
+    read = loaded.read(data, **reading)
+    cells = loaded.embed(read)
+    _finish(cells, out, read.matched, {"dimensions": cells.obsm["X_bgen"].shape[1]}, [], as_json)
 
 
 @app.command()
+@with_options(reading=cells_options)
 def annotate(
     model: ModelFolder,
     data: Data,
@@ -136,7 +138,8 @@ def annotate(
         typer.Option(help="obs column: cells with a value there are the reference; default: the model's own."),
     ] = None,
     threshold: Annotated[float, typer.Option(help="Least probability; below it the cell is 'unknown'.")] = 0.5,
-    layer: Layer = None,
+    *,
+    reading: Any,
     as_json: Json = False,
 ) -> None:
     """Label cells, with a probability, and 'unknown' where the model cannot tell.
@@ -146,10 +149,11 @@ def annotate(
     Example: `bgen annotate bgen-demo/model my.h5ad --label cell_type --out annotated.h5ad`
     """
     from bgen.tasks.load import load_model
-    from bgen.tasks.user_cells import read_h5ad
 
     require_new_file(out)
-    cells = load_model(model).annotate(read_h5ad(data), label, layer=layer, threshold=threshold)
+    loaded = load_model(model)
+    read = loaded.read(data, **reading)
+    cells = loaded.annotate(read, label, threshold=threshold)
     told = dict(cells.uns["bgen_annotate"])
     said = [
         f"{told['query_cells']:,} cells annotated from {sum(told['reference_cells'].values()):,} {told['reference']};"
@@ -160,16 +164,18 @@ def annotate(
             f"Macro-F1, cross-validated on the reference: {told['macro_f1']:.3f}"
             f" (same classifier on principal components: {told['macro_f1_pca']:.3f})."
         )
-    _finish(cells, out, told, said, as_json)
+    _finish(cells, out, read.matched, told, said, as_json)
 
 
 @app.command()
+@with_options(reading=cells_options)
 def denoise(
     model: ModelFolder,
     data: Data,
     out: Out,
     library_size: Annotated[float | None, typer.Option(help="Total counts of each cell; default: its own.")] = None,
-    layer: Layer = None,
+    *,
+    reading: Any,
     as_json: Json = False,
 ) -> None:
     """Put expected counts, given each cell's state, into layers['denoised'].
@@ -178,12 +184,12 @@ def denoise(
     """
     from bgen.tasks.cells.denoise import denoising_scores
     from bgen.tasks.load import load_model
-    from bgen.tasks.user_cells import read_h5ad
 
     require_new_file(out)
-    loaded, adata = load_model(model), read_h5ad(data)
-    cells = loaded.denoise(adata, layer=layer, library_size=library_size)
-    scores = denoising_scores(loaded, adata, layer=layer)
+    loaded = load_model(model)
+    read = loaded.read(data, **reading)
+    cells = loaded.denoise(read, library_size=library_size)
+    scores = denoising_scores(loaded, read)
     told = {**cells.uns["bgen_denoise"], "deviance": scores}
     said = [
         "Poisson deviance on molecules held out (lower is better): "
@@ -198,10 +204,11 @@ def denoise(
         )
     if told["genes_unknown_to_the_model"]:
         said.append(f"{told['genes_unknown_to_the_model']:,} genes unknown to the model are NaN.")
-    _finish(cells, out, told, said, as_json)
+    _finish(cells, out, read.matched, told, said, as_json)
 
 
 @app.command()
+@with_options(reading=cells_options)
 def integrate(
     model: ModelFolder,
     data: Data,
@@ -211,7 +218,8 @@ def integrate(
     label: Annotated[
         str | None, typer.Option(help="obs column of cell types: also score by scib-metrics (bgen-flow[integration]).")
     ] = None,
-    layer: Layer = None,
+    *,
+    reading: Any,
     as_json: Json = False,
 ) -> None:
     """Put a latent state without batch effects into obsm, and counts as of one batch into a layer.
@@ -219,10 +227,11 @@ def integrate(
     Example: `bgen integrate bgen-demo/model my.h5ad --out integrated.h5ad`
     """
     from bgen.tasks.load import load_model
-    from bgen.tasks.user_cells import read_h5ad
 
     require_new_file(out)
-    cells = load_model(model).integrate(read_h5ad(data), reference=reference, batch=batch, label=label, layer=layer)
+    loaded = load_model(model)
+    read = loaded.read(data, **reading)
+    cells = loaded.integrate(read, reference=reference, batch=batch, label=label)
     told = dict(cells.uns["bgen_integrate"])
     said = [f"Counts in layers['integrated'] are as of {told['batch']} '{told['reference']}'."]
     if "mixing" in told:
@@ -233,15 +242,17 @@ def integrate(
         said.append(f"{figure:>20} {values['model']:.3f}; principal components {values['PCA']:.3f}.")
     if told["cells_of_unknown_batches"]:
         said.append(f"{told['cells_of_unknown_batches']:,} cells are of batches that the model does not know.")
-    _finish(cells, out, told, said, as_json)
+    _finish(cells, out, read.matched, told, said, as_json)
 
 
-def _finish(cells: AnnData, out: Path, told: dict[str, Any], said: list[str], as_json: bool) -> None:
-    """Write the cells, and say what was done."""
+def _finish(cells: AnnData, out: Path, matched: Any, told: dict[str, Any], said: list[str], as_json: bool) -> None:
+    """Write the cells, and say what was matched and what was done."""
     write_h5ad(cells, out)
     if as_json:
-        typer.echo(json.dumps({"out": str(out), "cells": cells.n_obs, "genes": cells.n_vars, **told}, default=float))
+        shape = {"out": str(out), "cells": cells.n_obs, "genes": cells.n_vars, "matched": matched.as_json()}
+        typer.echo(json.dumps({**shape, **told}, default=float))
         return
+    say_matched(matched)
     for line in said:
         results.print(line, highlight=False)
     results.print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes: {out}", highlight=False, soft_wrap=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import json
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from bgen.cli.options import cells_options, with_options
 from bgen.cli.terminal import Json, Seed, notes, progress_bar, results
 from bgen.errors import UserError
 from bgen.files import require_new_file, require_new_folder, write_h5ad
@@ -18,23 +18,25 @@ from bgen.version import __version__
 
 app = typer.Typer(help="Check, build and inspect stores of counts.", no_args_is_help=True)
 
-Files = Annotated[list[Path], typer.Argument(help=".h5ad, 10x .h5, or 10x mtx folders.", show_default=False)]
-Role = Annotated[str | None, typer.Option(help="obs column with this role; default: detected; none: there is none.")]
+Files = Annotated[
+    list[Path], typer.Argument(help=".h5ad, .h5mu, AnnData in zarr, 10x .h5, or 10x mtx folders.", show_default=False)
+]
+Role = Annotated[str | None, typer.Option(help="obs column with this role; default: detected; none: no column.")]
 
 
 def check_options(
-    counts: Annotated[str | None, typer.Option(help="Matrix of counts: X, raw/X, layers/NAME.")] = None,
     rounding: Annotated[
-        str, typer.Option("--round", help="Values that are no integers: none, nearest, stochastic.")
+        str, typer.Option("--round", help="How to round values that are no integers: none, nearest, stochastic.")
     ] = "none",
-    gene_column: Annotated[
-        str | None, typer.Option(help="Column of var with the gene ids; default: its index.")
-    ] = None,
     merge_duplicates: Annotated[str, typer.Option(help="Columns of the same gene: no, sum.")] = "no",
     accept_unnamed_genes: Annotated[
         bool, typer.Option("--accept-unnamed-genes", help="Go on where genes are only numbered.")
     ] = False,
     organism: Annotated[str | None, typer.Option(help="Overrides what the file declares.")] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Genes to match: a file of ids, a store or a model; default: those of all inputs."),
+    ] = None,
     primary_only: Annotated[bool, typer.Option("--primary-only", help="Leave out cells that are copies.")] = False,
     cell_type: Role = None,
     batch: Role = None,
@@ -59,12 +61,11 @@ def check_options(
         if value not in choices:
             raise UserError(f"{option} is one of {', '.join(choices)}, not '{value}'.")
     return CheckOptions(
-        counts=counts,
         rounding=rounding,  # type: ignore[arg-type]
-        gene_column=gene_column,
         merge_duplicates=merge_duplicates,  # type: ignore[arg-type]
         accept_unnamed_genes=accept_unnamed_genes,
         organism=organism,
+        reference=reference,
         primary_only=primary_only,
         roles=Roles(
             cell_type=cell_type,
@@ -80,23 +81,6 @@ def check_options(
             population=population,
         ),
     )
-
-
-def with_check_options(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the options of :func:`check_options`; the verb takes what they make as its argument ``options``."""
-    shared = inspect.signature(check_options, eval_str=True).parameters
-    own = inspect.signature(verb, eval_str=True)
-    mine = [parameter for name, parameter in own.parameters.items() if name != "options"]
-
-    def call(**given: Any) -> None:
-        options = check_options(**{name: given.pop(name) for name in shared})
-        verb(**given, options=options)
-
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*mine, *shared.values()]]
-    call.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    call.__name__, call.__doc__ = verb.__name__, verb.__doc__
-    return call
 
 
 @app.command()
@@ -120,13 +104,13 @@ def simulate(
 
 
 @app.command()
-@with_check_options
-def check(files: Files, *, options: Any, as_json: Json = False) -> None:
+@with_options(reading=cells_options, options=check_options)
+def check(files: Files, *, reading: Any, options: Any, as_json: Json = False) -> None:
     """Check that files hold what training needs; all findings in one table, exit code 2 if one is an error.
 
     Example: `bgen data check cells.h5ad --cell-type celltype`
     """
-    report = _check(files, options)
+    report = _check(files, options, reading)
     if as_json:
         typer.echo(json.dumps(report.as_json(), indent=1))
     else:
@@ -136,11 +120,12 @@ def check(files: Files, *, options: Any, as_json: Json = False) -> None:
 
 
 @app.command()
-@with_check_options
+@with_options(reading=cells_options, options=check_options)
 def build(
     files: Files,
     out: Annotated[Path, typer.Option(help="Folder of the store; must not be there, or be empty.")],
     *,
+    reading: Any,
     options: Any,
     profile: Annotated[str, typer.Option(help="small (zstd, for networks and disks) or fast (lz4).")] = "small",
     splits: Annotated[str, typer.Option(help="Fractions of the splits.")] = "train=0.8,valid=0.1,test=0.1",
@@ -148,7 +133,6 @@ def build(
     hold_out: Annotated[
         list[str] | None, typer.Option(help="Values of that column for a split: test=48,72; may come again.")
     ] = None,
-    reference: Annotated[Path | None, typer.Option(help="File of gene ids; default: the genes of all inputs.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes; default: as the input needs.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="A Dask scheduler to use, tcp://host:port.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted build left.")] = False,
@@ -168,7 +152,7 @@ def build(
     if profile not in ("small", "fast"):
         raise UserError(f"There is no profile '{profile}': choose small or fast.")
     require_new_folder(out)
-    report = _check(files, options)
+    report = _check(files, options, reading)
     if report.errors or not as_json:
         report.print(notes if as_json else results)
     if report.errors:
@@ -182,7 +166,7 @@ def build(
             splits=fractions,
             split_by=split_by,
             held_out=parse_held_out(hold_out or []),
-            reference=reference,
+            reference=options.reference,
             seed=seed,
             workers=workers,
             scheduler=scheduler,
@@ -262,9 +246,17 @@ def to_webdataset(
     results.print(f"{shards} shards: {out}")
 
 
-def _check(files: list[Path], options: Any) -> Any:
+def _check(files: list[Path], options: Any, reading: dict[str, Any]) -> Any:
     from data_tools.check.check import check as look
 
+    if "layer" in reading:
+        if "counts" in reading:
+            raise UserError("--layer and --counts both name the matrix of counts: give one of them.")
+        reading = {**reading, "counts": f"layers/{reading['layer']}"}
+        del reading["layer"]
+    if "floor" in reading and options.reference is None:
+        raise UserError("--floor is a share of the genes of --reference: give that, too.")
+    options = replace(options, **reading)
     with notes.status("reading"):
         return look(files, options)
 

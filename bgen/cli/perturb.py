@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from bgen.cli.options import Data, cells_options, say_matched, with_options
 from bgen.cli.terminal import Json, Seed, parse_where, progress_bar, results
 from bgen.files import require_new_file, write_h5ad
 
@@ -15,15 +16,17 @@ app = typer.Typer(help="Perturbations.")
 
 
 @app.command()
+@with_options(reading=cells_options)
 def perturb(
     model: Annotated[Path, typer.Argument(help="Model directory, of `bgen finetune --task perturb`.")],
-    data: Annotated[Path, typer.Argument(help="The .h5ad with your control cells: raw counts.")],
+    data: Data,
     out: Annotated[Path, typer.Option(help="The .h5ad to write.")],
     perturbation: Annotated[str, typer.Option(help="Gene or drug, or several joined by '+'.")],
     control: Annotated[str | None, typer.Option(help="Which cells are controls, column=value; default: all.")] = None,
     dose: Annotated[float | None, typer.Option(help="In the unit that the model was trained with.")] = None,
     n: Annotated[int | None, typer.Option("--n", min=1, help="Cells to predict; default: one per control.")] = None,
-    layer: Annotated[str | None, typer.Option(help="Layer with the raw counts; default: X.")] = None,
+    *,
+    reading: Any,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -32,19 +35,20 @@ def perturb(
     Example: `bgen perturb my-model/model my.h5ad --control perturbation=control --perturbation G0012 --out cells.h5ad`
     """
     from bgen.tasks.load import load_model
-    from bgen.tasks.user_cells import read_h5ad
 
     require_new_file(out)
     where = next(iter(parse_where([control]).items())) if control is not None else None
     with progress_bar() as progress:
-        cells = load_model(model).perturb(
-            read_h5ad(data), perturbation, control=where, dose=dose, n=n, layer=layer, seed=seed, progress=progress
-        )
+        loaded = load_model(model)
+        read = loaded.read(data, **reading)
+        cells = loaded.perturb(read, perturbation, control=where, dose=dose, n=n, seed=seed, progress=progress)
     write_h5ad(cells, out)
     unseen = list(cells.uns["bgen"]["unseen"])
     if as_json:
-        typer.echo(json.dumps({"out": str(out), "cells": cells.n_obs, "genes": cells.n_vars, "unseen": unseen}))
+        told = {"out": str(out), "cells": cells.n_obs, "genes": cells.n_vars, "matched": read.matched.as_json()}
+        typer.echo(json.dumps({**told, "unseen": unseen}))
         return
+    say_matched(read.matched)
     if unseen:
         results.print(
             f"Not in training, predicted from what is known of the gene alone: {', '.join(unseen)}. Such"

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from bgen.cli.options import Data, cells_options, say_matched, with_options
 from bgen.cli.terminal import Json, Seed, notes, parse_where, progress_bar, results
+from bgen.files import require_new_file, write_h5ad
 
 app = typer.Typer(help="What a model does over time.")
 
 ModelFolder = Annotated[Path, typer.Argument(help="Model directory, of a flow trained on trajectories over time.")]
-Data = Annotated[Path, typer.Argument(help="Your .h5ad: raw counts, and a time for every cell in obs.")]
 Times = Annotated[list[float], typer.Option("--time", help="Time asked for, in the model's unit; may be repeated.")]
 Out = Annotated[Path, typer.Option(help="The .h5ad to write.")]
 Cells = Annotated[int | None, typer.Option("--n", min=1, help="Cells per time; default: as many as there are.")]
@@ -24,107 +24,82 @@ Guidance = Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 i
 Steps = Annotated[int | None, typer.Option(min=1, help="Solver steps.")]
 Solver = Annotated[str | None, typer.Option(help="euler, heun, midpoint or adaptive.")]
 TimeColumn = Annotated[str | None, typer.Option(help="obs column of the times; default: as the model knows it.")]
-Layer = Annotated[str | None, typer.Option(help="Layer with the raw counts; default: X.")]
 
 
-@app.command()
-def interpolate(
-    model: ModelFolder,
-    data: Data,
-    time: Times,
-    out: Out,
-    n: Cells = None,
-    where: Where = None,
-    library_size: Library = None,
-    guidance: Guidance = None,
-    steps: Steps = None,
-    solver: Solver = None,
-    time_column: TimeColumn = None,
-    layer: Layer = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
+def _predictor(name: str, forecast: bool, text: str) -> None:
+    """Add a verb that predicts time points; ``text`` says what it does."""
+
+    def predict(
+        model: ModelFolder,
+        data: Data,
+        time: Times,
+        out: Out,
+        n: Cells = None,
+        where: Where = None,
+        library_size: Library = None,
+        guidance: Guidance = None,
+        steps: Steps = None,
+        solver: Solver = None,
+        time_column: TimeColumn = None,
+        *,
+        reading: Any,
+        seed: Seed = 0,
+        as_json: Json = False,
+    ) -> None:
+        from bgen.tasks.load import load_model
+
+        require_new_file(out)
+        loaded = load_model(model)
+        with progress_bar() as progress:
+            read = loaded.read(data, **reading)
+            cells, scores = loaded.predict_times(
+                read,
+                time,
+                forecast=forecast,
+                n=n,
+                where=parse_where(where or []),
+                library_size=library_size,
+                sample={"guidance": guidance, "steps": steps, "solver": solver},
+                time_column=time_column,
+                seed=seed,
+                progress=progress,
+            )
+        write_h5ad(cells, out)
+        if as_json:
+            found = {f"{moment:g}": score.as_json() for moment, score in scores.items()}
+            told = {"out": str(out), "cells": cells.n_obs, "genes": cells.n_vars, "matched": read.matched.as_json()}
+            typer.echo(json.dumps({**told, "scores": found}))
+            return
+        say_matched(read.matched)
+        for score in scores.values():
+            results.print(f"Time {score.setting['time']:g}:")
+            results.print(score.table())
+            if score.setting["time_was_in_training"] == "True":
+                notes.print("The model was trained on cells of this time: the score says how well it remembers.")
+        if not scores:
+            results.print("No score: the data hold too few cells of that time to compare with.")
+        results.print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes: {out}")
+
+    predict.__doc__ = text
+    app.command(name)(with_options(reading=cells_options)(predict))
+
+
+_predictor(
+    "interpolate",
+    False,
     """Generate a missing time point from the time points around it; scored where your data do hold it.
 
     Cells that the data hold at that time are not shown to the model. The score means something only if the model was
     not trained on that time either.
 
     Example: `bgen interpolate model cells.h5ad --time 36 --out at36.h5ad`
-    """
-    sample = {"guidance": guidance, "steps": steps, "solver": solver}
-    _predict(model, data, time, out, False, n, where or [], library_size, sample, time_column, layer, seed, as_json)
-
-
-@app.command()
-def forecast(
-    model: ModelFolder,
-    data: Data,
-    time: Times,
-    out: Out,
-    n: Cells = None,
-    where: Where = None,
-    library_size: Library = None,
-    guidance: Guidance = None,
-    steps: Steps = None,
-    solver: Solver = None,
-    time_column: TimeColumn = None,
-    layer: Layer = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
+    """,
+)
+_predictor(
+    "forecast",
+    True,
     """Generate a later time point from the time points before it; scored where your data do hold it.
 
     Example: `bgen forecast model cells.h5ad --time 48 --out at48.h5ad`
-    """
-    sample = {"guidance": guidance, "steps": steps, "solver": solver}
-    _predict(model, data, time, out, True, n, where or [], library_size, sample, time_column, layer, seed, as_json)
-
-
-def _predict(
-    model: Path,
-    data: Path,
-    times: Sequence[float],
-    out: Path,
-    forecasting: bool,
-    n: int | None,
-    where: Sequence[str],
-    library_size: float | None,
-    sample: dict[str, Any],
-    time_column: str | None,
-    layer: str | None,
-    seed: int,
-    as_json: bool,
-) -> None:
-    from bgen.files import require_new_file, write_h5ad
-    from bgen.tasks.load import load_model
-    from bgen.tasks.user_cells import read_h5ad
-
-    require_new_file(out)
-    loaded = load_model(model)
-    with progress_bar() as progress:
-        cells, scores = loaded.predict_times(
-            read_h5ad(data),
-            times,
-            forecast=forecasting,
-            n=n,
-            where=parse_where(where),
-            library_size=library_size,
-            sample=sample,
-            time_column=time_column,
-            layer=layer,
-            seed=seed,
-            progress=progress,
-        )
-    write_h5ad(cells, out)
-    if as_json:
-        found = {f"{time:g}": score.as_json() for time, score in scores.items()}
-        typer.echo(json.dumps({"out": str(out), "cells": cells.n_obs, "genes": cells.n_vars, "scores": found}))
-        return
-    for score in scores.values():
-        results.print(f"Time {score.setting['time']:g}:")
-        results.print(score.table())
-        if score.setting["time_was_in_training"] == "True":
-            notes.print("The model was trained on cells of this time: the score says how well it remembers.")
-    if not scores:
-        results.print("No score: the data hold too few cells of that time to compare with.")
-    results.print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes: {out}")
+    """,
+)

@@ -22,7 +22,7 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest verified checkpoint.")] = False,
     accept_changed_data: Annotated[
-        bool, typer.Option("--accept-changed-data", help="With --resume: also on other data than it began with.")
+        bool, typer.Option("--accept-changed-data", help="With --resume: also with other data than the run began with.")
     ] = False,
 ) -> None:
     """Train a VAE or a flow; on several ranks under torchrun or deepspeed.

@@ -29,7 +29,7 @@ class MixerConfig(Section):
     """Settings of one mixer."""
 
     def misfits(self, width: int, *, real_time: bool) -> list[str]:
-        """Return what does not fit a backbone of that width that mixes over real time (or a grid): ``key: why``."""
+        """Return the settings that do not fit a backbone of that width, over real time or a grid, as ``key: why``."""
         return []
 
 
@@ -109,7 +109,7 @@ class HyenaConfig(MixerConfig):
     """Hyena: gated long convolutions with filters from a small network. A regular grid only."""
 
     order: Annotated[int, Field(ge=2)] = Field(2, description="Number of gates.")
-    max_length: PositiveInt = Field(2048, description="Most time points; the filters are defined on this many.")
+    max_length: PositiveInt = Field(2048, description="Time points at most; the filters are defined on this many.")
     filter_width: PositiveInt = Field(64, description="Width of the network that makes the filters.")
     bands: PositiveInt = Field(2, description="Frequencies that describe a place to that network.")
     shift: NonNegativeFloat = Field(0.05, description="Added to the filters' window: 0.05 as HyenaDNA, 0 as safari.")

@@ -1,12 +1,12 @@
-"""Settings of components that are known by name, such as mixers and encoders, and that a registry lists.
+"""Settings of components, such as mixers and encoders, which a registry lists by name.
 
-A registry is a dictionary from name to section. Whoever adds a component adds its section and one line in the registry;
-nothing else knows the names. There are two forms. One of several components is chosen by the key ``name``, and the keys
-of its own section stand beside it::
+A registry is a dictionary from name to section. To add a component, add its section and one line in the registry;
+nothing else knows the names. There are two forms. In the first, the key ``name`` chooses one component, and the keys of
+its section stand beside it::
 
     encoder: {name: state_vector}
 
-Or every component has a section under its name, and another key says which of them is used::
+In the second, every component has a section under its name, and another key says which of them is used::
 
     backbone: {name: ssm, time: {mixer: mamba2}, mamba2: {state: 16}, s4d: {state: 8}}
 """
@@ -33,7 +33,7 @@ def listed(names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class NameIn:
-    """Annotation of a string that must be a key of a registry, when it is read."""
+    """Annotation of a string that must be a key of a registry when it is read."""
 
     registry: Mapping[str, object]
 
@@ -47,14 +47,14 @@ class NameIn:
 
 
 class NamedSection(Section):
-    """Settings of one component of several; a subclass sets ``name`` to the only one that it goes by."""
+    """Settings of one component of several; a subclass fixes ``name``."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class ChosenByName:
-    """Annotation of a :class:`NamedSection`: read as the section that the registry has for its key ``name``."""
+    """Annotation of a :class:`NamedSection`: it is read as the section that the registry has for its ``name``."""
 
     registry: Mapping[str, type[NamedSection]]
     default: str
@@ -63,7 +63,7 @@ class ChosenByName:
         return core_schema.no_info_before_validator_function(self._read, handler(source))
 
     def section(self, given: object) -> type[NamedSection] | None:
-        """Return the class that ``given``, as read from YAML, is read as; None if there is none of that name."""
+        """Return the class for ``given``, a value from YAML; None if no component has that name."""
         name = given.get("name", self.default) if isinstance(given, Mapping) else self.default
         return self.registry.get(name) if isinstance(name, str) else None
 
@@ -94,7 +94,7 @@ def _read_part(part: _Part) -> Section:
 
 
 class SectionOfComponents(Section):
-    """A section with, beside its own keys, a section for every component of its registry, under the component's name.
+    """A section that holds, beside its own keys, a section for every component of its registry, under its name.
 
     Sections that are not given have their defaults. Unknown keys are errors, as everywhere.
     """

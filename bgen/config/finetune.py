@@ -15,16 +15,14 @@ from bgen.config.run import RunConfig
 class FinetuneConfig(RunConfig):
     """The training runs of ``bgen finetune``, on the user's cells in memory.
 
-    Everything else that shapes the autoencoder and the parent's flow is the parent's and cannot be set.
+    The shape of the autoencoder and of the parent's flow comes from the parent and cannot be set.
     """
 
     stage: Literal["vae", "flow", "perturb"] = Field(
         "vae", description="What a run trains; `bgen finetune` sets it for each of its runs."
     )
     parent: Path = Field(description="Model directory that is fine-tuned.")
-    flow: FlowConfig = Field(
-        FlowConfig(), description="The flow over time that is new where the parent has none (--task time)."
-    )
+    flow: FlowConfig = Field(FlowConfig(), description="A new flow over time, where the parent has none (--task time).")
     perturb: PerturbConfig = Field(
         PerturbConfig(), description="The flow from control to perturbed cells (--task perturb)."
     )

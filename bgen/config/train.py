@@ -26,7 +26,7 @@ class TrainConfig(Section):
     """The training loop and its DeepSpeed engine (bgen/README.md, "Training")."""
 
     steps: PositiveInt = Field(2000, description="Optimiser steps.")
-    global_batch: PositiveInt = Field(512, description="Cells per optimiser step over all ranks.")
+    global_batch: PositiveInt = Field(256, description="Cells per optimiser step over all ranks.")
     micro_batch: PositiveInt | None = Field(
         None, description="Cells per forward pass on one rank; default: all of the rank's share."
     )

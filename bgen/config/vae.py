@@ -50,8 +50,12 @@ class VAEConfig(Section):
     covariates: list[str] = Field(
         default_factory=list, description="obs columns (roles or names) given to encoder and decoder, such as batch."
     )
-    kl_weight: NonNegativeFloat = Field(1.0, description="Weight of the KL term after warm-up.")
-    kl_warmup: NonNegativeInt = Field(400, description="Steps over which the KL weight rises from 0.")
+    kl_weight: NonNegativeFloat = Field(
+        0.1,
+        description="Weight of the KL term after warm-up. The flow learns latents of any shape, and a stronger pull "
+        "towards N(0, I) loses what tells cells apart.",
+    )
+    kl_warmup: NonNegativeInt = Field(100, description="Steps over which the KL weight rises from 0.")
     free_bits: NonNegativeFloat = Field(0.0, description="KL per latent dimension, in nats, that is not penalised.")
     thinning: Fraction = Field(
         0.5,

@@ -68,6 +68,43 @@ def match_genes(wanted: Sequence[str], there: Sequence[str], *, floor: float = 0
     return places
 
 
+WAYS = ("id", "id as the model's symbol", "symbol as the model's id", "symbol")
+"""How genes of data may be matched to those of a model, the best first."""
+
+
+def match_names(
+    known: pd.DataFrame, ids: Sequence[str], symbols: Sequence[str], *, enough: float = 0.8
+) -> tuple[NDArray[np.int64], str]:
+    """Return for each gene of some data its place in a gene table, or -1, and the one of :data:`WAYS` that was taken.
+
+    Genes are matched by id where that finds the share ``enough`` of the table; otherwise in the way that finds most, so
+    that data with symbols meet a table with Ensembl ids and symbols. A symbol that several genes of the table have is
+    the one of them that most training cells express. Several genes of the data may have the same place.
+
+    Parameters
+    ----------
+    known
+        Gene table with :data:`COLUMNS`.
+    ids, symbols
+        Of the genes of the data, as many of each; ids without version.
+    """
+    by_id = pd.Series(np.arange(len(known)), index=pd.Index(known["id"].astype(str)))
+    by_symbol = pd.Series(np.arange(len(known)), index=pd.Index(known["symbol"].astype(str)))
+    by_symbol = by_symbol.iloc[np.argsort(-known["cells"].to_numpy(), kind="stable")]
+    by_symbol = by_symbol[~by_symbol.index.duplicated() & (by_symbol.index != "")]
+    best, way, most = np.full(len(ids), -1, np.int64), WAYS[0], -1
+    for name, (names, table) in zip(
+        WAYS, ((ids, by_id), (ids, by_symbol), (symbols, by_id), (symbols, by_symbol)), strict=True
+    ):
+        places = table.reindex(pd.Index(names)).fillna(-1).to_numpy(np.int64)
+        found = len(np.unique(places[places >= 0]))
+        if found > most:
+            best, way, most = places, name, found
+        if name == WAYS[0] and found >= enough * len(known):
+            break
+    return best, way
+
+
 def find_genes(genes: pd.DataFrame, names: Sequence[str]) -> NDArray[np.int64]:
     """Return the place of each name among gene ids, else symbols; -1 if it is neither."""
     by_id = pd.Index(genes["id"]).get_indexer(pd.Index(names))

@@ -1,8 +1,9 @@
-"""What a model directory says of its model beside weights, genes and columns: ``about`` in config.json, typed.
+"""What a model directory says of its model besides weights, genes and columns: the typed record ``about`` in
+config.json.
 
-The record has a version. Version 1 had no groups and no number: its fields stood side by side, and
-:func:`read_about` sorts them into the groups of today. What an older version did not say gets its default; what this
-bgen does not know is refused, since a newer one wrote it and may mean something by it.
+The record has a version. Version 1 had no groups and no number: its fields stood side by side, and :func:`read_about`
+sorts them into groups. A field that an older version did not have gets its default; a field that this bgen does not
+know is refused, since a newer one wrote it and may rely on it.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class EffectOf(Section):
 
 
 class EffectScale(Section):
-    """By what average effects are multiplied (:mod:`bgen.tasks.perturb.effect_scale`)."""
+    """Factors that calibrate the size of average effects (:mod:`bgen.tasks.perturb.effect_scale`)."""
 
     trained: float = Field(1.0, description="Those of trained perturbations.")
     unseen: float = Field(1.0, description="Those that are predicted for unseen targets.")

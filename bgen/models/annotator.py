@@ -25,7 +25,7 @@ class Annotator(nn.Module):
     vae
         Trained.
     weights
-        Labels to their weight in the loss ``[K]`` (of mean 1 over the training cells), so that rare ones count.
+        Weight of each label in the loss ``[K]``, of mean 1 over the training cells, so that rare labels count.
     """
 
     label_weights: Tensor

@@ -1,4 +1,4 @@
-"""What a flow asks of the model between counts and latents. A VAE is one (:mod:`bgen.models.vae.vae`).
+"""The codec: what a flow asks of a model between counts and latents, such as a VAE (:mod:`bgen.models.vae.vae`).
 
 Axes: B cells, G genes, D size of the latent state; the latents of a cell are D + 1 numbers.
 """
@@ -15,14 +15,14 @@ from bgen.data.batch import CellBatch
 from bgen.models.likelihoods.negative_binomial import NegativeBinomial, ZeroInflatedNegativeBinomial
 
 _LIBRARY_MARGIN = 0.1
-"""Natural-log units that a generated library may lie outside the range seen in training."""
+"""Natural-log units by which a generated library may lie outside the range seen in training."""
 
 
 class Codec(nn.Module, ABC):
     """Counts to whitened latents, and back to distributions of counts.
 
-    Whitened latents are the latent state and, last, the log library size, each standardised by the training cells'
-    statistics, which are buffers: ``latent_mean``, ``latent_std`` ``[D + 1]``, ``log_library_range [2]``.
+    Whitened latents are the latent state and, last, the log library size, each standardised by statistics of the
+    training cells. These are buffers: ``latent_mean``, ``latent_std`` ``[D + 1]``, ``log_library_range [2]``.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class Codec(nn.Module, ABC):
     n_genes
         G.
     covariates
-        obs column that :meth:`decode` is told to its number of categories.
+        Number of categories of each obs column that :meth:`decode` is told.
     """
 
     latent_mean: Tensor
@@ -49,7 +49,9 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def latents(self, batch: CellBatch) -> Tensor:
-        """Whitened latents of cells, ``[B, D + 1]``, without gradients; what is random comes from ``batch.keys``."""
+        """Return whitened latents of cells, ``[B, D + 1]``, without gradients; all randomness comes from
+        ``batch.keys``.
+        """
 
     @abstractmethod
     def decode(

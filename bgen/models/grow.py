@@ -1,7 +1,7 @@
 """A trained model with more genes, batches or conditions than it was trained with.
 
-Everything old keeps its weights, so what the model says of old categories and genes does not change. How new rows start
-is for the component to say that has them: a new category starts like "unknown", a new gene at its average share of the
+Everything old keeps its weights, so what the model says of old categories and genes does not change. The component that
+has new rows decides how they start: a new category starts like "unknown", a new gene at its average share of the
 counts, independent of the state.
 """
 

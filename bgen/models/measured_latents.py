@@ -18,9 +18,8 @@ from bgen.models.codec import Codec
 class MeasuredLatents(Codec):
     """Looks the latents up by the cells' numbers.
 
-    For measurements that are continuous already (principal components, protein levels, published benchmarks): the
-    flow, its patterns and its backbones are then the same code as for counts. The last dimension takes the place of the
-    log library size.
+    For measurements that are continuous already (principal components, protein levels, published benchmarks); flow,
+    patterns and backbones are the same code as for counts. The last dimension takes the place of the log library size.
 
     Parameters
     ----------

@@ -1,11 +1,11 @@
-"""Which parameters weight decay applies to: every module says so of those that it owns itself.
+"""Which parameters weight decay applies to: every module says so for the parameters that it owns.
 
-A matrix that is pulled to zero makes a simpler map. For everything else zero has no such meaning: it would be one
-certain decay rate (A_log, A_imag, dt_bias), one certain place (embeddings, learned queries), or switch off what a fixed
-number of times is added up (biases, scales of norms, D, S4D's C, short convolutions, dispersions).
+A matrix that is pulled to zero makes a simpler map. For everything else zero has no such meaning: it would be a
+particular decay rate (A_log, A_imag, dt_bias) or a particular place (embeddings, learned queries), or it would switch
+off one of a few terms (biases, scales of norms, D, S4D's C, short convolutions, dispersions).
 
-Of torch's modules the weights of linear layers decay, and nothing else does. A module of another package that owns
-parameters (not layers that own them) names those that decay in ``decayed``, an empty tuple if there are none.
+Among torch's own modules, the weights of linear layers decay and nothing else does. Any other module that owns
+parameters itself names those that decay in ``decayed``, which is empty if there are none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def decays(module: nn.Module, name: str) -> bool:
     Raises
     ------
     TypeError
-        If the module does not say so and is not torch's: a matrix must not lose its weight decay unnoticed.
+        If the module is not torch's and does not say: a matrix must not lose its weight decay unnoticed.
     """
     if isinstance(module, Decays):
         return name in module.decayed

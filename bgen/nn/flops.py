@@ -1,8 +1,8 @@
 """Floating-point operations, by formula: 2 for each multiply-add of a matrix product.
 
-Every block says in a method ``flops`` what its forward pass takes. Elementwise work is left out, as is usual for MFU:
-the scans of mamba1 and s4d (about 9 B T E S), FFTs, norms, softmax. Training costs three times the forward pass, unless
-a block says otherwise; work that is done again (activation checkpointing) is not counted.
+The method ``flops`` of every block tells the operations of its forward pass. Elementwise work is left out, as is usual
+for MFU: the scans of mamba1 and s4d (about 9 B T E S), FFTs, norms, softmax. Training costs three times the forward
+pass, unless a block says otherwise; work that is done again (activation checkpointing) is not counted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,6 @@ def linear(points: int, inputs: int, outputs: int) -> int:
 
 
 def layers(points: int, *modules: nn.Module) -> int:
-    """Apply linear layers to every point: those that the modules are or hold."""
+    """Apply all linear layers among or inside the modules to every point."""
     found = (layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear))
     return sum(linear(points, layer.in_features, layer.out_features) for layer in found)

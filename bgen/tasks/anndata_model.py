@@ -1,23 +1,25 @@
-"""The ground floor of all verbs: an exported model that encodes AnnData and decodes latent states."""
+"""The base of all verbs: an exported model that reads and encodes cells, and decodes latent states.
+
+Axes: N cells, G genes of the model, D latents.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import scipy.sparse as sp
 import torch
-from anndata import AnnData
 from numpy.typing import NDArray
 from torch import Tensor
 
 from bgen.data.batch import CellBatch
-from bgen.errors import UserError, nearest
-from bgen.genes.table import match_genes
+from bgen.errors import UserError
 from bgen.hub.directory import SavedModel
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.order.keys import hash_keys
+from bgen.tasks.user_cells import Cells, Reading, UserCells, UserData, read_user_data
 
 BATCH = 1024
 
@@ -51,26 +53,61 @@ class AnnDataModel:
         known = self.saved.columns
         return {name: known[name].categories if known[name].kind == "category" else "number" for name in names}
 
-    @torch.no_grad()
-    def encode(self, adata: AnnData, *, layer: str | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return mean and variance ``[n_cells, D]`` of the cells' latent states.
+    def read(self, data: Cells | UserData | UserCells, **reading: Unpack[Reading]) -> UserCells:
+        """Read cells and match them to this model. Every verb does this first, or takes the result in place of the
+        data.
 
         Parameters
         ----------
-        adata
-            Raw counts in X (or ``layer``); genes are matched by id, missing ones count as zero. Covariates are taken
-            from obs where the column is there, else they are unknown.
+        data
+            A file or folder of any format that ``bgen data check`` reads, or AnnData in memory. Genes are matched by id
+            or, where a model has both, by symbol; those that the data lacks count as zero. Columns are found in obs by
+            the model's name of them or by their role.
+        reading
+            See :class:`bgen.tasks.user_cells.Reading`.
+
+        Returns
+        -------
+        UserCells
+            Its ``matched`` says what was matched and what was not.
 
         Raises
         ------
         UserError
             If too few genes agree, or the matrix holds no counts.
         """
-        counts = self.counts(adata, layer)
-        obs = self.covariates(adata)
+        if isinstance(data, UserCells):
+            if reading:
+                raise UserError(
+                    f"These cells are read already: {', '.join(reading)} has to be given when they are read."
+                )
+            if data.genes != self.genes:
+                raise UserError("These cells were read for a model with other genes. Read them with this model.")
+            return data
+        return read_user_data(data, **reading).match(self.saved.genes, self.saved.columns, self.expected_shares())
+
+    @torch.no_grad()
+    def expected_shares(self) -> NDArray[np.float32]:
+        """Return the share of each gene ``[G]`` in the counts of the model's average cell."""
+        vae = self.saved.vae
+        average = vae.latent_mean[None, :-1].to(torch.float32)
+        mean = vae.decode(average, torch.ones(1), {}).mean[0]
+        return (mean / mean.sum()).numpy()
+
+    @torch.no_grad()
+    def encode(
+        self, data: Cells | UserCells, **reading: Unpack[Reading]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return mean and variance ``[N, D]`` of the cells' latent states; see :meth:`read`.
+
+        Covariates are taken from obs where the column is there, else they are unknown.
+        """
+        cells = self.read(data, **reading)
+        obs = self.covariates(cells)
         means, variances = [], []
-        for start in range(0, counts.shape[0], BATCH):
-            batch = _batch(counts[start : start + BATCH], {k: v[start : start + BATCH] for k, v in obs.items()}, start)
+        for start in range(0, len(cells), BATCH):
+            part = slice(start, start + BATCH)
+            batch = _batch(cells.counts[part], {name: codes[part] for name, codes in obs.items()}, start)
             mean, logvar = self.saved.vae.encode(batch)
             means.append(mean.numpy())
             variances.append(logvar.exp().numpy())
@@ -102,53 +139,14 @@ class AnnDataModel:
             expected.append(self.saved.vae.decode(state, size, codes).mean.numpy())
         return np.concatenate(expected)
 
-    def counts(self, adata: AnnData, layer: str | None = None) -> sp.csr_matrix:
-        """Return the model's genes of the data as CSR ``[n_cells, G]``.
+    def counts(self, data: Cells | UserCells, layer: str | None = None) -> sp.csr_matrix:
+        """Return the model's genes of the data as CSR ``[N, G]``; see :meth:`read`."""
+        return (self.read(data) if layer is None else self.read(data, layer=layer)).counts
 
-        Raises
-        ------
-        UserError
-            As :meth:`encode`, or if the layer is not there.
-        """
-        if layer is not None and layer not in adata.layers:
-            raise UserError(f"The data has no layer '{layer}'.{nearest(layer, filter(None, adata.layers))}")
-        places = match_genes(self.genes, adata.var_names.astype(str).tolist(), what="the data")
-        matrix = sp.csr_matrix(adata.X if layer is None else adata.layers[layer])
-        if matrix.nnz and (matrix.data.min() < 0 or not np.array_equal(matrix.data, np.rint(matrix.data))):
-            where = "X" if layer is None else f"layers['{layer}']"
-            raise UserError(
-                f"{where} is not counts: it holds negative or fractional values. Give the layer with the raw counts;"
-                " `bgen data check` says where they are."
-            )
-        columns = np.full(adata.n_vars, -1)
-        columns[places[places >= 0]] = np.flatnonzero(places >= 0)
-        kept = columns[matrix.indices] >= 0
-        indptr = np.concatenate([[0], np.cumsum(kept)])[matrix.indptr]
-        counts = sp.csr_matrix(
-            (matrix.data[kept].astype(np.float32), columns[matrix.indices[kept]], indptr),
-            shape=(adata.n_obs, len(self.genes)),
-        )
-        counts.sort_indices()
-        counts.eliminate_zeros()
-        return counts
-
-    def covariates(self, adata: AnnData) -> dict[str, NDArray[np.int64]]:
-        """Return codes ``[n_cells]`` of the model's covariates; -1 where the data does not tell or it is new."""
-        codes = {}
-        for name in self.saved.vae.covariates:
-            found = self._column(adata, name)
-            codes[name] = np.full(adata.n_obs, -1) if found is None else found
-        return codes
-
-    def _column(self, adata: AnnData, name: str) -> NDArray[Any] | None:
-        """Return a column that the model knows as codes or float32 numbers; None if the data lack it."""
-        info = self.saved.columns[name]
-        there = next((c for c in (name, info.role) if c in adata.obs), None)
-        if there is None:
-            return None
-        if info.kind == "category":
-            return self._codes(name, adata.obs[there].astype(str).to_numpy())
-        return adata.obs[there].to_numpy(np.float32)
+    def covariates(self, data: Cells | UserCells) -> dict[str, NDArray[np.int64]]:
+        """Return codes ``[N]`` of the model's covariates; -1 where the data does not tell or it is new."""
+        cells = self.read(data)
+        return {name: cells.columns.get(name, np.full(len(cells), -1)) for name in self.saved.vae.covariates}
 
     def _codes(self, name: str, values: NDArray[Any]) -> NDArray[np.int64]:
         """Return the codes of category names; one that the model does not know is unknown, -1."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from anndata import AnnData
 
@@ -18,13 +18,30 @@ from bgen.tasks.cells.integrate import integrate_cells
 from bgen.tasks.generate import sample_settings
 from bgen.tasks.perturb.perturb import perturb_cells
 from bgen.tasks.time.axis import TimeAxis
-from bgen.tasks.time.observed import Observed, Systems, read_times, select_cells
+from bgen.tasks.time.observed import observe
 from bgen.tasks.time.predict import predict_times
 from bgen.tasks.time.trajectories import generate_as_trained
+from bgen.tasks.user_cells import Cells, Reading, UserCells
+
+
+class TimeOptions(Reading, total=False):
+    """Keyword arguments of :meth:`Model.predict_times` that :meth:`Model.interpolate` and ``forecast`` take, too."""
+
+    n: int | None
+    where: Mapping[str, Any] | None
+    library_size: float | None
+    sample: Mapping[str, Any] | None
+    time_column: str | None
+    seed: int
+    progress: Progress | None
 
 
 class Model(AnnDataModel):
-    """An exported model, loaded, with a method for each verb of the command line."""
+    """An exported model, loaded, with a method for each verb of the command line.
+
+    A method that takes cells takes a file of any format that ``bgen data check`` reads, AnnData in memory, or the
+    result of :meth:`read`. Keyword arguments say how cells are read (:class:`bgen.tasks.user_cells.Reading`).
+    """
 
     def generate(
         self,
@@ -67,65 +84,23 @@ class Model(AnnDataModel):
         )
 
     def interpolate(
-        self,
-        adata: AnnData,
-        times: float | Sequence[float],
-        *,
-        n: int | None = None,
-        where: Mapping[str, Any] | None = None,
-        library_size: float | None = None,
-        sample: Mapping[str, Any] | None = None,
-        time_column: str | None = None,
-        layer: str | None = None,
-        seed: int = 0,
+        self, data: Cells | UserCells, times: float | Sequence[float], **options: Unpack[TimeOptions]
     ) -> AnnData:
         """Generate cells at time points that the data lack, from the time points around; AnnData of integer counts.
 
         See :meth:`predict_times`.
         """
-        return self.predict_times(
-            adata,
-            times,
-            forecast=False,
-            n=n,
-            where=where,
-            library_size=library_size,
-            sample=sample,
-            time_column=time_column,
-            layer=layer,
-            seed=seed,
-        )[0]
+        return self.predict_times(data, times, forecast=False, **options)[0]
 
     def forecast(
-        self,
-        adata: AnnData,
-        times: float | Sequence[float],
-        *,
-        n: int | None = None,
-        where: Mapping[str, Any] | None = None,
-        library_size: float | None = None,
-        sample: Mapping[str, Any] | None = None,
-        time_column: str | None = None,
-        layer: str | None = None,
-        seed: int = 0,
+        self, data: Cells | UserCells, times: float | Sequence[float], **options: Unpack[TimeOptions]
     ) -> AnnData:
         """Generate cells at later time points from the data before them; otherwise as :meth:`interpolate`."""
-        return self.predict_times(
-            adata,
-            times,
-            forecast=True,
-            n=n,
-            where=where,
-            library_size=library_size,
-            sample=sample,
-            time_column=time_column,
-            layer=layer,
-            seed=seed,
-        )[0]
+        return self.predict_times(data, times, forecast=True, **options)[0]
 
     def predict_times(
         self,
-        adata: AnnData,
+        data: Cells | UserCells,
         times: float | Sequence[float],
         *,
         forecast: bool,
@@ -134,16 +109,17 @@ class Model(AnnDataModel):
         library_size: float | None = None,
         sample: Mapping[str, Any] | None = None,
         time_column: str | None = None,
-        layer: str | None = None,
         seed: int = 0,
         progress: Progress | None = None,
+        **reading: Unpack[Reading],
     ) -> tuple[AnnData, dict[float, TimeScores]]:
-        """Generate cells at times that are treated as missing from the data, and score them where they are not.
+        """Generate cells at times that are treated as missing from the data, and score them where the data do hold
+        them.
 
         Parameters
         ----------
-        adata
-            Raw counts in X (or ``layer``) and a time for every cell in obs; genes are matched by id.
+        data
+            Raw counts, and a time for every cell in obs; see :meth:`read`.
         times
             Times asked for, in the model's unit. Cells that the data hold there are not shown to the model; they are
             what it is compared with (also in ``uns['bgen']['scores']`` of the result).
@@ -165,24 +141,13 @@ class Model(AnnDataModel):
         UserError
             If the model knows no trajectories, or data, times or conditions do not fit it.
         """
-        axis = TimeAxis.of(self.saved)
+        TimeAxis.of(self.saved)  # before anything is read
         wanted = [float(times)] if isinstance(times, int | float) else [float(time) for time in times]
         asked = where or {}
         settings = sample_settings(self.saved.sample, **(sample or {}))
-        adata = select_cells(self.saved, adata, asked)
-        mean, variance = self.encode(adata, layer=layer)
-        known = [c for c in self.saved.columns if c != axis.column]
-        observed = Observed(
-            counts=self.counts(adata, layer),
-            mean=mean,
-            variance=variance,
-            time=read_times(adata, axis, time_column),
-            columns={name: values for name in known if (values := self._column(adata, name)) is not None},
-            systems=Systems.of(adata, axis.system),
-        )
         return predict_times(
             self.saved,
-            observed,
+            observe(self, self.read(data, **reading), asked, time_column),
             wanted,
             forecast=forecast,
             where=asked,
@@ -193,52 +158,59 @@ class Model(AnnDataModel):
             progress=progress,
         )
 
-    def embed(self, adata: AnnData, *, layer: str | None = None) -> AnnData:
-        """Return a copy of the data with the latent means of its cells in ``obsm['X_bgen']`` ``[n_cells, D]``."""
-        mean, _ = self.encode(adata, layer=layer)
-        embedded = adata.copy()
+    def embed(self, data: Cells | UserCells, **reading: Unpack[Reading]) -> AnnData:
+        """Return a copy of the data with the latent means of its cells in ``obsm['X_bgen']`` ``[N, D]``."""
+        cells = self.read(data, **reading)
+        mean, _ = self.encode(cells)
+        embedded = cells.copy()
         embedded.obsm["X_bgen"] = mean
-        embedded.uns["bgen"] = {**dict(adata.uns.get("bgen", {})), "embedding_model": self.saved.fingerprint()}
+        embedded.uns["bgen"] = {**dict(embedded.uns.get("bgen", {})), "embedding_model": self.saved.fingerprint()}
         return embedded
 
     def annotate(
-        self, adata: AnnData, label: str | None = None, *, layer: str | None = None, threshold: float = 0.5
+        self,
+        data: Cells | UserCells,
+        label: str | None = None,
+        *,
+        threshold: float = 0.5,
+        **reading: Unpack[Reading],
     ) -> AnnData:
         """Label cells, with probabilities; see :func:`bgen.tasks.cells.annotate.annotate_cells`."""
-        return annotate_cells(self, adata, label, layer=layer, threshold=threshold)
+        return annotate_cells(self, self.read(data, **reading), label, threshold=threshold)
 
-    def denoise(self, adata: AnnData, *, layer: str | None = None, library_size: float | None = None) -> AnnData:
+    def denoise(
+        self, data: Cells | UserCells, *, library_size: float | None = None, **reading: Unpack[Reading]
+    ) -> AnnData:
         """Add expected counts as a layer; see :func:`bgen.tasks.cells.denoise.denoise_cells`."""
-        return denoise_cells(self, adata, layer=layer, library_size=library_size)
+        return denoise_cells(self, self.read(data, **reading), library_size=library_size)
 
     def integrate(
         self,
-        adata: AnnData,
+        data: Cells | UserCells,
         *,
         reference: str | None = None,
         batch: str | None = None,
         label: str | None = None,
-        layer: str | None = None,
+        **reading: Unpack[Reading],
     ) -> AnnData:
         """Add a latent and counts without batch effects; see :func:`bgen.tasks.cells.integrate.integrate_cells`."""
-        return integrate_cells(self, adata, reference=reference, batch=batch, label=label, layer=layer)
+        return integrate_cells(self, self.read(data, **reading), reference=reference, batch=batch, label=label)
 
     def perturb(
         self,
-        adata: AnnData,
+        data: Cells | UserCells,
         perturbation: str,
         *,
         control: tuple[str, str] | None = None,
         dose: float | None = None,
         n: int | None = None,
-        layer: str | None = None,
         seed: int = 0,
         progress: Progress | None = None,
+        **reading: Unpack[Reading],
     ) -> AnnData:
         """Predict perturbed cells from control cells; see :func:`bgen.tasks.perturb.perturb.perturb_cells`."""
-        return perturb_cells(
-            self, adata, perturbation, control=control, dose=dose, n=n, layer=layer, seed=seed, progress=progress
-        )
+        cells = self.read(data, **reading)
+        return perturb_cells(self, cells, perturbation, control=control, dose=dose, n=n, seed=seed, progress=progress)
 
 
 def load_model(folder: str | Path, device: str = "cpu") -> Model:

@@ -20,10 +20,10 @@ from data_tools.building.partial import WORK, Plan, all_or_nothing, save_array
 from data_tools.building.pieces import Piece, cut_file
 from data_tools.building.run_tasks import open_runner
 from data_tools.building.splits import DEFAULT, Codes, assign, assign_groups, group_names
-from data_tools.building.vocabulary import take_reference
 from data_tools.building.write import Contents, fill
 from data_tools.check.findings import FileReport, Report, Roles
-from data_tools.inputs.open import open_source
+from data_tools.check.vocabulary import take_reference
+from data_tools.inputs.registry import open_source
 from data_tools.inputs.source import Source
 
 LARGE = 200_000_000
@@ -67,7 +67,7 @@ def build(
     held_out
         Split to the values of ``split_by`` that it consists of; the other cells are divided among the other splits.
     reference
-        File with the gene ids that the store is to have (:func:`data_tools.building.vocabulary.read_reference`);
+        File with the gene ids that the store is to have (:func:`data_tools.check.vocabulary.read_reference`);
         default: the genes of all inputs.
     workers
         Worker processes; 0: work in this process; default: one for each core (at most 8) for :data:`LARGE` inputs, else
@@ -85,7 +85,7 @@ def build(
     if report.errors:
         raise UserError(f"The input has {len(report.errors)} error(s): `bgen data check` lists them with their fixes.")
     out = out.absolute()
-    sources = [open_source(file.path.absolute()) for file in report.files]
+    sources = [open_source(file.path.absolute() if file.cells is None else file.cells) for file in report.files]
     for source, file in zip(sources, report.files, strict=True):
         if source.n_cells != file.n_cells:
             raise UserError(f"{file.path} was changed after it was checked. Check it again.")
@@ -113,7 +113,7 @@ def build(
             splits=list(splits),
             source=np.repeat(np.arange(len(sources), dtype=np.int32), n_rows)[keep],
             row=np.concatenate([np.arange(n) for n in n_rows])[keep],
-            sources=[_source(*one, report) for one in zip(report.files, gene_maps, strict=True)],
+            sources=[_source(*one, report) for one in zip(report.files, sources, gene_maps, strict=True)],
             organism=report.organism,
             roles=roles,
             units=_units(report.roles),
@@ -125,7 +125,7 @@ def build(
         )
 
     options = {"profile": profile, "seed": seed, "created_by": created_by}
-    plan = _plan(report, contents([]), gene_maps, {**options, "splits": splits, "split_by": split_by})
+    plan = _plan(report, sources, contents([]), gene_maps, {**options, "splits": splits, "split_by": split_by})
     with all_or_nothing(out, plan, restart=restart) as partial:
         pieces: list[Piece] = []
         for number, (source, file) in enumerate(zip(sources, report.files, strict=True)):
@@ -147,6 +147,8 @@ def build(
 def _choose_workers(workers: int | None, sources: Sequence[Source], files: Sequence[FileReport]) -> int:
     if workers is not None:
         return workers
+    if any(source.is_in_memory for source in sources):  # every worker would get a copy
+        return 0
     values = 0
     for source, file in zip(sources, files, strict=True):
         about = source.matrices[file.matrix]
@@ -176,15 +178,19 @@ def _split(
 
 
 def _plan(
-    report: Report, contents: Contents, gene_maps: Sequence[NDArray[np.int64]], options: Mapping[str, object]
+    report: Report,
+    sources: Sequence[Source],
+    contents: Contents,
+    gene_maps: Sequence[NDArray[np.int64]],
+    options: Mapping[str, object],
 ) -> Plan:
-    """Return what distinguishes this build from any other."""
+    """Return what tells this build from any other one; ``sources`` are the open files of the report."""
 
     def digest(*arrays: NDArray[np.generic]) -> str:
         return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
 
     return {
-        "the input files": json.dumps([_state(file.path) for file in report.files]),
+        "the input files": json.dumps([source.state() for source in sources]),
         "the matrix or the rounding": json.dumps([[file.matrix, file.rounding] for file in report.files]),
         "the genes": hashlib.sha256("\n".join(contents.genes["id"]).encode()).hexdigest() + digest(*gene_maps),
         "the cells": digest(contents.row, contents.source),
@@ -194,13 +200,6 @@ def _plan(
         "the seed": str(options["seed"]),
         "the version of bgen": str(options["created_by"]),
     }
-
-
-def _state(path: Path) -> list[object]:
-    """Return what changes when a file, or a folder of files, is written again."""
-    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
-    stats = [one.stat() for one in files]
-    return [str(path.absolute()), len(files), sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)]
 
 
 def _roles(roles: Roles) -> dict[str, str]:
@@ -215,13 +214,11 @@ def _units(roles: Roles) -> dict[str, str]:
     return {role: unit for role, unit in (("time", roles.time_unit), ("dose", roles.dose_unit)) if unit is not None}
 
 
-def _source(file: FileReport, gene_map: NDArray[np.int64], report: Report) -> ManifestSource:
-    paths = [file.path] if file.path.is_file() else file.path.rglob("*")
-    size = sum(path.stat().st_size for path in paths if path.is_file())
+def _source(file: FileReport, source: Source, gene_map: NDArray[np.int64], report: Report) -> ManifestSource:
     fixes = sorted({f.id for f in report.findings if f.level == "fix" and f.where in ("", str(file.path))})
     return ManifestSource(
         name=file.path.name,
-        bytes=size,
+        bytes=source.size(),
         cells=file.n_cells,
         kept=int(file.keep.sum()),
         matrix=file.matrix,

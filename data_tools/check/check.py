@@ -9,28 +9,28 @@ Axes: N cells, M columns of a file, G final genes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 from numpy.typing import NDArray
 
 from bgen.errors import UserError
-from data_tools.check.counts import MatrixStatistics, describe, duplicate_groups, gene_keys, saturated, scan
+from data_tools.check.counts import MatrixStatistics, advice, describe, duplicate_groups, saturated
 from data_tools.check.findings import FileReport, Report, Roles, Rounding, listed, plural
-from data_tools.check.genes import Genes, MergeDuplicates, resolve_genes, resolve_organism
+from data_tools.check.genes import Genes, MergeDuplicates, resolve_organism
+from data_tools.check.look import Looked, Progress, counts_elsewhere, look
 from data_tools.check.obs import resolve_roles
-from data_tools.inputs.anndata_zarr import members
-from data_tools.inputs.open import open_source
+from data_tools.check.vocabulary import take_reference
+from data_tools.inputs.in_memory import NAME as IN_MEMORY
+from data_tools.inputs.registry import members, open_source
 from data_tools.inputs.source import Source
 
 FEW_GENES = 5000
 """Below this, a file is taken for a selection of genes (G04)."""
-
-PARTIAL = ("spliced", "unspliced", "ambiguous", "matrix")
-"""Layers of RNA velocity: they hold counts, but only of some of a cell's molecules, so others are proposed first."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class CheckOptions:
     Attributes
     ----------
     counts
-        Matrix that holds the counts: "X", "raw/X", "layers/counts"; None: X, if it is counts.
+        Matrix that holds the counts: "X", "raw/X", "layers/counts"; "auto": in each file the first that is counts;
+        None: X, if it is counts.
     rounding
         What to do with values that are not integers: "none" refuses them, except numerical noise.
     gene_column
@@ -51,6 +52,9 @@ class CheckOptions:
         Go on where the genes are only numbered.
     organism
         Overrides what the file declares.
+    reference, floor
+        Genes that the files are compared with (see :func:`data_tools.check.vocabulary.read_reference`), and the
+        least share of them that the files together must have.
     primary_only
         Leave out cells that the file marks as copies of other datasets' (is_primary_data is False).
     roles
@@ -63,12 +67,10 @@ class CheckOptions:
     merge_duplicates: MergeDuplicates = "no"
     accept_unnamed_genes: bool = False
     organism: str | None = None
+    reference: Path | None = None
+    floor: float = 0.0
     primary_only: bool = False
     roles: Roles = field(default_factory=Roles)
-
-
-Progress = Callable[[Path, str], None]
-"""Called with the file and the matrix about to be read."""
 
 
 @dataclass
@@ -83,12 +85,12 @@ class _Checked:
 
 
 def check(
-    files: Sequence[str | os.PathLike[str]],
+    files: Sequence[str | os.PathLike[str] | AnnData],
     options: CheckOptions | None = None,
     *,
     progress: Progress | None = None,
 ) -> Report:
-    """Check files of counts that are to become one store.
+    """Check files of counts, or AnnData in memory, that are to become one store.
 
     Everything is read once, block by block. Faults of a file raise nothing: they are in the findings of the report, and
     :attr:`Report.errors` says whether a store can be built.
@@ -103,15 +105,22 @@ def check(
     options = options or CheckOptions()
     report = Report()
     checked = []
-    for path in dict.fromkeys(member for file in files for member in members(Path(file))):
+    in_memory = [file for file in files if isinstance(file, AnnData)]
+    paths = dict.fromkeys(one for file in files if not isinstance(file, AnnData) for one in members(Path(file)))
+    for given in (*paths, *in_memory):
+        where = IN_MEMORY if isinstance(given, AnnData) else given
         try:
-            source = open_source(path)
+            source = open_source(given)
             checked.append(_check_file(source, options, report, progress))
         except UserError as error:
-            report.add("C01", "error", str(error).removeprefix(f"{path}: "), path)
+            report.add("C01", "error", str(error).removeprefix(f"{where}: "), where)
+            continue
+        if isinstance(given, AnnData):
+            report.files[-1].cells = given
     if not checked:
         return report
     _join_genes(checked, report)
+    _check_reference(options, report)
     _check_cells(checked, report)
     _join_organisms(checked, report)
 
@@ -127,45 +136,40 @@ def check(
 def _check_file(source: Source, options: CheckOptions, report: Report, progress: Progress | None) -> _Checked:
     """Check the matrix and the genes of one file."""
     file = FileReport(source.path, source.kind, source.n_cells, keep=np.ones(source.n_cells, dtype=bool))
-    if options.counts is not None:
-        name = source.matrix_name(options.counts)
-    else:
-        name = "X" if "X" in source.matrices else next(iter(source.matrices))
-    synthetic = (options.organism or source.uns.get("organism")) == "synthetic"
-    genes = resolve_genes(
-        source.var(name),
-        options.gene_column,
-        options.merge_duplicates,
+    for note in source.notes:
+        report.add("C01", "info", note, source.path)
+    looked = look(
+        source,
+        options.counts,
+        gene_column=options.gene_column,
+        merge_duplicates=options.merge_duplicates,
         accept_unnamed=options.accept_unnamed_genes,
-        synthetic=synthetic,
+        synthetic=(options.organism or source.uns.get("organism")) == "synthetic",
+        progress=progress,
     )
+    genes = looked.genes
     file.gene_map = genes.gene_map
     organism, about_organism = resolve_organism(options.organism, source.uns, source.obs, genes, str(source.path))
-
-    if progress:
-        progress(source.path, name)
-    keys = gene_keys(genes.ids)[np.maximum(genes.gene_map, 0)] if len(genes.ids) else None
-    found = scan(source, name, columns=genes.gene_map >= 0, gene_keys=keys)
-    _check_values(source, name, found, options, file, report, progress)
+    _check_values(source, looked, options, file, report, progress)
     for finding in genes.findings:
         report.add(finding.id, finding.level, finding.message, source.path)
     report.findings += about_organism
     if options.primary_only and "is_primary_data" in source.obs:
         file.keep &= source.obs["is_primary_data"].astype(str).to_numpy() != "False"
     report.files.append(file)
-    return _Checked(source, file, genes, organism, found if file.matrix else None)
+    return _Checked(source, file, genes, organism, looked.statistics if file.matrix else None)
 
 
 def _check_values(
     source: Source,
-    name: str,
-    found: MatrixStatistics,
+    looked: Looked,
     options: CheckOptions,
     file: FileReport,
     report: Report,
     progress: Progress | None,
 ) -> None:
     """Checks C01 to C06: decide whether the matrix is counts, and if not, where they are."""
+    name, found = looked.matrix, looked.statistics
     about = source.matrices[name]
     file.values = {
         "nonzero": found.nonzero,
@@ -204,16 +208,9 @@ def _check_values(
     id, message = "C01", f"there is no X; {name} is a candidate."
     if not found.usable:
         id, message = describe(found, name, source.obs.index, source.var(name).index)
-    elsewhere = [name] if found.usable else []
-    for other in source.matrices:
-        if other != name:
-            if progress:
-                progress(source.path, other)
-            if scan(source, other).usable:
-                elsewhere.append(other)
-    elsewhere.sort(key=lambda other: other.removeprefix("layers/") in PARTIAL)
+    elsewhere = counts_elsewhere(source, looked, progress)
     if elsewhere:
-        fix = f"Counts found in {' and '.join(elsewhere)}: rerun with --counts {elsewhere[0]}"
+        fix = advice(elsewhere)
     elif found.corrected:
         fix = (
             "No counts were found elsewhere in the file. Use the uncorrected counts; if there are none, --round "
@@ -258,6 +255,24 @@ def _join_genes(checked: list[_Checked], report: Report) -> None:
             f"({listed(ids[cells == 0], 3)}). They are kept.")  # fmt: skip
     for one in checked:
         _check_selection(one, report)
+
+
+def _check_reference(options: CheckOptions, report: Report) -> None:
+    """G02: the genes beside those that they are to be matched with, of a store, a model or a list."""
+    if options.reference is None:
+        return
+    genes = pd.DataFrame({"id": report.genes.index.astype(str), "symbol": report.genes["symbol"].astype(str)})
+    try:
+        table, places = take_reference(genes.reset_index(drop=True), options.reference)
+    except UserError as error:
+        report.add("G02", "error", str(error))
+        return
+    share = len(np.unique(places[places >= 0])) / len(table)
+    said = f"{share:.0%} of the {len(table):,} genes of {options.reference} are in the data"
+    if share < options.floor:
+        report.add("G02", "error", f"{said}, at least {options.floor:.0%} are needed; --floor lowers that.")
+    else:
+        report.add("G02", "info", f"{said}; {int((places < 0).sum()):,} genes of the data are not among them.")
 
 
 def _check_selection(one: _Checked, report: Report) -> None:

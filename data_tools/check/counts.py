@@ -5,7 +5,7 @@ Axes: N cells, M columns (genes of the file).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +18,9 @@ from data_tools.inputs.source import Source
 
 NEAR_INTEGER = 1e-3
 """Distance from an integer up to which a value is a count with numerical noise (C02)."""
+
+PARTS = ("spliced", "unspliced", "ambiguous")
+"""Layers of RNA velocity: counts, but of a part of each cell's molecules; never taken unless they are named."""
 
 CAP = 1 << 16
 """Counts from here on share one bin of the histogram."""
@@ -145,6 +148,25 @@ def scan(
     found.nonzero, found.fractional, found.negative, found.not_finite = counts.tolist()
     found.off_by, found.minimum, found.maximum, found.total, found.squares = figures.tolist()
     return found
+
+
+def is_part(name: str) -> bool:
+    """Whether a matrix holds a part of each cell's molecules only."""
+    return name.removeprefix("layers/") in PARTS
+
+
+def advice(elsewhere: Sequence[str]) -> str:
+    """Say what to do, given the matrices that hold counts in the order in which they are proposed."""
+    if not elsewhere:
+        return ""
+    if not is_part(elsewhere[0]):
+        return f"Counts found in {' and '.join(elsewhere)}: rerun with --counts {elsewhere[0]}"
+    parts = [name for part in PARTS for name in elsewhere if name.removeprefix("layers/") == part]
+    whole = " + ".join(f"adata.layers['{name.removeprefix('layers/')}']" for name in parts)
+    return (
+        f"Counts of a part of each cell's molecules (RNA velocity) found in {' and '.join(parts)}. Add the parts up"
+        f" (adata.layers['counts'] = {whole}) and take --counts layers/counts, or take one part: --counts {parts[0]}"
+    )
 
 
 def gene_keys(ids: pd.Index) -> NDArray[np.uint64]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 from numpy.typing import NDArray
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
@@ -83,6 +84,8 @@ class FileReport:
     ----------
     path, kind, n_cells
         The file.
+    cells
+        The AnnData in memory that was checked instead of a file, or None.
     matrix
         Name of the matrix that holds the counts, empty where none was found.
     rounding
@@ -100,6 +103,7 @@ class FileReport:
     path: Path
     kind: str
     n_cells: int
+    cells: AnnData | None = None
     matrix: str = ""
     rounding: Rounding = "none"
     gene_map: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))

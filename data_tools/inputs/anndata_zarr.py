@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import zarr
+from anndata import AnnData
 
 from bgen.errors import UserError
 from bgen.store.format.zarr_metadata import require_whole
@@ -35,15 +36,18 @@ class AnnDataZarrSource(Source):
         except (ValueError, KeyError) as error:  # how zarr says that a chunk is damaged
             raise UserError(f"{self.path}: '{name}' cannot be read ({error}). Is it damaged?") from error
 
+    def _everything(self) -> AnnData:
+        return anndata.read_zarr(self.path)
+
 
 def is_zarr(path: Path) -> bool:
     """Whether a folder is a zarr group."""
     return (path / "zarr.json").is_file() or (path / ".zgroup").is_file()
 
 
-def members(path: Path) -> list[Path]:
-    """Return the AnnData groups that a collection holds; an AnnData group, or what is no zarr group, holds itself."""
-    if not path.is_dir() or not is_zarr(path) or is_zarr(path / "obs"):
+def members_of_zarr(path: Path) -> list[Path]:
+    """Return the AnnData groups that a zarr group holds; an AnnData group holds itself."""
+    if is_zarr(path / "obs"):
         return [path]
     found = [child for child in path.iterdir() if child.is_dir() and is_zarr(child / "obs")]
     # dataset_10 comes after dataset_9

@@ -1,4 +1,7 @@
-"""An .h5ad file, through anndata's own readers."""
+"""An .h5ad file, or a modality of an .h5mu file, through anndata's own readers.
+
+Files from before anndata 0.7 (with obs and var as compound arrays, and categories in uns) are read whole by anndata.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,25 @@ import anndata
 import h5py
 import pandas as pd
 import scipy.sparse as sp
+from anndata import AnnData
 
+from bgen.errors import UserError
+from data_tools.inputs.in_memory import MemorySource, open_memory
 from data_tools.inputs.source import Matrix, Source, csc_rows
+
+MODALITY = "rna"
+"""The modality of an .h5mu that is read."""
 
 
 @dataclass
-class AnnDataSource(Source):
-    """An .h5ad file, through anndata's own readers."""
+class H5adSource(Source):
+    """An .h5ad file, or a ``group`` of a file that is laid out as one."""
+
+    group: str = "/"
 
     def _rows(self, name: str, step: int, start: int, stop: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         with h5py.File(self.path, "r") as file:
-            item = file[name]
+            item = file[self.group][name]
             if per_pass := self.rows_per_pass(name):
                 yield from csc_rows(item, self.matrices[name], per_pass, step, start, stop)
                 return
@@ -30,25 +41,81 @@ class AnnDataSource(Source):
             for first in range(start, stop, step):
                 yield first, sp.csr_matrix(values[first : min(first + step, stop)])
 
+    def _everything(self) -> AnnData:
+        if self.group == "/":
+            return anndata.read_h5ad(self.path)
+        with h5py.File(self.path, "r") as file:
+            return anndata.io.read_elem(file[self.group])
 
-def open_h5ad(path: Path, file: h5py.File) -> Source:
-    """Open an .h5ad without reading its matrices."""
+
+def is_h5ad(path: Path) -> bool:
+    """Whether a file is an HDF5 file with obs and var."""
+    return _holds(path, "obs", "var") and not is_h5mu(path)
+
+
+def is_h5mu(path: Path) -> bool:
+    """Whether a file is an HDF5 file of several modalities."""
+    return _holds(path, "mod")
+
+
+def _holds(path: Path, *names: str) -> bool:
+    try:
+        with h5py.File(path, "r") as file:
+            return all(name in file for name in names)
+    except (OSError, RuntimeError):
+        return False
+
+
+def open_h5ad(path: Path) -> Source:
+    """Open an .h5ad without reading its matrices (one of before anndata 0.7 is read whole)."""
+    with h5py.File(path, "r") as file:
+        if not isinstance(file["obs"], h5py.Dataset):
+            return _open_group(path, "h5ad", file, "/")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # anndata's remarks about files that older versions wrote
-        obs = _frame(anndata.io.read_elem(file["obs"]))
-        names = [name for name in ("X", "raw/X") if name in file]
-        names += [f"layers/{name}" for name in file.get("layers", {})]
-        var = _frame(anndata.io.read_elem(file["var"]))
+        whole = open_memory(anndata.read_h5ad(path))
+    return MemorySource(path, "h5ad", whole.obs, whole.variables, whole.matrices, whole.uns, (), whole.adata)
+
+
+def open_h5mu(path: Path) -> Source:
+    """Open the modality "rna" of an .h5mu without reading its matrices.
+
+    Raises
+    ------
+    UserError
+        If there is no such modality; names those that there are.
+    """
+    with h5py.File(path, "r") as file:
+        modalities = list(file["mod"])
+        if MODALITY not in modalities:
+            raise UserError(
+                f"{path}: holds the modalities {', '.join(modalities) or 'none'}; bgen reads '{MODALITY}'. Write"
+                " the one with counts of genes as an .h5ad."
+            )
+        source = _open_group(path, "h5mu", file, f"mod/{MODALITY}")
+    others = ", ".join(name for name in modalities if name != MODALITY)
+    source.notes = (f"Of an .h5mu the modality '{MODALITY}' is read; it also holds {others or 'no other'}.",)
+    return source
+
+
+def _open_group(path: Path, kind: str, file: h5py.File, name: str) -> H5adSource:
+    group = file[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # anndata's remarks about files that older versions wrote
+        obs = _frame(anndata.io.read_elem(group["obs"]))
+        names = [name for name in ("X", "raw/X") if name in group]
+        names += [f"layers/{name}" for name in group.get("layers", {})]
+        var = _frame(anndata.io.read_elem(group["var"]))
         variables = dict.fromkeys(names, var)
-        if "raw/var" in file and "raw/X" in names:
-            variables["raw/X"] = _frame(anndata.io.read_elem(file["raw/var"]))
+        if "raw/var" in group and "raw/X" in names:
+            variables["raw/X"] = _frame(anndata.io.read_elem(group["raw/var"]))
         uns = {}
-        for key, item in file.get("uns", {}).items():
+        for key, item in group.get("uns", {}).items():
             if isinstance(item, h5py.Dataset) and item.shape == ():
                 value = item[()]
                 uns[key] = value.decode() if isinstance(value, bytes) else value
-        matrices = {name: _describe(file[name]) for name in names}
-    return AnnDataSource(path, "h5ad", obs, variables, {name: about for name, about in matrices.items() if about}, uns)
+        matrices = {name: about for name in names if (about := _describe(group[name]))}
+    return H5adSource(path, kind, obs, variables, matrices, uns, group=name)
 
 
 def _describe(item: h5py.Group | h5py.Dataset) -> Matrix | None:

@@ -1,7 +1,8 @@
-"""A file of cells that is open without being loaded.
+"""Cells that are open without being loaded.
 
 A :class:`Source` knows its cells, genes and matrices, and reads a matrix as CSR blocks of rows. It keeps no file open
-between calls, so that it can be sent to another process. Another format is another subclass with a ``_rows`` method.
+between calls, so that it can be sent to another process. Each format is a subclass with a ``_rows`` method: see
+README.md in this folder.
 
 Axes: N cells, G genes of the file.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import itertools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from anndata import AnnData
 
 from bgen.errors import UserError, nearest
 
@@ -45,9 +48,9 @@ class Source(abc.ABC):
     Attributes
     ----------
     path
-        Where it is.
+        Where it is; for cells in memory, what messages call them.
     kind
-        "h5ad", "anndata zarr", "10x h5" or "10x mtx".
+        Name of the format, as the manifest of a store has it: "h5ad", "10x mtx".
     obs
         Annotation of the N cells, index = barcodes.
     variables
@@ -56,6 +59,8 @@ class Source(abc.ABC):
         Matrix name ("X", "raw/X", "layers/counts") to what is known of it.
     uns
         Texts and numbers at the top of ``uns``, such as organism and time_unit.
+    notes
+        How an unusual file was understood, a sentence each: a header line, a transposed matrix.
     """
 
     path: Path
@@ -64,6 +69,7 @@ class Source(abc.ABC):
     variables: dict[str, pd.DataFrame]
     matrices: dict[str, Matrix]
     uns: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def n_cells(self) -> int:
@@ -116,6 +122,45 @@ class Source(abc.ABC):
         """Return how many rows of a matrix are worth one pass over all of it; None: rows can be read by themselves."""
         about = self.matrices[name]
         return max(1, int(self.n_cells * CSC_VALUES / max(about.stored, 1))) if about.layout == "csc" else None
+
+    def read(self) -> AnnData:
+        """Return everything that the file holds, in memory.
+
+        Raises
+        ------
+        UserError
+            If it is damaged.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that are not unique
+            try:
+                return self._everything()
+            except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+                raise UserError(f"{self.path}: cannot be read ({error}). Is the file damaged?") from error
+
+    def state(self) -> list[object]:
+        """Return what changes when the file, or a folder of files, is written again."""
+        files = sorted(one for one in self.path.rglob("*") if one.is_file()) if self.path.is_dir() else [self.path]
+        stats = [one.stat() for one in files]
+        return [str(self.path.absolute()), len(files), sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)]
+
+    def size(self) -> int:
+        """Return the bytes of the file, or of all files of the folder."""
+        files = self.path.rglob("*") if self.path.is_dir() else [self.path]
+        return sum(one.stat().st_size for one in files if one.is_file())
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether the values are in memory, so that other processes would get copies of them."""
+        return False
+
+    def _everything(self) -> AnnData:
+        """Assemble AnnData; formats that anndata reads itself leave that to anndata."""
+        parts = {name: sp.vstack([block for _, block in self._rows(name, self.n_cells, 0, self.n_cells)], format="csr")
+                 for name in self.matrices}  # fmt: skip
+        layers = {name.removeprefix("layers/"): part for name, part in parts.items() if name.startswith("layers/")}
+        var = self.variables["X" if "X" in parts else next(iter(parts))]
+        return AnnData(parts.get("X"), obs=self.obs.copy(), var=var.copy(), layers=layers, uns=dict(self.uns))
 
     def _default_rows(self, name: str) -> int:
         about = self.matrices[name]

@@ -17,6 +17,7 @@ Comments of the page, which its readers do not see, speak to this script:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -181,10 +182,8 @@ class Session:
 
     def kill(self) -> None:
         """End the process and all that it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 class Page:

@@ -7,11 +7,11 @@ What is left out, each in its own trainings:
 - ``targets:N``: N random single perturbations at a time, of which the model only knows the target gene.
 - ``combinations:N``: N random combinations whose members are trained on.
 - ``doses``: each dose between others of the same perturbation in turn, scored together. All control cells are trained
-  on and predicted from, as a user would do with the own ones: no control cell is what is predicted, and half of few
-  vehicle cells, twice, is noise that no row can beat.
+on and predicted from, as a user would do: no control cell is ever predicted, and halving few vehicle cells twice would
+add noise that no row can beat.
 
-VAE and flow see nothing else of what is left out. The trainings of further seeds have other random choices, and are
-averaged where the same is left out; intervals are over perturbations.
+Apart from that, VAE and flow see nothing of what is left out. The trainings of further seeds have other random choices,
+and are averaged where the same is left out; intervals are over perturbations.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from anndata import AnnData
 from bgen.bench.runs import store_of, train_whole
 from bgen.errors import UserError, nearest
 from bgen.evaluate.protocols.cell_eval import Figures, average, cell_eval_figures, require_cell_eval
-from bgen.evaluate.protocols.perturbation import MODEL, HeldOut, PerturbationScores, evaluate_perturbations, join
-from bgen.evaluate.reports.perturbation import write_perturbation_report
+from bgen.evaluate.protocols.perturbation import MODEL, HeldOut, PerturbationScores, join
+from bgen.evaluate.registry import PerturbationProtocol, find_protocol
 from bgen.files import require_new_folder
 from bgen.genes.table import find_genes
 from bgen.progress import Say
@@ -40,7 +40,7 @@ from bgen.tasks.finetune.finetune import Request, finetune
 from bgen.tasks.load import Model
 from bgen.tasks.perturb.held_out import DOSE, Key, predict_held_out, screen_keys, split_screen
 from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, require_controls
-from bgen.tasks.user_cells import read_h5ad, text_column
+from bgen.tasks.user_cells import read_input, text_column
 from bgen.version import __version__
 
 GROUP, TARGETS, COMBINATIONS, DOSES = "group", "targets", "combinations", "doses"
@@ -106,17 +106,18 @@ def bench_perturb(
     """
     if cell_eval:
         require_cell_eval()
-    cells = read_h5ad(path)
+    cells = read_input(path)
     require_controls(text_column(cells, columns.perturbation), columns.control, f"obs['{columns.perturbation}']")
     planned = {text: [splits(cells, columns, *_read(text), seed) for seed in range(seeds)] for text in leave}
     require_new_folder(out)
     out.mkdir(parents=True, exist_ok=True)
+    protocol = find_protocol(PerturbationProtocol)
     found: dict[str, Found] = {}
     for text, of_seeds in planned.items():
         runs, figures = [], []
         for seed, parts in enumerate(of_seeds):
             predicted = _predict(parts, columns, training, out / "run", seed, together=text == DOSES)
-            runs.append(join([evaluate_perturbations(counts, held) for counts, held in predicted], "perturbations"))
+            runs.append(join([protocol.evaluate(counts, held) for counts, held in predicted], "perturbations"))
             figures += [cell_eval_figures(held, seed=seed) for _, held in predicted if cell_eval]
             say(f"{text}, seed {seed}: Pearson delta {runs[-1].mean(MODEL, 'pearson'):.3f}")
         alike = all(run.labels == runs[0].labels for run in runs)
@@ -124,7 +125,7 @@ def bench_perturb(
         found[text] = Found(scores, average(figures) if figures else None)
         page = out / f"{text.replace(':', '-')}.html"
         facts = {"data": path.name, "left out": text, "seeds": seeds, "steps": training.steps, "bgen": __version__}
-        write_perturbation_report(page, scores, provenance=facts)
+        protocol.report(page, scores, provenance=facts)
     left_out = {text: {**one.scores.as_json(), "cell_eval": one.cell_eval} for text, one in found.items()}
     told = {"data": path.name, "seeds": seeds, "left_out": left_out}
     (out / "perturb.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
@@ -191,10 +192,11 @@ def _predict(
     made: list[tuple[sp.csr_matrix, list[HeldOut]]] = []
     for part in parts:
         model = _train(part.train, columns, training, folder, seed)
-        held = predict_held_out(model, part.train, part.back, columns, seed=seed, shared_controls=together)
+        train, back = model.read(part.train), model.read(part.back)
+        held = predict_held_out(model, train, back, columns, seed=seed, shared_controls=together)
         if not together and len(parts) > 1:
             held = [replace(one, label=f"{part.name}: {one.label}") for one in held]
-        made.append((model.counts(part.train, None), held))
+        made.append((train.counts, held))
         shutil.rmtree(folder)
     if together:
         return [(made[0][0], [one for _, held in made for one in held])]

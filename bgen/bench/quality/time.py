@@ -2,10 +2,11 @@
 
 Rows: the flow; previous and next time point; OT-midpoint of both; OT-CFM, trained here (latent courses only); one half
 of the real cells against the other. With forecast (courses of counts) the point is generated from those before it, and
-the trend of the mean stands instead of next and midpoint. What is learned is trained anew for each point and seed, on
-the other time points alone. On latent courses W1 is exact, between all real cells and all of a row's (the OT-midpoint:
-its whole weighted plan), as published tables have it; the other figures are between equally many cells. Courses of
-counts are scored by the protocol ``time-point-v1``, in principal components of the time points that were not left out.
+the trend of the mean stands instead of next and midpoint. Everything that learns is trained anew for each point and
+seed, on the other time points alone. On latent courses W1 is exact, between all real cells and all cells of a row (for
+the OT-midpoint, its whole weighted plan), as in published tables; the other figures are between equally many cells.
+Courses of counts are scored by the protocol ``time-point-v1``, in principal components of the time points that were not
+left out.
 """
 
 from __future__ import annotations

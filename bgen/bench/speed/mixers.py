@@ -137,7 +137,7 @@ def bf16_parity(config: BackboneConfig, device: torch.device) -> dict[str, float
         settings = config.model_dump()
         settings["mamba2"]["backend"] = backend
         model = build_backbone(LATENT, BackboneConfig.model_validate(settings)).to(device)
-        with torch.no_grad():  # what starts at zero hides what it is fed
+        with torch.no_grad():  # layers that start at zero hide their input
             for parameter in model.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
         models.append(model)

@@ -1,7 +1,7 @@
 """``bgen bench train``: how long a training step takes, what it computes and what memory it needs.
 
-Measured is forward pass, backward pass and optimiser step of the velocity network, or of the VAE, on random inputs,
-without DeepSpeed and without reading data: the most that a loader could feed.
+The forward pass, backward pass and optimiser step of the velocity network, or of the VAE, are measured on random
+inputs, without DeepSpeed and without reading data: the most that a loader could feed.
 
 Axes: B trajectories, T time points, N cells per time point, D latent size.
 """
@@ -38,7 +38,7 @@ class Timing:
     seconds
         Median of a training step.
     cpu_seconds
-        Median of the processor time of this process in it: on a processor that others use too, what to compare.
+        Median processor time of a step in this process: the figure to compare where others use the processor too.
     cells_per_s, tflops_per_s
         Of the model; work that is done again under activation checkpointing is not counted.
     mfu

@@ -1,4 +1,4 @@
-"""What every velocity network is.
+"""The base of all velocity networks.
 
 Axes: B trajectories, T time points, N cells per time point, D latent size, O output size, C width of the condition.
 """

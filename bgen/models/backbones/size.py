@@ -1,4 +1,4 @@
-"""How many parameters a backbone has and how much it computes, and backbones with as many parameters as another."""
+"""How many parameters a backbone has, how much it computes, and which width gives a wanted number of parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bgen.config.backbone import BackboneConfig
 from bgen.models.backbones.registry import build_backbone
 
 MOST_STEPS = 2048
-"""Widths that are looked at, in steps."""
+"""Widths that are tried, at most, in steps."""
 
 
 def backbone_parameters(size: int, config: BackboneConfig) -> int:

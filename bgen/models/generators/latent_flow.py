@@ -54,8 +54,8 @@ class Places:
 class LatentFlow(nn.Module):
     """A frozen codec, such as a VAE, and the velocity network that generates its latents.
 
-    The codec's parameters do not require gradients and it stays in evaluation mode; its state is saved with the model,
-    under ``vae.``, whatever it is.
+    The parameters of the codec do not require gradients, and it stays in evaluation mode; its state is saved with the
+    model, always under ``vae.``.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ class LatentFlow(nn.Module):
         return starts_of(time, mask.any(-1), observed, self.config.backbone.time.scale)
 
     def _hidden(self, keys: Tensor) -> Tensor:
-        """Whose conditions are hidden, ``[B]``."""
+        """Return which cells have their conditions hidden, ``[B]``."""
         return drop_conditions(keys, self.config.condition_dropout if self.training else 0.0)
 
     def training_flops(self, batch: CellBatch) -> int:
@@ -206,8 +206,9 @@ class LatentFlow(nn.Module):
             Solver, steps, guidance.
         log_library
             ``[n]`` natural logs of the total counts to generate, or None to let the model draw them. The last
-            coordinate is then held on its own straight path, ``(1 - t) fixed + t noise``, at every t: the state is
-            generated as it goes with that size. Give ``vae.decode`` the same sizes: ``vae.unwhiten`` would limit them.
+            coordinate is then held on its own straight path, ``(1 - t) fixed + t noise``, at every t, so the state is
+            generated to go with that size. Give ``vae.decode`` the same sizes, because ``vae.unwhiten`` would limit
+            them.
         """
         assert len(keys) == n, "one key per cell"
         columns = {name: column[:, None] for name, column in conditions.items()}
@@ -224,8 +225,8 @@ class LatentFlow(nn.Module):
     ) -> Tensor:
         """Generate whitened latents ``[B, T, N, D + 1]`` where nothing is observed, given what is.
 
-        Joint generation, forecast, interpolation and prediction of a perturbation are one call with other observed time
-        points. Observed latents come back as they were given; places without a cell are zero.
+        Joint generation, forecast, interpolation and prediction of a perturbation are the same call with different time
+        points observed. Observed latents come back as they were given; places without a cell are zero.
 
         Parameters
         ----------

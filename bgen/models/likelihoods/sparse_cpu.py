@@ -27,7 +27,9 @@ TABLED = 16
 """Counts below this are looked up in a table, since their share of a gene's log-probability is the same in all cells.
 """
 
-_compile = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz", "reassoc"})
+_compile = numba.njit(
+    cache=True, nogil=True, forceinline=True, error_model="numpy", fastmath={"contract", "nsz", "reassoc"}
+)
 
 
 _in_parts = numba.njit(cache=True, nogil=True, parallel=True)

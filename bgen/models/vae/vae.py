@@ -112,7 +112,9 @@ class VAE(Codec):
 
     @torch.no_grad()
     def accumulate_whitening(self, stats: WhiteningStats, batch: CellBatch) -> None:
-        """Add a batch's posterior samples (not means: the flow learns the aggregate posterior) to ``stats``."""
+        """Add posterior samples of a batch to ``stats``; samples, not means, since the flow learns the aggregate
+        posterior.
+        """
         mean, logvar = self.encode(batch)
         stats.add(self.posterior_sample(mean, logvar, batch.keys), log_library(batch))
 

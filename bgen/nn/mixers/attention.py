@@ -38,11 +38,11 @@ def attend(q_BHLP: Tensor, k_BHSP: Tensor, v_BHSP: Tensor, allowed: Tensor | Non
     allowed
         bool, broadcasts to ``[B, H, L, S]``: who may see whom. None: everyone.
     causal
-        Only the points up to the own one are seen; for ``allowed`` None.
+        A point sees only points up to itself; needs ``allowed`` None.
     """
     if allowed is None:
         return F.scaled_dot_product_attention(q_BHLP, k_BHSP, v_BHSP, is_causal=causal)
-    # A row without anything to see would be 0 / 0; it is let see everything, and its result is not used.
+    # A row that may see nothing would be 0 / 0: let it see everything, and do not use its result.
     some = allowed.any(-1, keepdim=True)
     y_BHLP = F.scaled_dot_product_attention(q_BHLP, k_BHSP, v_BHSP, attn_mask=allowed | ~some)
     return torch.where(some, y_BHLP, y_BHLP.new_zeros(()))
@@ -104,7 +104,7 @@ class CellAttention(Mixer):
 
 
 class TimeAttention(Mixer):
-    """Attention over time points; what it knows of time is the real time between two points, by rotary angles."""
+    """Attention over time points, which knows the real time between two points by rotary angles."""
 
     def __init__(self, width: int, config: AttentionConfig, time: TimeConfig) -> None:
         super().__init__()
@@ -127,11 +127,11 @@ class TimeAttention(Mixer):
         return self.attention.combine(y)
 
     def flops(self, B: int, L: int) -> int:
-        """See :class:`Mixer`; also what is masked is computed."""
+        """See :class:`Mixer`; masked pairs are computed too."""
         return self.attention.flops(B, L, L)
 
     def _allowed(self, points: Points, T: int) -> Tensor | None:
-        """Who may see whom, where it is not everyone or simply the past: bool, broadcasts to ``[B, H, T, T]``."""
+        """Return who may see whom, bool, broadcasts to ``[B, H, T, T]``; None if it is everyone, or simply the past."""
         allowed = None
         if points.valid_BL is not None:
             allowed = points.valid_BL[:, None, None]

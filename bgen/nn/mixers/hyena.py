@@ -1,4 +1,4 @@
-"""The Hyena operator: gates and long convolutions with filters that a small network of the place makes.
+"""The Hyena operator: gates and long convolutions, with filters that a small network makes from places.
 
     x_0, ..., x_{n-1}, v = conv3(W u)
     v <- k_o * (x v) + bias_o (x v)    for the gates x_{n-1}, ..., x_1
@@ -116,7 +116,7 @@ class Hyena(Mixer):
         mixed, run = self.in_proj(points.blank(u_BTD)), points
         if self.directions == 2:
             mixed, run = both_directions(mixed, points)
-        # A bias stands in front of the convolution and one behind it, so blank before and after.
+        # There is a bias before the convolution and one after it, so blank before and after.
         mixed = run.blank(self.convolution(run.blank(mixed)))
         *gates, v_RBTD = (t.unflatten(0, (self.directions, -1)) for t in mixed.chunk(self.order + 1, dim=-1))
         with torch.autocast(u_BTD.device.type, enabled=False):

@@ -4,8 +4,8 @@
     h_t = exp(-dt_t exp(A_log)) h_{t-1} + g_t x_t b_t,    y_t = h_t . c_t + D x_t
     out = W_o (y silu(z))
 
-with gap, g and the short convolution as in :mod:`bgen.nn.mixers.mamba2`. It has a decay per channel and state where
-Mamba-2 has one per head, and no form in matrix products: use it where it is the better model, not for speed.
+with gap, g and the short convolution as in :mod:`bgen.nn.mixers.mamba2`. It has a decay per channel and state, where
+Mamba-2 has one per head, and cannot be written as matrix products: use it where it models better, not for speed.
 Source: Gu and Dao, arXiv 2312.00752, section 3.
 
 Axes: B sequences, T points, D width, E inner width, S state size.

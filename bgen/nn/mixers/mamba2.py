@@ -5,8 +5,8 @@
     h_t = exp(-dt_t exp(A_log)) h_{t-1} + g_t x_t b_t^T,    y_t = h_t c_t + D x_t
     out = W_o RMSNorm(y silu(z))
 
-with g = 1 in real time (an impulse, :mod:`bgen.nn.real_time`) and g = dt on a regular grid. A short convolution over x,
-b and c stands in front on a regular grid only: over unequal gaps it would make neighbours of points that are not.
+with g = 1 in real time (an impulse, :mod:`bgen.nn.real_time`) and g = dt on a regular grid. Only on a regular grid, a
+short convolution over x, b and c comes first: over unequal gaps it would make neighbours of points that are not.
 Source: Dao and Gu, arXiv 2405.21060, figure 6.
 
 Axes: B sequences, T points, D width, E inner width, H heads of P channels, K groups of heads, S state size.
@@ -96,7 +96,7 @@ class Mamba2(Mixer):
         return layers(B * L, self.in_proj, self.out_proj) + scan
 
     def _steps(self, rate_BTH: Tensor, run: Points, like_BTE: Tensor) -> Tensor:
-        """dt ``[B, T, H]``, in float32 or wider whatever the autocast."""
+        """Return dt ``[B, T, H]``, in float32 or wider also under autocast."""
         wide = torch.promote_types(self.dt_bias.dtype, torch.float32)
         bias_B1H = self.dt_bias.to(wide).repeat_interleave(like_BTE.shape[0] // self.directions, dim=0)[:, None]
         if self.config.rate == "selective":

@@ -1,4 +1,4 @@
-"""What every mixer of points is: it mixes along one axis, and says what that takes.
+"""The base of all mixers of points: a mixer mixes along one axis and tells its cost.
 
 Axes: B sequences or populations, L points (time points, or cells of one population), D width.
 """

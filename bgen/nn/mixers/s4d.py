@@ -6,9 +6,8 @@
     out = GLU(W GELU(y + D u))
 
 dt is the scale of a channel: how far its state moves in one unit of time. On a grid one unit apart the two forms are
-the same. The gain C~ stays that of one unit when gaps differ, so that an input is an impulse, see
-:mod:`bgen.nn.real_time`.
-Source: Gu, Gupta, Goel and Re, arXiv 2206.11893, zero-order hold, S4D-Lin.
+the same. The gain C~ is always that of one unit, also when gaps differ, so that an input is an impulse
+(:mod:`bgen.nn.real_time`). Source: Gu, Gupta, Goel and Re, arXiv 2206.11893, zero-order hold, S4D-Lin.
 
 Axes: B sequences, T points, D width and channels, S half the state size (conjugate pairs), R directions.
 """
@@ -31,7 +30,7 @@ from bgen.nn.scans.long_convolution import convolve_fft
 
 
 class S4D(Mixer):
-    """Mix ``[B, T, D]`` along T. Backward runs have the decays in common with forward runs and a C of their own."""
+    """Mix ``[B, T, D]`` along T. Backward runs share the decays of forward runs and have a C of their own."""
 
     decayed = ()
 

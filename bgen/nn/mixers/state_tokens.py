@@ -4,8 +4,8 @@
     r   = time mixer over s, each token a sequence over T
     y_i = cell i of time point t attending to r_t
 
-Cells are exchangeable within each time point by itself (sequencing destroys them), so permuting the cells of one time
-point permutes that time point's result and changes nothing else.
+Sequencing destroys cells, so they are exchangeable within each time point by itself. Permuting the cells of one time
+point permutes its result and changes nothing else.
 
 Axes: B trajectories, T time points, N cells per time point, D width, M tokens.
 """
@@ -33,7 +33,7 @@ class StateTokens(nn.Module):
     mixer
         Mixes ``[B M, T, D]`` along T.
     config
-        Of the attention that pools, and of the attention that reads back.
+        Settings of the attention that pools and of the attention that reads back.
     """
 
     def __init__(self, width: int, tokens: int, mixer: Mixer, config: AttentionConfig) -> None:

@@ -26,9 +26,14 @@ from bgen.nn.scans.ssd_torch import Edges
 F = np.float32
 
 
-def _compile(*flags: str, parallel: bool = False) -> Any:
+def _compile(parallel: bool = False) -> Any:
+    return numba.njit(cache=True, nogil=True, error_model="numpy", parallel=parallel)
+
+
+def _inlined(*flags: str) -> Any:
+    """Compile arithmetic into its callers (:mod:`bgen.nn.cpu.elementary` says why)."""
     return numba.njit(
-        cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz", *flags}, parallel=parallel
+        cache=True, nogil=True, forceinline=True, error_model="numpy", fastmath={"contract", "nsz", *flags}
     )
 
 
@@ -247,7 +252,7 @@ def _row(columns: int) -> F32:
     return np.zeros(columns, F)
 
 
-@_compile()
+@_inlined()
 def _weights(cb: F32, total: F32, firsts: I64, totals: F32, out: F32) -> None:
     """Write ``cb_ij exp(total_i - total_j)``, up to the whole vector that holds the diagonal.
 
@@ -261,7 +266,7 @@ def _weights(cb: F32, total: F32, firsts: I64, totals: F32, out: F32) -> None:
             into[j] = given[j] * _decay(totals, i, j, first)
 
 
-@_compile()
+@_inlined()
 def _weights_and_sum(cb: F32, total: F32, firsts: I64, totals: F32, dweight: F32, out: F32, dcb: F32) -> None:
     """Do as :func:`_weights`; add to the gradient of ``cb``, and multiply the gradient of the weights by them."""
     for i in range(len(total)):
@@ -275,7 +280,7 @@ def _weights_and_sum(cb: F32, total: F32, firsts: I64, totals: F32, dweight: F32
             gradient[j] *= into[j]
 
 
-@_compile("reassoc")
+@_inlined("reassoc")
 def _add_row_sums_less_column_sums(t: F32, out: F32) -> None:
     """Add to ``out [Q]`` the row sums of ``t`` less its column sums, both below the diagonal only."""
     for i in range(len(out)):
@@ -286,7 +291,7 @@ def _add_row_sums_less_column_sums(t: F32, out: F32) -> None:
         out[i] += total
 
 
-@_compile("reassoc")
+@_inlined("reassoc")
 def _add_by_point(t: F32, by: F32, given: F32, sums: F32, sign: float, out: F32) -> None:
     """Add ``diag(by) @ t`` to ``sums``, and ``sign`` times its product with ``given``, point by point, to ``out``."""
     for q in range(len(by)):
@@ -298,14 +303,14 @@ def _add_by_point(t: F32, by: F32, given: F32, sums: F32, sign: float, out: F32)
         out[q] += sign * total
 
 
-@numba.njit(cache=True, error_model="numpy", fastmath={"contract", "nsz"}, forceinline=True)
+@_inlined()
 def _decay(totals: F32, i: int, j: int, first: int) -> Any:
     """``exp(total_i - total_j)`` for j from first to i, 0 for others."""
     found = exp_not_above_one(min(totals[i] - totals[j], F(0)))
     return found if (j >= first) & (j <= i) else F(0)
 
 
-@_compile()
+@_inlined()
 def _scale(t: F32, by: F32, out: F32) -> None:
     for q in range(len(by)):
         for e in range(t.shape[1]):
@@ -327,7 +332,7 @@ def _clear(t: F32) -> None:
             t[q, e] = 0
 
 
-@_compile("reassoc")
+@_inlined("reassoc")
 def _dot(t: F32, other: F32) -> Any:
     total = F(0)
     for s in range(len(t)):

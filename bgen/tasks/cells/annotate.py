@@ -1,9 +1,9 @@
 """``bgen annotate``: labels with a probability, and none where the model cannot tell.
 
-A logistic regression on the latent state of the cells, learnt from the user's own labelled cells or, if there are none,
-from cells that the model generates of each of its training labels. Two reasons to abstain: no label is probable enough,
-or the cell lies further from the reference than reference cells lie from each other (it may be of a type that the
-reference does not hold, which a probability cannot tell).
+A logistic regression on the latent state of the cells. It learns from the user's own labelled cells or, if there are
+none, from cells that the model generates for each of its training labels. It abstains for two reasons: no label is
+probable enough, or the cell lies further from the reference than reference cells lie from each other. Such a cell may
+be of a type that the reference does not hold, which a probability cannot tell.
 
 Axes: N cells, D latent size, K labels.
 """
@@ -32,7 +32,7 @@ from bgen.models.annotator import Annotator
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.time.trajectories import generate_as_trained
-from bgen.tasks.user_cells import require_cells, text_column
+from bgen.tasks.user_cells import UserCells, text_column
 
 ABSTAINED = "unknown"
 LEAST_CELLS = 5
@@ -44,7 +44,9 @@ GENERATED_CELLS = 200
 NEIGHBOURS = 5
 NOVEL_QUANTILE = 0.995
 STRENGTHS = [0.003, 0.03, 0.3, 3.0]
-"""Inverse strengths of the head's penalty, chosen among by cross-validated log-likelihood, so that it is calibrated."""
+"""Inverse strengths of the penalty, of which cross-validated log-likelihood chooses one, so that probabilities are
+calibrated.
+"""
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,16 @@ class Head:
         return np.asarray(self.classifier.predict_proba(latents))
 
     def novelty(self, latents: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return ``[N]``: distance to the 5th nearest reference cell, in units of what is usual among those."""
+        """Return ``[N]``: distance to the 5th nearest reference cell, relative to that among reference cells."""
         distance, _ = self.neighbours.kneighbors(latents, n_neighbors=NEIGHBOURS)
         return np.asarray(distance[:, -1] / self.reach)
 
 
 def annotate_cells(
     model: AnnDataModel,
-    adata: AnnData,
+    cells: UserCells,
     label: str | None = None,
     *,
-    layer: str | None = None,
     threshold: float = 0.5,
     seed: int = 0,
 ) -> AnnData:
@@ -96,13 +97,13 @@ def annotate_cells(
     UserError
         If there is neither a reference nor a model that knows the labels, or a label has too few reference cells.
     """
-    require_cells(adata)
     if not 0 <= threshold < 1:
         raise UserError(f"The threshold is a probability from 0 to below 1, not {threshold:g}.")
     if label is None:
-        return _with_its_own_head(model, adata, layer, threshold)
-    latents = _whitened(model, model.encode(adata, layer=layer)[0])
-    given = text_column(adata, label) if label in adata.obs else np.full(adata.n_obs, "")
+        return _with_its_own_head(model, cells, threshold)
+    adata = cells.adata
+    latents = _whitened(model, model.encode(cells)[0])
+    given = text_column(adata, label) if label in adata.obs else np.full(len(cells), "")
     labelled = given != ""
     summary: dict[str, Any] = {"model": model.saved.fingerprint(), "label": label, "threshold": threshold}
     if labelled.any():
@@ -114,12 +115,11 @@ def annotate_cells(
     head = fit_head(reference, names)
     summary["reference_cells"] = dict(Counter(names.tolist()))
     if labelled.any():
-        space = fit_space(model.counts(adata, layer))
-        baseline = space.project(model.counts(adata[labelled], layer))
+        baseline = fit_space(cells.counts).project(cells.counts[labelled])
         summary["macro_f1"] = cross_validated_f1(reference, names)
         summary["macro_f1_pca"] = cross_validated_f1(baseline, names)
     probabilities, novelty = head.probabilities(latents), head.novelty(latents)
-    annotated = _told(adata, label, head.classifier.classes_.astype(str), probabilities, threshold, novelty)
+    annotated = _told(cells, label, head.classifier.classes_.astype(str), probabilities, threshold, novelty)
     told = annotated.obs[f"{label}_bgen"].to_numpy()
     query = told[~labelled] if not labelled.all() else told
     summary["query_cells"] = len(query)
@@ -128,7 +128,7 @@ def annotate_cells(
     return annotated
 
 
-def _with_its_own_head(model: AnnDataModel, adata: AnnData, layer: str | None, threshold: float) -> AnnData:
+def _with_its_own_head(model: AnnDataModel, cells: UserCells, threshold: float) -> AnnData:
     """Annotate with the classifier that fine-tuning trained."""
     module = model.saved.module
     if not isinstance(module, Annotator):
@@ -139,8 +139,8 @@ def _with_its_own_head(model: AnnDataModel, adata: AnnData, layer: str | None, t
     about = model.saved.about
     assert about.annotation is not None, "checked when it was loaded"
     label, labels = about.annotation.label, about.annotation.labels
-    probabilities = module.probabilities(torch.from_numpy(model.encode(adata, layer=layer)[0])).double().numpy()
-    annotated = _told(adata, label, np.array(labels), probabilities, threshold, None)
+    probabilities = module.probabilities(torch.from_numpy(model.encode(cells)[0])).double().numpy()
+    annotated = _told(cells, label, np.array(labels), probabilities, threshold, None)
     abstained = int((annotated.obs[f"{label}_bgen"] == ABSTAINED).sum())
     annotated.uns["bgen_annotate"] = {
         "model": model.saved.fingerprint(),
@@ -148,14 +148,14 @@ def _with_its_own_head(model: AnnDataModel, adata: AnnData, layer: str | None, t
         "threshold": threshold,
         "reference": "cells that the model was fine-tuned on",
         "reference_cells": {"all": about.cells},
-        "query_cells": adata.n_obs,
+        "query_cells": len(cells),
         "abstained": abstained,
     }
     return annotated
 
 
 def _told(
-    adata: AnnData,
+    cells: UserCells,
     label: str,
     classes: NDArray[np.str_],
     probabilities: NDArray[np.float64],
@@ -166,12 +166,12 @@ def _told(
     best = probabilities.argmax(1)
     probability = probabilities[np.arange(len(best)), best]
     sure = (probability >= threshold) & (novelty is None or novelty <= 1)
-    annotated = adata.copy()
+    annotated = cells.copy()
     annotated.obs[f"{label}_bgen"] = pd.Categorical(np.where(sure, classes[best], ABSTAINED))
     annotated.obs[f"{label}_probability"] = probability
     if novelty is not None:
         annotated.obs[f"{label}_novelty"] = novelty
-    annotated.obsm[f"{label}_probabilities"] = pd.DataFrame(probabilities, index=adata.obs_names, columns=classes)
+    annotated.obsm[f"{label}_probabilities"] = pd.DataFrame(probabilities, index=annotated.obs_names, columns=classes)
     return annotated
 
 

@@ -1,7 +1,7 @@
 """``bgen integrate``: cells of all batches in one latent space, and their counts as one batch would have measured them.
 
-The encoder of a VAE with a batch covariate is told the batch, and the decoder adds it again; so the latent state needs
-not hold it. Counts without batch effects are the decoder's, all told the same reference batch.
+The encoder of a VAE with a batch covariate is told the batch, and the decoder adds it again, so the latent state need
+not hold it. Counts without batch effects come from the decoder, which is told the same reference batch for all cells.
 
 Axes: N cells, D latent size, G genes.
 """
@@ -18,7 +18,7 @@ from bgen.evaluate.metrics.integration import UNINTEGRATED, require_scib, scib_f
 from bgen.evaluate.metrics.mixing import batch_mixing
 from bgen.evaluate.metrics.space import fit_space
 from bgen.tasks.anndata_model import AnnDataModel
-from bgen.tasks.user_cells import in_genes_of, require_cells, text_column
+from bgen.tasks.user_cells import UserCells, text_column
 
 EMBEDDING = "X_bgen_integrated"
 LAYER = "integrated"
@@ -26,12 +26,11 @@ LAYER = "integrated"
 
 def integrate_cells(
     model: AnnDataModel,
-    adata: AnnData,
+    cells: UserCells,
     *,
     reference: str | None = None,
     batch: str | None = None,
     label: str | None = None,
-    layer: str | None = None,
 ) -> AnnData:
     """Return a copy of the data without batch effects.
 
@@ -43,8 +42,6 @@ def integrate_cells(
         Covariate of the model that is removed (column or role); default: its role "batch", or its only covariate.
     label
         obs column of cell types, to score by scib-metrics what is lost of them; default: not scored.
-    layer
-        Layer with the raw counts; default X.
 
     Returns
     -------
@@ -60,15 +57,15 @@ def integrate_cells(
         If the model has no such covariate, the data does not have a column, none of its batches is known, or
         scib-metrics is asked for and not installed.
     """
-    require_cells(adata)
+    adata = cells.adata
     types = None if label is None else text_column(adata, label)
     if types is not None:
         require_scib()
     name = _covariate(model, batch)
     info = model.saved.columns[name]
-    column = next((column for column in (name, info.role) if column in adata.obs), name)
+    column = cells.matched.columns.get(name, name)
     values = text_column(adata, column)
-    codes = model.covariates(adata)
+    codes = model.covariates(cells)
     known = codes[name] >= 0
     if not known.any():
         raise UserError(
@@ -80,13 +77,13 @@ def integrate_cells(
         reference = str(names[numbers.argmax()])
     if reference not in info.categories:
         raise UserError(f"The model knows no batch '{reference}'.{nearest(reference, info.categories)}")
-    z, _ = model.encode(adata, layer=layer)
-    counts = model.counts(adata, layer)
-    codes[name] = np.full(adata.n_obs, info.categories.index(reference))
+    z, _ = model.encode(cells)
+    counts = cells.counts
+    codes[name] = np.full(len(cells), info.categories.index(reference))
     expected = model.decode_codes(z, np.asarray(counts.sum(1), np.float32).ravel(), codes)
-    integrated = adata.copy()
+    integrated = cells.copy()
     integrated.obsm[EMBEDDING] = z
-    integrated.layers[LAYER] = in_genes_of(adata, model.genes, expected)
+    integrated.layers[LAYER] = cells.as_layer(expected)
     summary: dict[str, Any] = {
         "model": model.saved.fingerprint(),
         "batch": name,

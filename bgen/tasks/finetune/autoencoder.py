@@ -16,7 +16,7 @@ from bgen.tasks.finetune.runs import Runs
 from bgen.train.stages.in_memory import MemoryStage
 
 
-def _adapt_vae(
+def adapt_autoencoder(
     grown: SavedModel,
     parent: SavedModel,
     cells: MemoryCells,
@@ -37,7 +37,7 @@ def _adapt_vae(
         genes = vae.n_genes > parent.vae.n_genes
         for parameter in (*vae.encoder.tables(genes=genes), *vae.decoder.tables(genes=genes)):
             parameter.requires_grad_(True)
-    # Whatever is built on the parent's latents was whitened by its statistics, so they stay.
+    # All that is built on the parent's latents was whitened by its statistics, so these stay.
     runs.say(f"Adapting the autoencoder ({_trained(vae):,} parameters) ...")
     stage = MemoryStage(config, vae, cells, *watched, ranks.current(), runs.fingerprint(grown), "nll")
     result = runs.fit(config, stage)

@@ -1,8 +1,8 @@
 """``bgen finetune --task time``: from the user's own time course to a model that interpolates and forecasts it.
 
-A parent that was trained on trajectories over time lends its flow; otherwise a small hybrid is trained on the adapted
-autoencoder. Missing time points start from displacement interpolation (``flow.source: neighbours``), so the network has
-only to learn what that misses: a course of one experiment has a handful of time points.
+The flow of a parent that was trained on trajectories over time is trained further; otherwise a small hybrid is trained
+on the adapted autoencoder. The course of one experiment has only a handful of time points, so missing ones start from
+displacement interpolation (``flow.source: neighbours``), and the network learns only what that misses.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from bgen.config.finetune import FinetuneConfig
 from bgen.config.flow import FlowConfig
 from bgen.config.load import load_finetune
 from bgen.config.train import TrainConfig
-from bgen.data.cells_in_memory import MemoryCells
 from bgen.distributed import world as ranks
 from bgen.errors import UserError, nearest
 from bgen.hub.about import About
-from bgen.hub.directory import SavedModel
+from bgen.hub.directory import Module, SavedModel
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.nn.lora import merge_lora
 from bgen.order.keys import hash_keys
-from bgen.tasks.finetune.flow import _choose_trained
-from bgen.tasks.finetune.request import WATCHED, Mode
-from bgen.tasks.finetune.runs import Runs
+from bgen.tasks.finetune.flow import choose_trained
+from bgen.tasks.finetune.request import WATCHED, Request, require_wide_layers
+from bgen.tasks.finetune.task import Job, Task
 from bgen.tasks.time.axis import trained_over_time
 from bgen.tasks.user_cells import text_column
 from bgen.train.stages.course_in_memory import CourseStage
@@ -176,40 +175,46 @@ def about_course(about: About, course: Course, shape: TrajectoriesConfig, adata:
     return about.model_copy(update=said)
 
 
-def _train_course(
-    grown: SavedModel,
-    cells: MemoryCells,
-    course: Course,
-    config: FinetuneConfig,
-    mode: Mode,
-    runs: Runs,
-) -> tuple[LatentFlow, TrajectoriesConfig]:
-    """Train the flow over time: the parent's, if it has one of the same column, else a new one.
+class Time(Task[Course]):
+    """The user's own time course; prepared are its times and trajectories."""
 
-    Returns the flow and the shape of the trajectories that it was trained on.
-    """
-    world = ranks.current()
-    if trained_over_time(grown) and grown.about.roles.get("time") == course.column:
-        assert isinstance(grown.module, LatentFlow), "only flows are trained over time"
-        flow = grown.module
-        _choose_trained(flow, mode)
-        assert grown.about.trajectories is not None, "it was trained on them"
-        shape = grown.about.trajectories.model_copy(update={"system": course.system})
-    else:
-        runs.say("The model has no flow over this time: a new one is trained on the autoencoder.")
-        flow = LatentFlow(config.flow, grown.vae, {}, {})  # told nothing but the populations
-        shape = course_shape(course, config.train.global_batch)
-    stage = CourseStage(
-        config.model_copy(update={"train": whole_trajectories(config.train, shape, world.size)}),
-        flow,
-        cells,
-        shape,
-        course.code,
-        course.time,
-        *course.split(WATCHED, config.seed),
-        world,
-        runs.fingerprint(grown),
-    )
-    runs.fit(stage.config, stage)
-    merge_lora(flow.backbone)
-    return flow, shape
+    def check(self, parent: SavedModel, adata: AnnData, request: Request) -> None:
+        """See :class:`Task`."""
+        require_wide_layers(parent, request)
+        self.prepare(parent, adata, request)
+
+    def configure(self, adata: AnnData, request: Request, overrides: Sequence[str]) -> FinetuneConfig:
+        """See :class:`Task`; the typical gap of the course is the unit of the flow's time."""
+        return course_config(read_course(adata, request.time, list(request.system)), overrides)
+
+    def prepare(self, grown: SavedModel, adata: AnnData, request: Request) -> Course:
+        """See :class:`Task`."""
+        return read_course(adata, request.time, list(request.system))
+
+    def train(self, job: Job, prepared: Course) -> tuple[Module, About]:
+        """Train the flow over time: the parent's, if it has one of the same column, else a new one."""
+        world, grown, config, course = ranks.current(), job.grown, job.settings("flow", "flow"), prepared
+        if trained_over_time(grown) and grown.about.roles.get("time") == course.column:
+            assert isinstance(grown.module, LatentFlow), "only flows are trained over time"
+            flow = grown.module
+            choose_trained(flow, job.request.mode)
+            assert grown.about.trajectories is not None, "it was trained on them"
+            shape = grown.about.trajectories.model_copy(update={"system": course.system})
+        else:
+            job.runs.say("The model has no flow over this time: a new one is trained on the autoencoder.")
+            flow = LatentFlow(config.flow, grown.vae, {}, {})  # told nothing but the populations
+            shape = course_shape(course, config.train.global_batch)
+        stage = CourseStage(
+            config.model_copy(update={"train": whole_trajectories(config.train, shape, world.size)}),
+            flow,
+            job.memory,
+            shape,
+            course.code,
+            course.time,
+            *course.split(WATCHED, config.seed),
+            world,
+            job.runs.fingerprint(grown),
+        )
+        job.runs.fit(stage.config, stage)
+        merge_lora(flow.backbone)
+        return flow, about_course(job.about, course, shape, job.cells.adata)

@@ -1,11 +1,11 @@
-"""``bgen finetune``: a trained model, adapted to the user's cells; the result is again a model directory.
+"""``bgen finetune``: adapt a trained model to the user's cells; the result is again a model directory.
 
 The autoencoder is adapted first (to new genes, new batches, another tissue), then what the task needs is trained on it:
 the flow (``generate``), a classifier (``annotate``), the flow from control to perturbed cells (``perturb``), the flow
-over the user's time course (``time``). Modes:
-``full`` trains all weights; ``lora`` low-rank changes of the linear layers, and what is new; ``head`` leaves the
-autoencoder as it is (but for the rows of new batches and genes) and trains the task's last layers. A network that the
-parent does not have (a classifier, a flow from control cells, a first flow over time) is new and trained whole.
+over the user's time course (``time``). Modes: ``full`` trains all weights; ``lora`` trains low-rank changes of the
+linear layers, and what is new; ``head`` leaves the autoencoder as it is (except the rows of new batches and genes) and
+trains the last layers of the task. A network that the parent does not have (a classifier, a flow from control cells, a
+first flow over time) is new and trained whole.
 
 Under a launcher every rank reads the data and trains its share of each batch; rank 0 speaks, scores and writes.
 """
@@ -19,29 +19,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from anndata import AnnData
 from torch import nn
 
-from bgen.config.load import load_finetune
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.evaluate.protocols.perturbation import PerturbationScores
-from bgen.evaluate.reports.perturbation import write_perturbation_report
-from bgen.genes.network import read_network
+from bgen.evaluate.registry import PerturbationProtocol, find_protocol
 from bgen.hub.about import About, Finetuning, HeldOutScores, Parent
-from bgen.hub.directory import Module, SavedModel, count_combinations, load_directory, save_model
+from bgen.hub.directory import SavedModel, count_combinations, load_directory, save_model
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.progress import Say
 from bgen.tasks.anndata_model import AnnDataModel
-from bgen.tasks.finetune.annotator import _train_annotator
-from bgen.tasks.finetune.autoencoder import _adapt_vae
-from bgen.tasks.finetune.course import _train_course, about_course, course_config, read_course
-from bgen.tasks.finetune.flow import _train_flow
+from bgen.tasks.finetune.autoencoder import adapt_autoencoder
 from bgen.tasks.finetune.grow import grow, known_columns, widen_library
-from bgen.tasks.finetune.perturbation import _train_perturbation
-from bgen.tasks.finetune.request import WATCHED, Request, check_columns, require_possible
+from bgen.tasks.finetune.registry import task_of
+from bgen.tasks.finetune.request import WATCHED, Request, require_cells_enough
 from bgen.tasks.finetune.runs import Runs, request_fingerprint, require_new_run, run_config
-from bgen.tasks.perturb.held_out import score_held_out, split_screen
-from bgen.tasks.user_cells import require_cells
+from bgen.tasks.finetune.task import Job
+from bgen.tasks.user_cells import Cells, read_user_data
 from bgen.train.run import MODEL
 from bgen.train.stages.in_memory import split_watched
 from bgen.train.trainer import check
@@ -50,7 +44,7 @@ from bgen.version import __version__
 
 @dataclass(frozen=True)
 class Tuned:
-    """The model that rank 0 wrote, and (there) its scores on what was held out, if anything was."""
+    """The model that rank 0 wrote, and, on rank 0, its scores on held-out perturbations, if there were any."""
 
     model: SavedModel
     scores: PerturbationScores | None
@@ -58,7 +52,7 @@ class Tuned:
 
 def finetune(
     folder: Path,
-    adata: AnnData,
+    data: Cells,
     out: Path,
     request: Request,
     *,
@@ -72,6 +66,8 @@ def finetune(
     ----------
     folder
         The parent: any model directory; ``generate`` needs a flow.
+    data
+        A file or folder of any format that ``bgen data check`` reads, or AnnData in memory.
     out
         New folder for the runs and the model.
     overrides
@@ -89,70 +85,60 @@ def finetune(
     Interrupted
         After a signal, with a checkpoint saved.
     """
+    task = task_of(request)
     if not resume:
         require_new_run(out)
-    require_cells(adata)
-    parent = load_directory(folder)
-    require_possible(parent, adata, request)
-    labels = check_columns(adata, request)
-    course = read_course(adata, request.time, list(request.system)) if request.task == "time" else None
-    base = course_config(course, overrides) if course is not None else load_finetune("finetune", overrides)
-    base = base.model_copy(update={"parent": folder})
+    parent, read = load_directory(folder), read_user_data(data, **request.reading)
+    require_cells_enough(len(read))
+    task.check(parent, read.adata, request)
+    base = task.configure(read.adata, request, overrides).model_copy(update={"parent": folder})
     world = check(base)
     if not world.is_main:
         say = _say_nothing
     torch.manual_seed(base.seed)  # new rows
-    adata = adata.copy()
-    kept_back: AnnData | None = None
-    if request.hold_out and request.columns is not None:
-        adata, kept_back = split_screen(adata, request.columns, request.hold_out, base.seed)
-        labels = check_columns(adata, request)
-    grown = grow(parent, adata, add_genes=request.add_genes, floor=request.floor, layer=request.layer, say=say)
-    network = None if request.network is None else read_network(request.network, grown.genes)
-    model = AnnDataModel(grown)
-    cells = MemoryCells(model.counts(adata, request.layer), known_columns(grown, adata))
-    widen_library(grown.vae, cells)
-    runs = Runs(resume, request_fingerprint(parent, adata, cells, request), say)
-    watched = split_watched(np.arange(len(cells), dtype=np.int64), WATCHED, base.seed)
-    _adapt_vae(grown, parent, cells, watched, run_config(base, "vae", out / "vae"), request.mode, runs)
-    torch.manual_seed(base.seed)  # new networks again: after a resume as in the run that it goes on with
-    done: Module
-    about = _about(parent, request, adata, out)
-    if request.task == "generate":
-        done = _train_flow(grown, cells, watched, run_config(base, "flow", out / "flow"), request.mode, runs)
-    elif request.task == "annotate":
-        settings = run_config(base, "vae", out / "annotator")
-        done, annotation = _train_annotator(model, labels, cells, settings, request, runs)
-        about = about.model_copy(update={"annotation": annotation})
-    elif course is not None:
-        done, shape = _train_course(grown, cells, course, run_config(base, "flow", out / "flow"), request.mode, runs)
-        about = about_course(about, course, shape, adata)
+    read, kept_back = task.hold_out(read, request, base.seed)
+    if kept_back is not None:
+        task.check(parent, read.adata, request)
+    cells = AnnDataModel(parent).read(read)
+    for sentence in cells.matched.sentences(values=False):
+        say(sentence)
+    grown = grow(parent, cells, add_genes=request.add_genes, say=say)
+    if len(grown.genes) > len(parent.genes):
+        cells = read.match(grown.genes, grown.columns)
     else:
-        assert request.columns is not None, "checked at the start"
-        settings = run_config(base, "perturb", out / "perturbation")
-        done, perturbation = _train_perturbation(model, adata, settings, request, network, runs)
-        about = about.model_copy(update={"perturbation": perturbation, "control": request.columns.control})
+        cells = cells.with_columns(grown.columns)
+    prepared = task.prepare(grown, cells.adata, request)
+    memory = MemoryCells(cells.counts, known_columns(grown, cells))
+    widen_library(grown.vae, memory)
+    runs = Runs(resume, request_fingerprint(parent, cells.adata, memory, request), say)
+    watched = split_watched(np.arange(len(cells), dtype=np.int64), WATCHED, base.seed)
+    adapt_autoencoder(grown, parent, memory, watched, run_config(base, "vae", out / "vae"), request.mode, runs)
+    torch.manual_seed(base.seed)  # new networks again: after a resume as in the run that it goes on with
+    about = _about(parent, request, len(cells), out)
+    done, about = task.train(Job(grown, cells, memory, watched, base, out, request, runs, about), prepared)
     used = list(dict.fromkeys([*_conditions(done), *grown.vae.covariates]))
     made = replace(
         grown,
         module=done,
         columns={name: grown.columns[name] for name in used},
-        combinations=count_combinations({name: cells.obs[name] for name in used}),
+        combinations=count_combinations({name: memory.obs[name] for name in used}),
         about=about,
         metrics=None,
     )
     scores: PerturbationScores | None = None
     if not world.is_main:  # scoring may take longer than ranks wait for each other, so nothing waits for it
         return Tuned(made, scores)
-    if kept_back is not None and request.columns is not None:
+    if kept_back is not None:
         say("Scoring on what was held out ...")
-        scores = score_held_out(AnnDataModel(made), adata, kept_back, request.columns, layer=request.layer)
+        scores = task.score(AnnDataModel(made), cells, kept_back.match(grown.genes, grown.columns), request)
+    if scores is not None:
         assert about.perturbation is not None, "only perturbations are held out"
         found = HeldOutScores.model_validate(scores.as_json())
-        perturbation = about.perturbation.model_copy(update={"held_out": found})
-        made.about = about.model_copy(update={"perturbation": perturbation})
-        facts = {"parent": parent.about.name, "cells trained on": adata.n_obs, "bgen": __version__}
-        write_perturbation_report(out / "report.html", scores, provenance=facts)
+        made.about = about.model_copy(
+            update={"perturbation": about.perturbation.model_copy(update={"held_out": found})}
+        )
+        facts = {"parent": parent.about.name, "cells trained on": len(cells), "bgen": __version__}
+        find_protocol(PerturbationProtocol).report(out / "report.html", scores, provenance=facts)
     if (out / MODEL).exists():  # of fewer steps: the run was resumed
         shutil.rmtree(out / MODEL)
     save_model(made, out / MODEL)
@@ -167,7 +153,7 @@ def _say_nothing(_: str) -> None:
     """What ranks other than the first say."""
 
 
-def _about(parent: SavedModel, request: Request, adata: AnnData, out: Path) -> About:
+def _about(parent: SavedModel, request: Request, n_cells: int, out: Path) -> About:
     """Return what every fine-tuned model says of itself: what its parent knows of cells, and where it comes from."""
     theirs = parent.about
     return About(
@@ -176,8 +162,8 @@ def _about(parent: SavedModel, request: Request, adata: AnnData, out: Path) -> A
         units=theirs.units,
         roles=theirs.roles,
         control=theirs.control,
-        sources=[f"{adata.n_obs:,} cells of the user"],
-        cells=adata.n_obs,
+        sources=[f"{n_cells:,} cells of the user"],
+        cells=n_cells,
         finetuning=Finetuning(
             task=request.task,
             mode=request.mode,

@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from anndata import AnnData
 
-from bgen.config.finetune import FinetuneConfig
-from bgen.data.cells_in_memory import MemoryCells
 from bgen.distributed import world as ranks
-from bgen.hub.directory import SavedModel
+from bgen.errors import UserError
+from bgen.hub.about import About
+from bgen.hub.directory import Module, SavedModel
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.nn.lora import add_lora, merge_lora
-from bgen.tasks.finetune.request import RANK, Mode
-from bgen.tasks.finetune.runs import Runs
+from bgen.tasks.finetune.request import RANK, Mode, Request, require_wide_layers
+from bgen.tasks.finetune.task import Job, Task
 from bgen.train.stages.in_memory import MemoryStage
 
 
-def _train_flow(
-    grown: SavedModel,
-    cells: MemoryCells,
-    watched: tuple[NDArray[np.int64], NDArray[np.int64]],
-    config: FinetuneConfig,
-    mode: Mode,
-    runs: Runs,
-) -> LatentFlow:
-    flow = grown.module
-    assert isinstance(flow, LatentFlow), "checked at the start"
-    _choose_trained(flow, mode)
-    runs.fit(config, MemoryStage(config, flow, cells, *watched, ranks.current(), runs.fingerprint(grown)))
-    merge_lora(flow.backbone)
-    return flow
+class Generate(Task[None]):
+    """New cells like the user's."""
+
+    def check(self, parent: SavedModel, adata: AnnData, request: Request) -> None:
+        """See :class:`Task`."""
+        if not isinstance(parent.module, LatentFlow):
+            raise UserError(f"This model is a {parent.kind}; --task generate needs a flow (bgen train, stage: flow).")
+        require_wide_layers(parent, request)
+
+    def prepare(self, grown: SavedModel, adata: AnnData, request: Request) -> None:
+        """See :class:`Task`."""
+
+    def train(self, job: Job, prepared: None) -> tuple[Module, About]:
+        """See :class:`Task`."""
+        flow = job.grown.module
+        assert isinstance(flow, LatentFlow), "checked at the start"
+        choose_trained(flow, job.request.mode)
+        config = job.settings("flow", "flow")
+        facts = job.runs.fingerprint(job.grown)
+        job.runs.fit(config, MemoryStage(config, flow, job.memory, *job.watched, ranks.current(), facts))
+        merge_lora(flow.backbone)
+        return flow, job.about
 
 
-def _choose_trained(flow: LatentFlow, mode: Mode) -> None:
+def choose_trained(flow: LatentFlow, mode: Mode) -> None:
     """Choose which of the flow's parameters are trained; lora: give it its low-rank changes."""
     flow.conditions.requires_grad_(True)
     flow.backbone.requires_grad_(mode == "full")

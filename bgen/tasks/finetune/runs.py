@@ -1,7 +1,7 @@
 """The trainings of one fine-tuning, one run folder each, and what makes it possible to go on with them.
 
-A resume passes through all of them again, in order: one that was done gives its weights back, one that was cut off goes
-on from its newest checkpoint, as ``bgen train --resume`` does.
+A resume passes through all of them again, in order: a finished one gives its weights back, an interrupted one goes on
+from its newest checkpoint, as ``bgen train --resume`` does.
 """
 
 from __future__ import annotations

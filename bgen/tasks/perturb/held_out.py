@@ -18,17 +18,18 @@ from numpy.typing import NDArray
 
 from bgen.errors import UserError, nearest
 from bgen.evaluate.metrics.space import log_cp10k
-from bgen.evaluate.protocols.perturbation import TRAIN_MEAN, HeldOut, PerturbationScores, evaluate_perturbations
+from bgen.evaluate.protocols.perturbation import TRAIN_MEAN, HeldOut, PerturbationScores
+from bgen.evaluate.registry import PerturbationProtocol, find_protocol
 from bgen.genes.table import find_genes
 from bgen.order.keys import hash_keys
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.perturb.effect_estimates import log_effect
 from bgen.tasks.perturb.perturb import perturb_cells
 from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, members, require_controls, strata_codes
-from bgen.tasks.user_cells import text_column
+from bgen.tasks.user_cells import UserCells, text_column
 
 CONTROL_SHARE = 0.25
-"""Part of the control cells from which held-out perturbations are predicted; of few, up to half."""
+"""Share of the control cells that held-out perturbations are predicted from; if there are few, up to half."""
 
 NEAREST_DOSE = "nearest dose"
 
@@ -42,14 +43,22 @@ Key = tuple[tuple[str, ...], float | None]
 def split_screen(
     adata: AnnData, columns: Columns, held_out: Sequence[str], seed: int, *, shared_controls: bool = False
 ) -> tuple[AnnData, AnnData]:
-    """Return the cells to train on, and those that are kept back: of the held-out labels, and some controls.
+    """Return the cells to train on, and those that are kept back, as :func:`split_rows` says."""
+    train, back = split_rows(adata, columns, held_out, seed, shared_controls=shared_controls)
+    return adata[train].copy(), adata[back].copy()
+
+
+def split_rows(
+    adata: AnnData, columns: Columns, held_out: Sequence[str], seed: int, *, shared_controls: bool = False
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return which cells are trained on ``[N]``, and which are kept back: of the held-out labels, and some controls.
 
     Parameters
     ----------
     held_out
         Labels, with ``@dose`` to hold out one dose only.
     shared_controls
-        All control cells are in both sets, as a user's own would be.
+        Put all control cells into both sets, as they would be for a user's own cells.
 
     Raises
     ------
@@ -76,24 +85,23 @@ def split_screen(
             names = sorted(set(label.tolist()) - {columns.control, ""})
             raise UserError(f"--hold-out: no cell has the label '{text}'.{nearest(text, names)}")
         back |= here
-    return adata[~back].copy(), adata[back | control if shared_controls else back].copy()
+    return ~back, back | control if shared_controls else back
 
 
 def score_held_out(
-    model: AnnDataModel, train: AnnData, back: AnnData, columns: Columns, *, layer: str | None = None, seeds: int = 3
+    model: AnnDataModel, train: UserCells, back: UserCells, columns: Columns, *, seeds: int = 3
 ) -> PerturbationScores:
     """Predict what was kept back and score it; both sets are as :func:`split_screen` returns them."""
-    made = predict_held_out(model, train, back, columns, layer=layer)
-    return evaluate_perturbations(model.counts(train, layer), made, seeds=seeds)
+    made = predict_held_out(model, train, back, columns)
+    return find_protocol(PerturbationProtocol).evaluate(train.counts, made, seeds=seeds)
 
 
 def predict_held_out(
     model: AnnDataModel,
-    train: AnnData,
-    back: AnnData,
+    train: UserCells,
+    back: UserCells,
     columns: Columns,
     *,
-    layer: str | None = None,
     seed: int = 0,
     shared_controls: bool = False,
 ) -> list[HeldOut]:
@@ -106,21 +114,21 @@ def predict_held_out(
     shared_controls
         Whether the control cells of ``back`` are in ``train``, too.
     """
-    counts, held = model.counts(train, layer), model.counts(back, layer)
-    keys, held_keys = screen_keys(train, columns), screen_keys(back, columns)
+    counts, held = train.counts, back.counts
+    keys, held_keys = screen_keys(train.adata, columns), screen_keys(back.adata, columns)
     held_control = np.array([key[0] == (columns.control,) for key in held_keys])
     groups = _perturbed(keys, columns)
-    effects = _training_effects(counts, groups, keys, train, columns)
+    effects = _training_effects(counts, groups, keys, train.adata, columns)
     mean = np.mean(list(effects.values()), axis=0)
-    cells = back[held_control].copy()
+    cells = back[held_control]
     made = []
     for key in sorted(set(held_keys), key=str):
         if key[0] == (columns.control,) or not key[0]:
             continue
         real = np.flatnonzero([other == key for other in held_keys])
         name = "+".join(key[0])
-        n = max(cells.n_obs, -(-len(real) // 2))  # no control cell twice, as long as there are enough
-        predicted = perturb_cells(model, cells, name, dose=key[1], n=n, layer=layer, seed=seed)
+        n = max(len(cells), -(-len(real) // 2))  # no control cell twice, as long as there are enough
+        predicted = perturb_cells(model, cells, name, dose=key[1], n=n, seed=seed)
         targets = find_genes(model.saved.genes, key[0])
         populations = {}
         if shared_controls:

@@ -26,7 +26,7 @@ from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.generate import ENTRIES
 from bgen.tasks.perturb.effects import Effects
 from bgen.tasks.perturb.screen import LEAST_CONTROLS, make_sets, members, require_controls, whitened_latents
-from bgen.tasks.user_cells import require_cells, text_column
+from bgen.tasks.user_cells import UserCells, text_column
 from bgen.version import __version__
 
 STEPS = 10
@@ -36,13 +36,12 @@ ANCHOR_CELLS = 2000
 
 def perturb_cells(
     model: AnnDataModel,
-    adata: AnnData,
+    cells: UserCells,
     perturbation: str,
     *,
     control: tuple[str, str] | None = None,
     dose: float | None = None,
     n: int | None = None,
-    layer: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> AnnData:
@@ -64,8 +63,8 @@ def perturb_cells(
     Returns
     -------
     AnnData
-        Integer counts (CSR float32) of the model's genes; obs: that of the control cells, ``control_cell`` (whose
-        counterfactual it is), ``perturbation`` and ``dose``; provenance in ``uns['bgen']``, with what is unseen.
+        Integer counts (CSR float32) of the model's genes; obs: that of the control cells, ``control_cell`` (the cell
+        that it was predicted from), ``perturbation`` and ``dose``; provenance in ``uns['bgen']``, with what is unseen.
 
     Raises
     ------
@@ -73,9 +72,9 @@ def perturb_cells(
         If the model is no perturbation model, there are no control cells, or nothing is known of the perturbation.
     """
     flow = _require_flow(model)
-    require_cells(adata)
     if control is not None:
-        adata = adata[require_controls(text_column(adata, control[0]), control[1], f"obs['{control[0]}']")]
+        cells = cells[require_controls(text_column(cells.adata, control[0]), control[1], f"obs['{control[0]}']")]
+    adata = cells.adata
     if adata.n_obs < LEAST_CONTROLS:
         raise UserError(f"There are {adata.n_obs} control cells; at least {LEAST_CONTROLS} are needed.")
     sets, effect, unseen = ask(model, perturbation, dose)
@@ -84,13 +83,14 @@ def perturb_cells(
     rows = np.concatenate([rng.permutation(adata.n_obs) for _ in range(-(-wanted // adata.n_obs))])[:wanted]
     rows = np.sort(rows)
     keys = torch.from_numpy(hash_keys(seed, np.arange(wanted)).view(np.int64))
-    latents = torch.from_numpy(whitened_latents(model, adata, layer)[0])
-    codes = {name: column[rows] for name, column in model.covariates(adata).items()}
+    latents = torch.from_numpy(whitened_latents(model, cells)[0])
+    coded = model.covariates(cells)
+    codes = {name: column[rows] for name, column in coded.items()}
     some = np.sort(np.random.default_rng(0).permutation(adata.n_obs)[:ANCHOR_CELLS])
     before = latents[some]
-    covariates = {name: torch.from_numpy(column[some]) for name, column in model.covariates(adata).items()}
+    covariates = {name: torch.from_numpy(column[some]) for name, column in coded.items()}
     moved = flow.transport(before, sets.repeat(len(some)), STEPS)
-    measured = model.counts(adata, layer)
+    measured = cells.counts
     own = anchor(flow, before, covariates, measured, np.zeros_like(effect))
     folds = anchor(flow, moved, covariates, measured, effect)
     parts = []
@@ -130,15 +130,16 @@ def anchor(
     control: sp.csr_matrix,
     effect: NDArray[np.float64],
 ) -> Tensor:
-    """Return what to add to the decoder's logits ``[G]`` so that the average cell is control average times effect.
+    """Return what to add to the decoder's logits ``[G]``, so that the average cell is the control average times the
+    effect.
 
-    The control average is the measured one, of the counts ``control``: so neither the flow's nor the decoder's average
-    error enters. ``moved`` are transported control latents, and ``effect`` natural logs ``[G]``.
+    The control average is measured, from the counts ``control``, so average errors of flow and decoder cancel.
+    ``moved`` are transported control latents, and ``effect`` natural logs ``[G]``.
     """
     decoded = flow.mean_share(moved, covariates).double()
     library = np.maximum(np.asarray(control.sum(1)).ravel(), 1.0)
     measured = torch.from_numpy(np.asarray(control.T @ (1 / library)) / len(library))
-    # Half a molecule in all these cells on both sides: a gene that none of them shows has no ratio.
+    # Half a molecule in all these cells is added to both sides: a gene that none of them shows would have no ratio.
     least = 0.5 / float(library.sum())
     return (torch.from_numpy(effect) + torch.log((measured + least) / (decoded + least))).float()
 

@@ -1,4 +1,4 @@
-"""From a user's AnnData of control and perturbed cells to what the perturbation flow is trained on.
+"""From a user's AnnData of control and perturbed cells to the training data of the perturbation flow.
 
 A label is text: "STAT1", "STAT1+IRF1" for a combination, a drug's name; doses are a column of numbers.
 
@@ -24,7 +24,7 @@ from bgen.genes.table import find_genes
 from bgen.models.generators.perturbation_flow import PerturbationSet
 from bgen.models.vae.vae import VAE
 from bgen.tasks.anndata_model import AnnDataModel
-from bgen.tasks.user_cells import require_cells, text_column
+from bgen.tasks.user_cells import UserCells, text_column
 from bgen.train.stages.perturbation_pairs import Screen
 
 JOIN = "+"
@@ -71,7 +71,7 @@ def members(label: str) -> list[str]:
     return [part.strip() for part in label.split(JOIN) if part.strip()]
 
 
-def read_screen(model: AnnDataModel, adata: AnnData, columns: Columns, layer: str | None = None) -> ScreenData:
+def read_screen(model: AnnDataModel, cells: UserCells, columns: Columns) -> ScreenData:
     """Prepare control and perturbed cells.
 
     Raises
@@ -79,11 +79,11 @@ def read_screen(model: AnnDataModel, adata: AnnData, columns: Columns, layer: st
     UserError
         If a column is missing, or there are too few control cells.
     """
-    require_cells(adata)
-    label = text_column(adata, columns.perturbation)
+    label = text_column(cells.adata, columns.perturbation)
     control = require_controls(label, columns.control, f"obs['{columns.perturbation}']")
     used = np.flatnonzero(label != "")
-    adata, label, control = adata[used], label[used], control[used]
+    cells, label, control = cells[used], label[used], control[used]
+    adata = cells.adata
     dose = _doses(adata, columns.dose)
     dose[control] = np.nan
     names = sorted({name for text in np.unique(label[~control]) for name in members(text)})
@@ -95,7 +95,7 @@ def read_screen(model: AnnDataModel, adata: AnnData, columns: Columns, layer: st
     labels = groups.size().index.to_frame(index=False)
     labels["members"] = [members(text) for text in labels["label"]]
     sets = make_sets(labels["members"].tolist(), labels["dose"].to_numpy(float), names, targets)
-    mean, std = whitened_latents(model, adata, layer)
+    mean, std = whitened_latents(model, cells)
     screen = Screen(
         mean=mean,
         std=std,
@@ -108,8 +108,7 @@ def read_screen(model: AnnDataModel, adata: AnnData, columns: Columns, layer: st
     )
     given = dose[np.isfinite(dose) & (dose > 0)]
     scale = float(np.exp(np.log(given).mean())) if len(given) else 1.0
-    cells = MemoryCells(model.counts(adata, layer), model.covariates(adata))
-    return ScreenData(cells, screen, labels, names, targets, scale)
+    return ScreenData(MemoryCells(cells.counts, model.covariates(cells)), screen, labels, names, targets, scale)
 
 
 def strata_codes(adata: AnnData, columns: Columns) -> NDArray[np.int64]:
@@ -120,12 +119,10 @@ def strata_codes(adata: AnnData, columns: Columns) -> NDArray[np.int64]:
     return np.asarray(strata.groupby(list(strata)).ngroup(), np.int64)
 
 
-def whitened_latents(
-    model: AnnDataModel, adata: AnnData, layer: str | None = None
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def whitened_latents(model: AnnDataModel, cells: UserCells) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return mean and standard deviation ``[N, D + 1]`` of the whitened latents, log library size last."""
-    mean, variance = model.encode(adata, layer=layer)
-    library = np.maximum(np.asarray(model.counts(adata, layer).sum(1)).ravel(), 1.0)
+    mean, variance = model.encode(cells)
+    library = np.maximum(np.asarray(cells.counts.sum(1)).ravel(), 1.0)
     vae = model.saved.vae
     whitened: NDArray[np.float32] = vae.whiten(
         torch.from_numpy(mean), torch.from_numpy(np.log(library)).float()

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from bgen.arrays import I64
 from bgen.errors import UserError, nearest
 from bgen.hub.directory import SavedModel
+from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.time.axis import TimeAxis
+from bgen.tasks.user_cells import UserCells
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,28 @@ class Task:
         return (self.time - low) / (high - low)
 
 
-def select_cells(model: SavedModel, adata: AnnData, where: Mapping[str, Any]) -> AnnData:
+def observe(model: AnnDataModel, cells: UserCells, where: Mapping[str, Any], time_column: str | None) -> Observed:
+    """Return the cells that agree with ``where`` as a model of trajectories sees them.
+
+    Raises
+    ------
+    UserError
+        If a condition is unknown to the model, no cell agrees, or the times cannot be read (:func:`read_times`).
+    """
+    axis = TimeAxis.of(model.saved)
+    cells = select_cells(model.saved, cells, where)
+    mean, variance = model.encode(cells)
+    return Observed(
+        counts=cells.counts,
+        mean=mean,
+        variance=variance,
+        time=read_times(cells.adata, axis, time_column),
+        columns={name: values for name, values in cells.columns.items() if name != axis.column},
+        systems=Systems.of(cells.adata, axis.system),
+    )
+
+
+def select_cells(model: SavedModel, cells: UserCells, where: Mapping[str, Any]) -> UserCells:
     """Return the cells that agree with ``where`` in the columns that the data have.
 
     Raises
@@ -106,20 +129,22 @@ def select_cells(model: SavedModel, adata: AnnData, where: Mapping[str, Any]) ->
     UserError
         If a condition is unknown to the model, or no cell agrees.
     """
-    keep = np.ones(adata.n_obs, bool)
+    keep = np.ones(len(cells), bool)
     for given, value in where.items():
         name = model.column_name(given)
-        there = next((c for c in (name, model.columns[name].role) if c in adata.obs), None)
+        there = cells.matched.columns.get(name)
         if there is None:
             continue
+        column = cells.adata.obs[there]
         if model.columns[name].kind == "category":
-            keep &= (adata.obs[there].astype(str) == str(value)).to_numpy()
+            keep &= (column.astype(str) == str(value)).to_numpy()
         else:
-            keep &= np.isclose(adata.obs[there].to_numpy(np.float64), float(value))
+            keep &= np.isclose(column.to_numpy(np.float64), float(value))
         if not keep.any():
-            choices = adata.obs[there].astype(str).unique()
-            raise UserError(f"No cell of the data has {given}={value}.{nearest(str(value), choices)}")
-    return adata if keep.all() else adata[keep]
+            raise UserError(
+                f"No cell of the data has {given}={value}.{nearest(str(value), column.astype(str).unique())}"
+            )
+    return cells if keep.all() else cells[keep]
 
 
 def read_times(adata: AnnData, axis: TimeAxis, column: str | None) -> NDArray[np.float64]:

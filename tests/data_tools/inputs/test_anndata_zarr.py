@@ -19,7 +19,7 @@ from data_tools.building.build import build
 from data_tools.check.check import CheckOptions, check
 from data_tools.export.to_anndata import to_anndata
 from data_tools.inputs import source as inputs
-from data_tools.inputs.open import open_source
+from data_tools.inputs.registry import open_source
 
 
 def make_adata(n_cells: int = 83, seed: int = 0, layout: str = "csr") -> anndata.AnnData:

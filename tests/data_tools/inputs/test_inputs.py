@@ -15,7 +15,7 @@ import scipy.io
 import scipy.sparse as sp
 
 from bgen.errors import UserError
-from data_tools.inputs.open import open_source
+from data_tools.inputs.registry import open_source
 from data_tools.inputs.source import Source
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from bgen.cli.main import main as cli
+from bgen.cli import main as cli
 from bgen.data.batch import CellBatch
 from bgen.train.stages.course_in_memory import CourseStage
 from bgen.train.stages.in_memory import MemoryStage

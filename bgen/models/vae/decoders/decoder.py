@@ -1,4 +1,4 @@
-"""What every decoder is: it explains counts, and says how it starts and grows, and what it computes.
+"""The base of all decoders: a decoder explains counts, and tells how it starts, how it grows and what it costs.
 
 Axes: B cells, G genes, D latent size.
 """
@@ -14,16 +14,17 @@ from torch import Tensor, nn
 class Decoder(nn.Module, ABC):
     """Latent state to the parameters of the distribution of counts.
 
-    Made from ``(config: VAEConfig, n_genes: int, covariates: Mapping[str, int])``, covariates to their numbers of
-    categories; ``config.decoder`` is the section of its own settings.
+    It is made from ``(config: VAEConfig, n_genes: int, covariates: Mapping[str, int])``; the last maps covariates to
+    their numbers of categories, and ``config.decoder`` is the section of its own settings.
     """
 
     @abstractmethod
     def forward(self, z: Tensor, obs: Mapping[str, Tensor], keys: Tensor | None) -> tuple[Tensor, ...]:
         """Return logits ``[B, G]``, log theta ``[G]`` and, for zinb, dropout logits ``[B, G]`` for ``z [B, D]``.
 
-        ``obs`` has codes ``[B]`` by covariate; an absent one counts as unknown. ``keys [B]`` are needed for dropout.
-        Tensors, not an object that holds them: ZeRO 3 finds in a module's output what its gradients come in by.
+        ``obs`` has codes ``[B]`` by covariate; an absent one counts as unknown. ``keys [B]`` are needed for dropout. It
+        returns tensors and not an object that holds them, because ZeRO 3 looks in a module's output for the tensors
+        that gradients come back through.
         """
 
     @property
@@ -37,17 +38,17 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def start_genes(self, known: int, shares: Tensor) -> None:
-        """Let all genes but the first ``known`` start at their shares, whatever the state, and change no old row.
+        """Let new genes (all but the first ``known``) start at their shares, whatever the state; change no old row.
 
         ``shares [G - known]`` are positive: counts of each new gene, in units of all counts of the known genes.
         """
 
     @abstractmethod
     def tables(self, *, genes: bool) -> Iterator[nn.Parameter]:
-        """Yield what fine-tuning trains where the network stays as it is: what has a row for each category.
+        """Yield the parameters that fine-tuning trains while the network stays as it is: those with a row per category.
 
-        Also every gene's average level and dispersion and, with ``genes``, as genes were added, all that has a row
-        for each gene.
+        Also the average level and dispersion of every gene and, with ``genes`` (genes were added), all parameters with
+        a row per gene.
         """
 
     @abstractmethod

@@ -19,8 +19,9 @@ from bgen.nn.flops import layers
 from bgen.nn.residual import ResidualBlock
 
 _DISPERSION_SPEED = 10.0
-"""Factor between the dispersions' parameter and their logarithm: Adam moves a parameter by the learning rate a step at
-most, which would take thousands of steps to get from the start to a gene's own dispersion."""
+"""Factor between the parameter of dispersions and their logarithm. Adam moves a parameter by at most the learning rate
+a step, so without it a gene would need thousands of steps to reach its own dispersion.
+"""
 
 
 _START_THETA = 10.0
@@ -70,7 +71,7 @@ class StateVectorDecoder(Decoder):
     def start_genes(self, known: int, shares: Tensor) -> None:
         """See :class:`Decoder`.
 
-        Over states the logits of a gene vary, so the share is right on average only; training mends the rest.
+        The logits of a gene vary over states, so the share is right only on average; training does the rest.
         """
         self.logits.weight[known:] = 0
         self.logits.bias[known:] = self.logits.bias[:known].logsumexp(0) + shares.log()

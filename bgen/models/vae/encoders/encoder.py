@@ -1,4 +1,4 @@
-"""What every encoder is: it reads counts, and says how it grows, what fine-tuning trains, and what it computes.
+"""The base of all encoders: an encoder reads counts, and tells how it grows, what fine-tuning trains and what it costs.
 
 Axes: B cells, G genes, D latent size, NNZ stored counts.
 """
@@ -16,26 +16,26 @@ from bgen.data.batch import CellBatch
 class Encoder(nn.Module, ABC):
     """Counts to the mean and log-variance of the latent state.
 
-    Made from ``(config: VAEConfig, n_genes: int, covariates: Mapping[str, int])``, covariates to their numbers of
-    categories; ``config.encoder`` is the section of its own settings.
+    It is made from ``(config: VAEConfig, n_genes: int, covariates: Mapping[str, int])``; the last maps covariates to
+    their numbers of categories, and ``config.encoder`` is the section of its own settings.
     """
 
     @abstractmethod
     def forward(self, batch: CellBatch, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance ``[B, D]`` in float32; ``counts [NNZ]`` stand in for the batch's own.
 
-        What is random is drawn from ``batch.keys``, so that no cell feels the others of its batch.
+        All randomness is drawn from ``batch.keys``, so that a cell does not depend on the others of its batch.
         """
 
     @abstractmethod
     def start_genes(self, known: int) -> None:
-        """Let all genes but the first ``known`` start as if they said nothing of the state, and change no old row."""
+        """Let new genes (all but the first ``known``) start as if they told nothing of the state; change no old row."""
 
     @abstractmethod
     def tables(self, *, genes: bool) -> Iterator[nn.Parameter]:
-        """Yield what fine-tuning trains where the network stays as it is: what has a row for each category.
+        """Yield the parameters that fine-tuning trains while the network stays as it is: those with a row per category.
 
-        With ``genes``, as genes were added, also what has a row for each gene.
+        With ``genes`` (genes were added), also those with a row per gene.
         """
 
     @abstractmethod

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bgen.errors import UserError
-from bgen.genes.table import NAME
+from bgen.genes.table import NAME, match_names
 
 
 def read_reference(path: Path) -> pd.DataFrame:
@@ -51,6 +51,8 @@ def read_reference(path: Path) -> pd.DataFrame:
 def take_reference(genes: pd.DataFrame, reference: Path) -> tuple[pd.DataFrame, NDArray[np.int64]]:
     """Return the genes of a store that follows a reference, and the place of each gene of the inputs among them.
 
+    Genes are matched by id; where none is found, with symbols (:func:`bgen.genes.table.match_names`).
+
     Parameters
     ----------
     genes
@@ -67,7 +69,8 @@ def take_reference(genes: pd.DataFrame, reference: Path) -> tuple[pd.DataFrame, 
         If the reference has none of the inputs' genes, or cannot be read.
     """
     table = read_reference(reference)
-    places = pd.Index(table["id"]).get_indexer(pd.Index(genes["id"])).astype(np.int64)
+    ids, symbols_given = genes["id"].tolist(), genes["symbol"].tolist()
+    places, _ = match_names(table.assign(cells=0), ids, symbols_given, enough=1 / len(table))
     if (places < 0).all():
         raise UserError(
             f"The reference genes {reference} have none of the inputs' genes: it names genes like"
