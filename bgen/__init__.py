@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bgen import cpus
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from bgen.tasks.model import Model
+
+cpus.prepare()  # before torch is loaded, which then reads what it sets
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]

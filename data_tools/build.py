@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bgen.config.errors import UserError, nearest
+from bgen.cpus import cpus
 from bgen.data.manifest import Manifest
 from bgen.data.manifest import Source as ManifestSource
 from data_tools.findings import FileReport, Report, Roles
@@ -152,7 +152,7 @@ def _choose_workers(workers: int | None, sources: Sequence[Source], files: Seque
     for source, file in zip(sources, files, strict=True):
         about = source.matrices[file.matrix]
         values += about.shape[0] * about.shape[1] if about.stored < 0 else about.stored
-    return min(8, len(os.sched_getaffinity(0))) if values >= LARGE else 0
+    return min(8, cpus()) if values >= LARGE else 0
 
 
 def _split(

@@ -27,6 +27,7 @@ from bgen.bench import worker
 from bgen.bench.atlas import Atlas
 from bgen.bench.loader_report import draw, show
 from bgen.config.errors import UserError, nearest
+from bgen.cpus import cpus
 from data_tools.build import build
 from data_tools.check import CheckOptions, check
 from data_tools.write import write_store
@@ -288,7 +289,7 @@ def machine() -> dict[str, Any]:
         names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0] if names else cpu
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory, 1), "system": platform.platform()}
+    return {"cpu": cpu, "cores": cpus(), "memory_gib": round(memory, 1), "system": platform.platform()}
 
 
 def _label(case: Case) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bgen.config.errors import UserError, nearest
 from bgen.config.load import load_config
 from bgen.config.schema import Config, VAEConfig
+from bgen.cpus import cpus
 from bgen.data.batch import CellBatch
 from bgen.data.manifest import Manifest
 from bgen.data.open import open_data
@@ -196,8 +197,10 @@ def plan(
     ]
     per_cell = subject.flops()
     if gpu is None:
-        cells_per_second = ranks / seconds_per_cell
-        speed = "by a pass on this machine, one thread a rank"
+        at_once = min(ranks_per_node, cpus())
+        cells_per_second = nodes * at_once / seconds_per_cell
+        shared = f", {ranks_per_node} ranks on its {at_once} CPUs" if at_once < ranks_per_node else ""
+        speed = f"by a pass on this machine, one thread a rank{shared}"
     else:
         cells_per_second = ranks * mfu * GPUS[gpu][0 if train.precision != "float32" else 1] / per_cell
         speed = f"{ranks} x {gpu} at {mfu:.0%} of the peak"
