@@ -24,6 +24,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from bgen.cpus import bound_to, cpus
 from bgen.nn.scans.published_kernels import KERNELS, missing
 
 Status = Literal["ok", "note", "warning", "error"]
@@ -123,10 +124,10 @@ def devices() -> Iterator[Finding]:
         yield Finding("GPU", "error", f"there is a driver, but torch {torch.__version__} sees no GPU", fix)
     else:
         yield Finding("GPU", "note", "none: training and sampling run on the CPU")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = psutil.virtual_memory()
     capability = torch.backends.cpu.get_cpu_capability()
-    text = f"{cores} cores ({capability}), {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB memory free"
+    allowed = f"{cpus()} of {bound_to()} cores by quota" if cpus() < bound_to() else f"{cpus()} cores"
+    text = f"{allowed} ({capability}), {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB memory free"
     threads = os.environ.get("OMP_NUM_THREADS")
     yield Finding("CPU", "ok", text + (f", OMP_NUM_THREADS={threads}" if threads else ""))
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

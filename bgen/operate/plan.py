@@ -21,6 +21,7 @@ from torch import Tensor
 from bgen.config.load import load_config
 from bgen.config.run import Config
 from bgen.config.vae import VAEConfig
+from bgen.cpus import cpus
 from bgen.data.batch import CellBatch
 from bgen.data.trajectory_batch import TrajectoryBatch
 from bgen.errors import UserError, nearest
@@ -187,8 +188,10 @@ def plan(
     ]
     per_cell = subject.flops()
     if gpu is None:
-        cells_per_second = ranks / seconds_per_cell
-        speed = "by a pass on this machine, one thread a rank"
+        at_once = min(ranks_per_node, cpus())
+        cells_per_second = nodes * at_once / seconds_per_cell
+        shared = f", {ranks_per_node} ranks on its {at_once} CPUs" if at_once < ranks_per_node else ""
+        speed = f"by a pass on this machine, one thread a rank{shared}"
     else:
         cells_per_second = ranks * mfu * DEVICES[gpu].peak(train.precision) / per_cell
         speed = f"{ranks} x {gpu} at {mfu:.0%} of the peak"

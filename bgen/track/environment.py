@@ -15,8 +15,13 @@ from typing import Any
 
 import torch
 
+from bgen.cpus import cpus
+
 # Prefixes of environment variables that decide how a run behaves. Values may hold secrets elsewhere; not in these.
-PREFIXES = ("BGEN_", "CUDA_", "NCCL_", "GLOO_", "OMP_", "TORCH", "DS_", "SLURM_JOB", "SLURM_NODE", "WORLD_SIZE")
+PREFIXES = (
+    *("BGEN_", "CUDA_", "NCCL_", "GLOO_", "TORCH", "DS_", "SLURM_JOB", "SLURM_NODE", "WORLD_SIZE"),
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "NUMBA_"),
+)
 
 
 def environment() -> dict[str, Any]:
@@ -26,7 +31,7 @@ def environment() -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "cores": os.cpu_count(),
+        "cores": cpus(),
         "devices": devices,
         "command": sys.argv,
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(PREFIXES)},

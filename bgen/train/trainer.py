@@ -28,7 +28,7 @@ from bgen.track.output import CHECKPOINTS, RECORD, RunOutput, run_identifier
 from bgen.track.throughput import Throughput
 from bgen.train import restore
 from bgen.train.data_outage import Batches
-from bgen.train.engine.deepspeed_json import deepspeed_config
+from bgen.train.engine.deepspeed_json import batch_plan, deepspeed_config
 from bgen.train.engine.engine import Engine
 from bgen.train.engine.schedules import learning_rate
 from bgen.train.heap import keep_heap
@@ -36,6 +36,7 @@ from bgen.train.held_out_losses import held_out_losses
 from bgen.train.saving import Saver, Weights
 from bgen.train.stages.stage import CountsDamage, CountsFlops, Stage
 from bgen.train.state import RunState
+from bgen.train.threads import as_many_threads_as_pay
 from bgen.train.watch import HostReport, Watchdog
 
 
@@ -114,7 +115,9 @@ class Trainer:
         if self.world.device.type == "cpu":
             keep_heap()
         status = "FAILED"
-        with StopSignals() as self._signals:
+        cells = batch_plan(self.config.train, self.world.size).micro
+        threads = as_many_threads_as_pay(self.stage.module, cells, self.world)
+        with StopSignals() as self._signals, threads:
             self._watchdog = Watchdog(self.out / "stacks")
             self._watchdog.beat(self.config.train.start_timeout)
             try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from bgen.cpus import cpus
 from bgen.errors import UserError, nearest
 from bgen.progress import Progress
 from bgen.store.format.manifest import Manifest
@@ -153,7 +153,7 @@ def _choose_workers(workers: int | None, sources: Sequence[Source], files: Seque
     for source, file in zip(sources, files, strict=True):
         about = source.matrices[file.matrix]
         values += about.shape[0] * about.shape[1] if about.stored < 0 else about.stored
-    return min(8, len(os.sched_getaffinity(0))) if values >= LARGE else 0
+    return min(8, cpus()) if values >= LARGE else 0
 
 
 def _split(

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from bgen.cpus import cpus
 from bgen.errors import UserError
 
 NAME = "manifest.json"
@@ -157,7 +158,7 @@ def hash_folder(
     """
     paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name != NAME)
     names = [path.as_posix() for path in paths if path.parts[0] != leave_out]
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(cpus() + 4) as pool:
         return dict(zip(names, pool.map(lambda name: known.get(name) or hash_file(folder / name), names), strict=True))
 
 
@@ -184,5 +185,5 @@ def check_files(folder: Path, manifest: Manifest, *, checksums: bool, below: str
             return f"{name} does not have the bytes that were written (its checksum differs)"
         return None
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(cpus() + 4) as pool:
         return [problem for problem in pool.map(look, wanted.items()) if problem]
