@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import Any
 
 from bgen import cpus
+from bgen.version import __version__
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from bgen.tasks.model import Model
+LATER = {"load": ("bgen.tasks.load", "load_model")}
+"""Names that are loaded when they are first asked for, since they need torch: name to module and attribute."""
 
 cpus.prepare()  # before torch is loaded, which then reads what it sets
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def load(directory: str | Path, device: str = "cpu") -> Model:
-    """Load an exported model directory (see :func:`bgen.tasks.model.load_model`)."""
-    from bgen.tasks.model import load_model
+def __getattr__(name: str) -> Any:
+    """Load what :data:`LATER` names (PEP 562)."""
+    if name not in LATER:
+        raise AttributeError(f"module 'bgen' has no attribute '{name}'")
+    module, attribute = LATER[name]
+    return getattr(importlib.import_module(module), attribute)
 
-    return load_model(directory, device)
+
+def __dir__() -> list[str]:
+    """Return the names that users need."""
+    return __all__

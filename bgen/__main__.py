@@ -1,6 +1,6 @@
 """``python -m bgen`` is ``bgen``: what torchrun and deepspeed start."""
 
-from bgen.cli import main
+from bgen.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -132,7 +132,7 @@ def prepare() -> None:
 
     Threads that wait sleep soon. numba takes OpenMP's threads, which torch has already, rather than a pool of its own.
     Where the quota is less than the CPUs that can be seen, torch starts a thread for each that it allows; of numba's,
-    no more are used (:mod:`bgen.nn.threads`).
+    no more are used (:mod:`bgen.nn.cpu.threads`).
 
     Where torch is loaded already, as in a notebook, the number of its threads can still be lowered; how long they look
     for work cannot, but programs that this one starts find the settings.

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bgen.models import nb_cpu
-from bgen.models.thinning_cpu import thin_small
-from bgen.nn import sparse_cpu, ssd
+from bgen.models.likelihoods import sparse_cpu as nb_cpu
+from bgen.models.vae.thinning_cpu import thin_small
+from bgen.nn.cpu import sparse as sparse_cpu
+from bgen.nn.scans import ssd
 
 PARTS = (1, 2)
 

@@ -146,10 +146,10 @@ START
 @pytest.mark.parametrize(
     "start",
     [
-        pytest.param("import bgen.nn.threads", id="import"),
+        pytest.param("import bgen.nn.cpu.threads", id="import"),
         pytest.param("runpy.run_module('bgen', run_name='__main__')", id="command line"),
-        pytest.param("import bgen.tasks.doctor_rank", id="rank"),
-        pytest.param("import data_tools.build", id="builds"),
+        pytest.param("import bgen.operate.doctor_rank", id="rank"),
+        pytest.param("import data_tools.building.build", id="builds"),
     ],
 )
 def test_what_is_set_is_there_before_torch_and_numba_are_loaded(start: str) -> None:

@@ -5,20 +5,23 @@ Axes: B trajectories, T time points, N cells per time point.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bgen.data.batch import CellBatch
+from bgen.order.trajectories import GridOfCells
 
 
 @dataclass
 class TrajectoryBatch(CellBatch):
     """B trajectories as ``B T N`` cells in that order: cell ``(b T + t) N + n`` is the n-th at time point t of b.
 
-    A place without a cell (``mask`` False) holds some cell nevertheless, which counts nowhere. Its length is the number
-    of places, so that a global batch is counted in cells whatever its shape.
+    A place without a cell (``mask`` False) still holds some cell, which never counts. The length of a batch is its
+    number of places, so that a global batch is counted in cells whatever its shape.
 
     Attributes
     ----------
@@ -33,6 +36,16 @@ class TrajectoryBatch(CellBatch):
     mask: Tensor = field(kw_only=True)
     time: Tensor = field(kw_only=True)
     control: Tensor = field(kw_only=True)
+
+    @classmethod
+    def of_grids(cls, cells: CellBatch, grids: Sequence[GridOfCells]) -> TrajectoryBatch:
+        """Put ``B T N`` cells, in the order of the B ``grids``, on their places."""
+        return cls.of(
+            cells,
+            mask=torch.from_numpy(np.stack([grid.mask for grid in grids])),
+            time=torch.from_numpy(np.stack([grid.time for grid in grids])),
+            control=torch.from_numpy(np.stack([grid.control for grid in grids])),
+        )
 
     @classmethod
     def of(cls, cells: CellBatch, mask: Tensor, time: Tensor, control: Tensor) -> TrajectoryBatch:

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 
-from bgen.config.errors import UserError
+from bgen.errors import UserError
 
 # The launcher ends the other ranks as soon as one has ended, so the others leave rank 0 this many seconds to speak.
 PATIENCE = 3.0
@@ -16,8 +16,8 @@ PATIENCE = 3.0
 def report_user_error(error: UserError) -> int:
     """Print ``error: ...`` once for all ranks and return the exit code (2, or the error's own).
 
-    Works before the ranks have met. Rank 0 prints and returns. Another rank waits; a launcher has ended it by then if
-    rank 0 found the mistake too; if not, the mistake is this rank's alone (a missing file on its host) and it speaks.
+    This works before the ranks have met. Rank 0 prints and returns. Any other rank waits: if rank 0 found the mistake
+    too, the launcher has ended it by then; if not, the mistake is its own (a missing file on its host), and it prints.
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:

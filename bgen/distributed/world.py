@@ -7,6 +7,7 @@ LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without it, the run is one process and op
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -15,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bgen.config.errors import UserError
 from bgen.cpus import cpus, threads_are_free
+from bgen.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def start(timeout: float = 600.0) -> World:
     Parameters
     ----------
     timeout
-        Seconds that the ranks have to meet, and for each collective until :func:`set_timeout` says otherwise.
+        Seconds that the ranks have for meeting, and for each collective until :func:`set_timeout` changes that.
 
     Raises
     ------
@@ -126,8 +127,6 @@ def start(timeout: float = 600.0) -> World:
 
 
 def _loopback() -> str:
-    import socket
-
     names = [name for _, name in socket.if_nameindex()]
     return next((name for name in ("lo", "lo0") if name in names), names[0])
 
@@ -158,9 +157,9 @@ def stop() -> None:
 
 
 def set_timeout(seconds: float) -> None:
-    """Change how long a collective may take from now on: start-up is slow, a step is not.
+    """Change how long a collective may take from now on; start-up needs longer than a step.
 
-    This concerns every process group, also those that DeepSpeed has made for itself.
+    This applies to every process group, also to those that DeepSpeed made for itself.
     """
     from torch.distributed import distributed_c10d
 

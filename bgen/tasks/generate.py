@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,16 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from bgen import __version__
-from bgen.config.errors import UserError, nearest
-from bgen.config.schema import SampleConfig
-from bgen.data.keys import hash_keys
+from bgen.config.flow import SampleConfig
+from bgen.errors import UserError, nearest
 from bgen.hub.directory import ColumnInfo, SavedModel
-from bgen.models.latent_flow import LatentFlow
+from bgen.models.generators.latent_flow import LatentFlow
+from bgen.order.keys import hash_keys
+from bgen.progress import Progress
+from bgen.version import __version__
 
 ENTRIES = 1 << 24
 """Counts that are drawn at once: cells of a batch times genes."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, cells done, cells in all."""
 
 
 def generate_cells(
@@ -111,7 +109,7 @@ def provenance(
         "noise": settings.noise,
         "guidance": settings.guidance,
         "guidance_interval": list(settings.guidance_interval),
-        "organism": model.about.get("organism", "unknown"),
+        "organism": model.about.organism,
     }
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from bgen.config.errors import UserError, nearest
-from bgen.config.load import find_config, load_config, packaged_configs, to_yaml, validate
+from bgen.config.load import find_config, load_config, load_either, packaged_configs, to_yaml, validate
+from bgen.config.run import Config
+from bgen.errors import UserError, nearest
 
 
 def write(path: Path, text: str) -> Path:
@@ -58,7 +59,7 @@ def test_mistakes_are_named_with_path_and_nearest(base: Path, override: str, par
 
 def test_all_mistakes_are_collected() -> None:
     with pytest.raises(UserError) as error:
-        validate({"stage": "vae", "data": {"stor": "x"}, "train": {"clip": -1}}, source="x")
+        validate({"stage": "vae", "data": {"stor": "x"}, "train": {"clip": -1}}, Config, source="x")
     for part in ("data.stor:", "data.store: is needed", "out: is needed", "train.clip"):
         assert part in str(error.value)
 
@@ -80,7 +81,7 @@ WHOLE = sorted(path for path in packaged_configs().rglob("*.yaml") if path.paren
 @pytest.mark.parametrize("path", WHOLE, ids=lambda p: p.stem)
 def test_every_packaged_config_is_valid(path: Path) -> None:
     assert find_config(path.relative_to(packaged_configs()).with_suffix("")) == path
-    load_config(path)
+    load_either(path)
 
 
 def test_nearest() -> None:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bgen.data.arena import Arena
 from bgen.data.buffers import IDLE, Pool
+from bgen.store.arena import Arena
 
 
 def address(array: np.ndarray) -> int:

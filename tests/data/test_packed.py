@@ -8,8 +8,8 @@ from torch import Tensor
 
 from bgen.data.loader import CountReader, TrainLoader
 from bgen.data.packed import PackedBatch, unpack, unpack_into
-from bgen.data.store import Store
-from data_tools.write import Contents
+from bgen.store.store import Store
+from data_tools.building.write import Contents
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from bgen.config.errors import UserError
-from bgen.config.schema import TrajectoriesConfig
+from bgen.config.data import TrajectoriesConfig
 from bgen.data.loader import CountReader
-from bgen.data.open import open_store
-from bgen.data.populations import TrajectoryOrder
-from bgen.data.store import Store
 from bgen.data.trajectory_batch import TrajectoryBatch
 from bgen.data.trajectory_loader import TrajectoryLoader, read_trajectories, valid_trajectories
-from data_tools.to_anndata import to_anndata
-from data_tools.to_webdataset import to_webdataset
+from bgen.errors import UserError
+from bgen.order.trajectories import TrajectoryOrder
+from bgen.store.open import open_store
+from bgen.store.store import Store
+from data_tools.export.to_anndata import to_anndata
+from data_tools.export.to_webdataset import to_webdataset
 
 SHAPE = TrajectoriesConfig(system=["cell_type"], times=4, cells=30)
 

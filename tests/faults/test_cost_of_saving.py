@@ -14,9 +14,9 @@ from torch import Tensor
 from toy import ToyStage, toy_config
 
 from bgen.checkpoint import shards
-from bgen.config.schema import VAEConfig
+from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
-from bgen.models.vae import VAE
+from bgen.models.vae.vae import VAE
 from bgen.train.saving import Saver
 from bgen.train.trainer import Trainer
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from toy import ToyStage, run, toy_config
 
 from bgen.checkpoint import commit, files
-from bgen.config.errors import UserError
 from bgen.data.batch import CellBatch
+from bgen.errors import UserError
 from bgen.track import record
 from bgen.train.saving import SaveFailed
 from bgen.train.trainer import Trainer

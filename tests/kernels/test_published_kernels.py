@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from bgen.config.backbone import Mamba1Config, Mamba2Config, TimeConfig
-from bgen.config.errors import UserError
-from bgen.nn import kernels
-from bgen.nn.mamba1 import Mamba1
-from bgen.nn.mamba2 import Mamba2
+from bgen.errors import UserError
+from bgen.nn.mixers.mamba1 import Mamba1
+from bgen.nn.mixers.mamba2 import Mamba2
 from bgen.nn.points import Points
-from bgen.nn.ssd import ssd_sequential
+from bgen.nn.scans import published_kernels as kernels
+from bgen.nn.scans.ssd import ssd_sequential
 
 pytestmark = pytest.mark.filterwarnings("ignore:Deterministic mode")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from bgen.config.schema import FlowConfig, VAEConfig
+from bgen.config.flow import FlowConfig
+from bgen.config.vae import VAEConfig
+from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.grow import grow_flow, grow_vae
-from bgen.models.latent_flow import LatentFlow
-from bgen.models.vae import VAE
+from bgen.models.vae.vae import VAE
 
 
 def make() -> VAE:

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from bgen.config.backbone import BackboneConfig
-from bgen.config.schema import FlowConfig, VAEConfig
-from bgen.models.latent_flow import LatentFlow
-from bgen.models.vae import VAE
-from bgen.train.groups import parameter_groups
+from bgen.config.flow import FlowConfig
+from bgen.config.vae import VAEConfig
+from bgen.models.generators.latent_flow import LatentFlow
+from bgen.models.vae.vae import VAE
+from bgen.train.engine.parameter_groups import parameter_groups
 
 BASE, WIDEST = 32, 256
 CASES: dict[str, dict[str, Any]] = {

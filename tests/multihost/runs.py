@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bgen.tasks.launch import Launch, launch
+from bgen.operate.launch import Launch, launch
 from bgen.track import record
 
 ROOT = Path(__file__).resolve().parents[2]

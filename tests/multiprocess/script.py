@@ -18,11 +18,11 @@ from torch import Tensor
 from toy import ToyModel, ToyStage, run, toy_config
 
 from bgen.checkpoint import commit
-from bgen.config.errors import UserError
-from bgen.config.schema import Config
+from bgen.config.run import Config
 from bgen.data.batch import CellBatch
 from bgen.distributed import world as ranks
 from bgen.distributed.report import report_user_error
+from bgen.errors import UserError
 from bgen.train.trainer import Trainer
 
 AVERAGED = {"ema": 0.9, "patience": 20, "eval_every": 5}
@@ -112,8 +112,8 @@ def endless(folder: Path) -> dict[str, Any]:
 
 def tune(folder: Path, out: Path, zero: int) -> None:
     """Fine-tune the models in ``folder`` on its cells, for every task in every mode, each into a folder in ``out``."""
-    from bgen.tasks.finetune import Request, finetune
-    from bgen.tasks.screen import Columns
+    from bgen.tasks.finetune.finetune import Request, finetune
+    from bgen.tasks.perturb.screen import Columns
 
     raw = folder / "partition_everything.json"
     raw.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))

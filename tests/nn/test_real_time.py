@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bgen.config.errors import UserError
+from bgen.errors import UserError
 from bgen.nn.points import Points, check_ascending, check_regular, previous_valid
 from bgen.nn.real_time import SMALLEST_STEP, both_directions, gaps, split_directions, step_sizes
-from bgen.nn.ssd import ssd_chunked
+from bgen.nn.scans.ssd import ssd_chunked
 
 TIMES = torch.tensor([[0.0, 1.0, 4.0, 4.0, 9.0]], dtype=torch.float64)
 X = torch.zeros(1, 5, 2, dtype=torch.float64)

@@ -99,19 +99,23 @@ def running(command: str, folder: Path, database: str) -> Iterator[tuple[str, in
         process = subprocess.Popen([command, *arguments], stdout=log, stderr=log, start_new_session=True)
     uri = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 180
-        while True:
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=2).close()
-                break
-            except OSError:
-                assert time.monotonic() < deadline, (folder / "log").read_text()
-                time.sleep(0.5)
+        wait_until_it_answers(uri, folder / "log")
         yield uri, process.pid
     finally:
         os.killpg(process.pid, signal.SIGCONT)
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
+
+
+def wait_until_it_answers(uri: str, log: Path) -> None:
+    deadline = time.monotonic() + 180
+    while True:
+        try:
+            urllib.request.urlopen(f"{uri}/health", timeout=2).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
 
 
 def test_stopped_in_the_middle(tmp_path: Path, server: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +148,7 @@ def test_stopped_in_the_middle(tmp_path: Path, server: tuple[str, int], monkeypa
     output.close("FINISHED")
     assert time.monotonic() - begin < 10
     os.killpg(group, signal.SIGCONT)
-    time.sleep(1)
+    wait_until_it_answers(uri, tmp_path / "server" / "log")
     sync(tmp_path / "run")
     assert history() == 100
     (run,) = client.search_runs([client.get_experiment_by_name("bgen").experiment_id])

@@ -12,12 +12,12 @@ import anndata
 import numpy as np
 
 from bgen.config.load import load_config
-from bgen.data.manifest import hash_folder, read_manifest
-from bgen.data.open import open_data
-from bgen.data.store import Store
-from bgen.train.stages import make_stage
+from bgen.store.format.manifest import hash_folder, read_manifest
+from bgen.store.open import open_data
+from bgen.store.store import Store
+from bgen.train.stages.registry import make_stage
 from bgen.train.trainer import Trainer, check
-from data_tools.write import write_array
+from data_tools.building.write import write_array
 
 SHORT = ["train.steps=8", "train.global_batch=64", "train.log_every=1", "train.eval_every=0", "train.patience=0"]
 QUIET = ["track.mlflow=false", "track.progress=false"]

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from bgen.config.schema import TrainConfig
-from bgen.train.ema import EMA
-from bgen.train.schedules import learning_rate
+from bgen.config.train import TrainConfig
+from bgen.train.engine.ema import EMA
+from bgen.train.engine.schedules import learning_rate
 from bgen.train.state import RunState
 
 

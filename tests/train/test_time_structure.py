@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bgen.config.load import load_config
-from bgen.models.backbone.size import backbone_parameters, with_parameters
+from bgen.models.backbones.size import backbone_parameters, with_parameters
 from bgen.track.record import read
 from bgen.train.run import train
 

@@ -1,0 +1,258 @@
+"""Verbs that take a user's cells and give them back with more: the typer functions behind ``bgen annotate`` and others.
+
+Heavy imports stand inside the verbs, so ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bgen.cli.options import Data, cells_options, say_matched, with_options
+from bgen.cli.terminal import Json, Seed, notes, parse_times, parse_where, progress_bar, results
+from bgen.files import require_new_file, write_h5ad
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+app = typer.Typer(help="What a model does with your cells.")
+
+ModelFolder = Annotated[Path, typer.Argument(help="Model directory.")]
+Out = Annotated[Path, typer.Option(help="The .h5ad to write.")]
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="Model directory.")],
+    out: Annotated[Path, typer.Option(help="The .h5ad to write.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Cells to generate; with times, at each of them.")] = 1000,
+    where: Annotated[list[str] | None, typer.Option(help="Condition asked for, column=value; may be repeated.")] = None,
+    library_size: Annotated[
+        float | None, typer.Option(min=1, help="Total counts per cell; default: generated.")
+    ] = None,
+    times: Annotated[
+        str | None, typer.Option(help="Time points of whole trajectories, such as 0,24,48, or all.")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is the conditional model.")] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None, typer.Option(help="Flow times, within 0 to 1, in which guidance acts.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.")] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, heun, midpoint or adaptive.")] = None,
+    noise: Annotated[float | None, typer.Option(help="Spread of the noise it starts from; 1.05 covers more.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Generate cells as counts: single cells, or populations over time from a model that was trained on trajectories.
+
+    Example: `bgen generate bgen-demo/model --n 1000 --where cell_type=T1 --out cells.h5ad`
+
+    Example: `bgen generate runs/trajectories/model --times 0,24,48 --n 200 --out course.h5ad`
+    """
+    from bgen.files import require_new_file, write_h5ad
+    from bgen.tasks.load import load_model
+
+    require_new_file(out)
+    loaded = load_model(model)
+    with progress_bar() as progress:
+        cells = loaded.generate(
+            n,
+            where=parse_where(where or []),
+            library_size=library_size,
+            times=parse_times(times),
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+            steps=steps,
+            solver=solver,
+            noise=noise,
+            seed=seed,
+            progress=progress,
+        )
+    write_h5ad(cells, out)
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "cells": cells.n_obs, "genes": cells.n_vars}))
+    else:
+        results.print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes: {out}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Model directory.")],
+    data: Annotated[Path, typer.Option(help="Store with the splits train and test.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html and metrics.json.")],
+    generated: Annotated[Path | None, typer.Option(help="Score these cells instead of generating new ones.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, each with its own samples.")] = 3,
+    run: Annotated[
+        Path | None, typer.Option(help="Run folder of the model: its run at MLflow gets the scores as a child.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Score a model beside a per-type baseline and a real-versus-real ceiling, and write a report.
+
+    Example: `bgen evaluate bgen-demo/model --data bgen-demo/store --out bgen-demo/report`
+    """
+    from bgen.tasks.evaluate import score
+
+    with progress_bar() as progress:
+        scores = score(model, data, out, generated=generated, seeds=seeds, seed=seed, progress=progress)
+    if run is not None:
+        from bgen.track.publish import log_evaluation
+
+        child = log_evaluation(run, out.name, scores.means(), [out / "metrics.json", out / "report.html"])
+        notes.print(f"MLflow: child run {child}", highlight=False)
+    if as_json:
+        typer.echo(json.dumps(scores.as_json()))
+    else:
+        results.print(scores.table())
+        results.print(f"Report: {out / 'report.html'}")
+
+
+@app.command()
+@with_options(reading=cells_options)
+def embed(model: ModelFolder, data: Data, out: Out, *, reading: Any, as_json: Json = False) -> None:
+    """Put the latent state of the cells into obsm['X_bgen'].
+
+    Example: `bgen embed bgen-demo/model my.h5ad --out embedded.h5ad`
+    """
+    from bgen.tasks.load import load_model
+
+    require_new_file(out)
+    loaded = load_model(model)
+    read = loaded.read(data, **reading)
+    cells = loaded.embed(read)
+    _finish(cells, out, read.matched, {"dimensions": cells.obsm["X_bgen"].shape[1]}, [], as_json)
+
+
+@app.command()
+@with_options(reading=cells_options)
+def annotate(
+    model: ModelFolder,
+    data: Data,
+    out: Out,
+    label: Annotated[
+        str | None,
+        typer.Option(help="obs column: cells with a value there are the reference; default: the model's own."),
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Least probability; below it the cell is 'unknown'.")] = 0.5,
+    *,
+    reading: Any,
+    as_json: Json = False,
+) -> None:
+    """Label cells, with a probability, and 'unknown' where the model cannot tell.
+
+    Learns from your labelled cells; without any, from the model's own training labels of that name.
+
+    Example: `bgen annotate bgen-demo/model my.h5ad --label cell_type --out annotated.h5ad`
+    """
+    from bgen.tasks.load import load_model
+
+    require_new_file(out)
+    loaded = load_model(model)
+    read = loaded.read(data, **reading)
+    cells = loaded.annotate(read, label, threshold=threshold)
+    told = dict(cells.uns["bgen_annotate"])
+    said = [
+        f"{told['query_cells']:,} cells annotated from {sum(told['reference_cells'].values()):,} {told['reference']};"
+        f" {told['abstained']:,} left unknown.",
+    ]
+    if "macro_f1" in told:
+        said.append(
+            f"Macro-F1, cross-validated on the reference: {told['macro_f1']:.3f}"
+            f" (same classifier on principal components: {told['macro_f1_pca']:.3f})."
+        )
+    _finish(cells, out, read.matched, told, said, as_json)
+
+
+@app.command()
+@with_options(reading=cells_options)
+def denoise(
+    model: ModelFolder,
+    data: Data,
+    out: Out,
+    library_size: Annotated[float | None, typer.Option(help="Total counts of each cell; default: its own.")] = None,
+    *,
+    reading: Any,
+    as_json: Json = False,
+) -> None:
+    """Put expected counts, given each cell's state, into layers['denoised'].
+
+    Example: `bgen denoise bgen-demo/model my.h5ad --out denoised.h5ad`
+    """
+    from bgen.tasks.cells.denoise import denoising_scores
+    from bgen.tasks.load import load_model
+
+    require_new_file(out)
+    loaded = load_model(model)
+    read = loaded.read(data, **reading)
+    cells = loaded.denoise(read, library_size=library_size)
+    scores = denoising_scores(loaded, read)
+    told = {**cells.uns["bgen_denoise"], "deviance": scores}
+    said = [
+        "Poisson deviance on molecules held out (lower is better): "
+        f"{scores['model']:.1f}; best PCA {scores['pca']:.1f}, mean profile {scores['mean']:.1f},"
+        f" raw {scores['raw']:.1f}."
+    ]
+    if "calibration" in scores:
+        covered = scores["calibration"]
+        said.append(
+            "Held-out counts within the central 50 and 90 % that the model gives them:"
+            f" {covered['coverage_50']:.0%} and {covered['coverage_90']:.0%}."
+        )
+    if told["genes_unknown_to_the_model"]:
+        said.append(f"{told['genes_unknown_to_the_model']:,} genes unknown to the model are NaN.")
+    _finish(cells, out, read.matched, told, said, as_json)
+
+
+@app.command()
+@with_options(reading=cells_options)
+def integrate(
+    model: ModelFolder,
+    data: Data,
+    out: Out,
+    reference: Annotated[str | None, typer.Option(help="Batch to decode as; default: the largest.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Covariate to remove; default: batch.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="obs column of cell types: also score by scib-metrics (bgen-flow[integration]).")
+    ] = None,
+    *,
+    reading: Any,
+    as_json: Json = False,
+) -> None:
+    """Put a latent state without batch effects into obsm, and counts as of one batch into a layer.
+
+    Example: `bgen integrate bgen-demo/model my.h5ad --out integrated.h5ad`
+    """
+    from bgen.tasks.load import load_model
+
+    require_new_file(out)
+    loaded = load_model(model)
+    read = loaded.read(data, **reading)
+    cells = loaded.integrate(read, reference=reference, batch=batch, label=label)
+    told = dict(cells.uns["bgen_integrate"])
+    said = [f"Counts in layers['integrated'] are as of {told['batch']} '{told['reference']}'."]
+    if "mixing" in told:
+        said.append(
+            f"Mixing of batches (1 is perfect): {told['mixing']:.2f}; principal components {told['mixing_pca']:.2f}."
+        )
+    for figure, values in told.get("scib", {}).items():
+        said.append(f"{figure:>20} {values['model']:.3f}; principal components {values['PCA']:.3f}.")
+    if told["cells_of_unknown_batches"]:
+        said.append(f"{told['cells_of_unknown_batches']:,} cells are of batches that the model does not know.")
+    _finish(cells, out, read.matched, told, said, as_json)
+
+
+def _finish(cells: AnnData, out: Path, matched: Any, told: dict[str, Any], said: list[str], as_json: bool) -> None:
+    """Write the cells, and say what was matched and what was done."""
+    write_h5ad(cells, out)
+    if as_json:
+        shape = {"out": str(out), "cells": cells.n_obs, "genes": cells.n_vars, "matched": matched.as_json()}
+        typer.echo(json.dumps({**shape, **told}, default=float))
+        return
+    say_matched(matched)
+    for line in said:
+        results.print(line, highlight=False)
+    results.print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes: {out}", highlight=False, soft_wrap=True)

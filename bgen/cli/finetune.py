@@ -1,0 +1,108 @@
+"""``bgen finetune``. Heavy imports stand inside the verb, so ``--help`` is quick."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bgen.cli.options import Data, cells_options, with_options
+from bgen.cli.terminal import Json, notes, results
+
+app = typer.Typer(help="Adapt a model to your cells.")
+
+
+def request_options(
+    task: Annotated[str, typer.Option(help="generate, annotate, perturb or time.")],
+    mode: Annotated[str, typer.Option(help="full, lora or head: how much is trained.")] = "full",
+    label: Annotated[str | None, typer.Option(help="annotate: obs column of labels.")] = None,
+    perturbation: Annotated[str | None, typer.Option(help="perturb: obs column that names the perturbation.")] = None,
+    control: Annotated[str | None, typer.Option(help="perturb: its value for control cells.")] = None,
+    dose: Annotated[str | None, typer.Option(help="perturb: obs column of doses.")] = None,
+    within: Annotated[
+        list[str] | None,
+        typer.Option(help="perturb: compare, time: trajectories within this obs column; may be repeated."),
+    ] = None,
+    hold_out: Annotated[
+        list[str] | None,
+        typer.Option(help="perturb: keep LABEL (or LABEL@DOSE) from training and score predictions; may be repeated."),
+    ] = None,
+    network: Annotated[
+        Path | None,
+        typer.Option(help="perturb: CSV of a regulatory network (source, target, weight), for unseen targets."),
+    ] = None,
+    time: Annotated[str | None, typer.Option(help="time: obs column with the time of each cell.")] = None,
+    add_genes: Annotated[bool, typer.Option("--add-genes", help="Add genes that the model does not know.")] = False,
+) -> Any:
+    """Turn the options of the tasks into :class:`bgen.tasks.finetune.request.Request`."""
+    from bgen.tasks.finetune.request import Request
+    from bgen.tasks.perturb.screen import Columns
+
+    return Request(
+        task,
+        mode,  # type: ignore[arg-type]
+        label=label,
+        columns=Columns(perturbation, control, dose, within or []) if perturbation and control else None,
+        add_genes=add_genes,
+        hold_out=hold_out or [],
+        time=time,
+        system=within or [],
+        network=network,
+    )
+
+
+@app.command()
+@with_options(request=request_options, reading=cells_options)
+def finetune(
+    model: Annotated[Path, typer.Argument(help="Model directory: the parent.")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="New folder; the model is OUT/model.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides such as train.steps=500.")] = None,
+    *,
+    request: Any,
+    reading: Any,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with OUT from its newest checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Adapt a model to your cells; the result is a model directory whose card names its parent.
+
+    Example: `bgen finetune bgen-demo/model my.h5ad --task generate --out my-model`
+
+    Example: `bgen finetune bgen-demo/model my.h5ad --task perturb --perturbation perturbation --control control
+    --within cell_type --out my-model`
+
+    Example: `bgen finetune bgen-demo/model course.h5ad --task time --time day --within donor --out my-course`
+    """
+    from bgen.distributed.world import read_world
+    from bgen.tasks.finetune.finetune import finetune as run
+
+    say = _quiet if as_json else notes.print
+    request = replace(request, **reading)
+    tuned = run(model, data, out, request, overrides=overrides or [], resume=resume, say=say)
+    if not read_world().is_main:  # rank 0 reports for all
+        return
+    if as_json:
+        about = tuned.model.about
+        assert about.finetuning is not None, "it is what was just done"
+        held_out = about.perturbation.held_out if about.perturbation else None
+        told = {
+            "model": str(out / "model"),
+            "kind": tuned.model.kind,
+            "parent": about.finetuning.parent.model_dump(),
+            "held_out": held_out and held_out.model_dump(mode="json"),
+        }
+        typer.echo(json.dumps(told))
+        return
+    if tuned.scores is not None:
+        results.print(tuned.scores.table())
+        for sentence in tuned.scores.sentences():
+            results.print(sentence, highlight=False)
+        results.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    results.print(f"Model: {out / 'model'}", highlight=False, soft_wrap=True)
+
+
+def _quiet(_: str) -> None:
+    """Say nothing."""

@@ -1,0 +1,59 @@
+"""Options that belong together, declared once; a function turns them into one argument of a verb."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bgen.cli.terminal import notes
+
+Data = Annotated[
+    Path, typer.Argument(help="Your cells, raw counts: .h5ad, .h5mu, AnnData in zarr, 10x .h5, 10x mtx folder.")
+]
+Counts = Annotated[
+    str | None,
+    typer.Option(help="Matrix of raw counts: X (default), raw/X, layers/NAME, or auto: the first that is counts."),
+]
+GeneColumn = Annotated[str | None, typer.Option(help="Column of var with the gene ids; default: its index.")]
+Floor = Annotated[float | None, typer.Option(min=0, max=1, help="Least share of the genes that the data must have.")]
+Layer = Annotated[str | None, typer.Option(help="Layer with the raw counts: --layer NAME is --counts layers/NAME.")]
+
+
+def cells_options(
+    counts: Counts = None, gene_column: GeneColumn = None, floor: Floor = None, layer: Layer = None
+) -> dict[str, Any]:
+    """Return how a user's cells are read: what was given of :class:`bgen.tasks.user_cells.Reading`."""
+    given = {"counts": counts, "gene_column": gene_column, "floor": floor, "layer": layer}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def with_options(**makers: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb the options of each maker; what a maker returns becomes the argument of its name."""
+
+    def give(verb: Callable[..., None]) -> Callable[..., None]:
+        options = {name: inspect.signature(make, eval_str=True).parameters for name, make in makers.items()}
+        own = inspect.signature(verb, eval_str=True)
+        mine = [parameter for name, parameter in own.parameters.items() if name not in makers]
+
+        def call(**given: Any) -> None:
+            made = {name: make(**{key: given.pop(key) for key in options[name]}) for name, make in makers.items()}
+            verb(**given, **made)
+
+        every = [*mine, *(parameter for shared in options.values() for parameter in shared.values())]
+        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in every]
+        call.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        call.__name__, call.__doc__ = verb.__name__, verb.__doc__
+        return call
+
+    return give
+
+
+def say_matched(matched: Any) -> None:
+    """Say on standard error what of a user's cells the model knows (:class:`bgen.tasks.user_cells.Matched`)."""
+    for sentence in matched.sentences():
+        notes.print(sentence, highlight=False, markup=False, soft_wrap=True)

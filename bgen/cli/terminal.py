@@ -1,0 +1,67 @@
+"""What the command line's verbs share: where they print, and how they show progress."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from bgen.errors import UserError
+from bgen.progress import Progress
+
+WIDE = 200
+"""Columns of what is written to a file or another program, which has no width of its own."""
+
+results = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
+"""Standard output: what was asked for."""
+
+notes = Console(stderr=True)
+"""Standard error: progress and remarks."""
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Seed = Annotated[int, typer.Option(help="Seed.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as train.steps=500.", show_default=False)]
+
+
+def parse_where(texts: Sequence[str]) -> dict[str, str]:
+    """Read conditions ``column=value``."""
+    where = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise UserError(f"'{text}' is not a condition: write column=value, such as cell_type=B.")
+        where[name.strip()] = value.strip()
+    return where
+
+
+def parse_times(text: str | None) -> list[float] | Literal["all"] | None:
+    """Read time points: numbers with commas between, or "all"."""
+    if text is None or text == "all":
+        return "all" if text else None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--times {text}: write numbers with commas between, such as 0,24,48, or all.") from None
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Give a function that shows a progress bar per kind of work on standard error."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=notes, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield advance

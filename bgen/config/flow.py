@@ -1,0 +1,85 @@
+"""Settings of the rectified flow in latent space, and of sampling from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from bgen.config.backbone import BackboneConfig
+from bgen.config.section import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+
+
+class PatternsConfig(Section):
+    """How often training on trajectories observes which time points (:mod:`bgen.flow.patterns`).
+
+    An observed time point is held at flow time t = 0 and does not enter the loss. The weights need not add up to 1; a
+    pattern is left out where a trajectory is too short for it or has no control.
+    """
+
+    noise: NonNegativeFloat = Field(1.0, description="Weight of observing nothing: joint generation.")
+    forecast: NonNegativeFloat = Field(1.0, description="Weight of observing the past, up to a random time point.")
+    interpolate: NonNegativeFloat = Field(1.0, description="Weight of observing all but one time point in between.")
+    perturb: NonNegativeFloat = Field(1.0, description="Weight of observing the control populations.")
+    independent: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="Share of trajectories whose time points have independent flow times; others share one."
+    )
+
+    @model_validator(mode="after")
+    def _some_pattern(self) -> PatternsConfig:
+        if not self.noise + self.forecast + self.interpolate + self.perturb > 0:
+            raise ValueError("at least one of noise, forecast, interpolate and perturb must be above 0")
+        return self
+
+
+class FlowConfig(Section):
+    """The rectified flow in the latent space (bgen/README.md, "Flow")."""
+
+    vae: Path | None = Field(None, description="Run folder or exported directory of the VAE; needed by stage flow.")
+    backbone: BackboneConfig = BackboneConfig()
+    conditions: list[str] = Field(
+        default_factory=list, description="obs columns (roles or names) that generation can be asked for."
+    )
+    condition_dropout: Fraction = Field(0.15, description="Probability that training hides a cell's conditions.")
+    t_sampling: Literal["uniform", "stratified", "logit_normal"] = Field(
+        "stratified", description="Distribution of the flow time t in training."
+    )
+    patterns: PatternsConfig = PatternsConfig()
+    source: Literal["noise", "neighbours"] = Field(
+        "noise",
+        description="What flows into data. neighbours: on trajectories, time points with an observed neighbour start "
+        "from it, or from the displacement interpolation of both (see bgen/flow/start.py); all others from noise. The "
+        "network has an output for each.",
+    )
+    prediction: Literal["velocity", "data"] = Field("velocity", description="What the network's output means.")
+
+    @model_validator(mode="after")
+    def _velocity_from_neighbours(self) -> FlowConfig:
+        if self.source == "neighbours" and self.prediction == "data":
+            raise ValueError("source: neighbours learns velocities; leave prediction at velocity")
+        return self
+
+
+class SampleConfig(Section):
+    """Defaults of generation; `bgen generate` can override each."""
+
+    solver: Literal["euler", "heun", "midpoint", "adaptive"] = Field(
+        "heun", description="ODE solver; adaptive (Dormand-Prince) chooses its own steps by the tolerance."
+    )
+    steps: PositiveInt = Field(20, description="Solver steps from t = 1 (noise) to t = 0 (data); adaptive has its own.")
+    tolerance: PositiveFloat = Field(1e-3, description="Relative and absolute error that solver adaptive allows.")
+    noise: PositiveFloat = Field(
+        1.0,
+        description="Standard deviation of the noise that generation starts from. Above 1, generated cells cover more "
+        "of the real ones, but more of them lie further out; below 1, the reverse.",
+    )
+    guidance: NonNegativeFloat = Field(1.0, description="Guidance scale; 1 is the conditional model itself.")
+    guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Range of t in which guidance acts.")
+
+    @model_validator(mode="after")
+    def _interval_within_time(self) -> SampleConfig:
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance_interval: from {low:g} to {high:g} is no range within 0 to 1")
+        return self

@@ -1,0 +1,65 @@
+"""Every setting of bgen, typed, defined once, with its meaning and unit.
+
+A configuration is read by :func:`bgen.config.load.load_config` from YAML files and ``a.b=c`` overrides. Constructors
+take the section that concerns them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from bgen.config.data import DataConfig
+from bgen.config.flow import FlowConfig, SampleConfig
+from bgen.config.perturb import PerturbConfig
+from bgen.config.section import NonNegativeInt, Section
+from bgen.config.track import TrackConfig
+from bgen.config.train import TrainConfig
+from bgen.config.vae import VAEConfig
+
+
+class RunConfig(Section):
+    """What every training run has, wherever its cells come from."""
+
+    stage: Literal["vae", "flow", "perturb"] = Field(description="perturb: by `bgen finetune --task perturb` only.")
+    out: Path = Field(description="Run folder: checkpoints, record, resolved configuration.")
+    seed: NonNegativeInt = 0
+    train: TrainConfig = TrainConfig()
+    track: TrackConfig = TrackConfig()
+
+
+class Config(RunConfig):
+    """A training run of ``bgen train``, on cells from a store."""
+
+    data: DataConfig
+    vae: VAEConfig = VAEConfig()
+    flow: FlowConfig = FlowConfig()
+    perturb: PerturbConfig = PerturbConfig()
+    sample: SampleConfig = SampleConfig()
+
+    @model_validator(mode="after")
+    def _flow_needs_a_vae(self) -> Config:
+        if self.stage == "flow" and self.flow.vae is None:
+            raise ValueError("flow.vae: stage 'flow' needs the run folder or exported directory of a trained VAE")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_hold_whole_trajectories(self) -> Config:
+        trajectories = self.data.trajectories
+        if trajectories is None:
+            return self
+        if self.stage == "vae":
+            raise ValueError("data.trajectories: the VAE learns from single cells; set it for stage flow only")
+        for name, cells in (
+            ("train.global_batch", self.train.global_batch),
+            ("train.micro_batch", self.train.micro_batch),
+        ):
+            if cells is not None and cells % trajectories.size:
+                nearest = max(1, round(cells / trajectories.size)) * trajectories.size
+                raise ValueError(
+                    f"{name}: {cells} cells are no whole number of trajectories of data.trajectories.times x cells = "
+                    f"{trajectories.size}; nearest that is: {nearest}"
+                )
+        return self

@@ -1,0 +1,19 @@
+"""Settings of what is recorded of a run, and where."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from bgen.config.section import Section
+
+
+class TrackConfig(Section):
+    """Where metrics go. The JSONL record in the run folder is always written; MLflow mirrors it."""
+
+    mlflow: bool = Field(True, description="Mirror the record to MLflow.")
+    uri: str | None = Field(None, description="Default: MLFLOW_TRACKING_URI, else sqlite beside the run folder.")
+    experiment: str = "bgen"
+    run_name: str | None = Field(None, description="Default: the run folder's name.")
+    progress: bool = Field(True, description="Show a progress bar on rank 0.")
+    checkpoints: bool = Field(False, description="Send each checkpoint to MLflow too, as an artifact of the run.")
+    system: bool = Field(True, description="Record each host's CPU, memory, disk, network and GPU use.")

@@ -1,0 +1,148 @@
+"""One self-contained HTML page that says how good generated cells are: sentence, table, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from anndata import AnnData
+
+from bgen.evaluate.metrics.metric import ARROWS
+from bgen.evaluate.protocols.scores import ROWS, Score, Scores
+from bgen.evaluate.reports import pictures
+from bgen.evaluate.reports.page import facts_table, figure, write_page
+
+_CLASSES = {
+    "at the ceiling": "best",
+    "better than the baseline": "good",
+    "no better than the baseline": "even",
+    "worse than the baseline": "bad",
+}
+_MARKS = {"model": pictures.COLOURS["generated"], "baseline": pictures.COLOURS["baseline"], "ceiling": "#222222"}
+_TITLES = {"real": "real cells, held out", "generated": "generated", "baseline": "baseline"}
+
+
+def write_report(
+    path: str | Path,
+    scores: Scores,
+    train: AnnData,
+    test: AnnData,
+    generated: AnnData,
+    baseline: AnnData,
+    *,
+    losses: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    title: str = "How good are the generated cells?",
+    provenance: Mapping[str, object] | None = None,
+) -> Path:
+    """Write the page, whole or not at all, and return its path.
+
+    Parameters
+    ----------
+    scores
+        From :func:`bgen.evaluate.protocols.distribution.evaluate`; its ``cell_type`` names the column that colours the
+        cells.
+    train, test, generated, baseline
+        Raw counts over the same genes; ``baseline`` from :func:`bgen.evaluate.protocols.distribution.baseline_cells`.
+    losses
+        Rows of each training record by the name of the stage, in order.
+    provenance
+        Facts for the foot of the page, such as model, data and version.
+    """
+    column = scores.setting.get("cell_type")
+    cell_type = column if isinstance(column, str) else None
+    sets = pictures.read_sets({"train": train, "real": test, "generated": generated, "baseline": baseline}, cell_type)
+    panels = pictures.joint_layout(sets)
+    parts = [f'<p class="note">{escape(note)}</p>' for note in scores.notes]
+    parts += [_score_section(scores)]
+    coloured = f"Colour is {cell_type}. " if cell_type else ""
+    parts += [
+        "<h2>The cells, side by side</h2>",
+        figure(
+            pictures.embedding_figure(panels, _TITLES),
+            "Real, generated and baseline cells in one map",
+            f"{coloured}{len(panels[0].xy):,} cells each, on one map: t-SNE of all of them together, from the "
+            "principal components of the training cells. Real cells are light grey behind the "
+            "others: grey without colour is missed, colour without grey invented. Gaps between islands mean little.",
+        ),
+        "<h2>Noise of each gene</h2>",
+        figure(
+            pictures.mean_variance_figure(sets),
+            "Variance against mean of each gene",
+            "One dot a gene, over equally many cells; real ones grey. Lines are medians. Counting alone would give the "
+            "dotted line; what lies above it is variation between cells.",
+        ),
+        "<h2>Library size and zeros</h2>",
+        figure(
+            pictures.histogram_figure(sets),
+            "Histograms of counts per cell, genes per cell and zeros per gene",
+            "Grey is real. The share of zeros is per gene, with a logarithmic axis.",
+        ),
+    ]
+    curves = pictures.loss_figure(losses) if losses else None
+    if curves is not None:
+        caption = "Mean over the steps between records (train), and over held-out cells. The first tenth may lie above."
+        parts += ["<h2>Training</h2>", figure(curves, "Loss against step", caption)]
+    parts += [facts_table(_facts(scores) | dict(provenance or {}))]
+    return write_page(path, title, scores.headline(), parts)
+
+
+def _score_section(scores: Scores) -> str:
+    keys = {
+        "model": "the generated cells",
+        "baseline": "cells drawn from a negative binomial per cell type, genes independent: what is easy",
+        "ceiling": "other real cells in place of generated ones: what is possible",
+    }
+    legend = "; ".join(f"{_dot(row)}<b>{row}</b>: {meaning}" for row, meaning in keys.items())
+    head = "".join(f'<th class="number">{_dot(row)}{row}</th>' for row in ROWS)
+    rows = "\n".join(_score_row(score) for score in scores.scores)
+    return f"""<h2>Scores</h2>
+<p>Every row compares {scores.cells:,} cells with {scores.cells:,} held-out real cells. {legend}.</p>
+<div class="wide"><table>
+<thead><tr><th>measure</th>{head}<th style="white-space:nowrap">worse … better</th><th>verdict</th></tr></thead>
+<tbody>
+{rows}
+</tbody>
+</table></div>
+<p class="small">Mean <span class="sd">± standard deviation</span> of {scores.subsamples} subsamples. ↓ lower is better,
+↑ higher is better, →½ one half is best. A difference counts if it exceeds the noise of the subsamples.</p>"""
+
+
+def _score_row(score: Score) -> str:
+    digits = score.metric.digits
+    numbers = "".join(
+        f'<td class="number">{getattr(score, row).mean:z.{digits}f} '
+        f'<span class="sd">±{getattr(score, row).sd:.{digits}f}</span></td>'
+        for row in ROWS
+    )
+    name = f"{escape(score.metric.title)} {ARROWS[score.metric.better]}"
+    verdict = score.verdict
+    return (
+        f'<tr><td>{name}<span class="meaning">{escape(score.metric.meaning)}</span></td>{numbers}'
+        f'<td>{_strip(score)}</td><td class="verdict {_CLASSES[verdict]}">{verdict}</td></tr>'
+    )
+
+
+def _strip(score: Score) -> str:
+    """Return a small drawing of the three figures on one line, the best at the right end."""
+    shortfalls = {row: getattr(score, row).shortfall(score.metric.better).mean for row in ROWS}
+    worst, best = max(shortfalls.values()), min(shortfalls.values())
+    width = (worst - best) or 1.0
+    x = {row: 8 + 94 * (worst - value) / width for row, value in shortfalls.items()}
+    return (
+        '<svg width="110" height="18" role="img" aria-label="position of model between baseline and ceiling">'
+        '<line x1="8" y1="9" x2="102" y2="9" stroke="#dddddd" stroke-width="2"/>'
+        f'<rect x="{x["ceiling"] - 1.5:.1f}" y="1" width="3" height="16" fill="{_MARKS["ceiling"]}"/>'
+        f'<circle cx="{x["baseline"]:.1f}" cy="9" r="5.5" fill="{_MARKS["baseline"]}"/>'
+        f'<circle cx="{x["model"]:.1f}" cy="9" r="4.5" fill="{_MARKS["model"]}" stroke="#fff"/></svg>'
+    )
+
+
+def _facts(scores: Scores) -> dict[str, object]:
+    facts: dict[str, object] = {"protocol": scores.protocol, "cells on each side": scores.cells}
+    return facts | {key.replace("_", " "): value for key, value in scores.setting.items() if value is not None}
+
+
+def _dot(row: str) -> str:
+    return f'<span class="key" style="background:{_MARKS[row]}"></span>'

@@ -1,0 +1,312 @@
+"""Rectified flow in the whitened latent space of a codec, with the log library size as one more dimension.
+
+Axes: B trajectories, T time points, N cells per time point (a static cell is a trajectory with T = N = 1), D latent
+size (the flow has D + 1 dimensions), C width of the condition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bgen.config.flow import FlowConfig, SampleConfig
+from bgen.data.batch import CellBatch
+from bgen.data.trajectory_batch import TrajectoryBatch
+from bgen.flow.guidance import guide
+from bgen.flow.loss import velocity_loss
+from bgen.flow.path import interpolate, velocity, velocity_from_data
+from bgen.flow.patterns import PATTERNS, draw_observed
+from bgen.flow.solvers import Velocity, integrate
+from bgen.flow.start import KINDS, Starts, couple, start, starts_of
+from bgen.flow.times import sample_times
+from bgen.models.backbones.registry import build_backbone
+from bgen.models.codec import Codec
+from bgen.models.generators.conditions import ConditionEmbedding, drop_conditions
+from bgen.nn.mup import learning_rate_scales, start_heads
+from bgen.nn.random import Stream, normal, uniform
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where cells are generated, and what is known of them.
+
+    Attributes
+    ----------
+    mask
+        bool ``[B, T, N]``: places that hold a cell.
+    time
+        ``[B, T]``: when the time points are, in the store's unit, ascending.
+    observed
+        bool ``[B, T]``: time points that are given (see :mod:`bgen.flow.patterns`); None: none.
+    latents
+        ``[B, T, N, D + 1]``: whitened, where observed; anything elsewhere. Needed if ``observed`` is.
+    """
+
+    mask: Tensor
+    time: Tensor
+    observed: Tensor | None = None
+    latents: Tensor | None = None
+
+
+class LatentFlow(nn.Module):
+    """A frozen codec, such as a VAE, and the velocity network that generates its latents.
+
+    The parameters of the codec do not require gradients, and it stays in evaluation mode; its state is saved with the
+    model, always under ``vae.``.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    codec
+        Trained, with its whitening fitted.
+    categories
+        Categorical condition to its number of categories.
+    numbers
+        Numeric condition to its mean and standard deviation over the training cells, in its unit.
+    """
+
+    def __init__(
+        self,
+        config: FlowConfig,
+        codec: Codec,
+        categories: Mapping[str, int],
+        numbers: Mapping[str, tuple[float, float]],
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vae: Codec = codec.requires_grad_(False).eval()
+        self.size = codec.size
+        self.conditions = ConditionEmbedding(categories, numbers, config.backbone.width)
+        self.outputs = self.size * (len(KINDS) if config.source == "neighbours" else 1)
+        self.backbone = build_backbone(self.size, config.backbone, self.outputs)
+        if config.backbone.transfer_from is not None:
+            for module, twin in self._twins():
+                start_heads(module, twin)
+
+    def train(self, mode: bool = True) -> LatentFlow:
+        """Switch the velocity network; the codec stays in evaluation mode."""
+        super().train(mode)
+        self.vae.eval()
+        return self
+
+    def forward(self, batch: CellBatch) -> dict[str, Tensor]:
+        """Return the ``loss`` per cell: mean squared error of the velocity per dimension.
+
+        In a :class:`TrajectoryBatch` every time point has a flow time of its own, observed ones are at t = 0 and do not
+        count, and every place of a trajectory carries the mean over its cells that count. Everything
+        random comes from ``batch.keys``, also in evaluation.
+        """
+        self.conditions.require_present(batch.obs)
+        z0, z1 = self.vae.latents(batch), normal(batch.keys, Stream.FLOW_NOISE, self.size)
+        if isinstance(batch, TrajectoryBatch):
+            return self._trajectory_loss(batch, z0.unflatten(0, batch.mask.shape), z1.unflatten(0, batch.mask.shape))
+        t = sample_times(self.config.t_sampling, batch.keys, batch.slots, batch.step)
+        condition = self.conditions(batch.obs, self._hidden(batch.keys))
+        z0, z1, t = z0[:, None, None], z1[:, None, None], t[:, None]
+        predicted = self.velocity(interpolate(z0, z1, t), t, condition[:, None])
+        return {"loss": velocity_loss(predicted, velocity(z0, z1))}
+
+    def _trajectory_loss(self, batch: TrajectoryBatch, z0: Tensor, z1: Tensor) -> dict[str, Tensor]:
+        B, T, N = batch.mask.shape
+        keys_BT, slots_BT = batch.keys.view(B, T, N)[..., 0], batch.slots.view(B, T, N)[..., 0] // N
+        keys_B, patterns = keys_BT[:, 0], self.config.patterns
+        t = sample_times(self.config.t_sampling, keys_BT.flatten(), slots_BT.flatten(), batch.step).view(B, T)
+        independent_B1 = uniform(keys_B, Stream.SHARED_TIME, 1) < patterns.independent
+        t = torch.where(independent_B1, t, t[:, :1])
+        weights = {name: getattr(patterns, name) for name in PATTERNS}
+        observed = draw_observed(keys_B, batch.exists, batch.control, weights)
+        t = torch.where(observed, 0.0, t)
+        starts = None
+        if self.config.source == "neighbours":
+            moved = start(z0, batch.mask, batch.time, observed, z1, keys_BT)
+            z1 = couple(z0, moved, batch.mask, ~observed & observed.any(1, keepdim=True))
+            starts = self._starts(batch.mask, batch.time, observed)
+        condition = self.conditions(batch.population_obs(), self._hidden(keys_B).repeat_interleave(T)).view(B, T, -1)
+        predicted = self.velocity(interpolate(z0, z1, t), t, condition, batch.mask, batch.time, starts)
+        loss_B = velocity_loss(predicted, velocity(z0, z1), batch.mask & ~observed[..., None])
+        return {"loss": loss_B.repeat_interleave(T * N)}
+
+    def _starts(self, mask: Tensor, time: Tensor, observed: Tensor) -> Starts:
+        """What the network's output means at each time point."""
+        return starts_of(time, mask.any(-1), observed, self.config.backbone.time.scale)
+
+    def _hidden(self, keys: Tensor) -> Tensor:
+        """Return which cells have their conditions hidden, ``[B]``."""
+        return drop_conditions(keys, self.config.condition_dropout if self.training else 0.0)
+
+    def training_flops(self, batch: CellBatch) -> int:
+        """Floating-point operations: forward and backward through the network, forward through the frozen codec."""
+        B, T, N = batch.mask.shape if isinstance(batch, TrajectoryBatch) else (len(batch), 1, 1)
+        latents = self.vae.latents_flops(len(batch), len(batch.counts))
+        return latents + 3 * (self.backbone.flops(B, T, N) + self.conditions.flops(B * T))
+
+    def learning_rate_scales(self) -> dict[str, float]:
+        """See :class:`bgen.nn.mup.Transfers`."""
+        if self.config.backbone.transfer_from is None:
+            return {}
+        names = {id(module): name for name, module in self.named_children()}
+        return {
+            f"{names[id(module)]}.{name}": scale
+            for module, twin in self._twins()
+            for name, scale in learning_rate_scales(module, twin).items()
+        }
+
+    def _twins(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Pair what is trained with itself at the width that the learning rate is transferred from."""
+        base = self.config.backbone.narrowed()
+        categories = self.conditions.sizes
+        numbers = dict.fromkeys(self.conditions.number_names, (0.0, 1.0))
+        with torch.device("meta"):
+            conditions = ConditionEmbedding(categories, numbers, base.width)
+            return [(self.conditions, conditions), (self.backbone, build_backbone(self.size, base, self.outputs))]
+
+    def velocity(
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        condition: Tensor,
+        mask: Tensor | None = None,
+        time: Tensor | None = None,
+        starts: Starts | None = None,
+    ) -> Tensor:
+        """Velocity ``[B, T, N, D + 1]`` at ``z_t`` of that shape.
+
+        ``t [B, T]``, embedded ``condition [B, T, C]``, and ``mask [B, T, N]``, ``time [B, T]`` and ``starts`` (None:
+        all from noise) of a trajectory.
+        """
+        outputs = self.backbone(z_t, t, condition, mask, time).float()
+        if starts is not None:
+            return starts.velocity(outputs)
+        output = outputs[..., : self.size]  # of those of KINDS, noise is the first
+        return velocity_from_data(z_t, output, t) if self.config.prediction == "data" else output
+
+    def sample(
+        self,
+        conditions: Mapping[str, Tensor],
+        n: int,
+        keys: Tensor,
+        settings: SampleConfig,
+        log_library: Tensor | None = None,
+    ) -> Tensor:
+        """Generate whitened latents ``[n, D + 1]``; ``vae.unwhiten`` and ``vae.decode`` turn them into counts.
+
+        Parameters
+        ----------
+        conditions
+            Column to codes int64 ``[n]`` (-1 = any) or numbers float ``[n]`` (NaN = any); absent columns are free.
+        n
+            Number of cells.
+        keys
+            int64 ``[n]``: the noise is a pure function of them.
+        settings
+            Solver, steps, guidance.
+        log_library
+            ``[n]`` natural logs of the total counts to generate, or None to let the model draw them. The last
+            coordinate is then held on its own straight path, ``(1 - t) fixed + t noise``, at every t, so the state is
+            generated to go with that size. Give ``vae.decode`` the same sizes, because ``vae.unwhiten`` would limit
+            them.
+        """
+        assert len(keys) == n, "one key per cell"
+        columns = {name: column[:, None] for name, column in conditions.items()}
+        library = None if log_library is None else log_library[:, None, None]
+        return self._integrate(columns, keys[:, None, None], settings, library, None)[:, 0, 0]
+
+    def sample_trajectories(
+        self,
+        conditions: Mapping[str, Tensor],
+        keys: Tensor,
+        settings: SampleConfig,
+        places: Places,
+        log_library: Tensor | None = None,
+    ) -> Tensor:
+        """Generate whitened latents ``[B, T, N, D + 1]`` where nothing is observed, given what is.
+
+        Joint generation, forecast, interpolation and prediction of a perturbation are the same call with different time
+        points observed. Observed latents come back as they were given; places without a cell are zero.
+
+        Parameters
+        ----------
+        conditions
+            Column to codes or numbers per population, ``[B, T]``, otherwise as in :meth:`sample`.
+        keys
+            int64 ``[B, T, N]``: the noise is a pure function of them.
+        settings
+            Solver, steps, guidance.
+        places
+            Which cells there are, when, and what is known.
+        log_library
+            ``[B, T, N]``, otherwise as in :meth:`sample`.
+        """
+        assert keys.shape == places.mask.shape, "one key per place"
+        assert (places.observed is None) == (places.latents is None), "what is observed is given, and nothing else"
+        return self._integrate(conditions, keys, settings, log_library, places)
+
+    @torch.no_grad()
+    def _integrate(
+        self,
+        conditions: Mapping[str, Tensor],
+        keys: Tensor,
+        settings: SampleConfig,
+        log_library: Tensor | None,
+        places: Places | None,
+    ) -> Tensor:
+        """Carry noise to latents ``[B, T, N, D + 1]``."""
+        self.conditions.require_known(conditions)
+        z1 = settings.noise * normal(keys.flatten(), Stream.FLOW_START, self.size).unflatten(0, keys.shape)
+        columns = {name: column.flatten() for name, column in conditions.items()}
+        shown = torch.zeros(keys.shape[:2].numel(), dtype=torch.bool, device=keys.device)
+        v = guide(
+            self._velocity_at(self.conditions(columns, shown).unflatten(0, keys.shape[:2]), places),
+            self._velocity_at(self.conditions(columns, ~shown).unflatten(0, keys.shape[:2]), places),
+            settings.guidance,
+            settings.guidance_interval,
+        )
+        if log_library is not None:
+            v = _hold_last(v, z1[..., -1] - self.vae.whiten_library(log_library))
+        if places is None:
+            return integrate(v, z1, settings.steps, settings.solver, settings.tolerance)
+        if places.observed is not None and places.latents is not None:
+            moving = places.mask & ~places.observed[..., None]
+            if self.config.source == "neighbours":
+                z1 = start(places.latents, places.mask, places.time, places.observed, z1, keys[..., 0])
+            z1, v = torch.where(places.observed[..., None, None], places.latents, z1), _hold(v, moving)
+        z0 = integrate(v, z1, settings.steps, settings.solver, settings.tolerance)
+        return z0 * places.mask[..., None]
+
+    def _velocity_at(self, condition: Tensor, places: Places | None) -> Velocity:
+        """``v(z, t)`` for ``z [B, T, N, D + 1]`` with conditions ``[B, T, C]``; observed time points are at t = 0."""
+        mask, time = (None, None) if places is None else (places.mask, places.time)
+        observed = None if places is None else places.observed
+        starts = None
+        if self.config.source == "neighbours" and places is not None and places.observed is not None:
+            starts = self._starts(places.mask, places.time, places.observed)
+
+        def v(z: Tensor, t: float) -> Tensor:
+            times = torch.full(z.shape[:2], t, device=z.device)
+            if observed is not None:
+                times = times * ~observed
+            return self.velocity(z, times, condition, mask, time, starts)
+
+        return v
+
+
+def _hold_last(v: Velocity, slope: Tensor) -> Velocity:
+    """Replace the last coordinate's velocity by a constant ``slope``; every solver integrates that exactly."""
+
+    def held(z: Tensor, t: float) -> Tensor:
+        return torch.cat((v(z, t)[..., :-1], slope[..., None]), dim=-1)
+
+    return held
+
+
+def _hold(v: Velocity, moving: Tensor) -> Velocity:
+    """Let only the cells ``moving [B, T, N]`` move."""
+
+    def held(z: Tensor, t: float) -> Tensor:
+        return v(z, t) * moving[..., None]
+
+    return held

@@ -1,0 +1,212 @@
+"""Which populations and cells make up the trajectories of a step: a pure function of (store, split, seed, step).
+
+A population is the cells of one system (the columns that name it have the same values) at one time. A trajectory is the
+populations of one system in the order of time; or, along a perturbation, the control population of a system and then
+one of its perturbed ones. Every trajectory comes once an epoch, in a keyed random order. If it has more time points or
+cells than asked for, a keyed random choice of them is taken.
+
+Axes: S trajectories, P populations, T time points, N cells per time point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bgen.arrays import I64
+from bgen.order.keys import hash_keys, hash_text, permutation
+
+_ORDER, _POINTS, _CELLS = 3, 4, 5  # what a key is for
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectories:
+    """The populations of a split, and the trajectories that they form.
+
+    Attributes
+    ----------
+    cells
+        int64 ``[n]``: numbers of the cells, population by population, ascending within each.
+    edges
+        int64 ``[P + 1]``: population p is ``cells[edges[p]:edges[p + 1]]``.
+    points
+        Numbers of the populations of each trajectory, in the order of time.
+    times
+        Their times.
+    controls
+        bool: whether they are controls.
+    """
+
+    cells: I64
+    edges: I64
+    points: Sequence[I64]
+    times: Sequence[NDArray[np.float32]]
+    controls: Sequence[NDArray[np.bool_]]
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    @classmethod
+    def over_time(
+        cls, cells: I64, system: Sequence[NDArray[Any]], time: NDArray[np.floating[Any]], control: NDArray[np.bool_]
+    ) -> Trajectories:
+        """Group by system and time.
+
+        Parameters
+        ----------
+        cells
+            int64 ``[n]``, ascending.
+        system
+            Columns ``[n]`` that together name a system; none: all cells are one.
+        time
+            ``[n]``; a cell without one (NaN) belongs to no trajectory.
+        control
+            bool ``[n]``; a population is control if all its cells are.
+        """
+        known = np.isfinite(time)
+        cells, control, time = cells[known], control[known], time[known]
+        code = _codes([column[known] for column in system], len(cells))
+        order, edges, first = _group([time.astype(np.float64), code])
+        is_control = np.logical_and.reduceat(control[order], edges[:-1]) if len(order) else np.zeros(0, bool)
+        bounds = np.flatnonzero(np.diff(code[first], prepend=-1, append=-1)) if len(first) else np.zeros(1, np.int64)
+        points = [np.arange(a, b) for a, b in pairwise(bounds)]
+        when = time[first].astype(np.float32)
+        return cls(cells[order], edges, points, [when[p] for p in points], [is_control[p] for p in points])
+
+    @classmethod
+    def along_perturbation(
+        cls, cells: I64, system: Sequence[NDArray[Any]], perturbation: NDArray[Any], control: int
+    ) -> Trajectories:
+        """Pair the control population of each system (at 0) with each of its perturbed ones (at 1).
+
+        ``perturbation [n]`` are codes, of which ``control`` is one; a cell without one (-1), and a system without
+        control cells, belongs to no trajectory.
+        """
+        known = perturbation >= 0
+        cells, perturbation = cells[known], perturbation[known]
+        code = _codes([column[known] for column in system], len(cells))
+        order, edges, first = _group([perturbation, code])
+        points = []
+        system_of, label = code[first], perturbation[first]
+        before = {int(system_of[p]): p for p in np.flatnonzero(label == control)}
+        for p in np.flatnonzero(label != control):
+            if int(system_of[p]) in before:
+                points.append(np.array([before[int(system_of[p])], p]))
+        times = [np.array([0, 1], np.float32)] * len(points)
+        return cls(cells[order], edges, points, times, [np.array([True, False])] * len(points))
+
+    def population(self, number: int) -> I64:
+        """Return the cells of a population, ascending."""
+        return self.cells[self.edges[number] : self.edges[number + 1]]
+
+
+@dataclass(frozen=True, eq=False)
+class GridOfCells:
+    """One trajectory on a grid; where there is no cell, ``mask`` is False and some cell of the trajectory stands in.
+
+    Attributes
+    ----------
+    cells
+        int64 ``[T, N]``: numbers of cells in the store.
+    mask
+        bool ``[T, N]``.
+    time
+        float32 ``[T]``, ascending; the last one is repeated where there are no more.
+    control
+        bool ``[T]``.
+    """
+
+    cells: I64
+    mask: NDArray[np.bool_]
+    time: NDArray[np.float32]
+    control: NDArray[np.bool_]
+
+
+class TrajectoryOrder:
+    """The trajectories of every step.
+
+    Parameters
+    ----------
+    trajectories
+        The trajectories of the split.
+    batch
+        Trajectories per global batch.
+    times, cells
+        T and N.
+    seed
+        Seed of the order.
+    name
+        What distinguishes this order from another of the same seed: store fingerprint and split.
+    """
+
+    def __init__(self, trajectories: Trajectories, batch: int, times: int, cells: int, seed: int, name: str) -> None:
+        if len(trajectories) == 0:
+            raise ValueError(f"There are no trajectories in {name}.")
+        self.trajectories, self.batch, self.times, self.cells = trajectories, batch, times, cells
+        self._key = (seed, hash_text(name))
+        self._epoch = lru_cache(maxsize=2)(self._permute)
+
+    def read(self, step: int, start: int = 0, stop: int | None = None) -> list[GridOfCells]:
+        """Return the trajectories in slots ``start:stop`` of a step's global batch."""
+        first = step * self.batch
+        return [self.at(j) for j in range(first + start, first + (self.batch if stop is None else stop))]
+
+    def at(self, position: int) -> GridOfCells:
+        """Return the trajectory at a position of the endless line of all epochs."""
+        epoch, place = divmod(position, len(self.trajectories))
+        return self.grid(int(self._epoch(epoch)[place]), position)
+
+    def grid(self, number: int, draw: int) -> GridOfCells:
+        """Return trajectory ``number`` with the time points and cells that belong to ``draw``."""
+        points = self.trajectories.points[number]
+        taken = np.sort(permutation(len(points), *self._key, _POINTS, draw)[: self.times])
+        cells = np.full((self.times, self.cells), self.trajectories.cells[self.trajectories.edges[points[0]]])
+        mask = np.zeros((self.times, self.cells), bool)
+        for t, point in enumerate(taken):
+            members = self.trajectories.population(int(points[point]))
+            chosen = members[choose(len(members), self.cells, *self._key, _CELLS, draw, t)]
+            cells[t, : len(chosen)], mask[t, : len(chosen)] = chosen, True
+        last = np.minimum(np.arange(self.times), len(taken) - 1)
+        time, control = self.trajectories.times[number][taken], self.trajectories.controls[number][taken]
+        return GridOfCells(cells, mask, time[last], control[last] & mask.any(1))
+
+    def _permute(self, epoch: int) -> I64:
+        return permutation(len(self.trajectories), *self._key, _ORDER, epoch)
+
+
+def choose(n: int, k: int, *key: int) -> I64:
+    """Return min(n, k) distinct numbers below n, ascending, that belong to ``key``."""
+    if n <= k:
+        return np.arange(n)
+    if n > 16 * k:  # not worth permuting all of them
+        drawn = (hash_keys(*key, np.arange(2 * k + 16)) % np.uint64(n)).astype(np.int64)
+        distinct = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
+        if len(distinct) >= k:
+            return np.sort(distinct[:k])
+    return np.sort(permutation(n, *key)[:k])
+
+
+def _codes(columns: Sequence[NDArray[Any]], n: int) -> I64:
+    """Number the distinct combinations of columns ``[n]``."""
+    code = np.zeros(n, np.int64)
+    for column in columns:
+        values, inverse = np.unique(column, return_inverse=True)
+        code = np.unique(code * len(values) + inverse, return_inverse=True)[1]
+    return code
+
+
+def _group(columns: Sequence[NDArray[Any]]) -> tuple[I64, I64, I64]:
+    """Group rows by columns (the last is the primary key): rows in order, edges of the groups, their first rows."""
+    order = np.lexsort(columns)  # stable: rows ascend within a group
+    new = np.zeros(len(order), bool)
+    new[:1] = True
+    for column in columns:
+        new[1:] |= np.diff(column[order]) != 0
+    starts = np.flatnonzero(new)
+    return order, np.append(starts, len(order)), order[starts]

@@ -1,0 +1,90 @@
+"""Open anything that holds counts: a store, its WebDataset form, or AnnData in zarr; here or at an address."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bgen.config.data import Access, DataConfig
+from bgen.store.anndata_store import CsrStore, members
+from bgen.store.format.manifest import NAME
+from bgen.store.remote import RemoteFiles, RemoteStore, is_remote
+from bgen.store.store import Store
+from bgen.store.webdataset_store import INDEX, TarStore
+
+
+def open_store(
+    where: str | Path,
+    *,
+    threads: int = 2,
+    access: Access | None = None,
+    roles: Mapping[str, str] | None = None,
+    splits: Mapping[str, float] | None = None,
+    split_by: str | None = None,
+    held_out: Mapping[str, Sequence[str]] | None = None,
+    matrix: str = "X",
+    control: str | None = None,
+    seed: int = 0,
+) -> Store:
+    """Open a store of any form.
+
+    Parameters
+    ----------
+    where
+        Folder, or address (``s3://``, ``gs://``, ``http://``, ``https://``) of a store.
+    threads
+        Threads that decode.
+    access
+        How an address is read.
+    roles, splits, split_by, held_out, matrix, control, seed
+        For AnnData in zarr, which says none of it (see :class:`bgen.store.anndata_store.CsrStore`); a store has its
+        own.
+
+    Raises
+    ------
+    UserError
+        If there is none, or it cannot be read.
+    """
+    if is_remote(where):
+        files = RemoteFiles(str(where), access or Access())
+        return TarStore(str(where), access) if files.exists(INDEX) else RemoteStore(str(where), access)
+    folder = Path(where)
+    if (folder / NAME).is_file():
+        return TarStore(folder, threads=threads) if (folder / INDEX).is_file() else Store(folder, threads=threads)
+    groups = members(folder)
+    if any((group / name).is_file() for group in groups for name in ("zarr.json", ".zgroup")):
+        return CsrStore(
+            folder,
+            matrix=matrix,
+            roles=roles,
+            splits=splits,
+            split_by=split_by,
+            held_out=held_out,
+            control=control,
+            seed=seed,
+            threads=threads,
+        )
+    return Store(folder, threads=threads)
+
+
+def open_data(config: DataConfig) -> Store:
+    """Open the store that a configuration names, as it says.
+
+    Raises
+    ------
+    UserError
+        As :func:`open_store`.
+    """
+    given = config.anndata
+    return open_store(
+        config.store,
+        threads=config.threads,
+        access=config.access,
+        roles=given.roles,
+        splits=given.splits,
+        split_by=given.split_by,
+        held_out=given.held_out,
+        matrix=given.matrix,
+        control=given.control,
+        seed=given.seed,
+    )

@@ -1,0 +1,276 @@
+"""Stores that lie elsewhere: ``s3://bucket/store``, ``gs://bucket/store``, ``https://host/store``.
+
+The few small files (manifest, genes, numbers per cell) are copied to a local folder, checked against the manifest, when
+the store is opened. Chunks are read one by one, by range, and kept in a bounded cache on the local disk. A request that
+fails is made again, after a growing pause; when that does not help, the error names the shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import tensorstore as ts
+from numpy.typing import NDArray
+
+from bgen.arrays import I64
+from bgen.config.data import Access
+from bgen.errors import UserError
+from bgen.store.cache import DiskCache
+from bgen.store.format.manifest import NAME, check_files, read_manifest
+from bgen.store.format.shards import WHOLE, Stream
+from bgen.store.store import Store
+
+SCHEMES = ("s3://", "gs://", "http://", "https://")
+STREAMS = ("gaps", "counts")
+
+
+def is_remote(where: str | Path) -> bool:
+    """Whether a store is named by an address."""
+    return str(where).startswith(SCHEMES)
+
+
+class RemoteFiles:
+    """Files below an address.
+
+    Parameters
+    ----------
+    url
+        The address.
+    access
+        How to read.
+
+    Raises
+    ------
+    UserError
+        If the address has no meaning.
+    """
+
+    def __init__(self, url: str, access: Access) -> None:
+        self.url, self.access = url.rstrip("/"), access
+        retries = {
+            "max_retries": access.retries,
+            "initial_delay": f"{round(1000 * access.first_pause)}ms",
+            "max_delay": f"{round(1000 * access.longest_pause)}ms",
+        }
+        scheme = self.url.partition(":")[0]
+        driver = {"s3": "s3", "gs": "gcs"}.get(scheme, "http")
+        context = ts.Context(
+            {f"{driver}_request_retries": retries, f"{driver}_request_concurrency": {"limit": access.threads}}
+        )
+        try:
+            self._kvstore = ts.KvStore.open(self._spec(driver), context=context).result()
+        except ValueError as error:
+            raise UserError(f"{url} cannot be opened: {error}") from None
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """Return a file, or bytes ``start:stop`` of it.
+
+        Raises
+        ------
+        ValueError
+            If it is not there, or too short.
+        OSError
+            If it cannot be reached.
+        """
+        try:
+            byte_range = None if start is None else slice(start, stop)
+            result = self._kvstore.read(name, byte_range=byte_range).result()
+        except ValueError as error:
+            raise OSError(f"{self.url}/{name} cannot be read, after {self.access.retries} retries: {error}") from None
+        if result.state != "value":
+            raise ValueError(f"{self.url}/{name} is missing")
+        if start is not None and stop is not None and len(result.value) != stop - start:
+            raise ValueError(f"{self.url}/{name} was cut off: bytes {start} to {stop} are not there")
+        return bytes(result.value)
+
+    def exists(self, name: str) -> bool:
+        """Whether a file is there.
+
+        Raises
+        ------
+        UserError
+            If that cannot be found out.
+        """
+        try:
+            self.read(name, 0, 1)
+        except ValueError:
+            return False
+        except OSError as error:
+            if "PERMISSION_DENIED" in str(error):  # S3's answer for a missing file to those who may not list the bucket
+                return False
+            raise UserError(str(error)) from None
+        return True
+
+    def _spec(self, driver: str) -> dict[str, Any]:
+        place = self.url.split("://", 1)[1]
+        if driver == "http":
+            scheme = self.url.partition(":")[0]
+            host, _, path = place.partition("/")
+            return {"driver": "http", "base_url": f"{scheme}://{host}", "path": f"/{path}/"}
+        bucket, _, path = place.partition("/")
+        spec: dict[str, Any] = {"driver": driver, "bucket": bucket, "path": f"{path}/" if path else ""}
+        if driver == "s3":
+            endpoint = (
+                self.access.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+            )
+            region = self.access.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+            if endpoint:
+                spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
+            elif region:
+                spec["aws_region"] = region
+            if self.access.anonymous:
+                spec["aws_credentials"] = {"type": "anonymous"}
+        return spec
+
+
+class Mirror:
+    """The local copy of a store's small files, and the cache of its chunks.
+
+    Parameters
+    ----------
+    files
+        Where the store lies.
+
+    Raises
+    ------
+    UserError
+        If there is no store, or it cannot be read.
+    """
+
+    def __init__(self, files: RemoteFiles) -> None:
+        self.files = files
+        try:
+            text = files.read(NAME)
+        except ValueError:
+            raise UserError(f"There is no store at {files.url}: it has no {NAME}.") from None
+        except OSError as error:
+            raise UserError(str(error)) from None
+        # one folder for each manifest: a store that was built again is not mixed up with the one before
+        place = files.access.folder() / hashlib.sha256(text).hexdigest()[:32]
+        self.folder = place / "files"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / NAME, text)
+        self.manifest = read_manifest(self.folder)
+        self.cache = DiskCache(place / "chunks", files.access.cache_bytes)
+
+    def copy(self, below: str) -> None:
+        """Copy the files of the manifest whose path begins so, unless they are there already.
+
+        Raises
+        ------
+        UserError
+            If one cannot be read, or is not what was written.
+        """
+        for name, file in self.manifest.files.items():
+            path = self.folder / name
+            if not name.startswith(below) or (path.is_file() and path.stat().st_size == file.bytes):
+                continue
+            try:
+                data = self.files.read(name)
+            except (ValueError, OSError) as error:
+                raise UserError(f"The store {self.files.url} cannot be read: {error}") from None
+            if hashlib.sha256(data).hexdigest() != file.sha256:
+                raise UserError(
+                    f"The store {self.files.url} is damaged: {name} does not have the bytes that were written."
+                )
+            write_whole(path, data)
+
+    def read(self, name: str, start: int, stop: int, checksum: int | None = None) -> bytes:
+        """Return bytes ``start:stop`` of a file, from the cache if they are there.
+
+        They are kept if their CRC-32C is ``checksum``; by default, if their own CRC-32C stands at their end.
+        """
+        key = f"{name.replace('/', '-')}-{start}"
+        data = self.cache.get(key)
+        if data is None or len(data) != stop - start:
+            data = self.files.read(name, start, stop)
+            if google_crc32c.value(data) == (WHOLE if checksum is None else checksum):
+                self.cache.put(key, data)
+        return data
+
+
+class RemoteStream(Stream):
+    """Reads chunks of one stream from afar."""
+
+    def __init__(self, mirror: Mirror, name: str) -> None:
+        super().__init__(mirror.folder / name, mirror.manifest.profile)
+        self._mirror, self._stream = mirror, name
+
+    def announce(self, chunks: I64) -> None:
+        """See :class:`Stream`; nothing can be said to a server in advance."""
+
+    def _index(self, number: int) -> I64:
+        # not under the lock: other threads need not wait for this shard's index to read the next one's
+        if number not in self._indices:
+            size, length = self._size(number), 16 * self._slots + 4
+            data = self._read_range(number, size - length, length)
+            if google_crc32c.value(data) != WHOLE:
+                raise ValueError(f"the index of {self._name(number)} does not have the bytes that were written")
+            index = np.frombuffer(data[:-4], "<i8").reshape(-1, 2)
+            if int(index.sum(1).max()) + length != size:
+                raise ValueError(f"{self._name(number)} is not the file that the manifest describes")
+            self._indices[number] = index
+        return self._indices[number]
+
+    def _size(self, number: int) -> int:
+        return self._mirror.manifest.files[self._path(number)].bytes
+
+    def _read_range(self, number: int, offset: int, size: int) -> bytes:
+        return self._mirror.read(self._path(number), offset, offset + size)
+
+    def _path(self, number: int) -> str:
+        return f"{self._stream}/c/{number}/0"
+
+    def _name(self, number: int) -> str:
+        return f"{self._mirror.files.url}/{self._path(number)}"
+
+
+class RemoteStore(Store):
+    """A store at an address (see :class:`bgen.store.store.Store`).
+
+    Raises
+    ------
+    UserError
+        If it cannot be read, or its small files are not what was written.
+    """
+
+    def __init__(self, url: str, access: Access | None = None) -> None:
+        access = access or Access()
+        self._mirror = Mirror(RemoteFiles(url, access))
+        self.url = self._mirror.files.url
+        for below in ("genes.csv", "rows/", *(f"{name}/zarr.json" for name in STREAMS)):
+            self._mirror.copy(below)
+        super().__init__(self._mirror.folder, threads=access.threads)
+
+    def damaged(self, error: Exception) -> UserError:
+        """See :class:`bgen.store.store.Store`."""
+        return UserError(f"The store {self.url} cannot be read: {error}")
+
+    def _find_damage(self) -> list[str]:
+        return [
+            problem
+            for below in ("genes.csv", "rows/")
+            for problem in check_files(self.folder, self.manifest, checksums=True, below=below)
+        ]
+
+    def _open_streams(self) -> list[Stream]:
+        return [RemoteStream(self._mirror, name) for name in STREAMS]
+
+    def _read_array(self, name: str) -> NDArray[Any]:
+        self._mirror.copy(f"{name}/")
+        return super()._read_array(name)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all: several ranks may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, half = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "wb") as stream:
+        stream.write(data)
+    Path(half).rename(path)

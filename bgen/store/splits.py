@@ -1,0 +1,132 @@
+"""Which cells are for training, the held-out loss and testing: drawn by seed, in groups where cells depend on each
+other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from bgen.errors import UserError, nearest
+from bgen.order.keys import permutation
+
+DEFAULT = {"train": 0.8, "valid": 0.1, "test": 0.1}
+
+Codes = NDArray[np.uint8]
+"""[n_cells]: place of each cell's split among the splits."""
+
+
+def group_names(values: pd.Series) -> NDArray[Any]:
+    """Return the values of a column as texts: numbers without a decimal point where they are whole."""
+    if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
+        return np.array([f"{value:g}" for value in values.to_numpy(np.float64, na_value=np.nan)], dtype=object)
+    return values.astype(str).to_numpy(object)
+
+
+def assign(splits: Mapping[str, float], groups: NDArray[Any] | None, n_cells: int, seed: int) -> Codes:
+    """Return the code of the split of each cell, drawn at random.
+
+    Parameters
+    ----------
+    splits
+        Name to fraction.
+    groups
+        ``[n_cells]``: cells of one group stay together; None: each cell by itself.
+    seed
+        Seed of the draw.
+
+    Raises
+    ------
+    UserError
+        If there are fewer groups than splits.
+    """
+    fractions = np.array(list(splits.values()))
+    if groups is None:
+        edges = np.round(np.cumsum(fractions) * n_cells).astype(np.int64)
+        codes = np.searchsorted(edges, np.arange(n_cells), side="right").clip(max=len(splits) - 1)
+        line = np.empty(n_cells, np.uint8)
+        line[permutation(n_cells, seed)] = codes
+        return line
+    names, group = np.unique(np.asarray(groups).astype(str), return_inverse=True)
+    wanted = int((fractions > 0).sum())
+    if len(names) < wanted:
+        raise UserError(f"{wanted} splits need at least {wanted} groups; the column has {len(names)}.")
+    sizes = np.bincount(group).astype(np.float64)
+    room = fractions * n_cells
+    chosen = np.zeros(len(names), np.uint8)
+    for number in permutation(len(names), seed):  # each group goes where most room is left, in a random order
+        chosen[number] = int(np.argmax(room))
+        room[chosen[number]] -= sizes[number]
+    return chosen[group]
+
+
+def assign_groups(
+    splits: Mapping[str, float],
+    groups: NDArray[Any],
+    seed: int,
+    *,
+    held_out: Mapping[str, Sequence[str]],
+    spread: str | None = None,
+) -> Codes:
+    """Return the code of the split of each cell, where no group of cells may be in two splits.
+
+    Parameters
+    ----------
+    splits
+        Name to fraction.
+    groups
+        ``[n_cells]`` texts: donors, perturbations, time points.
+    seed
+        Seed of the draws.
+    held_out
+        Split to the groups that it consists of. All other cells are divided, each by itself, among the other splits in
+        the proportions of their fractions. Empty: every group goes to one split, drawn at random.
+    spread
+        A group that is divided cell by cell among all splits: the control, which every split is compared with.
+
+    Raises
+    ------
+    UserError
+        If ``held_out`` names a group that is not there, or one twice, or leaves no split for the other cells.
+    """
+    codes = np.zeros(len(groups), np.uint8)
+    alone = groups == spread if spread is not None else np.zeros(len(groups), bool)
+    if not held_out:
+        codes[~alone] = assign(splits, groups[~alone], int((~alone).sum()), seed)
+    else:
+        _check_held_out(held_out, splits, groups, spread)
+        rest = {name: 0.0 if name in held_out else fraction for name, fraction in splits.items()}
+        total = sum(rest.values())
+        others = ~alone & ~np.isin(groups, [value for values in held_out.values() for value in values])
+        if others.any():
+            if total == 0:
+                raise UserError("Every split holds out values by name: none is left for the other cells.")
+            shares = {name: fraction / total for name, fraction in rest.items()}
+            codes[others] = assign(shares, None, int(others.sum()), seed)
+        for name, values in held_out.items():
+            codes[np.isin(groups, list(values))] = list(splits).index(name)
+    if alone.any():
+        codes[alone] = assign(splits, None, int(alone.sum()), seed + 1)
+    return codes
+
+
+def _check_held_out(
+    held_out: Mapping[str, Sequence[str]], splits: Mapping[str, float], groups: NDArray[Any], spread: str | None
+) -> None:
+    there = set(groups)
+    seen: dict[str, str] = {}
+    for name, values in held_out.items():
+        if name not in splits:
+            raise UserError(f"There is no split '{name}' to hold out values for.{nearest(name, splits)}")
+        for value in values:
+            if value not in there:
+                raise UserError(f"There are no cells of '{value}' to hold out.{nearest(value, sorted(there))}")
+            if value == spread:
+                raise UserError(f"'{value}' is the control: every split gets its share of it. Hold out others.")
+            if value in seen:
+                raise UserError(f"'{value}' cannot be in the splits {seen[value]} and {name}.")
+            seen[value] = name

@@ -1,0 +1,168 @@
+"""The base of all verbs: an exported model that reads and encodes cells, and decodes latent states.
+
+Axes: N cells, G genes of the model, D latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bgen.data.batch import CellBatch
+from bgen.errors import UserError
+from bgen.hub.directory import SavedModel
+from bgen.models.generators.latent_flow import LatentFlow
+from bgen.order.keys import hash_keys
+from bgen.tasks.user_cells import Cells, Reading, UserCells, UserData, read_user_data
+
+BATCH = 1024
+
+
+class AnnDataModel:
+    """An exported model: its genes, and the way from counts to latent states and back.
+
+    Attributes
+    ----------
+    saved
+        The network with its gene table, columns and provenance.
+    """
+
+    def __init__(self, saved: SavedModel) -> None:
+        self.saved = saved
+
+    def __repr__(self) -> str:
+        saved = self.saved
+        return f"<bgen {saved.kind} '{saved.about.name}': {len(self.genes):,} genes>"
+
+    @property
+    def genes(self) -> list[str]:
+        """Gene ids in the model's order."""
+        return self.saved.genes["id"].tolist()
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What :meth:`generate` can be asked for: column to its categories, or to "number"."""
+        module = self.saved.module
+        names = module.conditions.names if isinstance(module, LatentFlow) else []
+        known = self.saved.columns
+        return {name: known[name].categories if known[name].kind == "category" else "number" for name in names}
+
+    def read(self, data: Cells | UserData | UserCells, **reading: Unpack[Reading]) -> UserCells:
+        """Read cells and match them to this model. Every verb does this first, or takes the result in place of the
+        data.
+
+        Parameters
+        ----------
+        data
+            A file or folder of any format that ``bgen data check`` reads, or AnnData in memory. Genes are matched by id
+            or, where a model has both, by symbol; those that the data lacks count as zero. Columns are found in obs by
+            the model's name of them or by their role.
+        reading
+            See :class:`bgen.tasks.user_cells.Reading`.
+
+        Returns
+        -------
+        UserCells
+            Its ``matched`` says what was matched and what was not.
+
+        Raises
+        ------
+        UserError
+            If too few genes agree, or the matrix holds no counts.
+        """
+        if isinstance(data, UserCells):
+            if reading:
+                raise UserError(
+                    f"These cells are read already: {', '.join(reading)} has to be given when they are read."
+                )
+            if data.genes != self.genes:
+                raise UserError("These cells were read for a model with other genes. Read them with this model.")
+            return data
+        return read_user_data(data, **reading).match(self.saved.genes, self.saved.columns, self.expected_shares())
+
+    @torch.no_grad()
+    def expected_shares(self) -> NDArray[np.float32]:
+        """Return the share of each gene ``[G]`` in the counts of the model's average cell."""
+        vae = self.saved.vae
+        average = vae.latent_mean[None, :-1].to(torch.float32)
+        mean = vae.decode(average, torch.ones(1), {}).mean[0]
+        return (mean / mean.sum()).numpy()
+
+    @torch.no_grad()
+    def encode(
+        self, data: Cells | UserCells, **reading: Unpack[Reading]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return mean and variance ``[N, D]`` of the cells' latent states; see :meth:`read`.
+
+        Covariates are taken from obs where the column is there, else they are unknown.
+        """
+        cells = self.read(data, **reading)
+        obs = self.covariates(cells)
+        means, variances = [], []
+        for start in range(0, len(cells), BATCH):
+            part = slice(start, start + BATCH)
+            batch = _batch(cells.counts[part], {name: codes[part] for name, codes in obs.items()}, start)
+            mean, logvar = self.saved.vae.encode(batch)
+            means.append(mean.numpy())
+            variances.append(logvar.exp().numpy())
+        return np.concatenate(means), np.concatenate(variances)
+
+    def decode(
+        self,
+        z: NDArray[np.float32],
+        library_size: NDArray[np.float32],
+        covariates: Mapping[str, Sequence[str]] | None = None,
+    ) -> NDArray[np.float32]:
+        """Return expected counts ``[n, G]`` for latent states ``z [n, D]`` and total counts ``library_size [n]``.
+
+        ``covariates`` are category names per cell; a covariate that is not given is unknown to the decoder.
+        """
+        codes = {name: self._codes(name, np.asarray(values)) for name, values in (covariates or {}).items()}
+        return self.decode_codes(z, library_size, codes)
+
+    @torch.no_grad()
+    def decode_codes(
+        self, z: NDArray[np.float32], library_size: NDArray[np.float32], covariates: Mapping[str, NDArray[np.int64]]
+    ) -> NDArray[np.float32]:
+        """Return the same for covariates by code, as :meth:`covariates` gives them."""
+        expected = []
+        for start in range(0, len(z), BATCH):
+            part = slice(start, start + BATCH)
+            codes = {name: torch.from_numpy(column[part]) for name, column in covariates.items()}
+            state, size = torch.from_numpy(z[part]), torch.from_numpy(library_size[part])
+            expected.append(self.saved.vae.decode(state, size, codes).mean.numpy())
+        return np.concatenate(expected)
+
+    def counts(self, data: Cells | UserCells, layer: str | None = None) -> sp.csr_matrix:
+        """Return the model's genes of the data as CSR ``[N, G]``; see :meth:`read`."""
+        return (self.read(data) if layer is None else self.read(data, layer=layer)).counts
+
+    def covariates(self, data: Cells | UserCells) -> dict[str, NDArray[np.int64]]:
+        """Return codes ``[N]`` of the model's covariates; -1 where the data does not tell or it is new."""
+        cells = self.read(data)
+        return {name: cells.columns.get(name, np.full(len(cells), -1)) for name in self.saved.vae.covariates}
+
+    def _codes(self, name: str, values: NDArray[Any]) -> NDArray[np.int64]:
+        """Return the codes of category names; one that the model does not know is unknown, -1."""
+        codes = {category: code for code, category in enumerate(self.saved.columns[name].categories)}
+        return np.array([codes.get(str(value), -1) for value in values], dtype=np.int64)
+
+
+def _batch(counts: sp.csr_matrix, obs: Mapping[str, NDArray[np.int64]], first: int) -> CellBatch:
+    cells = np.arange(first, first + counts.shape[0])
+    columns: dict[str, Tensor] = {name: torch.from_numpy(codes) for name, codes in obs.items()}
+    return CellBatch(
+        indptr=torch.from_numpy(counts.indptr.astype(np.int64)),
+        indices=torch.from_numpy(counts.indices.astype(np.int32)),
+        counts=torch.from_numpy(counts.data),
+        n_genes=counts.shape[1],
+        keys=torch.from_numpy(hash_keys(0, cells).view(np.int64)),
+        cells=torch.from_numpy(cells),
+        obs=columns,
+    )

@@ -1,0 +1,93 @@
+"""``bgen denoise``: the expected counts of each cell, given its latent state.
+
+Axes: N cells, G genes of the model, V genes of the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from bgen.errors import UserError
+from bgen.evaluate.metrics.calibration import calibration
+from bgen.evaluate.metrics.denoising import molecular_cross_validation, split_molecules
+from bgen.tasks.anndata_model import AnnDataModel
+from bgen.tasks.user_cells import UserCells
+
+LAYER = "denoised"
+SCORED_CELLS = 1000
+"""Cells of the data that denoising is scored on."""
+
+
+def denoise_cells(model: AnnDataModel, cells: UserCells, *, library_size: float | None = None) -> AnnData:
+    """Return a copy of the data with expected counts.
+
+    Parameters
+    ----------
+    library_size
+        Expected total counts of each cell over the model's genes; default: the genes that the data have add up to their
+        measured total.
+
+    Returns
+    -------
+    AnnData
+        With ``layers['denoised']``: float32, NaN for genes that the model does not know; a summary in
+        ``uns['bgen_denoise']``. Genes keep their mean over similar cells: differences within a cell state are gone, so
+        do not test for differential expression on this layer.
+    """
+    if library_size is not None and not library_size > 0:
+        raise UserError(f"The library size is a positive number of counts, not {library_size:g}.")
+    z, _ = model.encode(cells)
+    values = cells.as_layer(_expected(model, cells, z, np.flatnonzero(cells.known), library_size))
+    denoised = cells.copy()
+    denoised.layers[LAYER] = values
+    denoised.uns["bgen_denoise"] = {
+        "model": model.saved.fingerprint(),
+        "library_size": "as measured" if library_size is None else float(library_size),
+        "genes_unknown_to_the_model": int(np.isnan(values[:1]).sum()),
+    }
+    return denoised
+
+
+def denoising_scores(model: AnnDataModel, cells: UserCells, *, seed: int = 0) -> dict[str, Any]:
+    """Score denoising by molecular cross-validation on at most 1,000 cells, beside PCA and the mean over cells.
+
+    Returns the deviances, and the share of held-out counts in the central 50 and 90 % of the model's distributions.
+    """
+    rows = np.sort(np.random.default_rng(seed).permutation(len(cells))[:SCORED_CELLS])
+    some = cells[rows]
+    every = np.arange(len(model.genes))
+
+    def by_model(half: sp.csr_matrix) -> NDArray[np.float64]:
+        thinned = replace(some, counts=half)
+        z, _ = model.encode(thinned)
+        return _expected(model, thinned, z, every, None).astype(np.float64)
+
+    scores: dict[str, Any] = molecular_cross_validation(some.counts, {"model": by_model}, seed=seed)
+    if model.saved.vae.config.likelihood == "nb":
+        first, second = split_molecules(some.counts, seed)
+        theta = np.exp(model.saved.vae.log_theta.detach().numpy().astype(np.float64))
+        scores["calibration"] = calibration(second, by_model(first), theta, seed=seed).as_json()
+    return scores
+
+
+def _expected(
+    model: AnnDataModel,
+    cells: UserCells,
+    z: NDArray[np.float32],
+    shared: NDArray[np.intp],
+    library_size: float | None,
+) -> NDArray[np.float32]:
+    """Expected counts ``[N, G]`` of cells with latents ``z [N, D]``, of which the genes ``shared`` were measured."""
+    mean = model.decode_codes(z, np.ones(len(z), np.float32), model.covariates(cells))
+    if library_size is not None:
+        total = np.full(len(z), library_size, np.float32)
+    else:
+        total = np.asarray(cells.counts.sum(1)).ravel() / np.maximum(mean[:, shared].sum(1), 1e-12)
+    expected: NDArray[np.float32] = mean * total[:, None].astype(np.float32)
+    return expected

@@ -1,0 +1,131 @@
+"""``bgen evaluate``: a model's cells beside a baseline and a ceiling, as table, report and model card."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+from anndata import AnnData
+
+from bgen.data.as_anndata import read_anndata
+from bgen.evaluate.metrics.memorisation import memorisation
+from bgen.evaluate.protocols.scores import Scores
+from bgen.evaluate.registry import CellsProtocol, find_protocol
+from bgen.files import require_new_folder
+from bgen.genes.table import match_genes
+from bgen.hub.directory import add_metrics
+from bgen.progress import Progress
+from bgen.store.open import open_store
+from bgen.store.store import Store
+from bgen.tasks.load import Model, load_model
+from bgen.tasks.user_cells import read_input
+from bgen.track import record as records
+from bgen.version import __version__
+
+MOST_CELLS = 20_000
+"""Cells of each split that are read."""
+
+SURPLUS = 2
+"""Generated cells per test cell, so that every repetition draws another sample of them."""
+
+
+def score(
+    model: Path,
+    data: Path,
+    out: Path,
+    *,
+    generated: Path | None = None,
+    seeds: int = 3,
+    seed: int = 0,
+    protocol: str | None = None,
+    progress: Progress | None = None,
+) -> Scores:
+    """Score a model on a store's test split and write ``report.html`` and ``metrics.json``.
+
+    Parameters
+    ----------
+    model
+        Model directory; gets the scores into its card, unless ``generated`` is given.
+    data
+        Store with splits train and test.
+    out
+        Folder; must not be there, or be empty.
+    generated
+        An .h5ad to score instead of cells generated now.
+    seeds
+        Repetitions of every figure.
+    protocol
+        Id of another protocol than the current one.
+
+    Raises
+    ------
+    UserError
+        If something is missing, or genes do not agree.
+    """
+    chosen = find_protocol(CellsProtocol, protocol)
+    require_new_folder(out)
+    loaded, store = load_model(model), open_store(data)
+    train, test = (_read_sample(store, split, seed) for split in ("train", "test"))
+    cells = read_input(generated) if generated else loaded.generate(SURPLUS * test.n_obs, seed=seed, progress=progress)
+    cells = _align(cells, test)
+    cell_type = store.manifest.roles.get("cell_type")
+
+    def advance(done: int, total: int) -> None:
+        if progress:
+            progress("evaluating", done, total)
+
+    scores = chosen.evaluate(train, test, cells, cell_type=cell_type, seeds=seeds, on_progress=advance)
+    copied = memorisation(sp.csr_matrix(train.X), sp.csr_matrix(test.X), sp.csr_matrix(cells.X), seed=seed)
+    scores = replace(scores, notes=(*scores.notes, copied.sentence()))
+    out.mkdir(parents=True, exist_ok=True)
+    scores.save(out / "metrics.json")
+    chosen.report(
+        out / "report.html",
+        scores,
+        train,
+        test,
+        cells,
+        seed=seed,
+        losses=_records(model),
+        title=f"How good are the cells of {loaded.saved.about.name}?",
+        provenance=_provenance(loaded, store, generated, seed),
+    )
+    if generated is None:
+        add_metrics(model, scores.as_json())
+    return scores
+
+
+def _read_sample(store: Store, split: str, seed: int) -> AnnData:
+    cells = store.cells_of_split(split)
+    if len(cells) > MOST_CELLS:
+        cells = np.sort(np.random.default_rng(seed).choice(cells, MOST_CELLS, replace=False))
+    return read_anndata(store, cells)
+
+
+def _align(cells: AnnData, like: AnnData) -> AnnData:
+    """Return the cells with the genes of ``like``, in its order; every one of them must be there."""
+    places = match_genes(
+        like.var_names.tolist(), cells.var_names.tolist(), floor=1.0, what="the set of generated cells"
+    )
+    return cells if np.array_equal(places, np.arange(cells.n_vars)) else cells[:, places].copy()
+
+
+def _records(model: Path) -> dict[str, list[records.Row]]:
+    """Return the records of the runs that made the model, where they lie beside it."""
+    found = {}
+    for stage, folder in (("VAE", model.parent / "vae"), ("flow", model.parent / "flow"), ("training", model.parent)):
+        if (folder / "record.jsonl").is_file():
+            found[stage] = records.read(folder / "record.jsonl")
+    return found
+
+
+def _provenance(model: Model, store: Store, generated: Path | None, seed: int) -> dict[str, object]:
+    return {
+        "model": model.saved.fingerprint()[:16],
+        "generated cells": generated.name if generated else f"seed {seed}",
+        "store": store.fingerprint[:16],
+        "data": ", ".join(source.name for source in store.manifest.sources),
+        "bgen": __version__,
+    }

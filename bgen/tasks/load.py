@@ -1,0 +1,224 @@
+"""What a user holds: an exported model with all its verbs, AnnData in and AnnData out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Unpack
+
+from anndata import AnnData
+
+from bgen.evaluate.protocols.time_point import TimeScores
+from bgen.hub.directory import load_directory
+from bgen.progress import Progress
+from bgen.tasks.anndata_model import AnnDataModel
+from bgen.tasks.cells.annotate import annotate_cells
+from bgen.tasks.cells.denoise import denoise_cells
+from bgen.tasks.cells.integrate import integrate_cells
+from bgen.tasks.generate import sample_settings
+from bgen.tasks.perturb.perturb import perturb_cells
+from bgen.tasks.time.axis import TimeAxis
+from bgen.tasks.time.observed import observe
+from bgen.tasks.time.predict import predict_times
+from bgen.tasks.time.trajectories import generate_as_trained
+from bgen.tasks.user_cells import Cells, Reading, UserCells
+
+
+class TimeOptions(Reading, total=False):
+    """Keyword arguments of :meth:`Model.predict_times` that :meth:`Model.interpolate` and ``forecast`` take, too."""
+
+    n: int | None
+    where: Mapping[str, Any] | None
+    library_size: float | None
+    sample: Mapping[str, Any] | None
+    time_column: str | None
+    seed: int
+    progress: Progress | None
+
+
+class Model(AnnDataModel):
+    """An exported model, loaded, with a method for each verb of the command line.
+
+    A method that takes cells takes a file of any format that ``bgen data check`` reads, AnnData in memory, or the
+    result of :meth:`read`. Keyword arguments say how cells are read (:class:`bgen.tasks.user_cells.Reading`).
+    """
+
+    def generate(
+        self,
+        n: int = 1000,
+        *,
+        where: Mapping[str, Any] | None = None,
+        library_size: float | None = None,
+        times: Sequence[float] | Literal["all"] | None = None,
+        guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        steps: int | None = None,
+        solver: str | None = None,
+        noise: float | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> AnnData:
+        """Generate cells; see :func:`bgen.tasks.generate.generate_cells`.
+
+        With ``times`` ("all": those of the training cells), whole trajectories with n cells at each time point; see
+        :func:`bgen.tasks.time.trajectories.generate_trajectories`. A model trained on trajectories takes all times
+        unless others are given.
+        """
+        settings = sample_settings(
+            self.saved.sample,
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+            steps=steps,
+            solver=solver,
+            noise=noise,
+        )
+        return generate_as_trained(
+            self.saved,
+            n,
+            times=times,
+            where=where or {},
+            library_size=library_size,
+            settings=settings,
+            seed=seed,
+            progress=progress,
+        )
+
+    def interpolate(
+        self, data: Cells | UserCells, times: float | Sequence[float], **options: Unpack[TimeOptions]
+    ) -> AnnData:
+        """Generate cells at time points that the data lack, from the time points around; AnnData of integer counts.
+
+        See :meth:`predict_times`.
+        """
+        return self.predict_times(data, times, forecast=False, **options)[0]
+
+    def forecast(
+        self, data: Cells | UserCells, times: float | Sequence[float], **options: Unpack[TimeOptions]
+    ) -> AnnData:
+        """Generate cells at later time points from the data before them; otherwise as :meth:`interpolate`."""
+        return self.predict_times(data, times, forecast=True, **options)[0]
+
+    def predict_times(
+        self,
+        data: Cells | UserCells,
+        times: float | Sequence[float],
+        *,
+        forecast: bool,
+        n: int | None = None,
+        where: Mapping[str, Any] | None = None,
+        library_size: float | None = None,
+        sample: Mapping[str, Any] | None = None,
+        time_column: str | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+        **reading: Unpack[Reading],
+    ) -> tuple[AnnData, dict[float, TimeScores]]:
+        """Generate cells at times that are treated as missing from the data, and score them where the data do hold
+        them.
+
+        Parameters
+        ----------
+        data
+            Raw counts, and a time for every cell in obs; see :meth:`read`.
+        times
+            Times asked for, in the model's unit. Cells that the data hold there are not shown to the model; they are
+            what it is compared with (also in ``uns['bgen']['scores']`` of the result).
+        forecast
+            From earlier time points alone; otherwise from both sides.
+        n
+            Cells per time; None: as many as the data hold there, else the mean of the neighbours.
+        where
+            Condition to value: only cells that agree are looked at, and such cells are generated.
+        library_size
+            Expected total counts of every cell; None: generated.
+        sample
+            Overrides of the model's :class:`bgen.config.flow.SampleConfig`, such as ``{"steps": 4}``.
+        time_column
+            obs column of the times; None: the model's name of it, or "time".
+
+        Raises
+        ------
+        UserError
+            If the model knows no trajectories, or data, times or conditions do not fit it.
+        """
+        TimeAxis.of(self.saved)  # before anything is read
+        wanted = [float(times)] if isinstance(times, int | float) else [float(time) for time in times]
+        asked = where or {}
+        settings = sample_settings(self.saved.sample, **(sample or {}))
+        return predict_times(
+            self.saved,
+            observe(self, self.read(data, **reading), asked, time_column),
+            wanted,
+            forecast=forecast,
+            where=asked,
+            n=n,
+            library_size=library_size,
+            settings=settings,
+            seed=seed,
+            progress=progress,
+        )
+
+    def embed(self, data: Cells | UserCells, **reading: Unpack[Reading]) -> AnnData:
+        """Return a copy of the data with the latent means of its cells in ``obsm['X_bgen']`` ``[N, D]``."""
+        cells = self.read(data, **reading)
+        mean, _ = self.encode(cells)
+        embedded = cells.copy()
+        embedded.obsm["X_bgen"] = mean
+        embedded.uns["bgen"] = {**dict(embedded.uns.get("bgen", {})), "embedding_model": self.saved.fingerprint()}
+        return embedded
+
+    def annotate(
+        self,
+        data: Cells | UserCells,
+        label: str | None = None,
+        *,
+        threshold: float = 0.5,
+        **reading: Unpack[Reading],
+    ) -> AnnData:
+        """Label cells, with probabilities; see :func:`bgen.tasks.cells.annotate.annotate_cells`."""
+        return annotate_cells(self, self.read(data, **reading), label, threshold=threshold)
+
+    def denoise(
+        self, data: Cells | UserCells, *, library_size: float | None = None, **reading: Unpack[Reading]
+    ) -> AnnData:
+        """Add expected counts as a layer; see :func:`bgen.tasks.cells.denoise.denoise_cells`."""
+        return denoise_cells(self, self.read(data, **reading), library_size=library_size)
+
+    def integrate(
+        self,
+        data: Cells | UserCells,
+        *,
+        reference: str | None = None,
+        batch: str | None = None,
+        label: str | None = None,
+        **reading: Unpack[Reading],
+    ) -> AnnData:
+        """Add a latent and counts without batch effects; see :func:`bgen.tasks.cells.integrate.integrate_cells`."""
+        return integrate_cells(self, self.read(data, **reading), reference=reference, batch=batch, label=label)
+
+    def perturb(
+        self,
+        data: Cells | UserCells,
+        perturbation: str,
+        *,
+        control: tuple[str, str] | None = None,
+        dose: float | None = None,
+        n: int | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+        **reading: Unpack[Reading],
+    ) -> AnnData:
+        """Predict perturbed cells from control cells; see :func:`bgen.tasks.perturb.perturb.perturb_cells`."""
+        cells = self.read(data, **reading)
+        return perturb_cells(self, cells, perturbation, control=control, dose=dose, n=n, seed=seed, progress=progress)
+
+
+def load_model(folder: str | Path, device: str = "cpu") -> Model:
+    """Load an exported model directory.
+
+    Raises
+    ------
+    UserError
+        If it is not one, is incomplete or damaged, or comes from a newer bgen.
+    """
+    return Model(load_directory(folder, device))

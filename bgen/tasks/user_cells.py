@@ -1,0 +1,470 @@
+"""A user's cells as every verb takes them: read once, by the readers and the rules of ``bgen data check``.
+
+A file of any format, or AnnData in memory, becomes :class:`UserData` (its counts are found and its genes known), and
+that becomes :class:`UserCells` once it is matched to what a model knows.
+
+Axes: N cells, V genes of the data, G genes of the model.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias, TypedDict
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from bgen.arrays import I64
+from bgen.errors import UserError, nearest
+from bgen.genes.table import WAYS, match_names
+from bgen.hub.directory import ColumnInfo
+from data_tools.check.counts import advice
+from data_tools.check.findings import Rounding
+from data_tools.check.genes import ID_COLUMNS, SYMBOL_COLUMNS, Genes, resolve_genes
+from data_tools.check.look import counts_elsewhere, look
+from data_tools.inputs.registry import open_source
+
+FLOOR = 0.8
+"""Share of a model's genes that data must have, unless the user says otherwise."""
+
+FEW_MOLECULES = 0.1
+"""Share of an average cell's molecules that genes missing from the data may hold without a warning."""
+
+ALL = 0.995
+"""From this share on, all molecules count as known."""
+
+MISSING = {"", "nan", "none", "na", "unknown", "unassigned", "unlabelled"}
+"""Texts, in lower case, that say that a cell has no label."""
+
+Cells: TypeAlias = str | os.PathLike[str] | AnnData
+"""A file or folder of cells, or AnnData in memory."""
+
+
+class Reading(TypedDict, total=False):
+    """How cells are read: keyword arguments of every verb.
+
+    Attributes
+    ----------
+    counts
+        Matrix of raw counts: "X" (the default), "raw/X", "layers/NAME", or "auto" for the first that is counts.
+    gene_column
+        Column of var with the gene ids; default: its index.
+    floor
+        Least share of the model's genes that the data must have; default 0.8.
+    layer
+        ``layer="NAME"`` is ``counts="layers/NAME"``.
+    """
+
+    counts: str | None
+    gene_column: str | None
+    floor: float | None
+    layer: str | None
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What of a user's cells a model knows, and what it does not.
+
+    Attributes
+    ----------
+    matrix, rounding
+        Matrix that holds the counts, and how its values became integers: "none" (they were) or "nearest".
+    way
+        How genes were matched, one of :data:`bgen.genes.table.WAYS`.
+    genes, missing
+        Number of the model's genes that the data has, and ids of those that it lacks.
+    unknown
+        Ids of the data's genes that the model does not know.
+    repeated
+        How many columns of the data repeat the gene of an earlier one; their counts are added up.
+    molecules
+        Share of the data's counts that are of genes that the model knows.
+    missing_molecules
+        Share of an average cell's molecules that are of genes that the data lacks, as the model expects them.
+    columns
+        Columns that the model knows to the obs columns that have them, by name or by role.
+    absent
+        Columns that the model knows and obs lacks.
+    values
+        Columns that the model knows to the values in obs that it does not know, and how many cells have each.
+    notes
+        What was understood of a file that is unusual, a sentence each.
+    """
+
+    matrix: str
+    rounding: Rounding
+    way: str
+    genes: int
+    missing: list[str]
+    unknown: list[str]
+    repeated: int
+    molecules: float
+    missing_molecules: float
+    columns: dict[str, str]
+    absent: list[str]
+    values: dict[str, dict[str, int]]
+    notes: tuple[str, ...] = ()
+
+    def sentences(self, *, values: bool = True) -> list[str]:
+        """Say what was matched, and what a user should know about the rest; ``values``: also values of columns."""
+        total = self.genes + len(self.missing)
+        said = [
+            *self.notes,
+            f"{self.genes:,} of the model's {total:,} genes are in the data ({self.genes / total:.0%}).",
+        ]
+        if self.matrix != "X":
+            said.append(f"The counts are those of {self.matrix}.")
+        if self.rounding == "nearest":
+            said.append(f"The values of {self.matrix} differ from integers by numerical noise, and are rounded.")
+        if self.way != WAYS[0]:
+            said.append(f"Genes are matched by their {self.way}.")
+        if self.repeated:
+            said.append(
+                f"{self.repeated:,} columns are of a gene that another column is of: their counts are added up."
+            )
+        if self.molecules < ALL:
+            said.append(f"Genes that the model knows hold {self.molecules:.0%} of the data's molecules.")
+        if self.missing_molecules > FEW_MOLECULES:
+            said.append(
+                f"The genes that the data lacks hold about {self.missing_molecules:.0%} of the molecules of an average"
+                " cell of the model: do not rely on what it makes of such cells without a test."
+            )
+        for name, cells in self.values.items() if values else ():
+            shown = [f"{value} ({n:,})" for value, n in cells.items()]
+            some = f"{', '.join(shown[:4])}{', ...' if len(shown) > 4 else ''}"
+            said.append(f"obs['{self.columns[name]}'] has values that the model does not know: {some} cells.")
+        return said
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what JSON can hold, long lists as their length."""
+        return {
+            "matrix": self.matrix,
+            "rounding": self.rounding,
+            "genes": self.genes,
+            "genes_missing": len(self.missing),
+            "genes_unknown": len(self.unknown),
+            "matched_by": self.way,
+            "molecules": self.molecules,
+            "missing_molecules": self.missing_molecules,
+            "columns": self.columns,
+            "absent": self.absent,
+            "unknown_values": self.values,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class UserData:
+    """A user's cells whose counts are found and whose genes are known, not yet matched to a model.
+
+    Attributes
+    ----------
+    adata
+        All that the user gave.
+    matrix, rounding
+        Matrix that holds the counts, and how its values become integers.
+    genes
+        Which gene each column of that matrix is.
+    gene_column, floor
+        As in :class:`Reading`.
+    notes
+        As in :class:`Matched`.
+    """
+
+    adata: AnnData
+    matrix: str
+    rounding: Rounding
+    genes: Genes
+    gene_column: str | None
+    floor: float
+    notes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return int(self.adata.n_obs)
+
+    def __getitem__(self, rows: NDArray[Any]) -> UserData:
+        return replace(self, adata=self.adata[rows])
+
+    def match(
+        self, genes: pd.DataFrame, columns: Mapping[str, ColumnInfo], expected: NDArray[np.float32] | None = None
+    ) -> UserCells:
+        """Match the cells to a model's gene table and columns.
+
+        ``expected [G]`` is the share of an average cell's molecules that the model expects of each gene.
+
+        Raises
+        ------
+        UserError
+            If fewer than the share ``floor`` of the model's genes are there.
+        """
+        places, way = match_names(
+            genes, self.genes.ids.tolist(), self.genes.symbols.tolist(), enough=max(self.floor, FLOOR)
+        )
+        of_column = np.append(places, -1)[self.genes.gene_map]
+        known = np.zeros(len(genes), bool)
+        known[places[places >= 0]] = True
+        counts, total = self._counts(of_column, len(genes))
+        molecules = float(counts.sum(dtype=np.float64) / max(total, 1.0))
+        if known.sum() < self.floor * len(genes):
+            raise self._too_few(genes, int(known.sum()), molecules)
+        found, where, values = match_columns(self.adata.obs, columns)
+        matched = Matched(
+            matrix=self.matrix,
+            rounding=self.rounding,
+            way=way,
+            genes=int(known.sum()),
+            missing=genes["id"][~known].tolist(),
+            unknown=self.genes.ids[places < 0].tolist(),
+            repeated=int((of_column >= 0).sum() - known.sum()),
+            molecules=molecules,
+            missing_molecules=0.0 if expected is None else float(expected[~known].sum()),
+            columns=where,
+            absent=[name for name in columns if name not in where],
+            values=values,
+            notes=self.notes,
+        )
+        return UserCells(self, genes["id"].tolist(), counts, found, known, self._of_var(places, of_column), matched)
+
+    def totals(self) -> NDArray[np.float32]:
+        """Return the sum of all counts of each distinct gene of the data."""
+        counts, _ = self._counts(self.genes.gene_map, len(self.genes.ids))
+        return np.asarray(counts.sum(0), np.float32).ravel()
+
+    def _counts(self, of_column: I64, n_genes: int) -> tuple[sp.csr_matrix, float]:
+        """Return the counts ``[N, n_genes]`` of columns by gene (-1: left out), and the sum of all counts."""
+        source = open_source(self.adata)
+        named = self.genes.gene_map >= 0
+        blocks, total = [], 0.0
+        for _, block in source.iterate(self.matrix):
+            data = np.rint(block.data) if self.rounding == "nearest" else block.data
+            total += float(data[named[block.indices]].sum(dtype=np.float64))
+            gene = of_column[block.indices]
+            kept = gene >= 0
+            indptr = np.concatenate([[0], np.cumsum(kept)])[block.indptr]
+            some = sp.csr_matrix((data[kept].astype(np.float32), gene[kept], indptr), shape=(block.shape[0], n_genes))
+            some.sum_duplicates()
+            some.eliminate_zeros()
+            blocks.append(some)
+        return (blocks[0] if len(blocks) == 1 else sp.vstack(blocks, format="csr")), total
+
+    def _of_var(self, places: I64, of_column: I64) -> I64:
+        """Return the model's gene that each gene of ``adata.var`` is ``[V]``, -1 for none."""
+        if self.matrix != "raw/X":
+            return of_column
+        column = self.gene_column if self.gene_column in self.adata.var else None
+        own = resolve_genes(self.adata.var, column, "sum", accept_unnamed=True)
+        at = pd.Series(places, index=self.genes.ids).reindex(own.ids).fillna(-1).to_numpy(np.int64)
+        return np.append(at, -1)[own.gene_map]
+
+    def _too_few(self, genes: pd.DataFrame, found: int, molecules: float) -> UserError:
+        var = open_source(self.adata).var(self.matrix)
+        better = ""
+        for column in (*ID_COLUMNS, *SYMBOL_COLUMNS):
+            if column in var and column != self.gene_column:
+                other = resolve_genes(var, column, "sum", accept_unnamed=True)
+                places, _ = match_names(genes, other.ids.tolist(), other.symbols.tolist())
+                if len(np.unique(places[places >= 0])) >= self.floor * len(genes):
+                    better = f" var['{column}'] has enough of them: --gene-column {column}."
+                    break
+        share = found / len(genes)
+        return UserError(
+            f"the data has {found:,} of the {len(genes):,} genes of the model ({share:.0%}, at least {self.floor:.0%}"
+            f" are needed; --floor lowers that). The model's ids look like {', '.join(genes['id'][:3])}; those of the"
+            f" data like {', '.join(self.genes.ids[:3])}. Genes that the model knows hold {molecules:.0%} of the data's"
+            f" molecules.{better}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class UserCells:
+    """A user's cells, matched to a model: what every verb takes.
+
+    Attributes
+    ----------
+    data
+        What they were read from; ``adata`` holds all that the user gave, and results are copies of it.
+    genes
+        Ids of the model's genes.
+    counts
+        CSR float32 ``[N, G]``, sorted, without stored zeros; genes that the data lacks are 0.
+    columns
+        Columns that the model knows and the data has: codes (int64, -1 = unknown) or numbers (float32) ``[N]``.
+    known
+        Which of the model's genes the data has ``[G]``.
+    of_var
+        The model's gene that each gene of ``adata.var`` is ``[V]``, -1 for none.
+    matched
+        What was matched and what was not, over all cells that were read.
+    """
+
+    data: UserData
+    genes: list[str]
+    counts: sp.csr_matrix
+    columns: dict[str, NDArray[Any]]
+    known: NDArray[np.bool_]
+    of_var: I64
+    matched: Matched
+
+    @property
+    def adata(self) -> AnnData:
+        """All that the user gave."""
+        return self.data.adata
+
+    def __len__(self) -> int:
+        return int(self.counts.shape[0])
+
+    def __getitem__(self, rows: NDArray[Any]) -> UserCells:
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return replace(self, data=self.data[rows], counts=self.counts[rows], columns=columns)
+
+    def with_columns(self, columns: Mapping[str, ColumnInfo]) -> UserCells:
+        """Return the cells with their columns matched to others, of a model with the same genes."""
+        return replace(self, columns=match_columns(self.adata.obs, columns)[0])
+
+    def copy(self) -> AnnData:
+        """Return a copy of all that the user gave."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that are not unique
+            return self.adata.copy()
+
+    def as_layer(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return values ``[N, G]`` of the model's genes as a layer ``[N, V]``, NaN for genes that it does not know."""
+        layer = np.full(self.adata.shape, np.nan, np.float32)
+        there = self.of_var >= 0
+        layer[:, there] = values[:, self.of_var[there]]
+        return layer
+
+
+def read_user_data(
+    data: Cells | UserData,
+    *,
+    counts: str | None = None,
+    gene_column: str | None = None,
+    floor: float | None = None,
+    layer: str | None = None,
+) -> UserData:
+    """Read cells of any format that ``bgen data check`` reads, find their counts and name their genes.
+
+    Raises
+    ------
+    UserError
+        If there is no such file, matrix, layer or column, if it is empty, or if the matrix does not hold counts.
+    """
+    if isinstance(data, UserData):
+        return data
+    if counts is not None and layer is not None:
+        raise UserError(f"--layer {layer} and --counts {counts} both name the matrix of counts: give one of them.")
+    adata, notes = (data, ()) if isinstance(data, AnnData) else _read(Path(data))
+    require_cells(adata)
+    if layer is not None and layer not in adata.layers:
+        layers = [str(name) for name in adata.layers if name is not None]  # anndata 0.13 counts X among them, as None
+        raise UserError(f"The data has no layer '{layer}'.{nearest(layer, layers)}")
+    source = open_source(adata)
+    looked = look(
+        source,
+        counts if layer is None else f"layers/{layer}",
+        gene_column=gene_column,
+        merge_duplicates="sum",
+        accept_unnamed=True,
+    )
+    if gene_column is not None and gene_column not in source.var(looked.matrix):
+        raise UserError(f"var has no column '{gene_column}'.{nearest(gene_column, source.var(looked.matrix).columns)}")
+    found, name = looked.statistics, looked.matrix
+    if counts is None and layer is None and name != "X":
+        raise UserError(f"the data has no X. {advice(counts_elsewhere(source, looked))}".strip())
+    if not found.usable:
+        where = f"layers['{name.removeprefix('layers/')}']" if name.startswith("layers/") else name
+        what = "NaN or infinite" if found.not_finite else "negative or fractional"
+        said = (
+            f"{where} is not counts: it holds {what} values. Give the layer with the raw counts; `bgen data check`"
+            f" says where they are. {advice(counts_elsewhere(source, looked))}"
+        )
+        raise UserError(said.strip())
+    rounding: Rounding = "nearest" if found.verdict == "near counts" else "none"
+    least = FLOOR if floor is None else floor
+    return UserData(source.read(), name, rounding, looked.genes, gene_column, least, notes)
+
+
+def read_input(path: Path) -> AnnData:
+    """Read all that a file or folder of cells holds, whatever its format.
+
+    Raises
+    ------
+    UserError
+        If it is not there, cannot be read, or is empty.
+    """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[AnnData, tuple[str, ...]]:
+    if not path.exists():
+        raise UserError(f"There is no file {path}.")
+    source = open_source(path)
+    return source.read(), source.notes
+
+
+def require_cells(adata: AnnData, what: str = "the data") -> None:
+    """Raise UserError if there are no cells or no genes."""
+    if adata.n_obs == 0 or adata.n_vars == 0:
+        raise UserError(f"{what} is empty: {adata.n_obs} cells x {adata.n_vars} genes. Check what was selected.")
+
+
+def role_column(obs: pd.DataFrame, name: str, info: ColumnInfo) -> str | None:
+    """Return the obs column that holds a column of the model, found by name, else by role; None if there is none."""
+    return next((column for column in (name, info.role) if column in obs), None)
+
+
+def match_columns(
+    obs: pd.DataFrame, columns: Mapping[str, ColumnInfo]
+) -> tuple[dict[str, NDArray[Any]], dict[str, str], dict[str, dict[str, int]]]:
+    """Return what the data has of the columns that a model knows.
+
+    Returns
+    -------
+    tuple
+        Column to codes (int64, -1 = unknown) or numbers (float32, NaN = none) ``[N]``; column to the obs column that
+        has it; column to the values that the model does not know and how many cells have each.
+    """
+    found: dict[str, NDArray[Any]] = {}
+    where: dict[str, str] = {}
+    unknown: dict[str, dict[str, int]] = {}
+    for name, info in columns.items():
+        column = role_column(obs, name, info)
+        if column is None:
+            continue
+        where[name] = column
+        texts = obs[column].astype(str)
+        if info.kind == "category":
+            found[name] = pd.Index(info.categories).get_indexer(pd.Index(texts)).astype(np.int64)
+            strange = texts[(found[name] < 0) & ~texts.str.lower().isin(MISSING).to_numpy()]
+        else:
+            numbers = pd.to_numeric(obs[column].astype(object), errors="coerce").to_numpy(np.float32)
+            found[name] = numbers
+            strange = texts[np.isnan(numbers) & obs[column].notna().to_numpy()]
+        if len(strange):
+            unknown[name] = {str(value): int(n) for value, n in strange.value_counts().items()}
+    return found, where, unknown
+
+
+def text_column(adata: AnnData, name: str) -> NDArray[np.str_]:
+    """Return an obs column as text ``[N]``; cells without a value have "".
+
+    Raises
+    ------
+    UserError
+        If it is not there; names the nearest.
+    """
+    if name not in adata.obs:
+        raise UserError(
+            f"obs has no column '{name}'.{nearest(name, adata.obs.columns)}"
+            f" Its columns: {', '.join(map(str, adata.obs.columns)) or 'none'}."
+        )
+    column: pd.Series = adata.obs[name].astype(object)
+    texts = column.where(column.notna(), "").astype(str).to_numpy(dtype=str)
+    return np.where(pd.Series(texts).str.lower().isin(MISSING).to_numpy(), "", texts)

@@ -1,0 +1,38 @@
+"""The stages by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from bgen.checkpoint.weights import export_weights
+from bgen.config.load import load_config
+from bgen.config.run import Config
+from bgen.distributed.world import World
+from bgen.errors import UserError
+from bgen.store.open import open_data
+from bgen.store.store import Store
+from bgen.train.stages.flow import FlowStage
+from bgen.train.stages.from_store import StoreStage
+from bgen.train.stages.vae import VAEStage
+
+
+def rebuild(run: Path, world: World) -> tuple[Config, StoreStage, Path]:
+    """Return a run's configuration, and its stage with the weights of its newest verified checkpoint."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run folder: it has no config.yaml. `bgen train` makes one.")
+    config = load_config(run / "config.yaml")
+    weights, checkpoint = export_weights(run / "checkpoints")
+    stage = make_stage(config, open_data(config.data), world)
+    stage.module.load_state_dict(weights)
+    stage.module.eval()
+    return config, stage, checkpoint
+
+
+def make_stage(config: Config, store: Store, world: World) -> VAEStage | FlowStage:
+    """Build the stage that a configuration names."""
+    if config.stage == "perturb":
+        raise UserError("stage: perturb is trained on control and perturbed cells by `bgen finetune --task perturb`.")
+    torch.manual_seed(config.seed)  # the initial weights
+    return VAEStage(config, store, world) if config.stage == "vae" else FlowStage(config, store, world)

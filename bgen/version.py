@@ -1,0 +1,3 @@
+"""The version of bgen."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,230 @@
+"""``bgen data build``: from checked files of counts to a store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from bgen.cpus import cpus
+from bgen.errors import UserError, nearest
+from bgen.progress import Progress
+from bgen.store.format.manifest import Manifest
+from bgen.store.format.manifest import Source as ManifestSource
+from data_tools.building.partial import WORK, Plan, all_or_nothing, save_array
+from data_tools.building.pieces import Piece, cut_file
+from data_tools.building.run_tasks import open_runner
+from data_tools.building.splits import DEFAULT, Codes, assign, assign_groups, group_names
+from data_tools.building.write import Contents, fill
+from data_tools.check.findings import FileReport, Report, Roles
+from data_tools.check.vocabulary import take_reference
+from data_tools.inputs.registry import open_source
+from data_tools.inputs.source import Source
+
+LARGE = 200_000_000
+"""With this many stored values, a build starts worker processes by itself."""
+
+
+def build(
+    report: Report,
+    out: Path,
+    *,
+    created_by: str,
+    profile: str = "small",
+    splits: dict[str, float] | None = None,
+    split_by: str | None = None,
+    held_out: Mapping[str, Sequence[str]] | None = None,
+    reference: Path | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write the files of a check into a store and return its manifest.
+
+    After a build was killed, the same call goes on with it. The store depends on the files and the options alone, not
+    on the number of workers nor on interruptions.
+
+    Parameters
+    ----------
+    report
+        What :func:`data_tools.check.check.check` found; it decides matrices, genes, cells and column roles.
+    out
+        Folder of the store; must not be there, or be empty.
+    profile
+        Codec profile: "small" or "fast".
+    splits
+        Split to fraction; default train, valid and test: 0.8, 0.1, 0.1.
+    split_by
+        Column or role whose values are kept together in one split, such as donor, perturbation (except its control,
+        which is divided among the splits) or time; default: each cell by itself.
+    held_out
+        Split to the values of ``split_by`` that it consists of; the other cells are divided among the other splits.
+    reference
+        File with the gene ids that the store is to have (:func:`data_tools.check.vocabulary.read_reference`);
+        default: the genes of all inputs.
+    workers
+        Worker processes; 0: work in this process; default: one for each core (at most 8) for :data:`LARGE` inputs, else
+        0. Each needs less than 2 GB.
+    scheduler
+        Address of a Dask scheduler to use instead, ``tcp://host:port``; its workers must see the files and ``out``.
+    restart
+        Throw away what an interrupted build with other options left.
+
+    Raises
+    ------
+    UserError
+        If the report has errors, an option does not fit the data, ``out`` is not empty, or the disk is full.
+    """
+    if report.errors:
+        raise UserError(f"The input has {len(report.errors)} error(s): `bgen data check` lists them with their fixes.")
+    out = out.absolute()
+    sources = [open_source(file.path.absolute() if file.cells is None else file.cells) for file in report.files]
+    for source, file in zip(sources, report.files, strict=True):
+        if source.n_cells != file.n_cells:
+            raise UserError(f"{file.path} was changed after it was checked. Check it again.")
+    keep = np.concatenate([file.keep for file in report.files])
+    obs = (pd.concat([source.obs for source in sources]) if len(sources) > 1 else sources[0].obs).loc[keep]
+    roles = _roles(report.roles)
+    splits = splits or DEFAULT
+    split_by, codes = _split(obs, roles, report.roles.control, splits, split_by, held_out or {}, seed)
+    genes = pd.DataFrame({"id": report.genes.index.astype(str), "symbol": report.genes["symbol"].astype(str)})
+    genes = genes.reset_index(drop=True)
+    places = np.arange(len(genes))
+    if reference is not None:
+        genes, places = take_reference(genes, reference)
+    # where the column of a file ends up: -1 stays -1, since the last entry of the look-up is -1
+    gene_maps = [np.append(places, -1)[file.gene_map] for file in report.files]
+    n_rows = [source.n_cells for source in sources]
+    first_rows = np.concatenate([[0], np.cumsum(n_rows)])
+
+    def contents(pieces: Sequence[Piece]) -> Contents:
+        return Contents(
+            counts=pieces,
+            genes=genes,
+            obs=obs,
+            split=codes,
+            splits=list(splits),
+            source=np.repeat(np.arange(len(sources), dtype=np.int32), n_rows)[keep],
+            row=np.concatenate([np.arange(n) for n in n_rows])[keep],
+            sources=[_source(*one, report) for one in zip(report.files, sources, gene_maps, strict=True)],
+            organism=report.organism,
+            roles=roles,
+            units=_units(report.roles),
+            control=report.roles.control,
+            split_by=split_by,
+            held_out={name: list(values) for name, values in (held_out or {}).items()},
+            vocabulary="union" if reference is None else reference.name,
+            kept=np.flatnonzero(keep),
+        )
+
+    options = {"profile": profile, "seed": seed, "created_by": created_by}
+    plan = _plan(report, sources, contents([]), gene_maps, {**options, "splits": splits, "split_by": split_by})
+    with all_or_nothing(out, plan, restart=restart) as partial:
+        pieces: list[Piece] = []
+        for number, (source, file) in enumerate(zip(sources, report.files, strict=True)):
+            path = partial / WORK / f"genes-{number:05d}.npy"
+            save_array(path, gene_maps[number])
+            pieces += cut_file(source, file, number=number, offset=int(first_rows[number]), seed=seed, genes=path)
+        with open_runner(_choose_workers(workers, sources, report.files), scheduler, partial) as runner:
+            return fill(
+                partial,
+                contents(pieces),
+                profile=profile,
+                seed=seed,
+                created_by=created_by,
+                progress=progress or (lambda what, done, cells: None),
+                runner=runner,
+            )
+
+
+def _choose_workers(workers: int | None, sources: Sequence[Source], files: Sequence[FileReport]) -> int:
+    if workers is not None:
+        return workers
+    if any(source.is_in_memory for source in sources):  # every worker would get a copy
+        return 0
+    values = 0
+    for source, file in zip(sources, files, strict=True):
+        about = source.matrices[file.matrix]
+        values += about.shape[0] * about.shape[1] if about.stored < 0 else about.stored
+    return min(8, cpus()) if values >= LARGE else 0
+
+
+def _split(
+    obs: pd.DataFrame,
+    roles: Mapping[str, str],
+    control: str | None,
+    splits: Mapping[str, float],
+    split_by: str | None,
+    held_out: Mapping[str, Sequence[str]],
+    seed: int,
+) -> tuple[str | None, Codes]:
+    """Return the column that cells are split by and the code of each cell's split."""
+    if split_by is None:
+        if held_out:
+            raise UserError("To hold out values, say of which column: split_by.")
+        return None, assign(splits, None, len(obs), seed)
+    column = roles.get(split_by, split_by)
+    if column not in obs:
+        raise UserError(f"There is no column or role '{split_by}' to split by.{nearest(split_by, obs.columns)}")
+    spread = control if column == roles.get("perturbation") else None
+    return column, assign_groups(splits, group_names(obs[column]), seed, held_out=held_out, spread=spread)
+
+
+def _plan(
+    report: Report,
+    sources: Sequence[Source],
+    contents: Contents,
+    gene_maps: Sequence[NDArray[np.int64]],
+    options: Mapping[str, object],
+) -> Plan:
+    """Return what tells this build from any other one; ``sources`` are the open files of the report."""
+
+    def digest(*arrays: NDArray[np.generic]) -> str:
+        return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
+
+    return {
+        "the input files": json.dumps([source.state() for source in sources]),
+        "the matrix or the rounding": json.dumps([[file.matrix, file.rounding] for file in report.files]),
+        "the genes": hashlib.sha256("\n".join(contents.genes["id"]).encode()).hexdigest() + digest(*gene_maps),
+        "the cells": digest(contents.row, contents.source),
+        "the splits": json.dumps([contents.splits, options["splits"], options["split_by"]]) + digest(contents.split),
+        "the roles of columns": json.dumps([dict(contents.roles), dict(contents.units), contents.control]),
+        "the codec profile": str(options["profile"]),
+        "the seed": str(options["seed"]),
+        "the version of bgen": str(options["created_by"]),
+    }
+
+
+def _roles(roles: Roles) -> dict[str, str]:
+    """Return role to column; a second column of conditions is condition_2, and so on."""
+    named = {role: column for column, role in roles.columns().items() if role != "condition"}
+    for number, column in enumerate(roles.condition, start=1):
+        named["condition" if number == 1 else f"condition_{number}"] = column
+    return named
+
+
+def _units(roles: Roles) -> dict[str, str]:
+    return {role: unit for role, unit in (("time", roles.time_unit), ("dose", roles.dose_unit)) if unit is not None}
+
+
+def _source(file: FileReport, source: Source, gene_map: NDArray[np.int64], report: Report) -> ManifestSource:
+    fixes = sorted({f.id for f in report.findings if f.level == "fix" and f.where in ("", str(file.path))})
+    return ManifestSource(
+        name=file.path.name,
+        bytes=source.size(),
+        cells=file.n_cells,
+        kept=int(file.keep.sum()),
+        matrix=file.matrix,
+        kind=file.kind,
+        rounding=file.rounding,
+        genes=len(np.unique(gene_map[gene_map >= 0])),
+        genes_left_out=int(((gene_map < 0) & (file.gene_map >= 0)).sum()),
+        fixes=fixes,
+    )

@@ -1,0 +1,278 @@
+"""Write a store: all or nothing (its layout: :mod:`bgen.store.store`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import pandas as pd
+import tensorstore as ts
+from numpy.typing import NDArray
+
+from bgen.arrays import I64
+from bgen.genes.table import hash_genes, write_genes
+from bgen.order.keys import hash_keys
+from bgen.progress import Count
+from bgen.store.format.columns import encode_column
+from bgen.store.format.manifest import Column, Manifest, Source, hash_folder
+from bgen.store.store import array_spec, column_metadata, obs_path
+from data_tools.building.partial import WORK, all_or_nothing, save_array
+from data_tools.building.pieces import CountRows, Piece, cut_rows
+from data_tools.building.run_tasks import InProcess, Runner
+from data_tools.building.shuffle import (
+    CELLS_PER_CHUNK,
+    Layout,
+    Spill,
+    measure,
+    read_shard_files,
+    row_sizes,
+    spill,
+    write_shard,
+)
+
+Stages = Callable[[str, int, int], None]
+"""Called with what is being done, cells done, cells in all."""
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What goes into a store.
+
+    Attributes
+    ----------
+    counts
+        ``[n_cells, n_genes]``, or pieces of the input, of whose rows ``kept`` are the cells. They are read once, in
+        order.
+    genes
+        Columns id, symbol.
+    obs
+        Columns of any kind; the index holds the barcodes.
+    split
+        uint8 ``[n_cells]``: code of the split, a place in ``splits``.
+    source, row
+        ``[n_cells]``: input file (a place in ``sources``) and row in it.
+    kept
+        int64 ``[n_cells]``: number of each cell among the rows of all pieces; None: all of them are cells.
+    """
+
+    counts: CountRows | Sequence[Piece]
+    genes: pd.DataFrame
+    obs: pd.DataFrame
+    split: NDArray[np.uint8]
+    splits: list[str]
+    source: NDArray[np.int32]
+    row: I64
+    sources: list[Source]
+    organism: str
+    roles: Mapping[str, str]
+    units: Mapping[str, str] = field(default_factory=dict)
+    control: str | None = None
+    split_by: str | None = None
+    held_out: Mapping[str, list[str]] = field(default_factory=dict)
+    vocabulary: str = "union"
+    kept: I64 | None = None
+
+    def pieces(self) -> Sequence[Piece]:
+        """Return the counts in pieces."""
+        return self.counts if isinstance(self.counts, Sequence) else cut_rows(self.counts)
+
+    def order(self, seed: int) -> I64:
+        """Return int64 ``[n_cells]``: which cell comes at each place of the store.
+
+        By split, then by population, in a keyed random order within it, so that a population is one contiguous read and
+        a static epoch is a shuffle of chunks.
+        """
+        n_cells = len(self.obs)
+        population = np.zeros(n_cells, np.int64)
+        if "population" in self.roles:
+            population = pd.factorize(self.obs[self.roles["population"]], sort=True)[0].astype(np.int64)
+        return np.lexsort((hash_keys(seed, np.arange(n_cells)), population, self.split))
+
+
+def write_store(
+    folder: Path, contents: Contents, *, profile: str, seed: int, created_by: str, progress: Count | None = None
+) -> Manifest:
+    """Write a store of counts in memory (or drawn, or read by rows), and return its manifest.
+
+    The files are written beside ``folder``, checked into a manifest and moved in place at the end: a store that was not
+    finished is never there.
+
+    Raises
+    ------
+    UserError
+        If ``folder`` is there and not empty, or the disk is full.
+    """
+
+    def report(what: str, done: int, cells: int) -> None:
+        if progress and what == "writing":
+            progress(done, cells)
+
+    with all_or_nothing(folder) as partial:
+        return fill(partial, contents, profile=profile, seed=seed, created_by=created_by, progress=report)
+
+
+def fill(
+    folder: Path,
+    contents: Contents,
+    *,
+    profile: str,
+    seed: int,
+    created_by: str,
+    progress: Stages,
+    runner: Runner | None = None,
+) -> Manifest:
+    """Write everything of a store into the folder that :func:`data_tools.building.partial.all_or_nothing` gave.
+
+    Finished work of an interrupted call is used again; the runner of the tasks makes no difference to the store.
+    """
+    runner = runner or InProcess()
+    work, order = folder / WORK, contents.order(seed)
+    for name in ("spills", "shards"):
+        (work / name).mkdir(exist_ok=True)
+    pieces = contents.pieces()
+    spills = [Spill(folder, number) for number in range(len(pieces))]
+    _save_places(work, contents, order, sum(piece.rows for piece in pieces))
+
+    # work is counted in rows, so that the message says how many rows are done
+    rows = [piece.rows for piece in pieces]
+    runner.run(spill, list(zip(pieces, spills, strict=True)), rows, lambda done, all: progress("reading", done, all))
+    expressed = np.zeros(len(contents.genes), np.int64)
+    for one in spills:
+        expressed += np.load(one.path("expressed"))
+    gene_order = np.argsort(-expressed, kind="stable")
+    save_array(work / "rank.npy", np.argsort(gene_order).astype(np.int32))
+    runner.run(measure, [(one,) for one in spills], rows, lambda done, all: progress("measuring", done, all))
+
+    sizes = row_sizes(spills, len(order))
+    nonzeros, gap_bytes, overflow = sizes
+    layout, first_cell = _lay_out(sizes, profile)
+    save_array(work / "first_cell.npy", first_cell)
+    for name, room in layout.rooms().items():
+        ts.open({**array_spec(folder / name, layout.metadata(room)), "open": True}).result()
+    edges = first_cell[np.minimum(np.arange(layout.n_shards + 1) * layout.shard_chunks, layout.n_chunks)]
+    runner.run(
+        write_shard,
+        [(folder, number, spills, layout) for number in range(layout.n_shards)],
+        np.diff(edges).tolist(),
+        lambda done, all: progress("writing", done, all),
+    )
+
+    write_array(folder / "rows/genes", _smallest(nonzeros))
+    write_array(folder / "rows/gap_bytes", _smallest(gap_bytes))
+    write_array(folder / "rows/overflow", _smallest(overflow))
+    write_array(folder / "rows/first_cell", first_cell)
+    write_array(folder / "rows/split", contents.split[order])
+    write_array(folder / "origin/source", contents.source[order].astype(np.int32))
+    write_array(folder / "origin/row", contents.row[order].astype(np.int64))
+    names = np.char.encode(contents.obs.index.to_numpy(dtype=str), "utf-8")[order]
+    write_array(folder / "origin/name", names.view(np.uint8).reshape(len(names), -1))
+    columns, left_out = _write_obs(folder, contents.obs.iloc[order])
+    genes = contents.genes.iloc[gene_order].assign(cells=expressed[gene_order])
+    write_genes(genes, folder)
+
+    shards = {}
+    for number in range(layout.n_shards):
+        shards.update(read_shard_files(folder, number) or {})
+    manifest = Manifest(
+        created_by=created_by,
+        profile=profile,
+        organism=contents.organism,
+        n_cells=len(order),
+        n_genes=len(genes),
+        n_nonzeros=int(nonzeros.sum(dtype=np.int64)),
+        n_chunks=layout.n_chunks,
+        gap_bytes=layout.gap_room,
+        count_bytes=layout.count_room,
+        genes_sha256=hash_genes(genes["id"].tolist()),
+        columns=columns,
+        roles={role: column for role, column in contents.roles.items() if column in columns},
+        left_out=left_out,
+        units=dict(contents.units),
+        control=contents.control,
+        split_by=contents.split_by,
+        held_out=dict(contents.held_out),
+        vocabulary=contents.vocabulary,
+        splits={name: int((contents.split == code).sum()) for code, name in enumerate(contents.splits)},
+        seed=seed,
+        sources=contents.sources,
+        files=hash_folder(folder, known=shards, leave_out=WORK),
+    ).with_fingerprint()
+    manifest.write(folder)
+    return manifest
+
+
+def write_array(path: Path, values: NDArray[Any]) -> None:
+    """Write an array with one entry (or row) a cell, over what an interrupted build may have left there."""
+    spec = {**array_spec(path, column_metadata(values)), "delete_existing": True}
+    try:
+        ts.open(spec).result().write(np.ascontiguousarray(values)).result()
+    except ValueError as error:  # how tensorstore says that a disk is full
+        raise OSError(str(error)) from None
+
+
+def _save_places(work: Path, contents: Contents, order: I64, n_rows: int) -> None:
+    """Write for every row of the input its place in the store, -1 = left out, where the tasks look it up."""
+    kept = np.arange(len(order)) if contents.kept is None else contents.kept
+    place = np.full(n_rows, -1, np.int64)
+    place[kept[order]] = np.arange(len(order))
+    save_array(work / "place.npy", place)
+    save_array(work / "n_genes.npy", len(contents.genes))
+
+
+def _lay_out(sizes: NDArray[np.uint32], profile: str) -> tuple[Layout, I64]:
+    """Return how the streams are cut, and the first cell of each chunk (see :func:`row_sizes` for ``sizes``)."""
+    nonzeros, gap_bytes, overflow = sizes
+    gap_room, count_room = _room(gap_bytes), _room(nonzeros + np.int64(4) * overflow + 3)
+    first_cell = _fill_chunks(nonzeros, gap_bytes, overflow, gap_room, count_room)
+    return Layout(gap_room, count_room, len(first_cell) - 1, profile), first_cell
+
+
+def _room(sizes: NDArray[np.integer[Any]]) -> int:
+    """Return the bytes of a chunk: enough for 256 usual cells, and for the largest one."""
+    return max(int(np.ceil(sizes.mean() * CELLS_PER_CHUNK * 1.02)), int(sizes.max()), 4)
+
+
+@numba.njit(cache=True)
+def _fill_chunks(
+    nonzeros: NDArray[np.uint32],
+    gap_bytes: NDArray[np.uint32],
+    overflow: NDArray[np.uint32],
+    gap_room: int,
+    count_room: int,
+) -> I64:
+    """Return int64 ``[n_chunks + 1]``: the first cell of each chunk, as many whole cells as fit."""
+    first = [0]
+    gaps = counts = spilt = np.int64(0)
+    for cell in range(len(nonzeros)):
+        gaps += np.int64(gap_bytes[cell])
+        counts += np.int64(nonzeros[cell])
+        spilt += np.int64(4) * np.int64(overflow[cell])
+        if gaps > gap_room or -(-counts // 4) * 4 + spilt > count_room:
+            first.append(cell)
+            gaps, counts = np.int64(gap_bytes[cell]), np.int64(nonzeros[cell])
+            spilt = np.int64(4) * np.int64(overflow[cell])
+    first.append(len(nonzeros))
+    return np.array(first, dtype=np.int64)
+
+
+def _write_obs(folder: Path, obs: pd.DataFrame) -> tuple[dict[str, Column], list[str]]:
+    """Write the columns of obs; return what they are, and the names of those with too many distinct texts."""
+    columns: dict[str, Column] = {}
+    left_out = []
+    for name in map(str, obs.columns):
+        encoded = encode_column(obs[name])
+        if encoded is None:
+            left_out.append(name)
+            continue
+        columns[name], values = encoded
+        write_array(folder / obs_path(name), values)
+    return columns, left_out
+
+
+def _smallest(values: NDArray[np.integer[Any]]) -> NDArray[Any]:
+    """Return non-negative integers in the smallest unsigned type that holds them."""
+    return values.astype(np.min_scalar_type(int(values.max(initial=0))))

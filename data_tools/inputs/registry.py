@@ -1,0 +1,140 @@
+"""The formats of cells that bgen reads, and the one way to open any of them.
+
+Axes: N cells, G genes of the file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+from anndata import AnnData
+
+from bgen.errors import UserError, nearest
+from data_tools.inputs.anndata_zarr import is_zarr, members_of_zarr, open_zarr
+from data_tools.inputs.h5ad import is_h5ad, is_h5mu, open_h5ad, open_h5mu
+from data_tools.inputs.in_memory import open_memory
+from data_tools.inputs.source import Source
+from data_tools.inputs.tenx_h5 import is_tenx_h5, open_tenx_h5
+from data_tools.inputs.tenx_mtx import is_mtx, open_mtx
+
+
+def itself(path: Path) -> list[Path]:
+    """Return a file as the only one that it holds."""
+    return [path]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of cells.
+
+    Attributes
+    ----------
+    written
+        How users know it, such as ".h5ad".
+    fits
+        Whether a path that is there is of this format; must not raise, whatever the path holds.
+    open
+        Open such a path without reading its matrices. It may raise OSError, KeyError, ValueError or RuntimeError where
+        the file is damaged, UserError with the fix where something else is wrong.
+    members
+        The inputs that a path of this format holds; more than one for a collection.
+    """
+
+    written: str
+    fits: Callable[[Path], bool]
+    open: Callable[[Path], Source]
+    members: Callable[[Path], list[Path]] = itself
+
+
+FORMATS: dict[str, Format] = {
+    "h5ad": Format(".h5ad", is_h5ad, open_h5ad),
+    "h5mu": Format(".h5mu", is_h5mu, open_h5mu),
+    "anndata zarr": Format("AnnData in zarr", is_zarr, open_zarr, members_of_zarr),
+    "10x h5": Format("10x .h5", is_tenx_h5, open_tenx_h5),
+    "10x mtx": Format("10x .mtx folders", is_mtx, open_mtx),
+}
+"""Formats by name; a path is of the first one that it fits."""
+
+
+def format_of(path: Path) -> Format | None:
+    """Return the format of a path that is there, None if it is of no known one."""
+    return next((one for one in FORMATS.values() if one.fits(path)), None)
+
+
+def members(path: Path) -> list[Path]:
+    """Return the inputs that a path holds: those of a collection, else itself."""
+    found = format_of(path) if path.exists() else None
+    return found.members(path) if found else [path]
+
+
+def open_source(data: str | os.PathLike[str] | AnnData) -> Source:
+    """Open a file or folder of cells, or AnnData in memory.
+
+    Raises
+    ------
+    UserError
+        If it is missing, of no known format, damaged, or without cells or genes.
+    """
+    if isinstance(data, AnnData):
+        source: Source = open_memory(data)
+    else:
+        path = Path(data)
+        if not path.exists():
+            folder = path.parent if path.parent.is_dir() else Path()
+            hint = nearest(path.name, [p.name for p in folder.iterdir()])
+            raise UserError(f"{path}: there is no such file.{hint if hint.startswith(' Did') else ''}")
+        found = format_of(path)
+        if found is None:
+            raise _unknown(path)
+        try:
+            source = found.open(path)
+        except UserError:
+            raise
+        except (OSError, KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}). Is the file damaged or cut off?") from error
+    _require_shapes(source)
+    return source
+
+
+def _require_shapes(source: Source) -> None:
+    path = source.path
+    for name, about in source.matrices.items():
+        if 0 in about.shape:
+            raise UserError(f"{path}: '{name}' is empty ({about.shape[0]} cells x {about.shape[1]} genes).")
+        if about.shape != (source.n_cells, len(source.variables[name])):
+            raise UserError(
+                f"{path}: '{name}' is {about.shape[0]} x {about.shape[1]}, but there are annotations for "
+                f"{source.n_cells} cells and {len(source.variables[name])} genes. Write the file again."
+            )
+    if not source.matrices:
+        raise UserError(f"{path}: there is no matrix in it, neither X nor raw/X nor a layer.")
+
+
+def _unknown(path: Path) -> UserError:
+    """Return the error for a path of no known format."""
+    if path.is_dir():
+        there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        return UserError(
+            f"{path}: a 10x folder needs matrix.mtx (plain or .gz), and it is no zarr group. The folder holds: {there}."
+        )
+    if path.stat().st_size == 0:
+        return UserError(f"{path}: the file is empty (0 bytes).")
+    if not h5py.is_hdf5(path):
+        known = [one.written for one in FORMATS.values()]
+        hint = " Give the folder that holds it instead." if ".mtx" in path.name else ""
+        return UserError(
+            f"{path}: this is not an .h5ad (not an HDF5 file, or its start is missing).{hint} bgen reads"
+            f" {', '.join(known[:-1])} and {known[-1]}."
+        )
+    try:
+        with h5py.File(path, "r") as file:
+            return UserError(
+                f"{path}: an HDF5 file, but not an .h5ad (no obs and var) and not a 10x .h5 (no matrix/barcodes). "
+                f"It holds: {', '.join(list(file)[:8]) or 'nothing'}."
+            )
+    except (OSError, KeyError, RuntimeError) as error:
+        return UserError(f"{path}: cannot be read ({error}). Is the file damaged or cut off?")

@@ -1,0 +1,196 @@
+"""Cells that are open without being loaded.
+
+A :class:`Source` knows its cells, genes and matrices, and reads a matrix as CSR blocks of rows. It keeps no file open
+between calls, so that it can be sent to another process. Each format is a subclass with a ``_rows`` method: see
+README.md in this folder.
+
+Axes: N cells, G genes of the file.
+"""
+
+from __future__ import annotations
+
+import abc
+import itertools
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+
+from bgen.errors import UserError, nearest
+
+BLOCK_BYTES = 32 << 20
+"""Bytes that a default block of rows takes, about: values and, if sparse, column numbers."""
+
+CSC_VALUES = 1 << 25
+"""Values of a CSC matrix that are held in memory at once, about."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What is known of a matrix without reading it. ``stored`` is -1 for a dense one."""
+
+    shape: tuple[int, int]
+    dtype: np.dtype
+    layout: str
+    stored: int
+
+
+@dataclass
+class Source(abc.ABC):
+    """A file or folder of cells.
+
+    Attributes
+    ----------
+    path
+        Where it is; for cells in memory, what messages call them.
+    kind
+        Name of the format, as the manifest of a store has it: "h5ad", "10x mtx".
+    obs
+        Annotation of the N cells, index = barcodes.
+    variables
+        Annotation of the genes per matrix name; ``raw/X`` may have other genes than ``X``.
+    matrices
+        Matrix name ("X", "raw/X", "layers/counts") to what is known of it.
+    uns
+        Texts and numbers at the top of ``uns``, such as organism and time_unit.
+    notes
+        How an unusual file was understood, a sentence each: a header line, a transposed matrix.
+    """
+
+    path: Path
+    kind: str
+    obs: pd.DataFrame
+    variables: dict[str, pd.DataFrame]
+    matrices: dict[str, Matrix]
+    uns: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def n_cells(self) -> int:
+        """N."""
+        return len(self.obs)
+
+    def var(self, matrix: str = "X") -> pd.DataFrame:
+        """Return the annotation of a matrix's genes, index = names."""
+        return self.variables[self.matrix_name(matrix)]
+
+    def matrix_name(self, name: str) -> str:
+        """Return the name of a matrix as this class writes it; "raw.X", "raw" and "counts" are understood.
+
+        Raises
+        ------
+        UserError
+            If there is no such matrix; names the nearest.
+        """
+        given = name.replace("layers['", "layers/").replace("']", "").replace("raw.X", "raw/X")
+        for candidate in (given, f"{given}/X", f"layers/{given}"):
+            if candidate in self.matrices:
+                return candidate
+        raise UserError(f"{self.path}: there is no matrix '{name}'.{nearest(name, self.matrices)}")
+
+    def iterate(
+        self, matrix: str = "X", rows_per_chunk: int | None = None, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """Yield ``(first row, CSR block)`` in the stored dtype for the rows ``start:stop``.
+
+        Blocks have sorted column numbers and no column twice in a row (values stored twice are summed, which is what
+        they mean). CSR and dense matrices are read block by block; of a CSC matrix, whose rows are spread over the
+        whole file, as many rows as fit in memory are collected in one pass over it.
+
+        Raises
+        ------
+        UserError
+            If there is no such matrix, or the file breaks off.
+        """
+        name = self.matrix_name(matrix)
+        stop = self.n_cells if stop is None else min(stop, self.n_cells)
+        step = rows_per_chunk or self._default_rows(name)
+        try:
+            for first, block in self._rows(name, step, start, stop):
+                block.sum_duplicates()
+                yield first, block
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{self.path}: '{name}' cannot be read ({error}). Is the file damaged?") from error
+
+    def rows_per_pass(self, name: str) -> int | None:
+        """Return how many rows of a matrix are worth one pass over all of it; None: rows can be read by themselves."""
+        about = self.matrices[name]
+        return max(1, int(self.n_cells * CSC_VALUES / max(about.stored, 1))) if about.layout == "csc" else None
+
+    def read(self) -> AnnData:
+        """Return everything that the file holds, in memory.
+
+        Raises
+        ------
+        UserError
+            If it is damaged.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that are not unique
+            try:
+                return self._everything()
+            except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+                raise UserError(f"{self.path}: cannot be read ({error}). Is the file damaged?") from error
+
+    def state(self) -> list[object]:
+        """Return what changes when the file, or a folder of files, is written again."""
+        files = sorted(one for one in self.path.rglob("*") if one.is_file()) if self.path.is_dir() else [self.path]
+        stats = [one.stat() for one in files]
+        return [str(self.path.absolute()), len(files), sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)]
+
+    def size(self) -> int:
+        """Return the bytes of the file, or of all files of the folder."""
+        files = self.path.rglob("*") if self.path.is_dir() else [self.path]
+        return sum(one.stat().st_size for one in files if one.is_file())
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether the values are in memory, so that other processes would get copies of them."""
+        return False
+
+    def _everything(self) -> AnnData:
+        """Assemble AnnData; formats that anndata reads itself leave that to anndata."""
+        parts = {name: sp.vstack([block for _, block in self._rows(name, self.n_cells, 0, self.n_cells)], format="csr")
+                 for name in self.matrices}  # fmt: skip
+        layers = {name.removeprefix("layers/"): part for name, part in parts.items() if name.startswith("layers/")}
+        var = self.variables["X" if "X" in parts else next(iter(parts))]
+        return AnnData(parts.get("X"), obs=self.obs.copy(), var=var.copy(), layers=layers, uns=dict(self.uns))
+
+    def _default_rows(self, name: str) -> int:
+        about = self.matrices[name]
+        stored = about.shape[0] * about.shape[1] if about.stored < 0 else 2 * about.stored
+        return max(1, int(BLOCK_BYTES * self.n_cells / max(stored * about.dtype.itemsize, 1)))
+
+    @abc.abstractmethod
+    def _rows(self, name: str, step: int, start: int, stop: int) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """Yield the blocks of rows of a matrix that is there."""
+
+
+def csc_rows(
+    group: Any, about: Matrix, per_pass: int, step: int, start: int, stop: int
+) -> Iterator[tuple[int, sp.csr_matrix]]:
+    """Yield blocks of ``step`` rows of a stored CSC matrix, from passes over it that collect ``per_pass`` rows each."""
+    indptr = np.asarray(group["indptr"][:]).astype(np.int64)
+    edges = [0]  # of blocks of columns that are read at once
+    while edges[-1] < about.shape[1]:
+        far = int(np.searchsorted(indptr, indptr[edges[-1]] + CSC_VALUES // 8, side="right")) - 1
+        edges.append(max(far, edges[-1] + 1))
+    for low in range(start, stop, per_pass):
+        high = min(low + per_pass, stop)
+        parts = []
+        for left, right in itertools.pairwise(edges):
+            part = slice(indptr[left], indptr[right])
+            rows = np.asarray(group["indices"][part])
+            inside = np.flatnonzero((rows >= low) & (rows < high))
+            columns = np.repeat(np.arange(left, right, dtype=np.int32), np.diff(indptr[left : right + 1]))
+            parts.append((np.asarray(group["data"][part])[inside], rows[inside] - low, columns[inside]))
+        data, rows, columns = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        block = sp.csr_matrix((data, (rows, columns)), shape=(high - low, about.shape[1]))
+        for first in range(low, high, step):
+            yield first, sp.csr_matrix(block[first - low : min(first + step, high) - low])

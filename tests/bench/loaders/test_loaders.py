@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bgen.bench.loaders.atlas import Atlas
+from bgen.bench.loaders.loaders import Case, _random_types, _with_ratios, bench_loader, cases, prepare
+from bgen.bench.loaders.report import show
+from bgen.bench.loaders.worker import Job, measure
+from bgen.errors import UserError
+
+ATLAS = Atlas(cells=3000)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(tmp_path_factory.mktemp("cache"), ATLAS, {}, {}, lambda said: None)
+
+
+@pytest.mark.slow  # starts twenty processes that each import torch
+def test_bgen_alone(tmp_path: Path) -> None:
+    said: list[str] = []
+    settings: dict[str, Any] = {"cells": 3000, "atlas_folder": tmp_path / "cache", "peers": [], "batches": [256]}
+    settings |= {"seconds": 0.2, "repetitions": 2}
+    result = bench_loader(tmp_path / "out", **settings, say=said.append)
+    assert json.loads((tmp_path / "out" / "loader.json").read_text()) == result
+    assert (tmp_path / "out" / "loader.png").stat().st_size > 10_000
+    rows = {(row["path"], row["form"], row["threads"]): row for row in result["rows"]}
+    assert len(rows) == 8
+    for row in rows.values():
+        assert row["cpu_rate"] > 1000
+        assert row["wall_rate"] > 1000
+        assert 0 < row["first_batch_s"] < 20
+        assert 50 < row["private_mb"] < 2000
+    assert rows["small", "packed", 1]["bytes_per_cell"] < rows["fast", "packed", 1]["bytes_per_cell"]
+    assert rows["small", "packed", 1]["types"] == pytest.approx(result["random_types"]["256"], rel=0.03)
+    assert any("Writing the atlas" in line for line in said)
+    console = Console(width=160, record=True)
+    show(result, console)
+    assert "bgen small" in console.export_text()
+    said.clear()
+    bench_loader(tmp_path / "again", **{**settings, "repetitions": 1}, say=said.append)
+    assert not any("Writing the atlas" in line for line in said)  # it is kept
+
+
+@pytest.mark.parametrize("form", ["packed", "csr", "dense"])
+def test_a_job_is_measured(form: str, folder: Path) -> None:
+    job = Job("bgen", str(folder / "small"), 256, form, 1, 0.1, str(folder / "types.npy"))
+    found = measure(job)
+    assert found["cpu_rate"] > 1000
+    assert found["wall_rate"] > 1000
+    assert 0 < found["first_batch_s"] < 30
+    assert 50 < found["private_mb"] < 4000
+    assert found["types"] == pytest.approx(_random_types(ATLAS, 256), rel=0.1)
+    assert not [thread for thread in threading.enumerate() if thread.name == "bgen-loader"]
+
+
+def test_cases_are_measured_once() -> None:
+    found = cases(["annbatch", "cellstream", "scdl"], [1024, 4096], 1)
+    assert len(set(found)) == len(found)
+    assert Case("annbatch", "annbatch", 4096, "csr") in found
+    assert Case("annbatch", "annbatch", 4096, "dense") not in found
+    assert Case("scdl", "scdl", 4096, "csr") not in found
+
+
+def test_ratios_compare_the_same_batch_and_form() -> None:
+    def row(loader: str, batch: int, form: str, rate: float) -> dict[str, object]:
+        return {"loader": loader, "batch": batch, "form": form, "threads": 1, "cpu_rate": rate, "wall_rate": rate}
+
+    rows = [
+        row("bgen", 1024, "packed", 8.0),
+        row("bgen", 1024, "dense", 9.0),
+        row("bgen", 4096, "packed", 10.0),
+        row("annbatch", 1024, "csr", 2.0),
+        row("annbatch", 1024, "dense", 3.0),
+    ]
+    packed, dense, large, *_ = _with_ratios(rows)
+    assert packed["cpu_over_annbatch"] == 4.0
+    assert dense["cpu_over_annbatch"] == 3.0
+    assert "cpu_over_annbatch" not in large
+    assert "cpu_over_cellstream" not in packed
+
+
+def test_peers_that_cannot_be_measured_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no loader 'anbatch'.*annbatch"):
+        bench_loader(tmp_path, peers=["anbatch"])
+    with pytest.raises(UserError, match=r"does not have annbatch: install annbatch zarrs torch there"):
+        bench_loader(tmp_path, peers=["annbatch"])

@@ -1,0 +1,433 @@
+"""Building: what is in the files is in the store, however the work was cut, shared out or interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from bgen.data.loader import CountReader
+from bgen.errors import UserError
+from bgen.store.format.manifest import check_files
+from bgen.store.store import Store
+from data_tools.building import pieces, shuffle
+from data_tools.building.build import build
+from data_tools.building.partial import Interrupted, all_or_nothing
+from data_tools.building.run_tasks import open_runner
+from data_tools.check.check import CheckOptions, check
+from data_tools.check.findings import Roles
+from data_tools.inputs import source as inputs
+
+N_GENES = 700
+
+
+def random_counts(n_cells: int, seed: int, n_genes: int = N_GENES) -> sp.csr_matrix:
+    rng = np.random.default_rng(seed)
+    counts = sp.random(n_cells, n_genes, density=0.05, format="csr", rng=rng, dtype=np.float32)
+    counts.data = np.ceil(rng.lognormal(1.0, 1.3, counts.nnz)).astype(np.float32)
+    counts.data[rng.integers(0, counts.nnz, 40)] = rng.integers(250, 70_000, 40)
+    counts = sp.hstack([np.ones((n_cells, 1), np.float32), counts[:, 1:]])  # no cell is empty
+    return sp.csr_matrix(counts)
+
+
+def write_h5ad(path: Path, counts: sp.spmatrix, first_gene: int = 0, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    n_cells, n_genes = counts.shape
+    obs = pd.DataFrame(
+        {
+            "cell_type": rng.choice(["B", "T"], n_cells),
+            "donor": rng.choice([f"D{i}" for i in range(6)], n_cells),
+            "drug": rng.choice(["a", "b"], n_cells),
+            "dish": rng.choice(["x", "y"], n_cells),
+            "perturbation": rng.choice(["control", "G1", "G2", "G3"], n_cells),
+            "time": rng.choice([0.0, 6.0, 48.0], n_cells),
+        },
+        index=[f"{path.stem}-{i}" for i in range(n_cells)],
+    )
+    order = rng.permutation(n_genes)  # each file has its own order of genes
+    var = pd.DataFrame(index=[f"GENE{first_gene + i:011d}" for i in order])
+    adata = anndata.AnnData(counts[:, order], obs=obs, var=var, uns={"organism": "synthetic", "time_unit": "hours"})
+    adata.write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return [
+        write_h5ad(folder / "one.h5ad", random_counts(900, 1)),
+        write_h5ad(folder / "two.h5ad", random_counts(501, 2).tocsc(), first_gene=100),
+    ]
+
+
+def contents_of(store: Store) -> pd.DataFrame:
+    """(file, row, gene id) to count."""
+    cells = np.arange(len(store))
+    batch = CountReader(store).read_cells(cells)
+    source, row = store.source_of(cells)
+    owner = np.repeat(cells, np.diff(batch.indptr.numpy()))
+    frame = pd.DataFrame({"source": source[owner], "row": row[owner]})
+    frame["gene"] = store.genes["id"].to_numpy()[batch.indices.numpy()]
+    frame["count"] = batch.counts.numpy()
+    return frame.sort_values(["source", "row", "gene"]).reset_index(drop=True)
+
+
+def contents_of_files(files: list[Path]) -> pd.DataFrame:
+    frames = []
+    for number, path in enumerate(files):
+        adata = anndata.read_h5ad(path)
+        x = sp.coo_matrix(adata.X)
+        frames.append(
+            pd.DataFrame(
+                {
+                    "source": np.int32(number),
+                    "row": x.row.astype(np.int64),
+                    "gene": adata.var_names[x.col],
+                    "count": x.data,
+                }
+            )
+        )
+    return pd.concat(frames).sort_values(["source", "row", "gene"]).reset_index(drop=True)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def same_frames(a: pd.DataFrame, b: pd.DataFrame) -> bool:
+    return all(np.array_equal(a[name].to_numpy(), b[name].to_numpy()) for name in ("source", "row", "count")) and (
+        a["gene"].astype(str).tolist() == b["gene"].astype(str).tolist()
+    )
+
+
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE_VALUES", 4000)
+    monkeypatch.setattr(inputs, "CSC_VALUES", 3000)
+    monkeypatch.setattr(inputs, "BLOCK_BYTES", 7000)
+    monkeypatch.setattr(shuffle, "SHARD_CHUNKS", 2)
+
+
+def test_the_store_holds_what_the_files_hold(files: list[Path], tmp_path: Path) -> None:
+    manifest = build(check(files), tmp_path / "store", created_by="test")
+    store = Store(tmp_path / "store")
+    assert check_files(store.folder, manifest, checksums=True) == []
+    assert same_frames(contents_of(store), contents_of_files(files))
+    assert store.manifest.n_genes == 800  # the union
+    one, two = store.manifest.sources
+    assert (one.genes, two.genes, one.kind, two.matrix, two.genes_left_out) == (700, 700, "h5ad", "X", 0)
+    assert store.genes["cells"].is_monotonic_decreasing
+    assert store.genes["cells"].sum() == manifest.n_nonzeros == len(contents_of_files(files))
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_how_the_input_is_cut_changes_nothing(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = build(check(files), tmp_path / "whole", created_by="test")
+    monkeypatch.setattr(pieces, "PIECE_VALUES", 4000)
+    monkeypatch.setattr(inputs, "CSC_VALUES", 3000)
+    monkeypatch.setattr(inputs, "BLOCK_BYTES", 7000)
+    steps: list[tuple[str, int, int]] = []
+    cut = build(check(files), tmp_path / "cut", created_by="test", progress=lambda *step: steps.append(step))
+    assert cut.fingerprint == whole.fingerprint
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+    assert [step[0] for step in steps].count("reading") > 10
+    assert steps[-1] == ("writing", 1401, 1401)
+
+
+def test_shards_of_any_size_hold_the_same(files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_pieces(monkeypatch)
+    build(check(files), tmp_path / "store", created_by="test")
+    store = Store(tmp_path / "store")
+    assert len(list((tmp_path / "store/gaps/c").iterdir())) == 3
+    assert same_frames(contents_of(store), contents_of_files(files))
+
+
+@pytest.fixture
+def cluster():
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster:
+        yield cluster.scheduler_address
+
+
+@pytest.mark.parametrize("where", ["workers", "scheduler"])
+def test_dask_builds_the_same_store(where: str, files: list[Path], tmp_path: Path, request) -> None:
+    build(check(files), tmp_path / "here", created_by="test")
+    if where == "workers":
+        build(check(files), tmp_path / "there", created_by="test", workers=2)
+    else:
+        build(check(files), tmp_path / "there", created_by="test", scheduler=request.getfixturevalue("cluster"))
+    assert hashes(tmp_path / "there") == hashes(tmp_path / "here")
+
+
+def test_errors_of_workers_arrive(files: list[Path], tmp_path: Path, cluster: str) -> None:
+    copy = Path(shutil.copy(files[0], tmp_path / "copy.h5ad"))
+    report = check([copy])
+    counts = random_counts(900, 1)
+    counts.data[5000] = 0.5
+    write_h5ad(copy, counts)
+    with pytest.raises(UserError, match=r"copy.h5ad.*no counts"):
+        build(report, tmp_path / "store", created_by="test", scheduler=cluster)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy.h5ad"]
+    with pytest.raises(UserError, match="no Dask scheduler"):
+        build(report, tmp_path / "store", created_by="test", scheduler="nowhere")
+
+
+SCRIPT = """
+    import os, signal, sys
+    from pathlib import Path
+    from data_tools import inputs
+    from data_tools.building import pieces
+    from data_tools.building import run_tasks
+    from data_tools.building import shuffle
+    from data_tools.building.build import build
+    from data_tools.check.check import check
+
+    pieces.PIECE_VALUES, inputs.CSC_VALUES, shuffle.SHARD_CHUNKS = 4000, 3000, 2
+    tasks_left = int(sys.argv[1])
+    plain = run_tasks.InProcess.run
+
+    def run(self, task, arguments, work, done):
+        def counted(*one):
+            global tasks_left
+            if tasks_left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            tasks_left -= 1
+            task(*one)
+        plain(self, counted, arguments, work, done)
+
+    run_tasks.InProcess.run = run
+    build(check([Path(path) for path in sys.argv[3:]]), Path(sys.argv[2]), created_by="test")
+"""
+
+
+def start_build(tasks: int, out: Path, files: list[Path]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tasks), str(out), *map(str, files)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_killed_build_goes_on_and_gives_the_same_bytes(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_pieces(monkeypatch)
+    build(check(files), tmp_path / "undisturbed", created_by="test")
+    out = tmp_path / "killed"
+    for tasks in (12, 30):  # tasks that were done return at once, and count here
+        assert start_build(tasks, out, files).returncode == -signal.SIGKILL
+        assert not out.exists()
+    spills = sorted((tmp_path / ".killed.partial/build/spills").glob("*.streams"))
+    before = [path.stat().st_mtime_ns for path in spills]
+    (tmp_path / ".killed.partial/build/shards/00000.json").write_text("{")  # the shard was not finished
+    spills[0].with_suffix(".cells").write_bytes(b"")  # nor was the piece
+
+    seen: list[list[int]] = []
+    build(
+        check(files), out, created_by="test", progress=lambda *step: seen.append([p.stat().st_mtime_ns for p in spills])
+    )
+    assert seen[0][0] != before[0]
+    assert seen[0][1:] == before[1:]
+    assert hashes(out) == hashes(tmp_path / "undisturbed")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "undisturbed"]
+
+
+def test_another_build_is_told_of_an_interrupted_one(files: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "store"
+    assert start_build(3, out, files).returncode == -signal.SIGKILL
+    with pytest.raises(UserError, match=r"differs from it in: the codec profile, the seed, the splits.*--restart"):
+        build(check(files), out, created_by="test", seed=1, profile="fast")
+    with pytest.raises(UserError, match=r"differs from it in: .*the input files"):
+        build(check(files[:1]), out, created_by="test")
+    manifest = build(check(files), out, created_by="test", seed=1, restart=True)
+    assert manifest.seed == 1
+    assert same_frames(contents_of(Store(out)), contents_of_files(files))
+
+
+def test_two_builds_do_not_write_one_store(files: list[Path], tmp_path: Path) -> None:
+    def second(*step: object) -> None:
+        with pytest.raises(UserError, match="Another build is writing"):
+            build(check(files), tmp_path / "store", created_by="test")
+
+    build(check(files), tmp_path / "store", created_by="test", progress=second)
+    with pytest.raises(UserError, match="there already"):
+        build(check(files), tmp_path / "store", created_by="test")
+
+
+def test_an_interruption_keeps_the_work(files: list[Path], tmp_path: Path) -> None:
+    def stop(what: str, done: int, cells: int) -> None:
+        if what == "measuring":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(check(files), tmp_path / "store", created_by="test", progress=stop)
+    assert [path.name for path in tmp_path.iterdir()] == [".store.partial"]
+    build(check(files), tmp_path / "store", created_by="test")
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_a_write_error_leaves_nothing(files: list[Path], tmp_path: Path) -> None:
+    report = check(files)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written.*Nothing was kept"):
+            build(report, tmp_path / "store", created_by="test")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("megabytes", ["100k", "260k", "420k"])
+def test_a_full_disk_leaves_nothing(files: list[Path], tmp_path: Path, megabytes: str) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        with pytest.raises(UserError, match=r"disk of .* is full"):
+            build(check(files), disk / "store", created_by="test")
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_stochastic_rounding_belongs_to_cell_and_gene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = random_counts(400, 3)
+    counts.data[::3] += 0.25
+    file = write_h5ad(tmp_path / "soup.h5ad", counts)
+    options = CheckOptions(counts="X", rounding="stochastic")
+    build(check([file], options), tmp_path / "whole", created_by="test")
+    small_pieces(monkeypatch)
+    build(check([file], options), tmp_path / "cut", created_by="test")
+    found = contents_of(Store(tmp_path / "cut"))
+    assert same_frames(found, contents_of(Store(tmp_path / "whole")))
+    added = found["count"].sum() - np.floor(counts.data).sum()
+    assert abs(added / (len(counts.data) / 3) - 0.25) < 0.03
+    assert Store(tmp_path / "cut").manifest.sources[0].rounding == "stochastic"
+
+
+def test_columns_of_one_gene_are_added_up(tmp_path: Path) -> None:
+    counts = random_counts(300, 4)
+    obs = pd.DataFrame(index=[f"c{i}" for i in range(300)])
+    ids = [f"GENE{i // 2:011d}" for i in range(N_GENES)]
+    adata = anndata.AnnData(
+        counts, obs=obs, var=pd.DataFrame({"gene_id": ids}, index=[f"v{i}" for i in range(N_GENES)])
+    )
+    adata.uns["organism"] = "synthetic"
+    adata.write_h5ad(tmp_path / "twice.h5ad")
+    report = check([tmp_path / "twice.h5ad"], CheckOptions(gene_column="gene_id", merge_duplicates="sum"))
+    build(report, tmp_path / "store", created_by="test")
+    store = Store(tmp_path / "store")
+    batch = CountReader(store).read_cells(np.arange(300))
+    got = sp.csr_matrix((batch.counts.numpy(), batch.indices.numpy(), batch.indptr.numpy()), shape=(300, N_GENES // 2))
+    _, rows = store.source_of(np.arange(300))
+    genes = np.array([int(gene[4:]) for gene in store.genes["id"]])
+    wanted = (counts[:, 0::2] + counts[:, 1::2])[rows][:, genes]
+    assert abs(got - wanted).nnz == 0
+    assert store.genes["cells"].tolist() == np.diff(wanted.tocsc().indptr).tolist()
+
+
+def test_a_reference_decides_the_genes(files: list[Path], tmp_path: Path) -> None:
+    reference = tmp_path / "panel.txt"
+    wanted = [f"GENE{i:011d}" for i in range(650, 850)]  # 600 to 799 are in the inputs; the last 50 in none
+    reference.write_text("\n".join(wanted) + "\n")
+    manifest = build(check(files), tmp_path / "store", created_by="test", reference=reference)
+    store = Store(tmp_path / "store")
+    assert sorted(store.genes["id"]) == wanted
+    expected = contents_of_files(files)
+    expected = expected[expected["gene"].isin(wanted)].reset_index(drop=True)
+    assert same_frames(contents_of(store), expected)
+    assert (manifest.vocabulary, manifest.sources[0].genes, manifest.sources[0].genes_left_out) == (
+        "panel.txt",
+        50,
+        650,
+    )
+    assert manifest.n_cells == 1401
+    # the genes of a store are a reference too, with its symbols
+    again = build(check(files), tmp_path / "again", created_by="test", reference=tmp_path / "store")
+    assert again.genes_sha256 == manifest.genes_sha256
+    reference.write_text("TP53\nTP54\n")
+    with pytest.raises(UserError, match=r"none of the inputs' genes.*TP53"):
+        build(check(files), tmp_path / "other", created_by="test", reference=reference)
+    reference.write_text("TP53\nTP53\n")
+    with pytest.raises(UserError, match="TP53 twice"):
+        build(check(files), tmp_path / "other", created_by="test", reference=reference)
+
+
+def test_several_conditions_keep_their_role(files: list[Path], tmp_path: Path) -> None:
+    options = CheckOptions(roles=Roles(condition=("drug", "dish"), cell_type="cell_type"))
+    build(check(files, options), tmp_path / "store", created_by="test")
+    store = Store(tmp_path / "store")
+    assert store.column_name("condition") == "drug"
+    assert store.column_name("condition_2") == "dish"
+
+
+def test_groups_and_held_out_values_keep_to_their_split(files: list[Path], tmp_path: Path) -> None:
+    build(check(files), tmp_path / "donors", created_by="test", split_by="donor")
+    store = Store(tmp_path / "donors")
+    splits = [set(store.column("donor")[1][store.cells_of_split(name)]) for name in ("train", "valid", "test")]
+    assert sum(map(len, splits)) == 6
+    assert set.union(*splits) == set(range(6))
+
+    options = {"created_by": "test", "split_by": "time", "held_out": {"test": ["48"]}}
+    manifest = build(check(files), tmp_path / "times", **options)
+    assert manifest.held_out == {"test": ["48"]}
+    store = Store(tmp_path / "times")
+    assert set(store.column("time")[1][store.cells_of_split("test")]) == {48.0}
+    assert set(store.column("time")[1][store.cells_of_split("train")]) == {0.0, 6.0}
+    ratio = len(store.cells_of_split("valid")) / len(store.cells_of_split("train"))
+    assert abs(ratio - 1 / 8) < 0.01
+
+    options = CheckOptions(roles=Roles(perturbation="perturbation", control="control"))
+    build(check(files, options), tmp_path / "perturbed", created_by="test", split_by="perturbation")
+    store = Store(tmp_path / "perturbed")
+    names = store.column("perturbation")[0].categories
+    splits = [
+        {names[i] for i in store.column("perturbation")[1][store.cells_of_split(s)]} for s in ("train", "valid", "test")
+    ]
+    assert all("control" in split for split in splits)
+    assert sorted(name for split in splits for name in split if name != "control") == ["G1", "G2", "G3"]
+    with pytest.raises(UserError, match="Did you mean 'G3'"):
+        build(
+            check(files, options),
+            tmp_path / "x",
+            created_by="test",
+            split_by="perturbation",
+            held_out={"test": ["G33"]},
+        )
+    with pytest.raises(UserError, match="is the control"):
+        build(
+            check(files, options),
+            tmp_path / "x",
+            created_by="test",
+            split_by="perturbation",
+            held_out={"test": ["control"]},
+        )
+
+
+@pytest.mark.slow
+def test_workers_that_die_leave_a_build_that_goes_on(tmp_path: Path) -> None:
+    with (
+        pytest.raises(Interrupted, match=r"died again and again.*The same command goes on"),
+        all_or_nothing(tmp_path / "store", {"the seed": "0"}) as partial,
+        open_runner(1, None, partial) as runner,
+    ):
+        runner.run(os._exit, [(1,)], [1], lambda done, all: None)
+    assert [path.name for path in tmp_path.iterdir()] == [".store.partial"]

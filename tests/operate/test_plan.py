@@ -1,0 +1,219 @@
+"""`bgen plan` against the models themselves, and (slow) against the memory of real runs on two ranks."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+from bgen.config.load import load_config
+from bgen.errors import UserError
+from bgen.models.generators.latent_flow import LatentFlow
+from bgen.models.vae.vae import VAE
+from bgen.operate import plan as module
+from bgen.operate.plan import Plan, plan
+from bgen.operate.plan_memory import activation_bytes, memory
+from bgen.track import record
+from bgen.track.devices import DEVICES, Device
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = {"genes": 1000, "tokens": 100}
+
+
+def tiny(*overrides: str, **options: Any) -> Plan:
+    given = ["data.store=nowhere", "vae.hidden=64", "train.global_batch=64", *overrides]
+    return plan("vae", given, **(SIZES | options))
+
+
+def test_parameters_are_those_of_the_model() -> None:
+    config = load_config("vae", ["vae.hidden=64"])
+    vae = VAE(config.vae, 1000, {})
+    assert tiny().trained == sum(p.numel() for p in vae.parameters())
+    assert sum(tiny().parameters.values()) == tiny().trained
+    assert tiny().frozen == 0
+
+
+def test_a_flow_trains_its_backbone_only() -> None:
+    made = plan("flow", ["flow.vae=nowhere", "data.store=nowhere"], **SIZES)
+    assert made.frozen == made.parameters["vae"]
+    assert made.trained == made.parameters["backbone"] + made.parameters["conditions"]
+
+
+def test_the_store_says_how_many_genes_and_tokens(demo: Any) -> None:
+    made = plan("demo/vae", [f"data.store={demo.store}"])
+    assert made.parameters["encoder"] > 100 * 64
+    assert 1 < made.tokens_per_cell < 1000
+    flow = plan("demo/flow", [f"data.store={demo.store}", f"flow.vae={demo.vae}"])
+    assert flow.frozen > 0
+
+
+def test_flops_of_the_flow_are_those_that_torch_counts() -> None:
+    subject = module._Subject(load_config("flow", ["flow.vae=nowhere"]), 1000, 100)
+    flow, width, cells = subject.module, 256, 10
+    assert isinstance(flow, LatentFlow)
+    size = flow.size
+    inputs = torch.randn(cells, 1, 1, size, requires_grad=True), torch.rand(cells, 1), torch.randn(cells, 1, width)
+    inputs[2].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        flow.backbone(*inputs).sum().backward()
+    others = flow.vae.latents_flops(1, 100) + 3 * flow.conditions.flops(1)
+    assert counter.get_total_flops() / cells == pytest.approx(subject.flops() - others, rel=0.02)
+
+
+def test_flops_of_the_vae() -> None:
+    """Per cell: the sparse first layer twice, three times the other matrices."""
+    genes, hidden, latent, tokens = 1000, 64, 24, 100
+    block = 2 * hidden * hidden
+    dense = hidden * 2 * latent + latent * hidden + 2 * block + hidden * genes
+    assert tiny().flops_per_cell == 2 * (2 * tokens * hidden) + 3 * 2 * dense
+    assert tiny().flops_per_step == 64 * tiny().flops_per_cell
+
+
+def test_activations_are_counted_exactly_where_they_are_known() -> None:
+    x = torch.zeros(1000, 256)
+    w = torch.zeros(256, 256, requires_grad=True)
+
+    def step() -> torch.Tensor:
+        return ((x @ w).exp() * 2.0).sum()
+
+    # x w, its exponential and the product live together at the peak; the first is freed only then.
+    assert activation_bytes(step, [x, w]) == pytest.approx(4 * x.nbytes, rel=0.26)
+    assert activation_bytes(step, [x, w]) >= 3 * x.nbytes
+
+
+def test_activations_grow_with_the_micro_batch() -> None:
+    small, large = tiny("train.micro_batch=16"), tiny("train.micro_batch=64")
+    assert 2 < large.activations / small.activations <= 4.5
+
+
+def test_memory_by_stage_and_offload() -> None:
+    made = tiny(ranks_per_node=4)
+    by = {(m.zero, m.offload): m for m in made.memory}
+    assert list(by) == [(0, False), (1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
+    P = 4 * made.trained
+    assert (by[0, False].weights, by[0, False].optimizer) == (P, 2 * P + P)  # the last for the best weights
+    assert by[1, False].optimizer == 3 * (P // 4) + P // 4
+    assert by[1, True].device < by[1, False].device < by[0, False].device
+    assert by[1, True].host > by[1, False].host
+    assert made.chosen == by[1, False]
+
+
+def test_more_ranks_take_less_each() -> None:
+    train = load_config("vae").train
+    shape: dict[str, Any] = {"trained": 10_000_000, "frozen": 0, "largest": 10**6, "activations": 0, "offload": False}
+    for zero in (1, 2, 3):
+        sizes = [memory(train, ranks=ranks, zero=zero, **shape).device for ranks in (1, 2, 8)]
+        assert sizes[0] > sizes[1] > sizes[2]
+
+
+def test_recommended_micro_batch_divides_and_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    roomy = tiny("train.global_batch=96", ranks_per_node=2, gpu="H100")
+    assert roomy.recommended_micro_batch == 48
+    need = tiny("train.global_batch=96", "train.micro_batch=12", ranks_per_node=2, gpu="H100").chosen.device
+    monkeypatch.setitem(DEVICES, "small", Device(1e12, 1e12, 1.02 * need / module.FILL))
+    fitted = tiny("train.global_batch=96", ranks_per_node=2, gpu="small").recommended_micro_batch
+    assert fitted in (12, 16)
+    monkeypatch.setitem(DEVICES, "none", Device(1e12, 1e12, 1e3))
+    assert tiny(gpu="none").recommended_micro_batch is None
+
+
+def test_speed() -> None:
+    fast, slow = tiny(gpu="H100", mfu=0.4), tiny(gpu="H100", mfu=0.2)
+    assert fast.cells_per_day == pytest.approx(2 * slow.cells_per_day)
+    # float32 at half a peak of 67 TFLOP/s
+    assert tiny(gpu="H100", mfu=0.5).cells_per_day == pytest.approx(86400 * 33.5e12 / fast.flops_per_cell)
+    assert tiny("train.precision=bf16", gpu="H100", mfu=0.5).cells_per_day > 10 * fast.cells_per_day
+    steps = load_config("vae").train.steps
+    assert fast.hours == pytest.approx(24 * steps * 64 / fast.cells_per_day)
+    assert fast.as_json()["tokens_per_day"] == pytest.approx(100 * fast.cells_per_day)
+    assert "this machine" in tiny().speed
+
+
+def test_checkpoint_size_is_that_of_a_run(demo: Any) -> None:
+    given = ["train.global_batch=128", "train.eval_every=30", f"data.store={demo.store}"]
+    made = plan("demo/vae", given)
+    (newest, *_) = sorted((demo.vae / "checkpoints").glob("step_*"), reverse=True)
+    size = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
+    assert made.checkpoint == pytest.approx(size, rel=0.15)
+    assert made.checkpoints == 2 * made.checkpoint
+
+
+def test_the_table_marks_what_was_chosen() -> None:
+    console = Console(width=160, file=io.StringIO())
+    made = tiny(gpu="A100", ranks_per_node=8, nodes=2)
+    console.print(made.table())
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "16 ranks x 1 x 4 cells" in text
+    assert "16 x A100 at 20% of the peak" in text
+    assert "train.micro_batch=4" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "said"),
+    [
+        ([], {"gpu": "H10"}, "Did you mean 'H100'"),
+        ([], {"mfu": 2.0}, "above 0 and at most 1"),
+        ([], {"ranks_per_node": 7}, "does not divide among 7 ranks"),
+        ([], {"genes": None}, "Or plan without it: --genes and --expressed"),
+        (["train.zeroo=1"], {}, "Did you mean 'zero'"),
+    ],
+)
+def test_mistakes(overrides: list[str], options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        tiny(*overrides, **options)
+
+
+@pytest.fixture(scope="module")
+def wide_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,000 cells of 12,000 genes, so that the model's memory is large beside the process's."""
+    folder = tmp_path_factory.mktemp("wide")
+    generator = np.random.default_rng(0)
+    counts = sp.random(1000, 12_000, density=0.1, format="csr", rng=generator, dtype=np.float32)
+    counts.data = generator.integers(1, 9, counts.nnz).astype(np.float32)
+    obs = pd.DataFrame({"cell_type": pd.Categorical(generator.choice(["T", "B"], 1000))})
+    obs.index = [f"cell{number}" for number in range(1000)]
+    var = pd.DataFrame(index=[f"ENSG{number:011d}" for number in range(12_000)])
+    anndata.AnnData(counts, obs=obs, var=var).write_h5ad(folder / "wide.h5ad")
+    build = ["-m", "bgen", "data", "build", str(folder / "wide.h5ad"), "--out", str(folder / "store")]
+    subprocess.run([sys.executable, *build], check=True, cwd=ROOT, capture_output=True)
+    return folder / "store"
+
+
+CONFIGS = {
+    "wide": ["vae.hidden=1024", "vae.blocks=1", "train.global_batch=128"],
+    "deep": ["vae.hidden=512", "vae.blocks=8", "train.global_batch=512", "train.micro_batch=64", "train.ema=0.99"],
+    "batch": ["vae.hidden=256", "vae.blocks=1", "train.global_batch=2048"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_memory_is_that_of_a_real_run(name: str, zero: int, wide_store: Path, tmp_path: Path) -> None:
+    """Within 15 % of the peak of rank 0 of two, checkpoints included."""
+    train = [f"train.zero={zero}", "train.steps=6", "train.eval_every=0", "train.patience=0", "train.log_every=1"]
+    train += ["train.checkpoint_every=3", "track.mlflow=false", "track.progress=false", f"data.store={wide_store}"]
+    given = [*CONFIGS[name], *train, f"out={tmp_path / 'run'}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*launcher, "-m", "bgen", "train", "vae", *given]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [row for row in record.read(tmp_path / "run" / "record.jsonl") if row["kind"] == "train"]
+    measured = 1e9 * max(row["memory_gb"] for row in rows)
+    planned = plan("vae", given, ranks_per_node=2).chosen.resident
+    print(f"{name} zero {zero}: planned {planned / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB")
+    assert planned == pytest.approx(measured, rel=0.15)

@@ -1,0 +1,135 @@
+"""Real servers on loopback: HTTP with ranges, well or badly behaved, and S3."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class RangeServer(ThreadingHTTPServer):
+    """Serves a folder with range requests; the first ``failures`` requests of each range are refused with 503."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, failures: int = 0) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder, self.failures = folder, failures
+        self.seen: Counter[str] = Counter()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: RangeServer
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def _answer(self, body: bool) -> None:
+        asked = f"{self.path} {self.headers.get('Range', '')}"
+        self.server.seen[asked] += 1
+        path = self.server.folder / self.path.lstrip("/")
+        if self.server.seen[asked] <= self.server.failures:
+            return self._send(503, b"", body)
+        if not path.is_file():
+            return self._send(404, b"", body)
+        data = path.read_bytes()
+        asked_range = self.headers.get("Range")
+        if asked_range is None:
+            return self._send(200, data, body)
+        start, _, last = asked_range.removeprefix("bytes=").partition("-")
+        stop = min(int(last) + 1, len(data)) if last else len(data)
+        if int(start) >= len(data):
+            return self._send(416, b"", body, f"bytes */{len(data)}")
+        return self._send(206, data[int(start) : stop], body, f"bytes {start}-{stop - 1}/{len(data)}")
+
+    def _send(self, status: int, data: bytes, body: bool, content_range: str = "") -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        if content_range:
+            self.send_header("Content-Range", content_range)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def serve(folder: Path, failures: int = 0) -> Iterator[RangeServer]:
+    server = RangeServer(folder, failures)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def find_moto() -> str | None:
+    beside = Path(sys.executable).with_name("moto_server")
+    return str(beside) if beside.is_file() else shutil.which("moto_server")
+
+
+@contextlib.contextmanager
+def serve_s3(program: str) -> Iterator[str]:
+    """An S3 server with an empty bucket called "atlas"; gives its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    process = subprocess.Popen(
+        [program, "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    )
+    try:
+        while True:
+            try:
+                put(f"{url}/atlas", b"")
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert process.poll() is None, "the S3 server stopped"
+                time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def put(url: str, data: bytes) -> None:
+    request = urllib.request.Request(url, data=data, method="PUT")
+    # a signature of the right form, which the server does not check: without one it takes the object for a private one
+    request.add_header("Authorization", "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request")
+    request.add_header("Content-Type", "application/octet-stream")
+    with urllib.request.urlopen(request, timeout=30):
+        pass
+
+
+def upload(folder: Path, url: str) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            put(f"{url}/{path.relative_to(folder).as_posix()}", path.read_bytes())
