@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bgen.cli.options import Data, cells_options, say_matched, with_options
+from bgen.cli.options import Data, cells_options, read_cells, with_options
 from bgen.cli.terminal import Json, Seed, notes, parse_times, parse_where, progress_bar, results
 from bgen.files import require_new_file, write_h5ad
 
@@ -122,7 +122,7 @@ def embed(model: ModelFolder, data: Data, out: Out, *, reading: Any, as_json: Js
 
     require_new_file(out)
     loaded = load_model(model)
-    read = loaded.read(data, **reading)
+    read = read_cells(loaded, data, reading, as_json)
     cells = loaded.embed(read)
     _finish(cells, out, read.matched, {"dimensions": cells.obsm["X_bgen"].shape[1]}, [], as_json)
 
@@ -152,7 +152,7 @@ def annotate(
 
     require_new_file(out)
     loaded = load_model(model)
-    read = loaded.read(data, **reading)
+    read = read_cells(loaded, data, reading, as_json)
     cells = loaded.annotate(read, label, threshold=threshold)
     told = dict(cells.uns["bgen_annotate"])
     said = [
@@ -187,7 +187,7 @@ def denoise(
 
     require_new_file(out)
     loaded = load_model(model)
-    read = loaded.read(data, **reading)
+    read = read_cells(loaded, data, reading, as_json)
     cells = loaded.denoise(read, library_size=library_size)
     scores = denoising_scores(loaded, read)
     told = {**cells.uns["bgen_denoise"], "deviance": scores}
@@ -230,7 +230,7 @@ def integrate(
 
     require_new_file(out)
     loaded = load_model(model)
-    read = loaded.read(data, **reading)
+    read = read_cells(loaded, data, reading, as_json)
     cells = loaded.integrate(read, reference=reference, batch=batch, label=label)
     told = dict(cells.uns["bgen_integrate"])
     said = [f"Counts in layers['integrated'] are as of {told['batch']} '{told['reference']}'."]
@@ -246,13 +246,12 @@ def integrate(
 
 
 def _finish(cells: AnnData, out: Path, matched: Any, told: dict[str, Any], said: list[str], as_json: bool) -> None:
-    """Write the cells, and say what was matched and what was done."""
+    """Write the cells, and say what was done; as JSON also what was matched."""
     write_h5ad(cells, out)
     if as_json:
         shape = {"out": str(out), "cells": cells.n_obs, "genes": cells.n_vars, "matched": matched.as_json()}
         typer.echo(json.dumps({**shape, **told}, default=float))
         return
-    say_matched(matched)
     for line in said:
         results.print(line, highlight=False)
     results.print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes: {out}", highlight=False, soft_wrap=True)

@@ -19,7 +19,9 @@ Counts = Annotated[
     typer.Option(help="Matrix of raw counts: X (default), raw/X, layers/NAME, or auto: the first that is counts."),
 ]
 GeneColumn = Annotated[str | None, typer.Option(help="Column of var with the gene ids; default: its index.")]
-Floor = Annotated[float | None, typer.Option(min=0, max=1, help="Least share of the genes that the data must have.")]
+Floor = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Least share of the model's (or the reference's) genes in the data.")
+]
 Layer = Annotated[str | None, typer.Option(help="Layer with the raw counts: --layer NAME is --counts layers/NAME.")]
 
 
@@ -53,7 +55,9 @@ def with_options(**makers: Callable[..., Any]) -> Callable[[Callable[..., None]]
     return give
 
 
-def say_matched(matched: Any) -> None:
-    """Say on standard error what of a user's cells the model knows (:class:`bgen.tasks.user_cells.Matched`)."""
-    for sentence in matched.sentences():
+def read_cells(model: Any, data: Path, reading: dict[str, Any], quiet: bool) -> Any:
+    """Read a user's cells for a model; say on standard error what of them it knows, unless ``quiet``."""
+    cells = model.read(data, **reading)
+    for sentence in () if quiet else cells.matched.sentences():
         notes.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    return cells

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bgen.cli.options import Data, cells_options, say_matched, with_options
+from bgen.cli.options import Data, cells_options, read_cells, with_options
 from bgen.cli.terminal import Json, Seed, parse_where, progress_bar, results
 from bgen.files import require_new_file, write_h5ad
 
@@ -40,7 +40,7 @@ def perturb(
     where = next(iter(parse_where([control]).items())) if control is not None else None
     with progress_bar() as progress:
         loaded = load_model(model)
-        read = loaded.read(data, **reading)
+        read = read_cells(loaded, data, reading, as_json)
         cells = loaded.perturb(read, perturbation, control=where, dose=dose, n=n, seed=seed, progress=progress)
     write_h5ad(cells, out)
     unseen = list(cells.uns["bgen"]["unseen"])
@@ -48,7 +48,6 @@ def perturb(
         told = {"out": str(out), "cells": cells.n_obs, "genes": cells.n_vars, "matched": read.matched.as_json()}
         typer.echo(json.dumps({**told, "unseen": unseen}))
         return
-    say_matched(read.matched)
     if unseen:
         results.print(
             f"Not in training, predicted from what is known of the gene alone: {', '.join(unseen)}. Such"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bgen.cli.options import Data, cells_options, say_matched, with_options
+from bgen.cli.options import Data, cells_options, read_cells, with_options
 from bgen.cli.terminal import Json, Seed, notes, parse_where, progress_bar, results
 from bgen.files import require_new_file, write_h5ad
 
@@ -51,7 +51,7 @@ def _predictor(name: str, forecast: bool, text: str) -> None:
         require_new_file(out)
         loaded = load_model(model)
         with progress_bar() as progress:
-            read = loaded.read(data, **reading)
+            read = read_cells(loaded, data, reading, as_json)
             cells, scores = loaded.predict_times(
                 read,
                 time,
@@ -70,7 +70,6 @@ def _predictor(name: str, forecast: bool, text: str) -> None:
             told = {"out": str(out), "cells": cells.n_obs, "genes": cells.n_vars, "matched": read.matched.as_json()}
             typer.echo(json.dumps({**told, "scores": found}))
             return
-        say_matched(read.matched)
         for score in scores.values():
             results.print(f"Time {score.setting['time']:g}:")
             results.print(score.table())

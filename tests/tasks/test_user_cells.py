@@ -151,6 +151,7 @@ def write_mtx(path: Path, cells: anndata.AnnData) -> None:
         (path / f"GSM1_{name}.gz").write_bytes(gzip.compress("\n".join([*lines, ""]).encode()))
 
 
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
 @pytest.mark.parametrize(
     ("name", "write"),
     [

@@ -79,7 +79,7 @@ def integrate_cells(
         raise UserError(f"The model knows no batch '{reference}'.{nearest(reference, info.categories)}")
     z, _ = model.encode(cells)
     counts = cells.counts
-    codes[name] = np.full(len(cells), info.categories.index(reference))
+    codes[name] = np.full(adata.n_obs, info.categories.index(reference))
     expected = model.decode_codes(z, np.asarray(counts.sum(1), np.float32).ravel(), codes)
     integrated = cells.copy()
     integrated.obsm[EMBEDDING] = z
