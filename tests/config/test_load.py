@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bgen.config.load import find_config, load_config, load_either, packaged_configs, to_yaml, validate
+from bgen.config.load import find_config, load_config, load_either, load_finetune, packaged_configs, to_yaml, validate
 from bgen.config.run import Config
 from bgen.errors import UserError, nearest
 
@@ -72,6 +72,17 @@ def test_missing_file_cycle_and_no_mapping(tmp_path: Path) -> None:
         load_config(loop)
     with pytest.raises(UserError, match="key: value"):
         load_config(write(tmp_path / "list.yaml", "- a\n"))
+
+
+def test_a_fine_tuning_names_its_parent_and_nothing_that_it_does_not_use(tmp_path: Path) -> None:
+    config = load_finetune("finetune", ["parent=models/blood", "train.steps=7"])
+    assert (config.parent, config.flow.vae, config.train.steps) == (Path("models/blood"), None, 7)
+    assert load_either(write(tmp_path / "resolved.yaml", to_yaml(config))) == config
+    with pytest.raises(UserError, match="data: unknown key"):
+        load_finetune("finetune", ["data.store=store"])
+    with pytest.raises(UserError, match="parent: unknown key"):
+        load_config("finetune")
+    assert type(load_either("vae")) is Config
 
 
 # Those of sizes are parts that others extend; tests/models/test_sizes.py reads them so.

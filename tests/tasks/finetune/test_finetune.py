@@ -12,6 +12,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 import bgen
+from bgen.config.load import load_finetune
 from bgen.errors import UserError
 from bgen.tasks.finetune.finetune import Request, finetune
 from bgen.tasks.perturb.held_out import split_screen
@@ -49,6 +50,9 @@ def test_new_batches_and_conditions_get_rows(demo: Any, cells: anndata.AnnData, 
     new.obs["perturbation"] = "G0001x"
     said = tune(demo, new, tmp_path / "out", Request("generate"))
     assert any("New in batch: batch_new" in line for line in said)
+    for run in ("vae", "flow"):
+        config = load_finetune(tmp_path / "out" / run / "config.yaml")
+        assert (config.stage, config.parent, config.flow.vae) == (run, demo.model, None)
     model = bgen.load(tmp_path / "out" / "model")
     parent = bgen.load(demo.model)
     made = model.generate(50, where={"perturbation": "G0001x"})
