@@ -28,7 +28,7 @@ DATA = {"store": "f" * 64, "genes": "a" * 64, "split": "train"}
 def config(out: Path, uri: str) -> Config:
     tree: dict[str, Any] = {"stage": "vae", "out": out, "data": {"store": "atlas"}}
     tree["track"] = {"uri": uri, "progress": False}
-    return validate(tree, "test")
+    return validate(tree, Config, "test")
 
 
 def train(out: Path, uri: str, world: World) -> None:

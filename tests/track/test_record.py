@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bgen.config.load import validate
+from bgen.config.run import Config
 from bgen.distributed.world import World
 from bgen.track import record, throughput
 from bgen.track.devices import peak_flops
@@ -44,7 +45,7 @@ def test_truncation_drops_later_steps_and_a_line_cut_off(tmp_path: Path) -> None
 
 
 def config(out: Path) -> Any:
-    return validate({"stage": "vae", "out": out, "data": {"store": "s"}, "track": {"mlflow": False}}, "test")
+    return validate({"stage": "vae", "out": out, "data": {"store": "s"}, "track": {"mlflow": False}}, Config, "test")
 
 
 def test_only_rank_0_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ import torch
 from mlflow import MlflowClient
 
 from bgen.config.load import validate
+from bgen.config.run import Config
 from bgen.distributed.world import World
 from bgen.track.output import RunOutput
 from bgen.track.publish import sync
@@ -123,7 +124,7 @@ def test_stopped_in_the_middle(tmp_path: Path, server: tuple[str, int], monkeypa
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     uri, group = server
     tree = {"stage": "vae", "out": tmp_path / "run", "data": {"store": "atlas"}}
-    config = validate({**tree, "track": {"uri": uri, "progress": False}}, "test")
+    config = validate({**tree, "track": {"uri": uri, "progress": False}}, Config, "test")
     client = MlflowClient(tracking_uri=uri)
 
     def history() -> int:

@@ -5,7 +5,7 @@ gene, library size observed; the same cells for training and the same for judgin
 KL warm-up, no thinning of counts, which only bgen has. The rest are each side's defaults: LayerNorm and a cosine
 schedule for bgen, BatchNorm, dropout and a constant rate for scvi-tools; but that bgen takes torch's fused AdamW, and
 no ZeRO where there is one rank. Each takes as many threads as it does by itself, bgen in one process and in a process
-per core, in float32 and in bf16. They run in turn (:mod:`bgen.bench.speed.versus_worker`), if asked beside processes
+per core, in float32 and in bf16. They run in turn (:mod:`bgen.bench.speed.versus_worker`); on request, beside processes
 that each keep a core busy.
 """
 
