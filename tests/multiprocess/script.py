@@ -29,7 +29,7 @@ AVERAGED = {"ema": 0.9, "patience": 20, "eval_every": 5}
 
 
 def two_ranks(folder: Path) -> dict[str, Any]:
-    """Straight, interrupted and resumed, resumed from one rank, and poisoned: for ZeRO 0, 1 and 3; then resharded."""
+    """Straight, interrupted and resumed, resumed from one rank, and poisoned: for ZeRO 0, 1 and 3."""
     found: dict[str, Any] = {}
     rank = int(os.environ["RANK"])
     for zero in (0, 1, 3):
@@ -48,7 +48,7 @@ def two_ranks(folder: Path) -> dict[str, Any]:
         found[f"from_one_rank_{zero}"] = resumed.losses + again.losses
         found[f"poisoned_{zero}"] = poisoned(folder / f"poisoned_{zero}", zero)
     found["imported"] = [name for name in ("deepspeed", "mlflow", "scipy.stats") if name in sys.modules]
-    return found | {"resharded": resharded(folder)}
+    return found
 
 
 def resharded(folder: Path) -> dict[str, Any]:

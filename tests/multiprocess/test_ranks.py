@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -52,11 +51,10 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the scenario ``two_ranks``; it finds runs that one rank left at step 25, and one to reshard."""
+    """The folder of the scenario ``two_ranks``; it finds runs that one rank left at step 25."""
     folder = tmp_path_factory.mktemp("two")
     for zero in (0, 1, 3):
         run(toy_config(folder / f"one_rank_{zero}", {"zero": zero}), stop_after=25)
-    run(resharding_config(folder, 1, hops=0))
     done = launch(TORCHRUN, "two_ranks", folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
@@ -107,36 +105,28 @@ def test_two_ranks_to_one(two_ranks: Path, one_rank: dict[int, list[float]], zer
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 56))
 
 
-def from_two_ranks_to_three_and_one(folder: Path, begun: list[int]) -> None:
-    """Go on with runs that 1 rank and 2 have trained for 20 steps; they are all as one that nobody moved."""
-    settings = AVERAGED | {"steps": 40, "global_batch": 12, "micro_batch": 2}
-    straight, whole = run(toy_config(folder / "unmoved", settings))
-    done = launch([*TORCHRUN[:-1], "3"], "resharded", folder)
-    assert done.returncode == 0, done.stderr[-4000:]
+@pytest.mark.parametrize("begun", [[1], pytest.param([0, 1, 2, 3], marks=pytest.mark.slow)])
+def test_from_rank_to_rank_and_stage_to_stage(tmp_path: Path, begun: list[int]) -> None:
+    """Runs that begin at these ZeRO stages go from 1 rank to 2, to 3 and back to 1, at the next stage each time."""
+    straight, whole = run(
+        toy_config(tmp_path / "straight", AVERAGED | {"steps": 40, "global_batch": 12, "micro_batch": 2})
+    )
+    losses: dict[int, list[float]] = {}
     for first in begun:
-        last, stage = run(resharding_config(folder, first, hops=3), resume=True)
-        losses = [row["loss"] for row in record.read(last.record) if row["kind"] == "train"]
-        np.testing.assert_allclose(losses, straight.losses, rtol=1e-5)
-        resumed = [losses[step] for step in (10, 20, 30)]
+        losses[first] = run(resharding_config(tmp_path, first, hops=0))[0].losses
+    for count in (2, 3):
+        done = launch([*TORCHRUN[:-1], str(count)], "resharded", tmp_path)
+        assert done.returncode == 0, done.stderr[-4000:]
+        for first in begun:
+            losses[first] += result(tmp_path)[str(first)]
+    for first in begun:
+        last, stage = run(resharding_config(tmp_path, first, hops=3), resume=True)
+        losses[first] += last.losses
+        np.testing.assert_allclose(losses[first], straight.losses, rtol=1e-5)
+        resumed = [losses[first][step] for step in (10, 20, 30)]
         np.testing.assert_allclose(resumed, [straight.losses[step] for step in (10, 20, 30)], rtol=1e-6)
         for name, value in whole.module.state_dict().items():
             torch.testing.assert_close(stage.module.state_dict()[name], value, rtol=1e-4, atol=1e-6)
-
-
-def test_from_rank_to_rank_and_stage_to_stage(two_ranks: Path, tmp_path: Path) -> None:
-    """A run that begins at ZeRO 1 goes from 1 rank to 2, to 3 and back to 1, at the next stage each time."""
-    assert len(result(two_ranks)["resharded"]["1"]) == 10
-    shutil.copytree(two_ranks / "run_1", tmp_path / "run_1")
-    from_two_ranks_to_three_and_one(tmp_path, [1])
-
-
-@pytest.mark.slow
-def test_from_rank_to_rank_and_from_every_stage(tmp_path: Path) -> None:
-    for first in range(4):
-        run(resharding_config(tmp_path, first, hops=0))
-    done = launch(TORCHRUN, "resharded", tmp_path)
-    assert done.returncode == 0, done.stderr[-4000:]
-    from_two_ranks_to_three_and_one(tmp_path, [0, 1, 2, 3])
 
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
@@ -160,7 +150,6 @@ def test_the_deepspeed_launcher_runs_the_same_script(tmp_path: Path, one_rank: d
     assert result(tmp_path)["losses"] == result(tmp_path, 1)["losses"]
 
 
-@pytest.mark.slow  # tests/test_cli.py asks the command line for it
 def test_an_impossible_batch_is_one_message_from_rank_0(tmp_path: Path) -> None:
     done = launch(
         [*TORCHRUN, "--redirects", "3", "--tee", "3", "--log-dir", str(tmp_path / "log")], "impossible", tmp_path
