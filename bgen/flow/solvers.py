@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 Velocity = Callable[[Tensor, float], Tensor]
 """``v(z, t)``: velocity of the same shape as ``z`` at flow time ``t`` in [0, 1]."""
@@ -54,6 +53,8 @@ def integrate(v: Velocity, z1: Tensor, steps: int, solver: str, tolerance: float
     is integrated beside it.
     """
     if solver == "adaptive":
+        from torchdiffeq import odeint  # imports scipy's integration and optimisation: half a second
+
         ends = torch.tensor([1.0, 0.0], dtype=z1.dtype, device=z1.device)
         found: Tensor = odeint(lambda t, z: v(z, float(t)), z1, ends, rtol=tolerance, atol=tolerance, method="dopri5")
         return found[-1]

@@ -16,11 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import anndata
 import numpy as np
 import pandas as pd
 import tensorstore as ts
-import zarr
 from numpy.typing import NDArray
 
 from bgen.arrays import I64
@@ -60,6 +58,9 @@ class CsrPart:
     """
 
     def __init__(self, path: Path, matrix: str, context: ts.Context) -> None:
+        import anndata  # takes a second, in every rank, and a store of bgen's does not need it
+        import zarr
+
         self.path, self.matrix = path, path / matrix
         try:
             with warnings.catch_warnings():

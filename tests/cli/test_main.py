@@ -294,13 +294,18 @@ def test_model_mistakes(bgen: Any, demo: Any, tmp_path: Path) -> None:
 
 
 def test_impossible_batch_under_torchrun_is_one_message(demo: Any, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bgen"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--redirects", "3", "--tee", "3", "--log-dir", str(tmp_path / "log"), "-m", "bgen"]
     command += ["train", "demo/vae", f"out={tmp_path / 'run'}", f"data.store={demo.store}", "train.global_batch=33"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
-    ours = [line for line in done.stderr.splitlines() if "error:" in line.lower() and "global_batch" in line]
-    assert len(ours) == 1, done.stderr
-    assert "exitcode  : 2" in done.stderr
+    said = [path.read_text() for path in sorted((tmp_path / "log").glob("*/attempt_0/*/stderr.log"))]
+    assert len(said) == 2
+    assert "".join(said).count("error:") == 1
+    assert "train.global_batch=33 does not divide among 2 ranks" in said[0]
+    assert "train.global_batch=32 or 34" in said[0]
+    assert "Traceback" not in "".join(said)
+    assert done.stderr.count("exitcode  : 2 ") == 2
     assert "bgen/train" not in done.stderr.split("Root Cause")[0]
     assert not (tmp_path / "run").exists()
 

@@ -310,30 +310,32 @@ def test_the_readme_names_every_target_file_and_setting() -> None:
             assert f"`{setting}`" in text, setting
 
 
-def test_two_ranks_on_this_machine(demo: Any, tmp_path: Path) -> None:
-    """The real thing: rendered, started, trained on two ranks, logs per rank; and the losses of one rank."""
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_ranks_on_this_machine(bgen: Any, demo: Any, tmp_path: Path, ranks: int) -> None:
+    """The real thing: rendered, started, trained, logs per rank; and the losses of a run that no launcher started."""
     common = [f"data.store={demo.store}", "train.steps=6", "train.log_every=1", "train.global_batch=64"]
     common += ["track.mlflow=false", "train.eval_every=0", "train.patience=0"]
-    settings = [f"python={sys.executable}"]
-    losses = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
-        for ranks in (1, 2):
-            made = launch(
-                "demo/vae",
-                "local",
-                ranks_per_node=ranks,
-                device="cpu",
-                overrides=[f"out={tmp_path}/run{ranks}", *common],
-                settings=settings,
-                submit=True,
-            )
-            assert made.code == 0
-            logs = sorted((made.script.parent / "logs").glob("*/attempt_0/*/stderr.log"))
-            assert [log.parent.name for log in logs] == [str(rank) for rank in range(ranks)]
-            rows = record.read(tmp_path / f"run{ranks}" / "record.jsonl")
-            losses.append([row["loss"] for row in rows if row["kind"] == "train"])
-            assert (tmp_path / f"run{ranks}" / "model" / "model.safetensors").is_file()
+        made = launch(
+            "demo/vae",
+            "local",
+            ranks_per_node=ranks,
+            device="cpu",
+            overrides=[f"out={tmp_path}/launched", *common],
+            settings=[f"python={sys.executable}"],
+            submit=True,
+        )
+    assert made.code == 0
+    logs = sorted((made.script.parent / "logs").glob("*/attempt_0/*/stderr.log"))
+    assert [log.parent.name for log in logs] == [str(rank) for rank in range(ranks)]
+    assert (tmp_path / "launched" / "model" / "model.safetensors").is_file()
+    alone = bgen("train", "demo/vae", f"out={tmp_path}/alone", *common)
+    assert alone.code == 0, alone.err
+    losses = [
+        [row["loss"] for row in record.read(tmp_path / run / "record.jsonl") if row["kind"] == "train"]
+        for run in ("launched", "alone")
+    ]
     assert len(losses[0]) == 6
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -21,9 +21,8 @@ def test_a_cell_is_a_pure_function_of_seed_and_number() -> None:
     assert some.data.min() >= 1
 
 
-def test_counts_are_those_of_an_atlas() -> None:
-    atlas = Atlas(cells=400)
-    counts = atlas[np.arange(0, 400, 4)]
+def test_counts_are_those_of_an_atlas(atlas: Atlas) -> None:
+    counts = atlas[np.arange(0, 3000, 30)]
     assert counts.nnz / counts.shape[0] == pytest.approx(1636, rel=0.05)
     assert (counts.data == 1).mean() == pytest.approx(0.57, abs=0.02)
     assert (counts.data <= 15).mean() == pytest.approx(0.957, abs=0.01)

@@ -14,12 +14,10 @@ from bgen.bench.loaders.report import show
 from bgen.bench.loaders.worker import Job, measure
 from bgen.errors import UserError
 
-ATLAS = Atlas(cells=3000)
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("cache"), ATLAS, {}, {}, lambda said: None)
+def folder(atlas: Atlas, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(tmp_path_factory.mktemp("cache"), atlas, {}, {}, lambda said: None)
 
 
 @pytest.mark.slow  # starts twenty processes that each import torch
@@ -49,14 +47,14 @@ def test_bgen_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["packed", "csr", "dense"])
-def test_a_job_is_measured(form: str, folder: Path) -> None:
+def test_a_job_is_measured(form: str, atlas: Atlas, folder: Path) -> None:
     job = Job("bgen", str(folder / "small"), 256, form, 1, 0.1, str(folder / "types.npy"))
     found = measure(job)
     assert found["cpu_rate"] > 1000
     assert found["wall_rate"] > 1000
     assert 0 < found["first_batch_s"] < 30
     assert 50 < found["private_mb"] < 4000
-    assert found["types"] == pytest.approx(_random_types(ATLAS, 256), rel=0.1)
+    assert found["types"] == pytest.approx(_random_types(atlas, 256), rel=0.1)
     assert not [thread for thread in threading.enumerate() if thread.name == "bgen-loader"]
 
 
