@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from bgen import cpus
 from bgen.version import __version__
 
 LATER = {"load": ("bgen.tasks.load", "load_model")}
 """Names that are loaded when they are first asked for, since they need torch: name to module and attribute."""
+
+cpus.prepare()  # before torch is loaded, which then reads what it sets
 
 __all__ = ["__version__", "load"]
 

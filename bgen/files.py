@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +28,25 @@ def require_new_folder(path: Path) -> None:
         raise UserError(f"{path} is there already and not empty. Choose another --out, or remove it first.")
 
 
+@contextmanager
+def slashes_in_names() -> Iterator[None]:
+    """Let anndata write names of columns that hold a '/' into an .h5ad; every version reads them back.
+
+    anndata 0.13 refuses such names unless it is told otherwise, yet cells come with them: anndata wrote them for years.
+    """
+    import anndata
+
+    with anndata.settings.override(disallow_forward_slash_in_h5ad=False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Forward slashes will be ", FutureWarning)
+        yield
+
+
 def write_h5ad(adata: AnnData, path: Path) -> None:
     """Write an .h5ad, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        adata.write_h5ad(partial, compression="gzip")
+        with slashes_in_names():
+            adata.write_h5ad(partial, compression="gzip")
         partial.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}. Is the disk full?") from None

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -180,3 +181,34 @@ def store(request: pytest.FixtureRequest, contents: Contents, tmp_path_factory: 
     folder = tmp_path_factory.mktemp("stores") / request.param
     write_store(folder, contents, profile=request.param, seed=0, created_by="test")
     return Store(folder)
+
+
+@dataclass
+class Adding:
+    """Adds a component to bgen from outside, and notes which files of bgen it would touch if it came with bgen.
+
+    The component's own file is one of them; a registry's line, and the settings beside it, are in the registry's file.
+    """
+
+    patch: pytest.MonkeyPatch
+    own_file: str
+    files: set[str]
+
+    def line(self, module: ModuleType, registry: str, name: str, value: object) -> None:
+        """Add one line to the dictionary ``registry`` of a module."""
+        assert module.__file__ is not None
+        assert name not in getattr(module, registry), f"bgen has a '{name}' already"
+        self.patch.setitem(getattr(module, registry), name, value)
+        self.files.add(module.__file__)
+
+    @property
+    def touched(self) -> int:
+        """How many files it would touch."""
+        return len({self.own_file, *self.files})
+
+
+@pytest.fixture(scope="module")
+def adding(request: pytest.FixtureRequest) -> Iterator[Adding]:
+    """Let a test module stand for the file of a new component."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield Adding(patch, str(request.path), set())

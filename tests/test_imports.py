@@ -20,7 +20,7 @@ FLOORS = [
     "bgen.arrays",
     "bgen.progress",
     "bgen.files",
-    "bgen.threads",
+    "bgen.cpus",
     "bgen.config",
     "bgen.genes",
     "bgen.order",

@@ -1,4 +1,4 @@
-"""A store of some cells, as `bgen data build` makes it: what a benchmark trains on."""
+"""What benchmarks train on and how: a store of some cells, as `bgen data build` makes it, and trainings to the end."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path
 from anndata import AnnData
 
 from bgen.config.load import load_config
+from bgen.config.run import RunConfig
 from bgen.errors import UserError
 from bgen.files import write_h5ad
 from bgen.train.run import train
+from bgen.train.stages.stage import Stage
+from bgen.train.trainer import Trainer, TrainResult
 from bgen.version import __version__
 from data_tools.building.build import build
 from data_tools.check.check import check
@@ -35,13 +38,27 @@ def store_of(cells: AnnData, folder: Path, seed: int) -> Path:
 
 
 def train_whole(name: str, overrides: Sequence[str]) -> None:
-    """Train what the configuration ``name`` with ``overrides`` says, and export it to ``out/model``.
+    """Train the configuration ``name`` with ``overrides``, and export the model to ``out/model``.
 
     Raises
     ------
     UserError
-        If the settings do not fit, or a signal stopped the training: half a training is not what is compared.
+        If the settings do not fit, or a signal stopped the training, since half a training is no comparison.
     """
-    done = train(load_config(name, overrides))
+    _require_whole(train(load_config(name, overrides)))
+
+
+def fit_whole(config: RunConfig, stage: Stage) -> None:
+    """Train a stage; afterwards its module has the weights to keep.
+
+    Raises
+    ------
+    UserError
+        As :func:`train_whole`.
+    """
+    _require_whole(Trainer(config, stage).fit())
+
+
+def _require_whole(done: TrainResult) -> None:
     if done.interrupted:
         raise UserError(f"Stopped by a signal at step {done.step}; nothing was measured.")

@@ -1,8 +1,8 @@
-"""Writing a checkpoint so that, whenever the job is killed, the last committed one is whole; beside the training.
+"""Writing checkpoints beside training, so that the last committed one is whole whenever the job is killed.
 
 Every rank copies its tensors, goes on training, and writes and hashes the copy in a thread, into ``step_N.tmp``. When
-all have told each other that they are done, rank 0 writes the manifest, renames the folder and writes the marker last.
-A rank's thread never waits for another rank: the trainer brings the ranks' states together where it adds up losses
+all ranks are known to be done, rank 0 writes the manifest, renames the folder and writes the marker last. The thread of
+a rank never waits for another rank: the trainer exchanges the states of the ranks along with the losses that it adds up
 anyway, so all pass from one phase to the next at the same step.
 """
 
@@ -34,8 +34,8 @@ class SaveError(RuntimeError):
 class Checkpoints:
     """The checkpoints of one run, in ``root`` on a file system that all ranks share.
 
-    :meth:`begin` starts one; :meth:`advance`, called with the sums over ranks of :meth:`status`, brings it forward;
-    :meth:`finish` waits for it. All ranks call each of them together.
+    :meth:`begin` starts a checkpoint; :meth:`advance`, called with the sums of :meth:`status` over ranks, takes it to
+    its next phase; :meth:`finish` waits for it. All ranks call each of them together.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class Checkpoints:
     keep
         Newest good checkpoints kept, at least 2.
     keep_every
-        Those at multiples of so many steps are kept besides; 0 none.
+        Checkpoints at multiples of so many steps are kept as well; 0: none.
     """
 
     def __init__(self, root: Path, keep: int, keep_every: int = 0) -> None:
@@ -62,7 +62,7 @@ class Checkpoints:
 
     @property
     def pending(self) -> bool:
-        """Whether one was begun and is neither committed nor given up."""
+        """Whether a checkpoint was begun and is neither committed nor given up."""
         return self._thread is not None
 
     def begin(
@@ -82,7 +82,7 @@ class Checkpoints:
         tensors, shapes
             As :func:`bgen.checkpoint.shards.write` takes them, this rank's share. Nobody may change them any more.
         state
-            Text of ``state.json``; rank 0's counts.
+            Text of ``state.json``; that of rank 0 is written.
         facts
             JSON values for the manifest, such as the number of ranks and the ZeRO stage.
 
@@ -167,7 +167,7 @@ class Checkpoints:
         return target
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that verifies on all ranks, and a line for each newer one that does not."""
+        """Return the newest checkpoint that verifies on all ranks, and a line for each newer one that does not."""
         here = ranks.current()
         messages: list[str] = []
         names = ranks.from_main([path.name for path in files.committed(self.root)])

@@ -110,6 +110,6 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint, its marker first, so that one half deleted is not taken for a whole one."""
+    """Delete a checkpoint, its marker first, so that a half-deleted one is not taken for whole."""
     (folder / MARKER).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

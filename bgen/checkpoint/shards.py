@@ -1,12 +1,12 @@
-"""The tensors of a checkpoint, one safetensors file per rank, readable at any number of ranks and ZeRO stage.
+"""The tensors of a checkpoint: one safetensors file per rank, readable at any number of ranks and ZeRO stage.
 
-A parameter is split among ranks however the ZeRO stage has it. Each rank writes the pieces that it keeps, each under
-its place in the whole parameter, ``KIND/START/NAME``: elements of the flattened parameter ``NAME`` from ``START`` on.
-A reader takes the elements it wants from whichever pieces hold them. Kinds:
+The ZeRO stage decides how a parameter is split among ranks. Each rank writes the pieces that it keeps under the name
+``KIND/START/NAME``: elements of the flattened parameter ``NAME`` from ``START`` on. A reader takes the elements it
+wants from whichever pieces hold them. Kinds:
 
 - ``weight``: trained parameters in float32; ``average``: their moving average; ``best``: the best so far.
 - ``optimizer.X``: the optimiser's state ``X``; ``step/START/NAME`` is its step counter for the piece.
-- ``fixed``: buffers and frozen parameters, whole, in their own type; ``best-fixed``: those beside ``best``.
+- ``fixed``: buffers and frozen parameters, whole, in their own type; ``best-fixed``: the buffers beside ``best``.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def file_name(rank: int) -> str:
 def write(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, Iterable[int]]) -> dict[str, Any]:
     """Write CPU tensors, wait until they are on the disk, and return the file's size and SHA-256.
 
-    The safetensors library would hold the interpreter lock for the whole file, and with it the training loop.
+    The safetensors library would hold the interpreter lock for the whole file, and so stop the training loop.
 
     Parameters
     ----------
@@ -160,9 +160,11 @@ class Shards:
         return max((float(handle.get_tensor(entry)) for _, _, handle, entry in pieces), default=0.0)
 
     def export(self) -> dict[str, Tensor]:
-        """The state dict to export: the best weights where the run keeps them, else the average, else the last."""
+        """The state dict to export: the best weights where the run keeps them, else the average, else the last.
+
+        What else ``best-fixed`` holds is left out: first runs kept buffers there that follow from the settings.
+        """
         kind = next(kind for kind in (BEST, AVERAGE, WEIGHT) if kind in self.kinds)
-        fixed = BEST_FIXED if kind == BEST else FIXED
-        state = {name: self.whole(FIXED, name) for name in self.names(FIXED)}
-        state |= {name: self.whole(fixed, name) for name in self.names(fixed)}
+        beside_best = set(self.names(BEST_FIXED)) if kind == BEST else set()
+        state = {name: self.whole(BEST_FIXED if name in beside_best else FIXED, name) for name in self.names(FIXED)}
         return state | {name: self.whole(kind, name) for name in self.names(kind)}

@@ -1,4 +1,4 @@
-"""The weights to export, out of the newest checkpoint of a run."""
+"""The weights to export, from the newest checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bgen.errors import UserError
 
 
 def export_weights(root: Path) -> tuple[dict[str, Tensor], Path]:
-    """The weights to export of the newest undamaged checkpoint below ``root``, and that checkpoint's folder.
+    """Return the weights to export from the newest undamaged checkpoint below ``root``, and its folder.
 
     The best ones where the run keeps them, else the moving average, else the last; trained parameters in float32.
 

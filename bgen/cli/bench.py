@@ -65,7 +65,10 @@ def bench_train(
     python: Annotated[Path | None, typer.Option(help="--versus: the Python that has the other; default: this.")] = None,
     epochs: Annotated[int, typer.Option(min=2, help="--versus: passes over the training cells.")] = 100,
     repetitions: Annotated[int, typer.Option(min=1, help="--versus: trainings of each, in turn; medians.")] = 1,
-    threads: Annotated[int | None, typer.Option(min=1, help="--versus: threads; default: one per core.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="--versus: threads; default: as many as each takes by itself.")
+    ] = None,
+    busy: Annotated[int, typer.Option(min=0, help="--versus: processes that each keep a core busy meanwhile.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for what --compare and --versus write.")] = Path("bench"),
 ) -> None:
     """Measure the training step of a configuration, with --compare every mixer over time, or with --versus a VAE.
@@ -85,6 +88,7 @@ def bench_train(
             batches=(128, 1024) if batch is None else (batch,),
             epochs=epochs,
             threads=threads,
+            busy=busy,
             repetitions=repetitions,
             say=notes.print,
         )

@@ -216,7 +216,7 @@ def integrate(
     reference: Annotated[str | None, typer.Option(help="Batch to decode as; default: the largest.")] = None,
     batch: Annotated[str | None, typer.Option(help="Covariate to remove; default: batch.")] = None,
     label: Annotated[
-        str | None, typer.Option(help="obs column of cell types: also score by scib-metrics (bgen[integration]).")
+        str | None, typer.Option(help="obs column of cell types: also score by scib-metrics (bgen-flow[integration]).")
     ] = None,
     *,
     reading: Any,

@@ -21,12 +21,12 @@ app = typer.Typer(help="Check, build and inspect stores of counts.", no_args_is_
 Files = Annotated[
     list[Path], typer.Argument(help=".h5ad, .h5mu, AnnData in zarr, 10x .h5, or 10x mtx folders.", show_default=False)
 ]
-Role = Annotated[str | None, typer.Option(help="obs column with this role; default: detected; none: there is none.")]
+Role = Annotated[str | None, typer.Option(help="obs column with this role; default: detected; none: no column.")]
 
 
 def check_options(
     rounding: Annotated[
-        str, typer.Option("--round", help="Values that are no integers: none, nearest, stochastic.")
+        str, typer.Option("--round", help="How to round values that are no integers: none, nearest, stochastic.")
     ] = "none",
     merge_duplicates: Annotated[str, typer.Option(help="Columns of the same gene: no, sum.")] = "no",
     accept_unnamed_genes: Annotated[

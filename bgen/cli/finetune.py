@@ -86,8 +86,15 @@ def finetune(
         return
     if as_json:
         about = tuned.model.about
-        told = {"model": str(out / "model"), "kind": tuned.model.kind, "parent": about["parent"]}
-        typer.echo(json.dumps({**told, "held_out": about.get("held_out")}))
+        assert about.finetuning is not None, "it is what was just done"
+        held_out = about.perturbation.held_out if about.perturbation else None
+        told = {
+            "model": str(out / "model"),
+            "kind": tuned.model.kind,
+            "parent": about.finetuning.parent.model_dump(),
+            "held_out": held_out and held_out.model_dump(mode="json"),
+        }
+        typer.echo(json.dumps(told))
         return
     if tuned.scores is not None:
         results.print(tuned.scores.table())

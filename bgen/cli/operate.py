@@ -1,4 +1,4 @@
-"""Verbs of whoever operates runs: what a run will need, launch files, and what this machine has."""
+"""Verbs for operating runs: what a run will need, launch files, and what this machine has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from bgen.cli.terminal import Json, Overrides, results
 from bgen.errors import UserError
 
-app = typer.Typer(help="Plan, launch and look machines over.")
+app = typer.Typer(help="Plan and launch runs, and inspect machines.")
 
 
 @app.command()
@@ -21,7 +21,7 @@ def launch(
     target: Annotated[str, typer.Option(help="local, torchrun, deepspeed, slurm, k8s, jobset or sky.")] = "local",
     nodes: Annotated[int, typer.Option(min=1, help="Hosts.")] = 1,
     ranks_per_node: Annotated[int, typer.Option(min=1, help="Processes on each host: one per GPU.")] = 1,
-    min_nodes: Annotated[int | None, typer.Option(min=1, help="Go on with so few when others are lost.")] = None,
+    min_nodes: Annotated[int | None, typer.Option(min=1, help="Go on with this many when others are lost.")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="name=value for the target; launch/README.md lists them.")
@@ -98,7 +98,7 @@ def doctor(
     folder: Annotated[Path, typer.Option(help="Where run folders will be: its disk is tried.")] = Path(),
     as_json: Json = False,
 ) -> None:
-    """Look this machine over: packages, devices, kernels, disk, network, MLflow, a sum over two ranks.
+    """Inspect this machine: packages, devices, kernels, disk, network, MLflow, a sum over two ranks.
 
     Example: `bgen doctor --folder runs`
     """

@@ -1,4 +1,4 @@
-"""Options that belong together, declared once: a verb takes what a function makes of them as one argument."""
+"""Options that belong together, declared once; a function turns them into one argument of a verb."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def cells_options(
 
 
 def with_options(**makers: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a verb the options of each maker; the verb takes what a maker makes of them as the argument of its name."""
+    """Give a verb the options of each maker; what a maker returns becomes the argument of its name."""
 
     def give(verb: Callable[..., None]) -> Callable[..., None]:
         options = {name: inspect.signature(make, eval_str=True).parameters for name, make in makers.items()}

@@ -22,7 +22,7 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest verified checkpoint.")] = False,
     accept_changed_data: Annotated[
-        bool, typer.Option("--accept-changed-data", help="With --resume: also on other data than it began with.")
+        bool, typer.Option("--accept-changed-data", help="With --resume: also with other data than the run began with.")
     ] = False,
 ) -> None:
     """Train a VAE or a flow; on several ranks under torchrun or deepspeed.
@@ -78,9 +78,9 @@ def config_show(
 
     Example: `bgen config show demo/vae train.steps=10`
     """
-    from bgen.config.load import load_config, to_yaml
+    from bgen.config.load import load_either, to_yaml
 
-    loaded = load_config(config, overrides or [])
+    loaded = load_either(config, overrides or [])
     if deepspeed:
         from bgen.train.engine.deepspeed_json import deepspeed_config
 
@@ -95,9 +95,9 @@ def config_check(config: str, overrides: Overrides = None) -> None:
 
     Example: `bgen config check demo/vae train.steps=10`
     """
-    from bgen.config.load import load_config
+    from bgen.config.load import load_either
 
-    load_config(config, overrides or [])
+    load_either(config, overrides or [])
     typer.echo(f"{config} is valid.")
 
 

@@ -1,4 +1,4 @@
-"""Settings of what is read, from where and in what order (DESIGN, sections 6 and 7)."""
+"""Settings of what is read, from where and in what order (bgen/README.md, "Store" and "Order")."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bgen.config.section import Fraction, NonNegativeFloat, NonNegativeInt, Posi
 
 
 class TrajectoriesConfig(Section):
-    """The flow is trained on trajectories of populations instead of single cells (DESIGN, sections 3 and 7)."""
+    """The flow is trained on trajectories of populations instead of single cells (:mod:`bgen.order.trajectories`)."""
 
     along: Literal["time", "perturbation"] = Field(
         "time",
@@ -36,7 +36,7 @@ class WeightingConfig(Section):
     """Sampling by source: source s of n_s cells gets a share proportional to n_s^(1 / temperature)."""
 
     temperature: Annotated[float, Field(ge=1)] = Field(
-        description="1 takes the cells as they are; the higher, the more alike the shares of large and small sources."
+        description="1 takes the cells as they are; the higher, the more equal the shares of large and small sources."
     )
     by: str | None = Field(None, description="Categories of this obs column (role or name); null: the input files.")
 
@@ -68,7 +68,7 @@ class Access(Section):
 
 
 class AnnDataConfig(Section):
-    """What AnnData in zarr does not say itself; a store that `bgen data build` wrote has its own."""
+    """What AnnData in zarr does not say itself; stores of `bgen data build` need none of it."""
 
     matrix: str = Field("X", description="Where the counts are: X, layers/counts, ...")
     roles: dict[str, str] = Field(
@@ -104,8 +104,8 @@ class DataConfig(Section):
     )
     on_damage: Literal["stop", "skip"] = Field(
         "stop",
-        description="A chunk whose bytes are not those that were written: stop names it and ends the run; skip takes"
-        " other cells in place of its own, and counts them in the record (damaged_cells).",
+        description="What a damaged chunk does. stop: it is named and the run ends; skip: other cells take the place of"
+        " its own, and are counted in the record (damaged_cells).",
     )
     access: Access = Access()
     anndata: AnnDataConfig = AnnDataConfig()

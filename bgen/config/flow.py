@@ -12,18 +12,18 @@ from bgen.config.section import Fraction, NonNegativeFloat, PositiveFloat, Posit
 
 
 class PatternsConfig(Section):
-    """How often training on trajectories observes which time points (DESIGN, section 4).
+    """How often training on trajectories observes which time points (:mod:`bgen.flow.patterns`).
 
     An observed time point is held at flow time t = 0 and does not enter the loss. The weights need not add up to 1; a
-    pattern that a trajectory is too short for, or has no control for, is left out for it.
+    pattern is left out where a trajectory is too short for it or has no control.
     """
 
     noise: NonNegativeFloat = Field(1.0, description="Weight of observing nothing: joint generation.")
-    forecast: NonNegativeFloat = Field(1.0, description="Weight of observing the past, up to a time point drawn.")
+    forecast: NonNegativeFloat = Field(1.0, description="Weight of observing the past, up to a random time point.")
     interpolate: NonNegativeFloat = Field(1.0, description="Weight of observing all but one time point in between.")
     perturb: NonNegativeFloat = Field(1.0, description="Weight of observing the control populations.")
     independent: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5, description="Share of trajectories whose time points have flow times of their own; others share one."
+        0.5, description="Share of trajectories whose time points have independent flow times; others share one."
     )
 
     @model_validator(mode="after")
@@ -34,7 +34,7 @@ class PatternsConfig(Section):
 
 
 class FlowConfig(Section):
-    """The rectified flow in the latent space (DESIGN, section 4)."""
+    """The rectified flow in the latent space (bgen/README.md, "Flow")."""
 
     vae: Path | None = Field(None, description="Run folder or exported directory of the VAE; needed by stage flow.")
     backbone: BackboneConfig = BackboneConfig()
@@ -71,8 +71,8 @@ class SampleConfig(Section):
     tolerance: PositiveFloat = Field(1e-3, description="Relative and absolute error that solver adaptive allows.")
     noise: PositiveFloat = Field(
         1.0,
-        description="Standard deviation of the noise that generation starts from: above 1 covers more of what real "
-        "cells are, with more cells further out than those; below 1 the reverse.",
+        description="Standard deviation of the noise that generation starts from. Above 1, generated cells cover more "
+        "of the real ones, but more of them lie further out; below 1, the reverse.",
     )
     guidance: NonNegativeFloat = Field(1.0, description="Guidance scale; 1 is the conditional model itself.")
     guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Range of t in which guidance acts.")

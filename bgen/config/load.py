@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from bgen.config.run import Config
+from bgen.config.components import ChosenByName
+from bgen.config.finetune import FinetuneConfig
+from bgen.config.run import Config, RunConfig
+from bgen.config.section import Section
 from bgen.errors import UserError, nearest
+
+Kind = TypeVar("Kind", bound=RunConfig)
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
 """Where an installed bgen keeps its configurations; a source checkout has them at its top level."""
@@ -42,7 +46,7 @@ def find_config(name: str | Path, beside: Path | None = None) -> Path:
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Load, extend, override and validate a configuration.
+    """Load, extend, override and validate the configuration of a training.
 
     Parameters
     ----------
@@ -57,24 +61,43 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
     UserError
         Naming the path of each wrong key or value and the nearest key.
     """
-    tree = _read(find_config(name), ())
-    for override in overrides:
-        tree = _merge(tree, _parse_override(override))
-    return validate(tree, source=str(name))
+    return validate(_resolve(name, overrides), Config, source=str(name))
 
 
-def validate(tree: Mapping[str, Any], source: str) -> Config:
-    """Turn a mapping into a :class:`Config`, collecting all mistakes in one :class:`UserError`."""
+def load_finetune(name: str | Path, overrides: Sequence[str] = ()) -> FinetuneConfig:
+    """Load the configuration of a fine-tuning, as :func:`load_config` does that of a training."""
+    return validate(_resolve(name, overrides), FinetuneConfig, source=str(name))
+
+
+def load_either(name: str | Path, overrides: Sequence[str] = ()) -> Config | FinetuneConfig:
+    """Load the configuration of a fine-tuning if it names a ``parent``, else that of a training."""
+    tree = _resolve(name, overrides)
+    if "parent" in tree:
+        return validate(tree, FinetuneConfig, source=str(name))
+    return validate(tree, Config, source=str(name))
+
+
+def validate(tree: Mapping[str, Any], kind: type[Kind], source: str) -> Kind:
+    """Turn a mapping into a configuration of a ``kind``, collecting all mistakes in one :class:`UserError`."""
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        lines = [f"  {_explain(item)}" for item in error.errors()]
+        lines = [f"  {_explain(item, kind, tree)}" for item in error.errors()]
         raise UserError(f"The configuration {source} is not valid:\n" + "\n".join(lines)) from None
 
 
-def to_yaml(config: Config) -> str:
-    """Return the resolved configuration as YAML, which :func:`load_config` reads back to the same."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+def to_yaml(config: RunConfig) -> str:
+    """Return the resolved configuration as YAML, which :func:`load_either` reads back to the same."""
+    tree = config.model_dump(mode="json")
+    last = {name: tree.pop(name) for name in ("train", "track")}  # what all kinds share, as in the shipped files
+    return yaml.safe_dump({**tree, **last}, sort_keys=False)
+
+
+def _resolve(name: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+    tree = _read(find_config(name), ())
+    for override in overrides:
+        tree = _merge(tree, _parse_override(override))
+    return tree
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -116,12 +139,12 @@ def _parse_override(text: str) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", tree)
 
 
-def _explain(item: Any) -> str:
-    """Say in one line what is wrong at which path of the configuration."""
+def _explain(item: Any, kind: type[RunConfig], tree: Mapping[str, Any]) -> str:
+    """Say in one line what is wrong at which path of the configuration ``tree``."""
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        section = _section(item["loc"][:-1])
-        hint = nearest(str(item["loc"][-1]), section.model_fields) if section else ""
+        section = _section(kind, item["loc"][:-1], tree)
+        hint = nearest(str(item["loc"][-1]), [*section.model_fields, *section.component_sections()]) if section else ""
         return f"{path}: unknown key.{hint}"
     if item["type"] == "missing":
         return f"{path}: is needed and not set."
@@ -129,26 +152,25 @@ def _explain(item: Any) -> str:
     return f"{path}: {message} (it is {item['input']!r})" if path else message
 
 
-def _section(loc: Sequence[int | str]) -> type[BaseModel] | None:
-    """Return the section of the tree at ``loc``."""
-    section: Any = Config
+def _section(kind: type[RunConfig], loc: Sequence[int | str], tree: Any) -> type[Section] | None:
+    """Return the section of a configuration of a ``kind``, ``tree``, at ``loc``."""
+    section: type[Section] | None = kind
     for part in loc:
-        field = (
-            section.model_fields.get(str(part))
-            if isinstance(section, type) and issubclass(section, BaseModel)
-            else None
-        )
-        if field is None:
-            return None
-        section = _model_of(field.annotation)
-    return section if isinstance(section, type) and issubclass(section, BaseModel) else None
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+        section = None if section is None else _part(section, str(part), tree)
+    return section
 
 
-def _model_of(annotation: Any) -> Any:
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        models = [a for a in typing.get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
-        return models[0] if models else None
-    return annotation
+def _part(section: type[Section], key: str, given: Any) -> type[Section] | None:
+    """Return the section that a section has under ``key``, where ``given`` stands; None: there is no section."""
+    field = section.model_fields.get(key)
+    if field is None:
+        return section.component_sections().get(key)
+    for mark in field.metadata:
+        if isinstance(mark, ChosenByName):
+            return mark.section(given)
+    kinds = typing.get_args(field.annotation) or (field.annotation,)  # those of a union: a section or None
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def stage_overrides(overrides: Sequence[str]) -> dict[str, list[str]]:

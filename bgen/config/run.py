@@ -20,19 +20,24 @@ from bgen.config.train import TrainConfig
 from bgen.config.vae import VAEConfig
 
 
-class Config(Section):
-    """One training run."""
+class RunConfig(Section):
+    """What every training run has, wherever its cells come from."""
 
     stage: Literal["vae", "flow", "perturb"] = Field(description="perturb: by `bgen finetune --task perturb` only.")
     out: Path = Field(description="Run folder: checkpoints, record, resolved configuration.")
     seed: NonNegativeInt = 0
+    train: TrainConfig = TrainConfig()
+    track: TrackConfig = TrackConfig()
+
+
+class Config(RunConfig):
+    """A training run of ``bgen train``, on cells from a store."""
+
     data: DataConfig
     vae: VAEConfig = VAEConfig()
     flow: FlowConfig = FlowConfig()
     perturb: PerturbConfig = PerturbConfig()
     sample: SampleConfig = SampleConfig()
-    train: TrainConfig = TrainConfig()
-    track: TrackConfig = TrackConfig()
 
     @model_validator(mode="after")
     def _flow_needs_a_vae(self) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +15,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """A section of the configuration: unknown keys are errors, values are validated also when defaults apply."""
+    """A section of the configuration: unknown keys are errors, and defaults are validated like given values."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+    @classmethod
+    def component_sections(cls) -> Mapping[str, type[Section]]:
+        """Return the sections that it has beside its fields, by key: those of components that a registry lists."""
+        return {}

@@ -14,7 +14,7 @@ class OffloadConfig(Section):
     """What leaves the accelerator's memory between uses."""
 
     optimizer: Literal["none", "cpu", "nvme"] = Field(
-        "none", description="Where the optimiser's state and the float32 weights live; cpu needs zero 1 to 3, nvme 3."
+        "none", description="Where optimiser state and float32 weights live; cpu needs zero 1 to 3, nvme needs 3."
     )
     parameters: Literal["none", "cpu", "nvme"] = Field(
         "none", description="Where the parameters live between uses; needs zero 3."
@@ -23,10 +23,10 @@ class OffloadConfig(Section):
 
 
 class TrainConfig(Section):
-    """The training loop and its DeepSpeed engine (DESIGN, section 10)."""
+    """The training loop and its DeepSpeed engine (bgen/README.md, "Training")."""
 
     steps: PositiveInt = Field(2000, description="Optimiser steps.")
-    global_batch: PositiveInt = Field(512, description="Cells per optimiser step over all ranks.")
+    global_batch: PositiveInt = Field(256, description="Cells per optimiser step over all ranks.")
     micro_batch: PositiveInt | None = Field(
         None, description="Cells per forward pass on one rank; default: all of the rank's share."
     )
@@ -62,24 +62,24 @@ class TrainConfig(Section):
     )
     comms_log: bool = Field(False, description="Count DeepSpeed's collectives; summary in the record at the end.")
     flops_profile: NonNegativeInt = Field(
-        0, description="Step that DeepSpeed's FLOPs profiler looks at, into flops.txt in the run folder; 0 none."
+        0, description="Step that DeepSpeed's FLOPs profiler measures, into flops.txt in the run folder; 0: none."
     )
     ema: Fraction = Field(0.0, description="Decay of the moving average of the weights; 0 keeps none.")
     log_every: PositiveInt = Field(10, description="Steps between records.")
     report_every: PositiveInt = Field(50, description="Steps between reports on hosts and slow ranks.")
     straggler_ratio: Annotated[float, Field(gt=1)] = Field(
-        2.0, description="A rank is reported if it takes so many times the median rank's time for its own work."
+        2.0, description="A rank is reported if its own work takes so many times as long as the median rank's."
     )
     eval_every: NonNegativeInt = Field(200, description="Steps between held-out losses; 0 never.")
     eval_cells: PositiveInt = Field(4096, description="Held-out cells per evaluation, at most.")
     patience: NonNegativeInt = Field(
         0,
-        description="Stop after so many evaluations without a better one, keep the best weights; 0 never.",
+        description="Stop after so many evaluations in a row without a new best, and keep the best weights; 0: never.",
     )
     checkpoint_every: PositiveInt = Field(500, description="Steps between checkpoints.")
-    checkpoint_async: bool = Field(True, description="Write checkpoints beside the training; false: wait for each.")
+    checkpoint_async: bool = Field(True, description="Write checkpoints beside training; false: wait for each.")
     keep: Annotated[int, Field(ge=2)] = Field(2, description="Newest checkpoints kept.")
-    keep_every: NonNegativeInt = Field(0, description="Also keep those at multiples of so many steps; 0 none.")
+    keep_every: NonNegativeInt = Field(0, description="Also keep checkpoints at multiples of so many steps; 0: none.")
     max_skipped: PositiveInt = Field(10, description="Skipped steps in a row before stopping.")
     skip_spikes: NonNegativeFloat = Field(
         0.0, description="Skip steps whose loss is so many (robust) standard deviations above the last 128; 0 never."

@@ -1,16 +1,46 @@
-"""Settings of the VAE of counts."""
+"""Settings of the VAE of counts.
+
+An encoder's or decoder's own settings are a section here and one line in :data:`ENCODERS` or :data:`DECODERS`.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializeAsAny
 
+from bgen.config.components import ChosenByName, NamedSection
 from bgen.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
 
 
+class StateVectorEncoderConfig(NamedSection):
+    """Log-normalised counts of all genes through an MLP; its sizes are the VAE's ``hidden`` and ``blocks``."""
+
+    name: Literal["state_vector"] = "state_vector"
+
+
+class StateVectorDecoderConfig(NamedSection):
+    """An MLP to all genes at once; its sizes are the VAE's ``hidden`` and ``blocks``."""
+
+    name: Literal["state_vector"] = "state_vector"
+
+
+ENCODERS: dict[str, type[NamedSection]] = {"state_vector": StateVectorEncoderConfig}
+"""Encoders to their settings; the encoders themselves are in :mod:`bgen.models.vae.encoders.registry`."""
+
+DECODERS: dict[str, type[NamedSection]] = {"state_vector": StateVectorDecoderConfig}
+"""Decoders, likewise (:mod:`bgen.models.vae.decoders.registry`)."""
+
+
 class VAEConfig(Section):
-    """The variational autoencoder of counts (DESIGN, section 9)."""
+    """The variational autoencoder of counts (bgen/README.md, "VAE" and "Likelihoods")."""
+
+    encoder: Annotated[SerializeAsAny[NamedSection], ChosenByName(ENCODERS, "state_vector")] = Field(
+        StateVectorEncoderConfig(), description="From counts to the latent state: name, and that encoder's settings."
+    )
+    decoder: Annotated[SerializeAsAny[NamedSection], ChosenByName(DECODERS, "state_vector")] = Field(
+        StateVectorDecoderConfig(), description="From the latent state to counts: name, and that decoder's settings."
+    )
 
     latent: PositiveInt = Field(16, description="Size of the latent, D.")
     hidden: PositiveInt = Field(256, description="Width of the encoder's and decoder's hidden layers.")
@@ -20,8 +50,12 @@ class VAEConfig(Section):
     covariates: list[str] = Field(
         default_factory=list, description="obs columns (roles or names) given to encoder and decoder, such as batch."
     )
-    kl_weight: NonNegativeFloat = Field(1.0, description="Weight of the KL term after warm-up.")
-    kl_warmup: NonNegativeInt = Field(400, description="Steps over which the KL weight rises from 0.")
+    kl_weight: NonNegativeFloat = Field(
+        0.1,
+        description="Weight of the KL term after warm-up. The flow learns latents of any shape, and a stronger pull "
+        "towards N(0, I) loses what tells cells apart.",
+    )
+    kl_warmup: NonNegativeInt = Field(100, description="Steps over which the KL weight rises from 0.")
     free_bits: NonNegativeFloat = Field(0.0, description="KL per latent dimension, in nats, that is not penalised.")
     thinning: Fraction = Field(
         0.5,

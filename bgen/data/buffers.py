@@ -11,21 +11,21 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 
 IDLE = 256
-"""Memory that was not asked for during so many calls goes back to the system."""
+"""Calls after which memory that nobody asked for goes back to the system."""
 
 
 class Pool:
-    """Hands out arrays, and hands their memory out again once nobody refers to it any more.
+    """Hands out arrays, and uses their memory again once nobody refers to them.
 
-    Whoever gets an array may keep it, or views and tensors of it, as long as they like: there is no giving back. What a
-    GPU may still be copying from is kept by :meth:`hold`.
+    An array, and views and tensors of it, may be kept as long as needed; nothing has to be given back. :meth:`hold`
+    keeps what a GPU may still be copying from.
 
     Parameters
     ----------
     pinned
         Use page-locked memory, from which copies to a GPU run beside the computation.
     slack
-        How much larger than asked for new memory is, as a fraction, so that it fits what differs a little in size.
+        Share by which new memory is larger than asked for, so that it also fits requests of a slightly different size.
     """
 
     def __init__(self, *, pinned: bool = False, slack: float = 0.0) -> None:
@@ -37,7 +37,7 @@ class Pool:
         self._lock = threading.Lock()
 
     def take(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """Return an array with any contents."""
+        """Return an array with arbitrary contents."""
         n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         with self._lock:
             return self._find(n_bytes)[:n_bytes].view(dtype).reshape(shape)

@@ -1,4 +1,4 @@
-"""Cells that lie in memory, as batches: what a user's own AnnData becomes.
+"""Batches of cells that lie in memory, such as those of a user's AnnData.
 
 Axes: N cells in memory, B cells of a batch.
 """
@@ -56,7 +56,7 @@ class MemoryCells:
 
 
 def rows_of_step(cells: NDArray[np.int64], batch: int, step: int, seed: int) -> NDArray[np.int64]:
-    """Return the ``batch`` cells of a step: epochs are permutations, and a batch may run over from one to the next."""
+    """Return the ``batch`` cells of a step. An epoch is a permutation of the cells; a batch may span two epochs."""
     places = np.arange(step * batch, (step + 1) * batch)
     epochs, within = places // len(cells), places % len(cells)
     rows = np.empty(batch, np.int64)

@@ -1,8 +1,8 @@
 """From a store and its order to batches: read windows ahead, pack rows, hand over packed or unpacked batches.
 
-A thread runs ahead of the training loop; it and the threads that decode release the interpreter lock. Of each lane the
-bytes of one window are kept. The lanes turn their pages in turn (:mod:`bgen.order.cells`), so it is enough to have the
-next few windows on their way, those of the lanes that will need them first.
+A thread runs ahead of the training loop; it and the threads that decode release the interpreter lock. The bytes of one
+window of each lane are kept. The lanes reach the ends of their windows at different steps (:mod:`bgen.order.cells`), so
+it is enough to read ahead the few windows that will be needed first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bgen.store.store import Store
 Key = tuple[int, int, int]
 
 AHEAD = 2
-"""Windows of a rank that are on their way."""
+"""Windows that a rank reads ahead."""
 
 _TRAIN, _VALID = 1, 2  # what a cell's random key is for
 
@@ -80,7 +80,7 @@ class CountReader:
         return self.pack([(loaded, 0, len(cells))], hash_keys(0, cells) if keys is None else keys, step).to_csr()
 
     def start(self, chunks: I64, cells: I64, arena: Arena | None = None) -> Chunks:
-        """Start to read ``chunks``, of which ``cells`` will be wanted, into an arena if it has room."""
+        """Start to read ``chunks`` for the sake of ``cells``: into the arena if it has room, else into a new one."""
         slots = None if arena is None else arena.take(len(chunks))
         if arena is None or slots is None:
             arena, slots = self.store.arena(len(chunks)), np.arange(len(chunks))
@@ -90,7 +90,7 @@ class CountReader:
     def pack(
         self, pieces: Sequence[tuple[Chunks, int, int]], keys: NDArray[np.integer[Any]], step: int, first_slot: int = 0
     ) -> PackedBatch:
-        """Pack pieces ``(chunks, start, stop)``, each cells ``start:stop`` in its order, into one batch.
+        """Pack pieces into one batch; a piece ``(chunks, start, stop)`` is the cells ``start:stop`` of some chunks.
 
         Raises
         ------
@@ -135,7 +135,7 @@ class CountReader:
 
 
 class TrainLoader:
-    """The batches of one rank, step by step, for ever; resumed by the number of the step.
+    """The batches of one rank, step by step and without end; to resume, give the number of the step.
 
     Parameters
     ----------
@@ -230,7 +230,7 @@ def valid_batches(
     Returns
     -------
     list
-        As many (batch, weight ``[B]``) on each rank, each of the same size; the weight of padding is 0.
+        Pairs of a batch and a weight ``[B]``: as many on each rank, all of the same size. Padding has weight 0.
     """
     members = reader.store.cells_of_split(split)
     if len(members) > cells:

@@ -39,9 +39,9 @@ class PackedBatch:
     n_genes
         G.
     keys, cells, step, first_slot, obs
-        As of :class:`~bgen.data.batch.CellBatch`.
+        As in :class:`~bgen.data.batch.CellBatch`.
     pool
-        Where the memory comes from and unpacked batches take theirs from; None: ordinary memory.
+        Where this batch has its memory from, and where unpacked ones take theirs; None: ordinary memory.
     """
 
     gaps: Tensor
@@ -101,8 +101,8 @@ class PackedBatch:
         Parameters
         ----------
         out
-            float32 ``[>= B, G]``, contiguous, of which the first B rows are written. A matrix that is used again and
-            again saves the time to ask for fresh memory, which is most of it.
+            float32 ``[>= B, G]``, contiguous; its first B rows are written. Giving the same matrix again and again
+            saves the request for fresh memory, which takes most of the time.
 
         Returns
         -------
@@ -126,7 +126,7 @@ class PackedBatch:
 
 
 def unpack(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """Unpack in plain torch, without a wait for the device: its sizes follow from those of the batch.
+    """Unpack in plain torch, without waiting for the device: all sizes follow from those of the batch.
 
     Returns
     -------

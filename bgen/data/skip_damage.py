@@ -1,8 +1,8 @@
-"""The policy of going on without chunks that are damaged.
+"""Training on without the chunks that are damaged.
 
 By default a damaged chunk ends the run, with an error that names its file. A run that must not end can read with a
-:class:`SkippingReader`: where a cell cannot be read, the next cell of the same window that can is taken in its place
-(of the same split, if the window has none), and both chunks and cells are counted. Batches keep their size and their
+:class:`SkippingReader`. It puts the next readable cell of the same window in place of a cell that cannot be read (or,
+if the window has none, a cell of the same split), and counts both chunks and cells. Batches keep their size and their
 keys, and the order of all other cells is the same. A store that cannot be reached is never skipped.
 """
 
@@ -65,7 +65,7 @@ class SkippingReader(CountReader):
         return super().pack(whole, keys, step, first_slot)
 
     def _mend(self, piece: Chunks) -> tuple[Chunks, NDArray[np.bool_]]:
-        """Return a window in which cells that can be read stand for those that cannot, and which those are."""
+        """Return a window with readable cells in place of unreadable ones, and which cells were unreadable."""
         if piece in self._mended:
             return self._mended[piece]
         nothing = np.zeros(len(piece.cells), bool)
@@ -83,14 +83,14 @@ class SkippingReader(CountReader):
         if lost.all():
             return self._read_another(piece, int(chunk_of[0])), lost
         good = np.flatnonzero(~lost)
-        # of each cell the next one in the window's order that can be read, from the start again after the last
+        # for each cell the next readable one in the window's order; after the last comes the first
         stand_in = good[np.searchsorted(good, np.arange(len(lost))) % len(good)]
         mended = replace(piece, rows=piece.rows[stand_in], cells=piece.cells[stand_in], futures=[])
         self._mended[piece] = mended, lost
         return mended, lost
 
     def _read_another(self, piece: Chunks, chunk: int) -> Chunks:
-        """Return cells of the next chunk that can be read, of the same split, for a window without any."""
+        """Return cells of the same split from the next readable chunk, for a window without a readable cell."""
         splits, first_cell = self.store.rows("split"), self.store.first_cell
         n_chunks = len(first_cell) - 1
         for number in (np.arange(chunk + 1, chunk + n_chunks) % n_chunks).tolist():

@@ -5,8 +5,10 @@ Axes: B trajectories, T time points, N cells per time point.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +20,8 @@ from bgen.order.trajectories import GridOfCells
 class TrajectoryBatch(CellBatch):
     """B trajectories as ``B T N`` cells in that order: cell ``(b T + t) N + n`` is the n-th at time point t of b.
 
-    A place without a cell (``mask`` False) holds some cell nevertheless, which counts nowhere. Its length is the number
-    of places, so that a global batch is counted in cells whatever its shape.
+    A place without a cell (``mask`` False) still holds some cell, which never counts. The length of a batch is its
+    number of places, so that a global batch is counted in cells whatever its shape.
 
     Attributes
     ----------
@@ -34,6 +36,16 @@ class TrajectoryBatch(CellBatch):
     mask: Tensor = field(kw_only=True)
     time: Tensor = field(kw_only=True)
     control: Tensor = field(kw_only=True)
+
+    @classmethod
+    def of_grids(cls, cells: CellBatch, grids: Sequence[GridOfCells]) -> TrajectoryBatch:
+        """Put ``B T N`` cells, in the order of the B ``grids``, on their places."""
+        return cls.of(
+            cells,
+            mask=torch.from_numpy(np.stack([grid.mask for grid in grids])),
+            time=torch.from_numpy(np.stack([grid.time for grid in grids])),
+            control=torch.from_numpy(np.stack([grid.control for grid in grids])),
+        )
 
     @classmethod
     def of(cls, cells: CellBatch, mask: Tensor, time: Tensor, control: Tensor) -> TrajectoryBatch:
@@ -58,25 +70,3 @@ class TrajectoryBatch(CellBatch):
             unknown = torch.nan if column.is_floating_point() else -1
             shared[name] = torch.where(same, value_P1.squeeze(1), unknown)
         return shared
-
-
-def batch_of_grids(grids: list[GridOfCells], keys: Tensor, step: int) -> TrajectoryBatch:
-    """Put cells without counts on the grid of their trajectories; ``keys [B T N]`` are the cells' random keys."""
-    cells = torch.stack([torch.from_numpy(grid.cells) for grid in grids])
-    time = torch.stack([torch.from_numpy(grid.time) for grid in grids])
-    nothing = CellBatch(
-        indptr=torch.zeros(cells.numel() + 1, dtype=torch.int64),
-        indices=torch.zeros(0, dtype=torch.int32),
-        counts=torch.zeros(0),
-        n_genes=1,
-        keys=keys,
-        cells=cells.flatten(),
-        step=step,
-        obs={"time": time[..., None].expand(cells.shape).flatten()},
-    )
-    return TrajectoryBatch.of(
-        nothing,
-        mask=torch.stack([torch.from_numpy(grid.mask) for grid in grids]),
-        time=time,
-        control=torch.stack([torch.from_numpy(grid.control) for grid in grids]),
-    )

@@ -27,7 +27,7 @@ def read_trajectories(store: Store, split: str, config: TrajectoriesConfig) -> T
     Raises
     ------
     UserError
-        If the store lacks a column or role that they need, or holds none.
+        If the store lacks a column or role that trajectories need, or the split holds no trajectory.
     """
     cells = store.cells_of_split(split)
     system = [store.column(name)[1][cells] for name in config.system]
@@ -68,12 +68,7 @@ def read_batch(
     cells = take(reader.read_cells(distinct), torch.from_numpy(place))
     cells.keys = torch.from_numpy(keys.view(np.int64))
     cells.step, cells.first_slot = step, first_slot
-    return TrajectoryBatch.of(
-        cells,
-        mask=torch.from_numpy(np.stack([grid.mask for grid in grids])),
-        time=torch.from_numpy(np.stack([grid.time for grid in grids])),
-        control=torch.from_numpy(np.stack([grid.control for grid in grids])),
-    )
+    return TrajectoryBatch.of_grids(cells, grids)
 
 
 def take(batch: CellBatch, place: Tensor) -> CellBatch:
@@ -89,7 +84,7 @@ def take(batch: CellBatch, place: Tensor) -> CellBatch:
 
 
 class TrajectoryLoader:
-    """The batches of one rank, step by step, for ever; resumed by the number of the step.
+    """The batches of one rank, step by step and without end; to resume, give the number of the step.
 
     Parameters
     ----------
@@ -141,21 +136,21 @@ class TrajectoryLoader:
 def valid_trajectories(
     reader: CountReader, order: TrajectoryOrder, *, seed: int, cells: int, micro_batch: int, rank: int, world: int
 ) -> list[tuple[CellBatch, Tensor]]:
-    """Read this rank's share of the held-out trajectories: each once, and again with other cells up to ``cells``.
+    """Read this rank's share of the held-out trajectories: each once, then again with other cells, up to ``cells``.
 
     Parameters
     ----------
     order
-        Of the held-out split; its batch is not used.
+        Order of the held-out split; its batch size is not used.
     cells
-        Most places of cells, B T N, over all ranks; one trajectory at least.
+        Places of cells, B T N, over all ranks, at most; at least one trajectory is read.
     micro_batch
         Trajectories per forward pass, at most.
 
     Returns
     -------
     list
-        As many (batch, weight ``[B T N]``) on each rank, each of the same size; the weight of padding is 0.
+        Pairs of a batch and a weight ``[B T N]``: as many on each rank, all of the same size. Padding has weight 0.
     """
     size = order.times * order.cells
     n = max(1, cells // size)

@@ -16,8 +16,8 @@ PATIENCE = 3.0
 def report_user_error(error: UserError) -> int:
     """Print ``error: ...`` once for all ranks and return the exit code (2, or the error's own).
 
-    Works before the ranks have met. Rank 0 prints and returns. Another rank waits; a launcher has ended it by then if
-    rank 0 found the mistake too; if not, the mistake is this rank's alone (a missing file on its host) and it speaks.
+    This works before the ranks have met. Rank 0 prints and returns. Any other rank waits: if rank 0 found the mistake
+    too, the launcher has ended it by then; if not, the mistake is its own (a missing file on its host), and it prints.
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:

@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 
 class StopSignals:
-    """Context in which the signals set a flag instead of ending the process; earlier handlers return afterwards."""
+    """Context in which the signals set a flag instead of ending the process; earlier handlers are restored after it."""
 
     def __init__(self) -> None:
         self.received: str | None = None

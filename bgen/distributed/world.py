@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bgen.cpus import cpus, threads_are_free
 from bgen.errors import UserError
 
 
@@ -89,7 +90,7 @@ def start(timeout: float = 600.0) -> World:
     Parameters
     ----------
     timeout
-        Seconds that the ranks have to meet, and for each collective until :func:`set_timeout` says otherwise.
+        Seconds that the ranks have for meeting, and for each collective until :func:`set_timeout` changes that.
 
     Raises
     ------
@@ -131,10 +132,14 @@ def _loopback() -> str:
 
 
 def _share_cores(world: World) -> None:
-    """Divide a CPU host's cores among its ranks, unless the user set OMP_NUM_THREADS (torchrun sets 1 unasked)."""
-    if world.device.type == "cpu" and world.local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // world.local_size))
+    """Divide a CPU host's CPUs among its ranks, unless the user set how many threads each takes."""
+    if world.device.type == "cpu" and world.local_size > 1 and threads_are_ours(world):
+        torch.set_num_threads(max(1, cpus() // world.local_size))
+
+
+def threads_are_ours(world: World) -> bool:
+    """Return whether the user left the number of threads to bgen; of several ranks, torchrun sets 1 unasked."""
+    return threads_are_free() or (world.local_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1")
 
 
 def current() -> World:
@@ -152,9 +157,9 @@ def stop() -> None:
 
 
 def set_timeout(seconds: float) -> None:
-    """Change how long a collective may take from now on: start-up is slow, a step is not.
+    """Change how long a collective may take from now on; start-up needs longer than a step.
 
-    This concerns every process group, also those that DeepSpeed has made for itself.
+    This applies to every process group, also to those that DeepSpeed made for itself.
     """
     from torch.distributed import distributed_c10d
 

@@ -1,1 +1,1 @@
-"""Metrics, baselines, ceilings and reports: how good generated cells are, beside what is easy and what is possible."""
+"""How good generated cells are: metrics, protocols with baselines and ceilings, reports."""

@@ -4,8 +4,8 @@ With the optimal-transport plan P of two populations under the squared distance,
 
     x_s = (1 - s) x_i + s y_j    with probability P_ij
 
-is where the cells would be if each went straight to its partner at constant speed. "OT-midpoint" is what the field
-calls it. It knows no noise: averaging two measured cells takes part of the scatter out of both.
+is where the cells would be if each went straight to its partner at constant speed. At s = 1/2 the field calls it the
+"OT-midpoint". It ignores noise: averaging two measured cells removes part of the scatter of both.
 
 Axes: N, M cells, K pairs, D dimensions.
 """
@@ -23,7 +23,7 @@ def transport_plan(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.intp], NDArra
 
     Cells of a population have equal weight; K is at most N + M - 1; the weights add up to 1.
     """
-    import ot  # takes a second, which commands that need no transport should not wait for
+    import ot  # takes a second, which commands without transport should not wait for
 
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     cost = ot.dist(a, b)  # squared distances
@@ -40,13 +40,13 @@ def displace(x: ArrayLike, y: ArrayLike, share: float) -> tuple[NDArray[np.float
 
 
 def draw(weights: NDArray[np.float64], n: int, rng: np.random.Generator) -> NDArray[np.intp]:
-    """Draw ``n`` of K by weight, each as often as it should to within one (systematic sampling): int ``[n]``."""
+    """Draw ``n`` of K numbers by weight, int ``[n]``; none comes more than one draw too often or too seldom."""
     edges = np.cumsum(weights)
     return np.searchsorted(edges, (np.arange(n) + rng.random()) / n * edges[-1]).clip(max=len(weights) - 1)
 
 
 def pair(x: ArrayLike, y: ArrayLike) -> NDArray[np.intp]:
-    """Return ``j [N]``: the cell of ``y [N, D]`` that each cell of ``x [N, D]`` goes to, one to one, at least cost."""
+    """Return ``j [N]``: the partner in ``y [N, D]`` of each cell of ``x [N, D]``, one to one, at the least cost."""
     from scipy.optimize import linear_sum_assignment
     from scipy.spatial.distance import cdist
 

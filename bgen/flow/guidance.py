@@ -17,7 +17,7 @@ from bgen.flow.solvers import Velocity
 def guide(
     conditional: Velocity, unconditional: Velocity, scale: float, interval: tuple[float, float] = (0.0, 1.0)
 ) -> Velocity:
-    """Combine two velocities; only those that count at a given t are evaluated.
+    """Combine two velocities; at each t only those that are needed are evaluated.
 
     ``interval`` is the closed range of t in which the scale ``w`` acts.
     """

@@ -26,7 +26,7 @@ def forecast(exists: Tensor, known: Tensor | int) -> Tensor:
 
 
 def interpolate(exists: Tensor, missing: Tensor | int) -> Tensor:
-    """Observe all time points that exist but number ``missing`` (``[B]`` or a number, from 0) of them."""
+    """Observe all time points that exist except number ``missing`` of them (``[B]`` or a number, from 0)."""
     return exists & (_rank(exists) != _column(missing))
 
 
@@ -36,7 +36,7 @@ def perturb(exists: Tensor, control: Tensor) -> Tensor:
 
 
 def draw_observed(keys: Tensor, exists: Tensor, control: Tensor, weights: dict[str, float]) -> Tensor:
-    """Draw what is observed in training, bool ``[B, T]``; something that exists is always left to generate.
+    """Draw what is observed in training, bool ``[B, T]``; at least one time point is always left to generate.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ def draw_observed(keys: Tensor, exists: Tensor, control: Tensor, weights: dict[s
     exists, control
         bool ``[B, T]``: time points with cells; populations before a perturbation.
     weights
-        Pattern to how often it is drawn; patterns that a trajectory cannot have are left out for it.
+        Pattern to its weight in the draw; patterns that a trajectory cannot have are left out for it.
     """
     u_B2 = uniform(keys, Stream.PATTERN, 2)
     n_B = exists.sum(1)

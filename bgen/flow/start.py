@@ -4,11 +4,11 @@
     after the last, before the first    the cells of the nearest observed time point
     nothing observed                    standard normal noise
 
-From such a start the velocity has only to learn what straight lines at constant speed miss; a network that predicts
-zero gives the baseline itself. Data and start are paired at least cost within each population, so that paths are short
-and do not cross. The three kinds of start ask for three different things, an acceleration, a way ahead and whole cells:
-a network gives each of them an output of its own (one output that serves for all takes what it learned of the large
-displacements of forecasts for accelerations).
+From such a start the velocity only has to learn what straight lines at constant speed miss: a network that predicts
+zero reproduces the baseline. Data and start are paired at least cost within each population, so that paths are short
+and do not cross. The three kinds of start ask for three different things: an acceleration, a way ahead, and whole
+cells. So a network has an output for each. (A single output would confuse the large displacements of forecasts with the
+small accelerations of interpolations.)
 
 Axes: B trajectories, T time points, N cells per time point, D latent size.
 """
@@ -43,7 +43,7 @@ class Starts:
     reach: Tensor
 
     def velocity(self, outputs: Tensor) -> Tensor:
-        """Choose of ``outputs [B, T, N, len(KINDS) D]``, those of each kind, and scale: ``[B, T, N, D]``."""
+        """Choose from ``outputs [B, T, N, len(KINDS) D]`` by the kind of start, and scale: ``[B, T, N, D]``."""
         of_kind = outputs.unflatten(-1, (len(KINDS), -1))
         chosen = self.kind[..., None, None, None].expand(*of_kind.shape[:3], 1, of_kind.shape[-1])
         return of_kind.gather(3, chosen).squeeze(3) * self.reach[..., None, None]
@@ -73,7 +73,7 @@ def start(z: Tensor, mask: Tensor, time: Tensor, observed: Tensor, noise: Tensor
     z
         ``[B, T, N, D]``: data where observed; anything elsewhere.
     mask, time, observed
-        ``[B, T, N]`` cells that exist, ``[B, T]`` when, ``[B, T]`` what is given.
+        ``[B, T, N]``: cells that exist; ``[B, T]``: when the time points are; ``[B, T]``: which are given.
     noise
         ``[B, T, N, D]``: what time points without an observed neighbour start from.
     seeds
@@ -113,11 +113,11 @@ def starts_of(time: Tensor, exists: Tensor, observed: Tensor, scale: float) -> S
     """Return the kind of start and the reach of each time point; all arguments but ``scale`` are ``[B, T]``.
 
     between observed neighbours at times a and b
-        ``(t - a) (b - t) / scale^2``. What a straight line misses of a smooth path is this times half its acceleration
-        (to second order), so the acceleration that one gap teaches holds for another gap.
+        ``(t - a) (b - t) / scale^2``. To second order, a straight line misses this times half the acceleration of a
+        smooth path. So the acceleration learnt over one gap holds for another gap.
     beside the nearest observed one, at time a
-        ``1 - exp(-(t - a) / scale)``, and the negative of the same before it: cells that come to rest go so far, in
-        units of what they have ahead of them; for short gaps it is the time, times the output as a velocity.
+        ``1 - exp(-(t - a) / scale)``, and its negative before a: the share of the way ahead that cells have gone if
+        they come to rest. For short gaps this is the gap itself, so the output acts as a velocity.
     noise
         1.
     """

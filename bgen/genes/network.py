@@ -2,9 +2,9 @@
 
     S = A + c A^2 + c^2 A^3,   S ~ U V
 
-A_gh is the weight with which gene g regulates gene h; S adds what it does through one and two genes in between, each
-passing on the part c = 1/4: the slope of a saturating response where it is half saturated. U are embeddings (similar
-where genes regulate the same ones), and U V gives back which genes should answer to a perturbation of each.
+A_gh is the weight with which gene g regulates gene h; S adds the effect through one or two genes in between, each of
+which passes on the share c = 1/4: the slope of a saturating response at half saturation. The rows of U are embeddings:
+genes that regulate the same genes have similar ones. U V tells which genes should respond when a gene is perturbed.
 
 Axes: G genes, E size of an embedding.
 """
@@ -39,7 +39,7 @@ class Network:
     edges_in_file: int
 
     def sentence(self, targets: NDArray[np.int64]) -> str:
-        """Say what of it is of use, for the target genes ``[P]`` of a screen (-1: none)."""
+        """Say how much of the network is of use for the target genes ``[P]`` of a screen (-1: no gene)."""
         regulating = np.diff(self.weights.indptr) > 0
         known = targets[targets >= 0]
         return (
@@ -48,7 +48,7 @@ class Network:
         )
 
     def factors(self, size: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return embeddings U ``[G, E]`` of root mean square norm ``size`` (of regulators), and V ``[E, G]``."""
+        """Return embeddings U ``[G, E]``, those of regulators with root mean square norm ``size``, and V ``[E, G]``."""
         direct = self.weights.astype(np.float64)
         once = direct @ direct
         total = direct + PASSED_ON * once + PASSED_ON**2 * (once @ direct)

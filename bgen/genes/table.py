@@ -36,7 +36,7 @@ def hash_genes(ids: Sequence[str]) -> str:
 
 
 def plain_ids(ids: Sequence[str]) -> list[str]:
-    """Return ids as a store has them: Ensembl gene ids without their version; unchanged if that would merge some."""
+    """Return ids as a store has them: Ensembl gene ids without their version, unless that would merge two of them."""
     names = pd.Index(ids).astype(str)
     plain = names.str.replace(VERSIONED, r"\1", regex=True)
     return (plain if plain.is_unique else names).tolist()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bgen.hub.about import About, HeldOutScores
+
 _ROWS = ("model", "baseline", "ceiling")
 _KINDS = {
     "flow": ("latent rectified flow on a VAE", "cells = model.generate(1000)  # AnnData of integer counts"),
@@ -17,9 +19,10 @@ _KINDS = {
 }
 
 
-def model_card(config: Mapping[str, Any], preprocessing: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
+def model_card(
+    config: Mapping[str, Any], about: About, preprocessing: Mapping[str, Any], metrics: Mapping[str, Any] | None
+) -> str:
     """Return the README.md of a model directory as Markdown with the usual YAML head."""
-    about = config["about"]
     columns = preprocessing["columns"]
     asked = config.get("conditions", [])
     kind, use = _KINDS[config["kind"]]
@@ -28,10 +31,10 @@ def model_card(config: Mapping[str, Any], preprocessing: Mapping[str, Any], metr
         "library_name: bgen",
         "tags: [single-cell, gene-expression, generative]",
         "---",
-        f"# {about.get('name', 'bgen model')}",
+        f"# {about.name}",
         "",
         f"A {kind} of single-cell counts ({config['vae']['likelihood'].upper()} likelihood),"
-        f" {config['n_genes']:,} genes, organism: {about.get('organism', 'unknown')}.",
+        f" {config['n_genes']:,} genes, organism: {about.organism}.",
         "",
         "## Use",
         "",
@@ -44,19 +47,19 @@ def model_card(config: Mapping[str, Any], preprocessing: Mapping[str, Any], metr
         "",
         "## Trained on",
         "",
-        f"- {about.get('cells', 0):,} cells of {', '.join(about.get('sources', [])) or 'an unnamed source'}",
-        f"- store `{about.get('store', '')[:16]}`, split `{about.get('split', '')}`,"
-        f" {about.get('steps', 0):,} steps, seed {about.get('seed', 0)}",
+        f"- {about.cells:,} cells of {', '.join(about.sources) or 'an unnamed source'}",
     ]
-    if "parent" in about:
-        parent = about["parent"]
-        lines += [
-            f"- fine-tuned from **{parent['name']}** (weights `{parent['fingerprint'][:16]}`): task {about['task']},"
-            f" mode {about['mode']}",
-        ]
-    for key, title in (("labels", "Labels"), ("perturbations", "Perturbations")):
-        if key in about:
-            lines += ["", f"{title}: {', '.join(about[key][:50])}{', ...' if len(about[key]) > 50 else ''}."]
+    if (run := about.training) is not None:
+        lines.append(f"- store `{run.store[:16]}`, split `{run.split}`, {run.steps:,} steps, seed {run.seed}")
+    if (tuned := about.finetuning) is not None:
+        lines.append(
+            f"- fine-tuned from **{tuned.parent.name}** (weights `{tuned.parent.fingerprint[:16]}`): task {tuned.task},"
+            f" mode {tuned.mode}"
+        )
+    if about.annotation is not None:
+        lines += _listed("Labels", about.annotation.labels)
+    if about.perturbation is not None:
+        lines += _listed("Perturbations", about.perturbation.perturbations)
     if asked:
         lines += ["", "## What generation can be asked for", ""]
         for name in asked:
@@ -67,8 +70,8 @@ def model_card(config: Mapping[str, Any], preprocessing: Mapping[str, Any], metr
     if config["covariates"]:
         lines += ["", f"Covariates of encoder and decoder: {', '.join(config['covariates'])}."]
     lines += ["", "## How good it is", ""]
-    if "held_out" in about:
-        lines += _held_out(about["held_out"])
+    if about.perturbation is not None and about.perturbation.held_out is not None:
+        lines += _held_out(about.perturbation.held_out)
     elif metrics is not None:
         lines += _scores(metrics)
     else:
@@ -85,20 +88,23 @@ def model_card(config: Mapping[str, Any], preprocessing: Mapping[str, Any], metr
     return "\n".join(lines)
 
 
-def _held_out(scores: Mapping[str, Any]) -> list[str]:
-    rows: Mapping[str, Mapping[str, Any]] = scores["rows"]
-    names = list(rows["model"])
+def _listed(title: str, names: list[str]) -> list[str]:
+    return ["", f"{title}: {', '.join(names[:50])}{', ...' if len(names) > 50 else ''}."]
+
+
+def _held_out(scores: HeldOutScores) -> list[str]:
+    names = list(scores.rows["model"])
     lines = [
-        f"Protocol `{scores['protocol']}` on {len(scores['perturbations'])} held-out perturbations"
-        f" ({', '.join(scores['perturbations'][:10])}):",
+        f"Protocol `{scores.protocol}` on {len(scores.perturbations)} held-out perturbations"
+        f" ({', '.join(scores.perturbations[:10])}):",
         "",
         f"| | {' | '.join(names)} |",
         f"|---|{'---|' * len(names)}",
     ]
-    for row, figures in rows.items():
-        cells = [f"{figures[name]['mean']:.3g}" if name in figures else "" for name in names]
+    for row, figures in scores.rows.items():
+        cells = [f"{figures[name].mean:.3g}" if name in figures else "" for name in names]
         lines.append(f"| {row} | {' | '.join(cells)} |")
-    return [*lines, "", *(f"- {sentence}" for sentence in scores["words"])]
+    return [*lines, "", *(f"- {sentence}" for sentence in scores.words)]
 
 
 def _scores(metrics: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The exported model directory: safetensors, JSON and CSV, no pickle; loads anywhere (DESIGN, section 11).
+"""The exported model directory: safetensors, JSON and CSV, no pickle; loads anywhere.
 
 ::
 
@@ -19,7 +19,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,7 @@ from bgen.config.perturb import PerturbConfig
 from bgen.config.vae import VAEConfig
 from bgen.errors import UserError, nearest
 from bgen.genes.table import hash_genes, read_genes, write_genes
+from bgen.hub.about import About, read_about
 from bgen.hub.card import model_card
 from bgen.models.annotator import Annotator
 from bgen.models.generators.latent_flow import LatentFlow
@@ -42,6 +43,7 @@ from bgen.models.generators.perturbation_flow import PerturbationFlow
 from bgen.models.vae.vae import VAE
 from bgen.version import __version__
 
+Facts = TypeVar("Facts")
 Module = VAE | LatentFlow | Annotator | PerturbationFlow
 KINDS: dict[type, str] = {VAE: "vae", LatentFlow: "flow", Annotator: "annotator", PerturbationFlow: "perturbation"}
 """Kinds of model, as config.json names them."""
@@ -57,7 +59,7 @@ class ColumnInfo:
     Attributes
     ----------
     role
-        What it is to bgen (cell_type, batch, time, ...), or its own name.
+        Its role in bgen (cell_type, batch, time, ...), or its own name.
     kind
         "category" or "number".
     categories
@@ -86,7 +88,8 @@ class SavedModel:
     columns
         Conditions and covariates by column name.
     combinations
-        A column per condition and covariate (codes or numbers) and ``cells``, how many training cells had them.
+        A column per condition and covariate (codes or numbers), and ``cells``: how many training cells had the
+        combination.
     sample
         Defaults of generation.
     about
@@ -100,13 +103,15 @@ class SavedModel:
     columns: dict[str, ColumnInfo]
     combinations: pd.DataFrame
     sample: SampleConfig
-    about: dict[str, Any]
+    about: About
     metrics: dict[str, Any] | None = None
 
     @property
     def vae(self) -> VAE:
         """The autoencoder."""
-        return self.module if isinstance(self.module, VAE) else self.module.vae
+        vae = self.module if isinstance(self.module, VAE) else self.module.vae
+        assert isinstance(vae, VAE), "no other codec is exported"
+        return vae
 
     @property
     def kind(self) -> str:
@@ -124,7 +129,7 @@ class SavedModel:
         raise UserError(f"The model has no condition '{name}'.{nearest(name, [*self.columns, *roles])}")
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the weights: what tells this model from every other one."""
+        """Return the SHA-256 of the weights, which tells this model from every other one."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(name.encode())
@@ -154,7 +159,7 @@ def save_model(model: SavedModel, folder: Path) -> None:
         "covariates": list(vae.covariates),
         "vae": vae.config.model_dump(mode="json"),
         "sample": model.sample.model_dump(mode="json"),
-        "about": model.about,
+        "about": model.about.as_json(),
     }
     if isinstance(model.module, LatentFlow):
         config["flow"] = model.module.config.model_dump(mode="json", exclude={"vae"})
@@ -175,7 +180,7 @@ def save_model(model: SavedModel, folder: Path) -> None:
     if model.metrics is not None:
         _write_json(partial / "metrics.json", model.metrics)
     _write_json(partial / "config.json", config)
-    (partial / "README.md").write_text(model_card(config, preprocessing, model.metrics), encoding="utf-8")
+    (partial / "README.md").write_text(model_card(config, model.about, preprocessing, model.metrics), encoding="utf-8")
     if folder.exists():
         folder.rmdir()
     partial.rename(folder)
@@ -185,7 +190,8 @@ def add_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     """Put the scores of an evaluation into a model directory and its card."""
     _write_json(folder / "metrics.json", metrics)
     config, preprocessing = _read_json(folder / "config.json"), _read_json(folder / "preprocessing.json")
-    (folder / "README.md").write_text(model_card(config, preprocessing, metrics), encoding="utf-8")
+    about = read_about(config["about"], folder / "config.json")
+    (folder / "README.md").write_text(model_card(config, about, preprocessing, metrics), encoding="utf-8")
 
 
 def load_directory(folder: str | Path, device: str = "cpu") -> SavedModel:
@@ -214,8 +220,9 @@ def load_directory(folder: str | Path, device: str = "cpu") -> SavedModel:
     if hash_genes(genes["id"].tolist()) != preprocessing["genes_sha256"] or len(genes) != config["n_genes"]:
         raise UserError(f"{folder / 'genes.csv'} is not the gene table that the model was exported with.")
     columns = {name: ColumnInfo(**info) for name, info in preprocessing["columns"].items()}
+    about = read_about(config["about"], folder / "config.json")
     try:
-        module = _build(config, columns)
+        module = _build(config, about, columns)
         module.load_state_dict(load_file(folder / "model.safetensors", device="cpu"))
     except (SafetensorError, RuntimeError, ValidationError, KeyError) as error:
         raise UserError(f"{folder} is damaged: {str(error).splitlines()[0]}. Export the model again.") from None
@@ -226,7 +233,7 @@ def load_directory(folder: str | Path, device: str = "cpu") -> SavedModel:
         columns=columns,
         combinations=pd.read_csv(folder / "conditions.csv"),
         sample=SampleConfig.model_validate(config["sample"]),
-        about=config["about"],
+        about=about,
         metrics=metrics,
     )
 
@@ -234,7 +241,7 @@ def load_directory(folder: str | Path, device: str = "cpu") -> SavedModel:
 def count_combinations(columns: Mapping[str, NDArray[Any]], limit: int = 65_536, seed: int = 0) -> pd.DataFrame:
     """Return the distinct combinations of columns ``[n_cells]`` and how many cells have each, most frequent first.
 
-    More than ``limit`` of them (a number measured per cell) are replaced by a seeded sample of cells.
+    If there are more than ``limit`` (a number measured per cell), a seeded sample of cells is taken instead.
     """
     n = len(next(iter(columns.values()))) if columns else 0
     if not columns:
@@ -246,19 +253,19 @@ def count_combinations(columns: Mapping[str, NDArray[Any]], limit: int = 65_536,
     return pd.DataFrame({name: values[picked] for name, values in columns.items()}).assign(cells=1)
 
 
-def _build(config: Mapping[str, Any], columns: Mapping[str, ColumnInfo]) -> Module:
+def _build(config: Mapping[str, Any], about: About, columns: Mapping[str, ColumnInfo]) -> Module:
     covariates = {name: len(columns[name].categories) for name in config["covariates"]}
     vae = VAE(VAEConfig.model_validate(config["vae"]), config["n_genes"], covariates)
     if config["kind"] == "vae":
         return vae
     if config["kind"] == "annotator":
-        return Annotator(vae, torch.ones(len(config["about"]["labels"])))
+        return Annotator(vae, torch.ones(len(_said(about.annotation, "annotation").labels)))
     if config["kind"] == "perturbation":
-        settings = PerturbConfig.model_validate(config["perturb"])
-        network = torch.zeros(config["about"].get("network", {}).get("components", 0), vae.n_genes)
+        settings, facts = PerturbConfig.model_validate(config["perturb"]), _said(about.perturbation, "perturbation")
+        network = torch.zeros(facts.network.components if facts.network else 0, vae.n_genes)
         rows = torch.zeros(vae.n_genes, settings.gene_components + len(network))
-        effects = torch.zeros(len(config["about"]["effects"]), vae.n_genes)
-        known = len(config["about"]["perturbations"])
+        effects = torch.zeros(len(facts.effects), vae.n_genes)
+        known = len(facts.perturbations)
         return PerturbationFlow(settings, vae, known, rows, 1.0, effects, network if len(network) else None)
     conditions = {name: columns[name] for name in config["conditions"]}
     return LatentFlow(
@@ -267,6 +274,12 @@ def _build(config: Mapping[str, Any], columns: Mapping[str, ColumnInfo]) -> Modu
         {name: len(info.categories) for name, info in conditions.items() if info.kind == "category"},
         {name: (info.mean, info.std) for name, info in conditions.items() if info.kind == "number"},
     )
+
+
+def _said(facts: Facts | None, name: str) -> Facts:
+    if facts is None:
+        raise KeyError(f"about.{name}")
+    return facts
 
 
 def parameters(module: nn.Module) -> int:

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from bgen.nn.flops import layers
+
 _FREQUENCIES = 32
 _HIGHEST = 64.0
 
@@ -30,6 +32,10 @@ class TimeEmbedding(nn.Module):
         angle = t[..., None].float() * self.frequencies
         return self.network(torch.cat((angle.cos(), angle.sin()), dim=-1))
 
+    def flops(self, points: int) -> int:
+        """Floating-point operations of the forward pass; see :mod:`bgen.nn.flops` for what is counted."""
+        return layers(points, self.network)
+
 
 class CategoryEmbedding(nn.Module):
     """A learned vector per category; the unknown, -1, is the zero vector (``zero_unknown``) or a learned one.
@@ -41,7 +47,7 @@ class CategoryEmbedding(nn.Module):
     width
         C.
     zero_unknown
-        Whether the unknown is fixed at zero, as a one-hot encoding would have it.
+        Whether the vector of the unknown is fixed at zero, as in a one-hot encoding.
     """
 
     def __init__(self, categories: int, width: int, *, zero_unknown: bool) -> None:
@@ -52,6 +58,11 @@ class CategoryEmbedding(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """Embed int64 ``codes [...]`` from -1 to ``categories - 1``."""
         return self.table(codes + 1)
+
+    @torch.no_grad()
+    def start_categories(self, known: int) -> None:
+        """Let all categories but the first ``known`` start like the unknown."""
+        self.table.weight[1 + known :] = self.table.weight[0]
 
 
 class NumberEmbedding(nn.Module):
@@ -65,6 +76,7 @@ class NumberEmbedding(nn.Module):
         C.
     """
 
+    decayed = ()
     mean: Tensor
     std: Tensor
 
@@ -80,3 +92,7 @@ class NumberEmbedding(nn.Module):
         known = ~values.isnan()
         standard = torch.where(known, (values - self.mean) / self.std, 0.0)
         return torch.where(known[..., None], self.network(standard[..., None]), self.unknown)
+
+    def flops(self, points: int) -> int:
+        """Floating-point operations of the forward pass; see :mod:`bgen.nn.flops` for what is counted."""
+        return layers(points, self.network)

@@ -18,6 +18,8 @@ from torch.nn.utils import parametrize
 class LowRank(nn.Module):
     """The change of one weight ``[out, in]``."""
 
+    decayed = ()
+
     def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
         super().__init__()
         out, inside = weight.shape
@@ -31,7 +33,7 @@ class LowRank(nn.Module):
 
 
 def lora_layers(module: nn.Module, rank: int) -> list[str]:
-    """Return the names of the linear layers that :func:`add_lora` changes: both sides four times the rank or more."""
+    """Return the names of the linear layers that :func:`add_lora` changes: no side is below four times the rank."""
     return [
         name
         for name, layer in module.named_modules()

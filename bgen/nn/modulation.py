@@ -3,7 +3,7 @@
     y = LayerNorm(x) * (1 + scale(c)) + shift(c),    x <- x + gate(c) * block(y)
 
 (Peebles and Xie, "Scalable diffusion models with transformers", 2023; the shift and scale are FiLM, Perez et al. 2018).
-The three maps start at zero, so every block starts as the identity and the condition enters as fast as it helps.
+The three maps start at zero: every block begins as the identity, and the condition enters as soon as it helps.
 
 Axes: B trajectories, T time points, N cells per time point, D width of the block, C width of the condition.
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from bgen.nn.flops import layers
 
 
 class AdaLNZero(nn.Module):
@@ -23,9 +25,8 @@ class AdaLNZero(nn.Module):
         y, gate = self.modulation(x, condition)  # x, y [B, T, N, D]; gate [B, T, 1, D]
         x = x + gate * self.mixer(y)
 
-    For tensors with other axes in between, the condition needs only to broadcast: the axes that it lacks between its
-    leading ones and its last are filled with ones. So ``x [B, T, D]`` with ``condition [B, T, C]`` or ``x [B, D]`` with
-    ``[B, C]`` work as well.
+    Other shapes work as long as the condition broadcasts: axes that it lacks before its last one are filled with ones.
+    So ``x [B, T, D]`` with ``condition [B, T, C]`` or ``x [B, D]`` with ``[B, C]`` work as well.
 
     Parameters
     ----------
@@ -49,3 +50,7 @@ class AdaLNZero(nn.Module):
         parameters = parameters.view(*parameters.shape[:-1], *([1] * missing), parameters.shape[-1])
         shift, scale, gate = parameters.chunk(3, dim=-1)
         return self.norm(x) * (1 + scale) + shift, gate
+
+    def flops(self, conditions: int) -> int:
+        """Floating-point operations of the forward pass for so many vectors of conditions."""
+        return layers(conditions, self.project)

@@ -22,15 +22,15 @@ from torch import nn
 
 @runtime_checkable
 class Transfers(Protocol):
-    """A module that takes its learning rate over from a smaller width."""
+    """A module whose learning rate was found at a smaller width."""
 
     def learning_rate_scales(self) -> dict[str, float]:
-        """Parameter name to the multiple of the learning rate that it gets; those left out get 1."""
+        """Map parameter names to multiples of the learning rate; parameters that are left out get 1."""
         ...
 
 
 def learning_rate_scales(module: nn.Module, twin: nn.Module) -> dict[str, float]:
-    """Weights of ``module`` to the multiple of the learning rate that they get; ``twin`` is it at the base width."""
+    """Map the weights of ``module`` to multiples of the learning rate; ``twin`` is the module at the base width."""
     return {f"{name}.weight": ratio for name, _, ratio in _widened(module, twin) if ratio != 1}
 
 

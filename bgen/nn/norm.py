@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation that computes in float32 or wider whatever the autocast."""
+"""Root-mean-square normalisation, computed in float32 or wider also under autocast."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ class RMSNorm(nn.Module):
 
     (torch's own, given bfloat16 and float32 weights as autocast does, warns and takes a slow path.)
     """
+
+    decayed = ()
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()

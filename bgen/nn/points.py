@@ -1,4 +1,4 @@
-"""The points that a mixer mixes: which of them exist, when they are, and which sequence each belongs to.
+"""What a mixer is told about its points: which exist, when they are, and which sequence each belongs to.
 
 Axes: B sequences, L points (time points, or cells of one population).
 """
@@ -24,8 +24,8 @@ class Points:
         bool: points that exist. Others are padding or were not observed: they neither influence nor are read.
         None: all exist.
     time_BL
-        Time of each point, ascending over the valid points of a sequence; unit: the one that counts as 1 for step
-        sizes. None: the points have no order in time (cells), or stand at 0, 1, 2, ...
+        Time of each point, ascending over the valid points of a sequence, in units of ``time.scale``. None: the points
+        have no order in time (cells), or stand at 0, 1, 2, ...
     sequence_BL
         Number of the sequence that each point belongs to, where several are packed one after the other. None: one.
     """
@@ -35,7 +35,7 @@ class Points:
     sequence_BL: Tensor | None = None
 
     def reversed(self) -> Points:
-        """Return the points from last to first. Time runs on: it is negated, so that gaps are computed anew."""
+        """Return the points from last to first. Time is negated: it still ascends, and gaps are computed anew."""
         return Points(
             valid_BL=None if self.valid_BL is None else self.valid_BL.flip(1),
             time_BL=None if self.time_BL is None else -self.time_BL.flip(1),
@@ -103,7 +103,7 @@ def check_ascending(points: Points) -> None:
 def check_regular(points: Points, mixer: str, tolerance: float = 1e-3) -> None:
     """Raise a UserError unless valid points stand as many units of time apart as they stand places apart.
 
-    Mixers whose weights belong to places (convolutions) would otherwise take unequal gaps for equal ones.
+    Otherwise mixers whose weights belong to places (convolutions) would take unequal gaps for equal ones.
     """
     if points.sequence_BL is not None:
         raise UserError(f"{mixer} cannot keep packed sequences apart; give it one sequence per row, padded")

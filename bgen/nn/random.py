@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class Stream(IntEnum):
-    """What a draw is for. Two uses of the same key take different streams, so they are independent."""
+    """What a draw is for. Two uses of the same key take different streams, which makes them independent."""
 
     POSTERIOR = 1
     THIN_CELL = 2

@@ -1,9 +1,8 @@
 """Gaps of real time as the step sizes of a state-space model, and running it in both directions of time.
 
-The state decays over the gap between two observed points, and an input enters as an impulse, whatever the gap in front
-of it was. So a point that was not observed may be inserted anywhere: its gap and the next one add up to the gap that
-was there, and it brings no impulse. (With an input that grows with the gap, as Mamba's does for text, the same
-insertion was measured to change outputs by 2.5.)
+The state decays over the gap between two observed points, and an input enters as an impulse, whatever the gap before
+it. So an unobserved point may be inserted anywhere: its gap and the next one add up to the old gap, and it brings no
+impulse. (With an input that grows with the gap, as in Mamba for text, the same insertion changed outputs by 2.5.)
 
 Axes: B sequences, L points, H heads or channels, D width.
 """
@@ -17,15 +16,16 @@ from bgen.nn.points import Points, previous_valid
 
 SMALLEST_STEP = 1e-3
 """Floor of a step size between valid points, in units of time at rate 1. A fused kernel multiplies its input by the
-step, so that an impulse is given to it as x / step; below this floor the gradient of the step drowns in rounding (4e-4
-at the floor, 3e-2 at 1e-5, useless at 1e-7). Replicates, which have no gap, get the floor."""
+step, so an impulse is handed to it as x / step. Below this floor the gradient of the step drowns in rounding (relative
+error 4e-4 at the floor, 3e-2 at 1e-5, useless at 1e-7). Replicates, which have no gap, get the floor.
+"""
 
 
 def gaps(points: Points, x_BLD: Tensor) -> Tensor:
     """Time since the valid point before, ``[B, L]``: 0 at a sequence's first point and where there is no point.
 
-    ``x_BLD`` gives the shape, the device, and what the dtype must at least be; the result is float32 or wider.
-    Without times the points stand one unit apart.
+    ``x_BLD`` gives the shape, the device and the narrowest dtype; the result is float32 or wider. Without times the
+    points stand one unit apart.
     """
     B, L = x_BLD.shape[:2]
     wide = torch.promote_types(x_BLD.dtype, torch.float32)

@@ -1,6 +1,6 @@
 """Residual feed-forward block whose dropout is keyed per cell.
 
-torch's dropout draws from a generator, so what one cell gets would depend on the cells before it, hence on the number
+torch's dropout draws from a generator, so the mask of a cell would depend on the cells before it, and so on the number
 of ranks. Here the mask comes from the cell's key (:mod:`bgen.nn.random`).
 
 Axes: B cells, D width.

@@ -1,7 +1,7 @@
 """Rotary embedding of real time: queries and keys turn by angles in proportion to their time.
 
-The product of a query and a key then depends on the difference of their times only, whatever lies between them
-(Su et al., arXiv 2104.09864, with times in place of positions).
+The product of a query and a key then depends only on the difference of their times, whatever lies between them (Su et
+al., arXiv 2104.09864, with times in place of positions).
 
 Axes: B sequences, L points, H heads, P channels per head, F = P / 2 frequencies.
 """

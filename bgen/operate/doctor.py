@@ -1,4 +1,4 @@
-"""``bgen doctor``: is this machine ready, what falls back, and how to mend it."""
+"""``bgen doctor``: whether this machine is ready, what falls back to something slower, and how to mend it."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from bgen.cpus import bound_to, cpus
 from bgen.nn.scans.published_kernels import KERNELS, missing
 
 Status = Literal["ok", "note", "warning", "error"]
@@ -38,7 +39,7 @@ LITTLE_SPACE = 10e9
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: what, whether it is well, what was found, and how to mend it."""
+    """One thing that was looked at: what it is, whether it is well, what was found, and how to mend it."""
 
     name: str
     status: Status
@@ -123,10 +124,10 @@ def devices() -> Iterator[Finding]:
         yield Finding("GPU", "error", f"there is a driver, but torch {torch.__version__} sees no GPU", fix)
     else:
         yield Finding("GPU", "note", "none: training and sampling run on the CPU")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = psutil.virtual_memory()
     capability = torch.backends.cpu.get_cpu_capability()
-    text = f"{cores} cores ({capability}), {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB memory free"
+    allowed = f"{cpus()} of {bound_to()} cores by quota" if cpus() < bound_to() else f"{cpus()} cores"
+    text = f"{allowed} ({capability}), {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB memory free"
     threads = os.environ.get("OMP_NUM_THREADS")
     yield Finding("CPU", "ok", text + (f", OMP_NUM_THREADS={threads}" if threads else ""))
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -148,7 +149,7 @@ def kernels() -> Iterator[Finding]:
 
 
 def extensions() -> Iterator[Finding]:
-    """Locks that a killed compilation left: whoever waits for one waits for ever."""
+    """Locks that a killed compilation left: a process that waits for one waits for ever."""
     default = Path.home() / ".cache" / "torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
     stale = [lock for lock in root.glob("**/lock") if time.time() - lock.stat().st_mtime > 600]
@@ -160,7 +161,7 @@ def extensions() -> Iterator[Finding]:
 
 
 def disk(folder: Path) -> Iterator[Finding]:
-    """Room and speed where checkpoints will be, and whether a folder can be renamed as their commit needs it."""
+    """Room and speed where checkpoints will be, and whether a folder can be renamed there, as a commit needs it."""
     try:
         free = shutil.disk_usage(folder).free
         with tempfile.TemporaryDirectory(dir=folder, prefix=".bgen-doctor-") as made:
@@ -205,7 +206,7 @@ def network() -> Iterator[Finding]:
 
 
 def _interfaces() -> list[str]:
-    """Network interfaces that are up and have an IPv4 address other hosts can use, with that address."""
+    """Network interfaces that are up, with an IPv4 address that other hosts can use."""
     up = psutil.net_if_stats()
     return [
         f"{name} ({entry.address})"

@@ -1,7 +1,7 @@
 """``bgen launch``: render the files that start a run somewhere, and start it if asked to.
 
 The templates are the files of the top-level folder ``launch/``; ``{{name}}`` in them is filled in here. What they need
-beyond the configuration are the settings of :data:`TARGETS`, given as ``name=value``.
+beyond the configuration is given as ``name=value``, for the settings of :data:`TARGETS`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Target:
     start
         The command that starts the run; ``FILE`` stands for the rendered file.
     shared
-        Whether it runs where this file system is, in the current folder; if not, paths must be absolute.
+        Whether the run sees this file system and starts in the current folder; if not, paths must be absolute.
     """
 
     template: str
@@ -149,8 +149,8 @@ def launch(
     Raises
     ------
     UserError
-        For what would fail later, in the queue: a wrong configuration, a global batch that cannot be divided, settings
-        that are missing or unknown, a program that is not installed.
+        For mistakes that would otherwise show later, in the queue: a wrong configuration, a global batch that cannot be
+        divided, settings that are missing or unknown, a program that is not installed.
     """
     if target not in TARGETS:
         raise UserError(f"There is no launch target '{target}'.{nearest(target, TARGETS)}")

@@ -1,4 +1,4 @@
-"""The environment variables of a job, from ``launch/environment.yaml``: the one place where they stand."""
+"""The environment variables of a job, from ``launch/environment.yaml``, the one place where they stand."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Variable:
     name
         Its name; ``NCCL_*`` stands for all names that begin so.
     value
-        What it is set to unless it is set already; None hands it on only.
+        What it is set to, unless it is set already; None: it is only handed on.
     why
         What it does, in a line.
     secret
-        Never written into a file that is kept.
+        Whether it must never be written into a file that is kept.
     host
-        Means something on hosts with the same file system only.
+        Whether it only means something on hosts with the same file system.
     """
 
     name: str

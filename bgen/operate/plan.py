@@ -1,4 +1,4 @@
-"""``bgen plan``: what a run will need, before it is started: memory, floating-point operations, time, disk.
+"""``bgen plan``: what a run will need, told before it starts: memory, floating-point operations, time, disk.
 
 The module is built and one small forward pass is run here, on the CPU, with cells of the store's density; the rest is
 arithmetic.
@@ -16,32 +16,23 @@ import psutil
 import torch
 from rich.console import Group
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from bgen.config.load import load_config
 from bgen.config.run import Config
 from bgen.config.vae import VAEConfig
+from bgen.cpus import cpus
 from bgen.data.batch import CellBatch
+from bgen.data.trajectory_batch import TrajectoryBatch
 from bgen.errors import UserError, nearest
 from bgen.hub.directory import load_directory
-from bgen.models.backbones.flops import backbone_flops
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.vae.vae import VAE
-from bgen.nn.flops import linear
 from bgen.operate.plan_memory import Memory, activation_bytes, memory
 from bgen.store.format.manifest import Manifest
 from bgen.store.open import open_data
+from bgen.track.devices import DEVICES
 from bgen.train.engine.deepspeed_json import BatchPlan, batch_plan
-
-GPUS = {
-    "H100": (989e12, 67e12, 80e9),
-    "H200": (989e12, 67e12, 141e9),
-    "B200": (2250e12, 75e12, 180e9),
-    "A100": (312e12, 19.5e12, 80e9),
-    "L40S": (362e12, 91.6e12, 48e9),
-    "L4": (121e12, 30.3e12, 24e9),
-}
-"""Name to dense peak FLOP/s in bfloat16 and in float32, and bytes of memory, from the vendor's data sheets."""
 
 FILL = 0.9
 """Share of the memory that the recommended micro batch may take."""
@@ -75,7 +66,7 @@ class Plan:
     limit
         Bytes that a rank may take.
     flops_per_cell, flops_per_step
-        Forward and backward pass; the latter of the global batch.
+        Forward and backward pass of one cell, and of the global batch.
     tokens_per_cell
         Expressed genes of a cell, on average.
     cells_per_day, hours
@@ -156,7 +147,7 @@ def plan(
     nodes, ranks_per_node
         Hosts, and processes on each.
     gpu
-        Key of :data:`GPUS`; None plans for CPUs like this machine's.
+        Key of :data:`bgen.track.devices.DEVICES`; None plans for CPUs like this machine's.
     mfu
         Share of the GPU's peak that is reached.
     genes, tokens
@@ -168,8 +159,8 @@ def plan(
         If the configuration is wrong, or the store cannot be opened and ``genes`` and ``tokens`` are not given.
     """
     config = load_config(config_path, overrides or [])
-    if gpu is not None and gpu not in GPUS:
-        raise UserError(f"There is no GPU '{gpu}' in the table.{nearest(gpu, GPUS)}")
+    if gpu is not None and gpu not in DEVICES:
+        raise UserError(f"There is no GPU '{gpu}' in the table.{nearest(gpu, DEVICES)}")
     if not 0 < mfu <= 1:
         raise UserError(f"mfu={mfu}: a share of the peak, above 0 and at most 1.")
     train, ranks = config.train, nodes * ranks_per_node
@@ -188,7 +179,7 @@ def plan(
     offloaded = train.offload.optimizer != "none"
     chosen = needs(batch.micro, train.zero, offloaded)
     table = [needs(batch.micro, zero, offload) for zero in range(4) for offload in (False, True) if zero or not offload]
-    limit = FILL * (GPUS[gpu][2] if gpu else psutil.virtual_memory().total / ranks_per_node)
+    limit = FILL * (DEVICES[gpu].memory if gpu else psutil.virtual_memory().total / ranks_per_node)
     share = train.global_batch // ranks
     fitting = [
         micro
@@ -197,10 +188,12 @@ def plan(
     ]
     per_cell = subject.flops()
     if gpu is None:
-        cells_per_second = ranks / seconds_per_cell
-        speed = "by a pass on this machine, one thread a rank"
+        at_once = min(ranks_per_node, cpus())
+        cells_per_second = nodes * at_once / seconds_per_cell
+        shared = f", {ranks_per_node} ranks on its {at_once} CPUs" if at_once < ranks_per_node else ""
+        speed = f"by a pass on this machine, one thread a rank{shared}"
     else:
-        cells_per_second = ranks * mfu * GPUS[gpu][0 if train.precision != "float32" else 1] / per_cell
+        cells_per_second = ranks * mfu * DEVICES[gpu].peak(train.precision) / per_cell
         speed = f"{ranks} x {gpu} at {mfu:.0%} of the peak"
     kinds = 3 + (train.ema > 0) + (train.patience > 0)  # weights and two moments, average, best
     checkpoint = 4 * (kinds * trained + frozen)
@@ -240,14 +233,14 @@ class _Subject:
         self.genes = genes or (manifest.n_genes if manifest else 0)
         self.tokens = float(tokens or (manifest.n_nonzeros / manifest.n_cells if manifest else 0))
         self.vae = VAE(*self._vae(manifest))
-        self.module: nn.Module = self.vae
+        self.module: VAE | LatentFlow = self.vae
         if config.stage == "flow":
             categories = _categories(config.flow.conditions, manifest)
             self.module = LatentFlow(config.flow, self.vae, categories, {})
         self.module.train()
 
     def _vae(self, manifest: Manifest | None) -> tuple[VAEConfig, int, dict[str, int]]:
-        """What the VAE is built from: of a flow, the trained one's settings if it is there."""
+        """What the VAE is built from; under a flow, the settings of the trained VAE if it is there."""
         config, path = self.config, self.config.flow.vae
         if config.stage == "flow" and path is not None:
             for folder in (path, path / "model"):
@@ -314,16 +307,14 @@ class _Subject:
         )
 
     def flops(self) -> int:
-        """Floating-point operations of both passes, a cell: matrix products only; a backward pass costs two forward."""
-        hidden = self.vae.config.hidden
-        sparse = linear(1, round(self.tokens), hidden)  # the first layer, on expressed genes only
-        if not isinstance(self.module, LatentFlow):
-            # The first layer's input needs no gradient.
-            return 3 * _linears(self.vae) + 2 * sparse
+        """Floating-point operations of forward and backward pass, a cell."""
         trajectories = self.config.data.trajectories
-        T, N = (trajectories.times, trajectories.cells) if trajectories else (1, 1)
-        backbone = backbone_flops(self.module.size, self.config.flow.backbone, 1, T, N, self.module.outputs) // (T * N)
-        return 3 * backbone + _linears(self.vae.encoder) + sparse
+        if trajectories is None or not isinstance(self.module, LatentFlow):
+            return self.module.training_flops(self._batch(1))
+        T, N = trajectories.times, trajectories.cells
+        mask, time = torch.ones(1, T, N, dtype=torch.bool), torch.arange(float(T))[None]
+        batch = TrajectoryBatch.of(self._batch(T * N), mask, time, torch.zeros(1, T, dtype=torch.bool))
+        return self.module.training_flops(batch) // (T * N)
 
 
 def _categories(columns: list[str], manifest: Manifest | None) -> dict[str, int]:
@@ -337,11 +328,6 @@ def _categories(columns: list[str], manifest: Manifest | None) -> dict[str, int]
             raise UserError(f"The store has no column or role '{name}'.{nearest(name, manifest.columns)}")
         found[column] = max(1, len(manifest.columns[column].categories))
     return found
-
-
-def _linears(module: nn.Module) -> int:
-    layers = (child for child in module.modules() if isinstance(child, nn.Linear))
-    return sum(linear(1, layer.in_features, layer.out_features) for layer in layers)
 
 
 def _peak(needed: Memory, gpu: str | None) -> int:

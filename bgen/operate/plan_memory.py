@@ -1,6 +1,7 @@
 """How much memory a rank of a run will need, by ZeRO stage and offload.
 
-P bytes of trained weights, R ranks, P/R a rank's share. What DeepSpeed 0.19 keeps, and what it needs for a moment:
+With P bytes of trained weights and R ranks, a rank's share is P/R. What DeepSpeed 0.19 keeps, and what it needs for a
+moment:
 
 - stage 0: weights P, Adam's two moments 2 P; for a moment gradients P and a bucket of at most :data:`BUCKET` elements.
 - stage 1, 2: weights P, and a share of float32 weights and moments, 3 P/R; for a moment, in the backward pass,
@@ -9,7 +10,7 @@ P bytes of trained weights, R ranks, P/R a rank's share. What DeepSpeed 0.19 kee
 - stage 3: only shares, of weights, float32 weights, moments and gradients, 5 P/R, and a bucket; for a moment the
   gathered weights and gradients, 2 P + P/R.
 
-The formulas were fitted to measured runs; tests/tasks/test_plan.py compares them with runs.
+The formulas were fitted to measured runs; tests/operate/test_plan.py compares them with runs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from bgen.config.train import TrainConfig
 from bgen.train.engine.deepspeed_json import BUCKET
 
 PROCESS = 700_000_000
-"""Bytes of a process that has imported and opened everything and holds no model."""
+"""Bytes of a process that has imported and opened everything but holds no model."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def memory(
     Parameters
     ----------
     config
-        Settings; stage and offload are given apart.
+        Settings; its ZeRO stage and offload are not used.
     trained, frozen, largest
         Numbers of parameters: trained, frozen, and of the largest tensor.
     activations

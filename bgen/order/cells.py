@@ -1,4 +1,4 @@
-"""Which cells belong to which step: a pure function of (store, split, seed, step) (DESIGN, section 7).
+"""Which cells belong to which step: a pure function of store, split, seed and step.
 
 The stream of training is an endless line of positions ``j``; step ``s`` takes positions ``s * B .. (s + 1) * B - 1``,
 so position ``j`` fills slot ``j mod B`` of its batch, and epoch ``e`` is the positions ``e * N .. (e + 1) * N - 1``,
@@ -6,7 +6,7 @@ with N cells in the split. The slots of a batch are dealt to L lanes side by sid
 of slots.
 
 An epoch lays the split's chunks in a keyed random order and cuts the line of their cells into one segment per lane,
-exactly as long as the number of the epoch's positions whose slot is the lane's. A lane walks through its segment in
+each as long as the number of the epoch's positions whose slots belong to the lane. A lane walks through its segment in
 windows of W chunks and, within a window, in a keyed random order of its cells. So every cell of the split comes once an
 epoch, every batch is full, epochs follow each other without a gap, and the lanes of a rank are the only ones whose
 chunks it reads.

@@ -1,9 +1,9 @@
 """Which populations and cells make up the trajectories of a step: a pure function of (store, split, seed, step).
 
-A population is the cells of one system (the columns that name it have the same values) at one time. A trajectory is
-the populations of one system in the order of time; or, along a perturbation, the control population of a system and
-then one of its perturbed ones. Every trajectory comes once an epoch, in a keyed random order; of more time points than
-asked for, a keyed random choice is taken, and so of more cells.
+A population is the cells of one system (the columns that name it have the same values) at one time. A trajectory is the
+populations of one system in the order of time; or, along a perturbation, the control population of a system and then
+one of its perturbed ones. Every trajectory comes once an epoch, in a keyed random order. If it has more time points or
+cells than asked for, a keyed random choice of them is taken.
 
 Axes: S trajectories, P populations, T time points, N cells per time point.
 """
@@ -36,11 +36,11 @@ class Trajectories:
     edges
         int64 ``[P + 1]``: population p is ``cells[edges[p]:edges[p + 1]]``.
     points
-        Populations of each trajectory in the order of time.
+        Numbers of the populations of each trajectory, in the order of time.
     times
-        When they are.
+        Their times.
     controls
-        bool, which of them are controls.
+        bool: whether they are controls.
     """
 
     cells: I64
@@ -117,7 +117,7 @@ class GridOfCells:
     mask
         bool ``[T, N]``.
     time
-        float32 ``[T]``, ascending; the last one again where there are no more.
+        float32 ``[T]``, ascending; the last one is repeated where there are no more.
     control
         bool ``[T]``.
     """
@@ -134,7 +134,7 @@ class TrajectoryOrder:
     Parameters
     ----------
     trajectories
-        What there is.
+        The trajectories of the split.
     batch
         Trajectories per global batch.
     times, cells
@@ -163,7 +163,7 @@ class TrajectoryOrder:
         return self.grid(int(self._epoch(epoch)[place]), position)
 
     def grid(self, number: int, draw: int) -> GridOfCells:
-        """Return trajectory ``number`` with time points and cells of a keyed ``draw``."""
+        """Return trajectory ``number`` with the time points and cells that belong to ``draw``."""
         points = self.trajectories.points[number]
         taken = np.sort(permutation(len(points), *self._key, _POINTS, draw)[: self.times])
         cells = np.full((self.times, self.cells), self.trajectories.cells[self.trajectories.edges[points[0]]])
@@ -202,7 +202,7 @@ def _codes(columns: Sequence[NDArray[Any]], n: int) -> I64:
 
 
 def _group(columns: Sequence[NDArray[Any]]) -> tuple[I64, I64, I64]:
-    """Group rows by columns, the last one first: rows in order, edges of the groups, first row of each group."""
+    """Group rows by columns (the last is the primary key): rows in order, edges of the groups, their first rows."""
     order = np.lexsort(columns)  # stable: rows ascend within a group
     new = np.zeros(len(order), bool)
     new[:1] = True

@@ -1,14 +1,14 @@
 """Weighted sampling over sources: small ones come more often, large ones less, in an order as exact as the plain one.
 
 Source s with n_s of the N cells gets the share p_s = n_s^(1 / temperature) / sum of those: temperature 1 takes the
-cells as they are, and a high one all sources alike. An epoch has N draws, of which t_s = p_s N (whole numbers that add
-up to N) are of source s: its k-th cell, in the order of the store, is drawn
+cells as they are, and a high temperature takes all sources alike. An epoch has N draws; t_s = p_s N of them, rounded so
+that they add up to N, are of source s. The k-th cell of the source, in the order of the store, is drawn
 
     m_k = floor(((k + 1) t_s + c) / n_s) - floor((k t_s + c) / n_s)
 
-times, with a keyed random phase c < n_s of source and epoch: t_s in all, and any two cells equally often but for one.
-Draws lie where their cells do, so chunks, lanes and windows are those of :mod:`bgen.order.cells`. A cell that is drawn
-several times an epoch is drawn so within one window.
+times, where c < n_s is a keyed random phase of source and epoch. So the source is drawn t_s times in all, and two of
+its cells differ by one draw at most. A draw lies in the chunk of its cell, so chunks, lanes and windows are those of
+:mod:`bgen.order.cells`, and all draws of a cell within an epoch fall into one window.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class WeightedOrder(Order):
     Parameters
     ----------
     members, batch, lanes, window, seed, name
-        As of the plain order.
+        As for the plain order.
     sources
         int ``[N]``: source of each member, from 0 on.
     temperature

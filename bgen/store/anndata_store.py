@@ -1,8 +1,8 @@
 """Training straight from AnnData in zarr, or a collection of it as annbatch writes it: CSR, zarr version 2 or 3.
 
 A chunk is a fixed number of rows. It is read from the CSR arrays and encoded as a chunk of a store is
-(:mod:`bgen.store.format.codec`), so everything after it is the same: order, resume, batches. What only a build can
-know is not there: genes keep the file's order, and the counts carry no checksums but those of the array's codecs.
+(:mod:`bgen.store.format.codec`), so everything after it is the same: order, resume, batches. Two things that a build
+adds are missing: genes keep the file's order, and counts have no checksums except those of the array's own codecs.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class CsrStore(Store):
     roles
         Role to column: cell_type, batch, time, ...
     splits, split_by, held_out
-        As of ``bgen data build``: fractions, the column or role whose values are kept together, and values by name.
+        As for ``bgen data build``: fractions, the column or role whose values are kept together, and values by name.
     control
         The perturbation that means "none".
     seed
@@ -122,7 +122,7 @@ class CsrStore(Store):
     Raises
     ------
     UserError
-        If the files are not what this can read.
+        If the files are not such AnnData, or do not fit together.
     """
 
     def __init__(
@@ -247,7 +247,7 @@ class CsrStore(Store):
         return futures
 
     def locate(self, cells: I64, chunks: I64, slots: I64) -> I64:
-        """See :class:`bgen.store.store.Store`; what is returned waits for the chunks when it is looked at."""
+        """See :class:`bgen.store.store.Store`; the result waits for the chunks when it is read."""
         return LateRows(self, cells, chunks, slots, self._started.futures)  # type: ignore[return-value]
 
     def find(self, cells: I64, chunks: I64, slots: I64) -> I64:
@@ -335,7 +335,7 @@ class LateRows:
     store
         The store.
     cells, chunks, slots
-        As of :meth:`bgen.store.store.Store.locate`.
+        As for :meth:`bgen.store.store.Store.locate`.
     futures
         Chunk to its reading.
     """

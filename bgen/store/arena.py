@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 class Arena:
     """Room for the bytes of chunks, as slots that are taken and given back.
 
-    The lowest free slots are taken first, and memory that was never written takes no room: an arena costs what was used
-    of it at once, not what it could hold.
+    The lowest free slots are taken first, and memory that was never written takes no room. So an arena costs as much as
+    was in use at one time, not as much as it could hold.
 
     Parameters
     ----------

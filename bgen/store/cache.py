@@ -1,4 +1,4 @@
-"""A bounded cache on a local disk for what came from afar; processes of one machine may share it."""
+"""A bounded cache on the local disk for bytes of remote stores; processes of one machine may share it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import google_crc32c
 
 
 class DiskCache:
-    """Keeps byte strings in files, and throws away those that were not asked for longest when they become too many.
+    """Keeps byte strings in files; when they take too much room, those that were not used for longest are removed.
 
     Each file ends in a CRC-32C of its contents: a damaged one counts as not there.
 
     Parameters
     ----------
     folder
-        Where.
+        Folder of the files.
     limit
         Bytes that it may take.
     """

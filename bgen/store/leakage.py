@@ -1,4 +1,4 @@
-"""Whether the splits of a store keep apart what they were meant to keep apart: looked at before the first step."""
+"""Check, before the first step, that the splits of a store keep apart what they were meant to keep apart."""
 
 from __future__ import annotations
 

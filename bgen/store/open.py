@@ -1,4 +1,4 @@
-"""Open whatever holds counts: a store, one in WebDataset form, AnnData in zarr; here or at an address."""
+"""Open anything that holds counts: a store, its WebDataset form, or AnnData in zarr; here or at an address."""
 
 from __future__ import annotations
 

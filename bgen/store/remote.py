@@ -102,7 +102,7 @@ class RemoteFiles:
         except ValueError:
             return False
         except OSError as error:
-            if "PERMISSION_DENIED" in str(error):  # what S3 says of a missing file to whom may not list the bucket
+            if "PERMISSION_DENIED" in str(error):  # S3's answer for a missing file to those who may not list the bucket
                 return False
             raise UserError(str(error)) from None
         return True
@@ -184,7 +184,7 @@ class Mirror:
     def read(self, name: str, start: int, stop: int, checksum: int | None = None) -> bytes:
         """Return bytes ``start:stop`` of a file, from the cache if they are there.
 
-        They are kept if their CRC-32C is ``checksum`` or, by default, if they end in it.
+        They are kept if their CRC-32C is ``checksum``; by default, if their own CRC-32C stands at their end.
         """
         key = f"{name.replace('/', '-')}-{start}"
         data = self.cache.get(key)

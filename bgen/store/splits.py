@@ -1,4 +1,6 @@
-"""Which cells are for training, the held-out loss and testing: seeded; by groups where cells are not independent."""
+"""Which cells are for training, the held-out loss and testing: drawn by seed, in groups where cells depend on each
+other.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,7 @@ def assign_groups(
     held_out: Mapping[str, Sequence[str]],
     spread: str | None = None,
 ) -> Codes:
-    """Return the code of the split of each cell, where groups of cells must not be in two.
+    """Return the code of the split of each cell, where no group of cells may be in two splits.
 
     Parameters
     ----------
@@ -89,7 +91,7 @@ def assign_groups(
     Raises
     ------
     UserError
-        If ``held_out`` names what is not there, or a group twice, or leaves no split for the others.
+        If ``held_out`` names a group that is not there, or one twice, or leaves no split for the other cells.
     """
     codes = np.zeros(len(groups), np.uint8)
     alone = groups == spread if spread is not None else np.zeros(len(groups), bool)

@@ -1,4 +1,4 @@
-"""A store as it is read, every byte checked (DESIGN, section 6).
+"""A store, opened for reading: where its parts lie, and how every byte of them is checked.
 
 ::
 
@@ -200,7 +200,7 @@ class Store:
         return np.char.decode(np.ascontiguousarray(raw).view(f"S{raw.shape[1]}")[:, 0], "utf-8")
 
     def _find_damage(self) -> list[str]:
-        """Describe the files that are not as they were written, as far as that can be seen in a moment."""
+        """Describe the files that are not as they were written, as far as a quick look tells."""
         problems = check_files(self.folder, self.manifest, checksums=False)
         return problems or check_files(self.folder, self.manifest, checksums=True, below="rows/")
 

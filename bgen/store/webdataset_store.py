@@ -1,7 +1,7 @@
 """A store in WebDataset form (data_tools/export/to_webdataset.py), on a disk or at an address, read block by block.
 
-It has the fingerprint of the store that it was made of, so the same cells come at the same step, and a run can go from
-one form to the other.
+It has the fingerprint of the store that it was made from, so the same cells come at the same step, and a run can go on
+from one form with the other.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class TarStream(Stream):
     Parameters
     ----------
     folder
-        Of the shards, or of the local copies of the other files.
+        Folder of the shards, or of the local copies of the other files.
     mirror
-        What reads the shards if they lie elsewhere.
+        Reads the shards if they lie elsewhere.
     shards
         Their paths, by number.
     blocks

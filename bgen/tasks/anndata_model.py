@@ -1,4 +1,4 @@
-"""The ground floor of all verbs: an exported model that reads and encodes cells, and decodes latent states.
+"""The base of all verbs: an exported model that reads and encodes cells, and decodes latent states.
 
 Axes: N cells, G genes of the model, D latents.
 """
@@ -38,7 +38,7 @@ class AnnDataModel:
 
     def __repr__(self) -> str:
         saved = self.saved
-        return f"<bgen {saved.kind} '{saved.about.get('name')}': {len(self.genes):,} genes>"
+        return f"<bgen {saved.kind} '{saved.about.name}': {len(self.genes):,} genes>"
 
     @property
     def genes(self) -> list[str]:
@@ -54,7 +54,8 @@ class AnnDataModel:
         return {name: known[name].categories if known[name].kind == "category" else "number" for name in names}
 
     def read(self, data: Cells | UserData | UserCells, **reading: Unpack[Reading]) -> UserCells:
-        """Read cells and match them to this model; what every verb does first, and takes in place of the data.
+        """Read cells and match them to this model. Every verb does this first, or takes the result in place of the
+        data.
 
         Parameters
         ----------

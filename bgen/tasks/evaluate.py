@@ -11,10 +11,8 @@ from anndata import AnnData
 
 from bgen.data.as_anndata import read_anndata
 from bgen.evaluate.metrics.memorisation import memorisation
-from bgen.evaluate.protocols.distribution import baseline_cells
-from bgen.evaluate.protocols.distribution import evaluate as run_protocol
 from bgen.evaluate.protocols.scores import Scores
-from bgen.evaluate.reports.distribution import write_report
+from bgen.evaluate.registry import CellsProtocol, find_protocol
 from bgen.files import require_new_folder
 from bgen.genes.table import match_genes
 from bgen.hub.directory import add_metrics
@@ -41,6 +39,7 @@ def score(
     generated: Path | None = None,
     seeds: int = 3,
     seed: int = 0,
+    protocol: str | None = None,
     progress: Progress | None = None,
 ) -> Scores:
     """Score a model on a store's test split and write ``report.html`` and ``metrics.json``.
@@ -57,12 +56,15 @@ def score(
         An .h5ad to score instead of cells generated now.
     seeds
         Repetitions of every figure.
+    protocol
+        Id of another protocol than the current one.
 
     Raises
     ------
     UserError
         If something is missing, or genes do not agree.
     """
+    chosen = find_protocol(CellsProtocol, protocol)
     require_new_folder(out)
     loaded, store = load_model(model), open_store(data)
     train, test = (_read_sample(store, split, seed) for split in ("train", "test"))
@@ -74,20 +76,20 @@ def score(
         if progress:
             progress("evaluating", done, total)
 
-    scores = run_protocol(train, test, cells, cell_type=cell_type, seeds=seeds, on_progress=advance)
+    scores = chosen.evaluate(train, test, cells, cell_type=cell_type, seeds=seeds, on_progress=advance)
     copied = memorisation(sp.csr_matrix(train.X), sp.csr_matrix(test.X), sp.csr_matrix(cells.X), seed=seed)
     scores = replace(scores, notes=(*scores.notes, copied.sentence()))
     out.mkdir(parents=True, exist_ok=True)
     scores.save(out / "metrics.json")
-    write_report(
+    chosen.report(
         out / "report.html",
         scores,
         train,
         test,
         cells,
-        baseline_cells(train, test, cell_type=cell_type, seed=seed),
+        seed=seed,
         losses=_records(model),
-        title=f"How good are the cells of {loaded.saved.about.get('name', 'this model')}?",
+        title=f"How good are the cells of {loaded.saved.about.name}?",
         provenance=_provenance(loaded, store, generated, seed),
     )
     if generated is None:

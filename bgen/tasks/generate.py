@@ -109,7 +109,7 @@ def provenance(
         "noise": settings.noise,
         "guidance": settings.guidance,
         "guidance_interval": list(settings.guidance_interval),
-        "organism": model.about.get("organism", "unknown"),
+        "organism": model.about.organism,
     }
 
 

@@ -39,8 +39,8 @@ class TimeOptions(Reading, total=False):
 class Model(AnnDataModel):
     """An exported model, loaded, with a method for each verb of the command line.
 
-    What takes cells takes a file of any format that ``bgen data check`` reads, AnnData in memory, or what :meth:`read`
-    made of either; keyword arguments say how they are read (:class:`bgen.tasks.user_cells.Reading`).
+    A method that takes cells takes a file of any format that ``bgen data check`` reads, AnnData in memory, or the
+    result of :meth:`read`. Keyword arguments say how cells are read (:class:`bgen.tasks.user_cells.Reading`).
     """
 
     def generate(
@@ -113,7 +113,8 @@ class Model(AnnDataModel):
         progress: Progress | None = None,
         **reading: Unpack[Reading],
     ) -> tuple[AnnData, dict[float, TimeScores]]:
-        """Generate cells at times that are treated as missing from the data, and score them where they are not.
+        """Generate cells at times that are treated as missing from the data, and score them where the data do hold
+        them.
 
         Parameters
         ----------

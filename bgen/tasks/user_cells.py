@@ -35,10 +35,10 @@ FLOOR = 0.8
 """Share of a model's genes that data must have, unless the user says otherwise."""
 
 FEW_MOLECULES = 0.1
-"""Share of an average cell's molecules that may be missing, with the genes that the data lacks, without a warning."""
+"""Share of an average cell's molecules that genes missing from the data may hold without a warning."""
 
 ALL = 0.995
-"""From this share of the molecules on, all of them are counted as known."""
+"""From this share on, all molecules count as known."""
 
 MISSING = {"", "nan", "none", "na", "unknown", "unassigned", "unlabelled"}
 """Texts, in lower case, that say that a cell has no label."""
@@ -83,7 +83,7 @@ class Matched:
     unknown
         Ids of the data's genes that the model does not know.
     repeated
-        How many columns of the data are of a gene that an earlier column was of; their counts are added up.
+        How many columns of the data repeat the gene of an earlier one; their counts are added up.
     molecules
         Share of the data's counts that are of genes that the model knows.
     missing_molecules
@@ -113,7 +113,7 @@ class Matched:
     notes: tuple[str, ...] = ()
 
     def sentences(self, *, values: bool = True) -> list[str]:
-        """Say what was matched, and what a user should know of what was not; ``values``: of the columns, too."""
+        """Say what was matched, and what a user should know about the rest; ``values``: also values of columns."""
         total = self.genes + len(self.missing)
         said = [
             *self.notes,
@@ -354,7 +354,7 @@ def read_user_data(
     Raises
     ------
     UserError
-        If there is no such file, matrix, layer or column, it is empty, or what should be counts is not.
+        If there is no such file, matrix, layer or column, if it is empty, or if the matrix does not hold counts.
     """
     if isinstance(data, UserData):
         return data
@@ -416,7 +416,7 @@ def require_cells(adata: AnnData, what: str = "the data") -> None:
 
 
 def role_column(obs: pd.DataFrame, name: str, info: ColumnInfo) -> str | None:
-    """Return the obs column that holds a column of the model: the one of its name, else of its role; None if none."""
+    """Return the obs column that holds a column of the model, found by name, else by role; None if there is none."""
     return next((column for column in (name, info.role) if column in obs), None)
 
 

@@ -1,37 +1,51 @@
-"""How many floating-point operations a second devices can do at most, for MFU.
-
-Dense matrix products, from the manufacturers' data sheets (without sparsity). A device that is not listed has no MFU.
-"""
+"""What accelerators can do at most, for plans of runs and for MFU. A device that is not listed has no MFU."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-PEAKS = {
-    # part of the name that CUDA gives: (bfloat16 tensor cores, float32)
-    "B200": (2250e12, 75e12),
-    "GH200": (989e12, 67e12),
-    "H200": (989e12, 67e12),
-    "H100 PCIe": (756e12, 51e12),
-    "H100 NVL": (835e12, 60e12),
-    "H100": (989e12, 67e12),
-    "A100": (312e12, 19.5e12),
-    "L40S": (362e12, 91.6e12),
-    "L4": (121e12, 30.3e12),
-    "RTX 4090": (165e12, 82.6e12),
+
+@dataclass(frozen=True)
+class Device:
+    """Figures of the manufacturer's data sheet.
+
+    Attributes
+    ----------
+    bfloat16, float32
+        FLOP/s of dense matrix products (without sparsity), on tensor cores and in float32.
+    memory
+        Bytes.
+    """
+
+    bfloat16: float
+    float32: float
+    memory: float
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s in float32, or in any other precision of :class:`bgen.config.train.TrainConfig`: they use bfloat16."""
+        return self.float32 if precision == "float32" else self.bfloat16
+
+
+DEVICES = {
+    "B200": Device(2250e12, 75e12, 180e9),
+    "GH200": Device(989e12, 67e12, 96e9),
+    "H200": Device(989e12, 67e12, 141e9),
+    "H100 PCIe": Device(756e12, 51e12, 80e9),
+    "H100 NVL": Device(835e12, 60e12, 94e9),
+    "H100": Device(989e12, 67e12, 80e9),
+    "A100": Device(312e12, 19.5e12, 80e9),
+    "L40S": Device(362e12, 91.6e12, 48e9),
+    "L4": Device(121e12, 30.3e12, 24e9),
+    "RTX 4090": Device(165e12, 82.6e12, 24e9),
 }
-"""FLOP/s; the first name that fits counts."""
+"""By a part of the name that CUDA gives; the first that fits counts."""
 
 
 def peak_flops(name: str, precision: str) -> float | None:
-    """FLOP/s of one device called ``name``; None if it is not known.
-
-    ``precision`` is that of :class:`bgen.config.train.TrainConfig`: float32, or one that computes in bfloat16.
-    """
-    for part, (bfloat16, float32) in PEAKS.items():
-        if part in name:
-            return float32 if precision == "float32" else bfloat16
-    return None
+    """FLOP/s of one device that CUDA calls ``name``; None if it is not known."""
+    return next((device.peak(precision) for part, device in DEVICES.items() if part in name), None)
 
 
 def device_name(device: torch.device) -> str:

@@ -1,10 +1,10 @@
 """MLflow as a mirror of a run's record: it may be slow, down or gone, and training does not notice.
 
 A process of its own reads ``record.jsonl`` behind the trainer and sends what is new; rank 0 starts it. It has the
-lowest priority: MLflow takes seconds to import and to migrate a fresh sqlite file, and as a thread of the trainer that
+lowest priority: MLflow takes seconds to import and to migrate a fresh sqlite file, which as a thread of the trainer
 cost a small model a third of its speed.
 
-The trainer writes two lines to it: what to send where, and at the end the run's status. It dies when the trainer does.
+The trainer writes two lines to it: what to send where, and at the end the run's status. It ends when the trainer does.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Mirror:
         self._write(json.dumps(asdict(target)))
 
     def close(self, status: str) -> str | None:
-        """Let it send what is left within a time limit; returns a line that says what is wrong, if anything is.
+        """Let it send what is left within a time limit; return a line that says what went wrong, if anything did.
 
         Parameters
         ----------
@@ -83,7 +83,7 @@ class Mirror:
 
 
 class Follower:
-    """What the process does: sends what is new until it is told the run's status."""
+    """The work of the process: send what is new until the run's status is given."""
 
     def __init__(self, run: MlflowRun, orders: IO[str]) -> None:
         self._run, self._orders = run, orders

@@ -1,7 +1,7 @@
 """The MLflow run that a training run is written to, from its record.
 
-``record.jsonl`` is the queue: what could not be sent is sent when the server is back, or after the next restart, and
-nothing waits in memory. During training :mod:`bgen.track.mirror` does it, in a process of its own.
+``record.jsonl`` is the queue: rows that could not be sent are sent when the server is back, or after the next restart,
+and nothing waits in memory. During training :mod:`bgen.track.mirror` does it, in a process of its own.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class MlflowRun:
         self._saved: list[str] = []
 
     def send_all(self, status: str | None) -> int:
-        """Send now what the run does not have yet, and set its ``status``; returns how many values were new.
+        """Send now what the run does not have yet, and set its ``status``; return how many values were new.
 
         Raises
         ------

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bgen.config.load import to_yaml
-from bgen.config.run import Config
+from bgen.config.run import Config, RunConfig
 from bgen.distributed.world import World
 from bgen.track import record as records
 from bgen.track.environment import environment
@@ -27,8 +27,10 @@ ENVIRONMENT = "environment.json"
 CHECKPOINTS = "checkpoints"
 
 
-def run_identifier(config: Config) -> str:
-    """A new identifier for the run in ``config.out``, or its own if it was killed before its first checkpoint."""
+def run_identifier(config: RunConfig) -> str:
+    """Return an identifier for the run in ``config.out``: a new one, or its own if it was killed before its first
+    checkpoint.
+    """
     path = config.out / RECORD
     if path.exists() and (rows := records.read(path)):
         return str(rows[0]["run"])
@@ -56,7 +58,7 @@ class RunOutput:
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         run: str,
         step: int | None,
         world: World,
@@ -118,12 +120,13 @@ class RunOutput:
             self.say(f"warning: {complaint}")
 
 
-def target(config: Config, run: str, uri: str, data: dict[str, Any] | None) -> Target:
+def target(config: RunConfig, run: str, uri: str, data: dict[str, Any] | None) -> Target:
     """What is sent to MLflow of the run in ``config.out``; ``data`` is the stage's fingerprint of the data."""
     params = flatten(config.model_dump(mode="json"))
     dataset = None
     if data is not None:
         params |= flatten(data, "fingerprint.")
+    if data is not None and isinstance(config, Config):
         dataset = (config.data.store.rstrip("/").rsplit("/", 1)[-1], str(data.get("store", "")), config.data.store)
     return Target(
         str(config.out / RECORD),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bgen.config.load import load_config
+from bgen.config.load import load_either
 from bgen.errors import UserError
 from bgen.track import record as records
 from bgen.track.mlflow import RUN_TAG, MlflowRun, tracking_uri
@@ -20,7 +20,7 @@ STATUS = {"end": "FINISHED", "interrupted": "KILLED"}
 
 
 def sync(run: Path, uri: str | None = None) -> str:
-    """Send everything of a run's record that its MLflow run does not have yet; ``bgen track sync``.
+    """``bgen track sync``: send everything in the record of a run that its MLflow run does not have yet.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ def _answering(client: MlflowClient) -> Iterator[None]:
 def _run(run: Path, uri: str | None) -> MlflowRun:
     if not (run / CONFIG).is_file() or not (run / RECORD).is_file():
         raise UserError(f"{run} is not a run folder: it has no {CONFIG} and {RECORD}. `bgen train` makes one.")
-    config = load_config(run / CONFIG)
+    config = load_either(run / CONFIG)
     rows = records.read(run / RECORD)
     if not rows:
         raise UserError(f"{run / RECORD} is empty: there is nothing to send.")

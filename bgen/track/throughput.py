@@ -48,7 +48,7 @@ class Throughput:
 
         ``cells_per_s``, ``nonzeros_per_s``; ``data_wait``, the share of the time spent waiting for batches;
         ``memory_gb``, rank 0's peak so far (of the GPU where there is one). Where they are known: ``tflops_per_s`` of
-        the model, and ``mfu``, its share of what the devices can do (without waiting it would be higher).
+        the model, and ``mfu``, its share of what the devices can do; time spent waiting counts.
         """
         seconds = max(time.perf_counter() - self._begin, 1e-9)
         figures = {

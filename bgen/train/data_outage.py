@@ -1,4 +1,4 @@
-"""The training batches, also across an outage of the file system or network that they come from."""
+"""The training batches, also across an outage of the file system or the network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAUSE = 10.0
 class Batches:
     """A stage's batches from ``step`` on.
 
-    What a step's cells are is a pure function of the step, so after an outage the stage is simply asked again.
+    The cells of a step are a pure function of the step, so after an outage the stage is simply asked again.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ class Batches:
     patience
         Seconds that an outage may last.
     waiting
-        Called at every attempt: with what went wrong at the first, with None at the others.
+        Called at every attempt: at the first with what went wrong, at the others with None.
     """
 
     def __init__(self, stage: Stage, step: int, patience: float, waiting: Callable[[str | None], None]) -> None:
@@ -36,7 +36,7 @@ class Batches:
         self._batches: Iterator[Sequence[CellBatch | PackedBatch]] | None = None
 
     def next(self) -> tuple[Sequence[CellBatch | PackedBatch], float]:
-        """The next step's micro batches, and the seconds that they were waited for.
+        """Return the micro batches of the next step, and the seconds spent waiting for them.
 
         Raises
         ------

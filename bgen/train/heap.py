@@ -1,8 +1,8 @@
-"""Memory of the process between steps: kept, not given back to the system and asked for again.
+"""Keep the memory of the process between steps, instead of giving it back to the system and asking for it again.
 
 A training step on a CPU makes and drops some hundred tensors of megabytes. By default the C library maps and unmaps
 pages for the larger ones, and gives the end of the heap back whenever it is free; the system then clears every page
-again at its next use. Measured with a VAE of 2,000 genes and batches of 1,024 cells: a quarter of the step.
+again at its next use. With a VAE of 2,000 genes and batches of 1,024 cells that took a quarter of the step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _NEVER = 2**31 - 1
 
 
 def keep_heap() -> bool:
-    """Tell glibc to keep freed memory; returns whether there is a glibc that did (there is none outside of Linux)."""
+    """Tell glibc to keep freed memory; return whether that worked (there is no glibc outside of Linux)."""
     if not sys.platform.startswith("linux"):
         return False
     try:

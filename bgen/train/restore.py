@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, whether it fits, and reading it at whatever number of ranks."""
+"""Going on from a checkpoint: which one, whether it fits, and reading it at any number of ranks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from bgen.train.state import RunState
 
 
 def find(checkpoints: Checkpoints) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint and a line for each damaged one; None if the run has none yet.
+    """Return the newest whole checkpoint and a line for each damaged one; None if the run has no checkpoint yet.
 
     Raises
     ------
     UserError
-        If there are some and all are damaged.
+        If all checkpoints are damaged.
     """
     folder, damaged = checkpoints.newest()
     if folder is None and damaged:
@@ -36,12 +36,12 @@ def find(checkpoints: Checkpoints) -> tuple[Path | None, list[str]]:
 
 
 def read_state(folder: Path, fingerprint: dict[str, Any], force: bool) -> tuple[RunState, list[str]]:
-    """The state in a checkpoint, and a line if its data is other than ``fingerprint`` says and ``force`` allows that.
+    """Return the state in a checkpoint, and a line if its data differ from ``fingerprint`` and ``force`` allows that.
 
     Raises
     ------
     UserError
-        If the data is other and ``force`` is False.
+        If the data differ and ``force`` is False.
     """
     saved = json.loads((folder / files.STATE).read_text(encoding="utf-8"))
     then, now = saved["fingerprint"], json.loads(json.dumps(fingerprint))
@@ -61,7 +61,8 @@ def read_state(folder: Path, fingerprint: dict[str, Any], force: bool) -> tuple[
 
 
 def load_engine(folder: Path, module: nn.Module, config: TrainConfig, out: Path) -> tuple[Engine, Shards, list[str]]:
-    """An engine with the weights and optimiser of a checkpoint, the checkpoint, and a line if its layout was another.
+    """Return an engine with the weights and optimiser of a checkpoint, the checkpoint, and a line if its layout
+    differed.
 
     Raises
     ------

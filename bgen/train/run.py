@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from bgen.config.run import Config
 from bgen.distributed import world as ranks
 from bgen.errors import UserError
+from bgen.hub.about import About, Training
 from bgen.hub.directory import ColumnInfo, SavedModel, count_combinations, save_model
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.vae.vae import VAE
@@ -40,7 +41,7 @@ def train(config: Config, *, resume: bool = False, accept_changed_data: bool = F
     resume
         Go on from the newest whole checkpoint, or start if there is none yet.
     accept_changed_data
-        Go on also where the data is not what the run began with.
+        Also go on if the data are not those that the run began with.
 
     Raises
     ------
@@ -54,7 +55,7 @@ def train(config: Config, *, resume: bool = False, accept_changed_data: bool = F
     result = Trainer(config, stage).fit(resume=resume, accept_changed_data=accept_changed_data)
     if not result.interrupted and world.is_main:
         folder = config.out / MODEL
-        if folder.exists():  # of fewer steps: the run was resumed
+        if folder.exists():  # the model of an earlier end, after fewer steps: the run was resumed
             shutil.rmtree(folder)
         save_model(exported(config, stage, result.step), folder)
     ranks.barrier()
@@ -62,7 +63,7 @@ def train(config: Config, *, resume: bool = False, accept_changed_data: bool = F
 
 
 def _refuse_leakage(store: Store, world: ranks.World) -> None:
-    """Let the main rank look for cells or groups that are in two splits; every rank hears of it."""
+    """Raise UserError on every rank if the main rank finds cells or groups that are in two splits."""
     problem = None
     if world.is_main:
         try:
@@ -126,19 +127,16 @@ def exported(config: Config, stage: StoreStage, step: int) -> SavedModel:
         columns=columns,
         combinations=count_combinations(values),
         sample=config.sample,
-        about={
-            "name": config.out.resolve().name,
-            "organism": manifest.organism,
-            "units": manifest.units,
-            "control": manifest.control,
-            "roles": manifest.roles,
-            "store": manifest.fingerprint,
-            "sources": [source.name for source in manifest.sources],
-            "split": config.data.split,
-            "trajectories": config.data.trajectories and config.data.trajectories.model_dump(mode="json"),
-            "times": _times(store, cells),
-            "cells": len(cells),
-            "steps": step,
-            "seed": config.seed,
-        },
+        about=About(
+            name=config.out.resolve().name,
+            organism=manifest.organism,
+            units=manifest.units,
+            roles=manifest.roles,
+            control=manifest.control,
+            sources=[source.name for source in manifest.sources],
+            cells=len(cells),
+            times=_times(store, cells),
+            trajectories=config.data.trajectories,
+            training=Training(store=manifest.fingerprint, split=config.data.split, steps=step, seed=config.seed),
+        ),
     )

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, when it is written, and what is said about it."""
+"""What a checkpoint of a run holds, and when it is written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from bgen.checkpoint import shards
 from bgen.checkpoint.commit import Checkpoints, SaveError
 from bgen.checkpoint.shards import Shards
-from bgen.config.run import Config
+from bgen.config.run import RunConfig
 from bgen.distributed import world as ranks
 from bgen.errors import UserError
 from bgen.train.engine.ema import EMA
@@ -39,7 +39,7 @@ class Weights:
         The checkpoint that the run goes on from.
     """
 
-    def __init__(self, engine: Engine, config: Config, saved: Shards | None) -> None:
+    def __init__(self, engine: Engine, config: RunConfig, saved: Shards | None) -> None:
         train = config.train
         self.engine = engine
         self.average = EMA(engine.partition.weights(), train.ema) if train.ema > 0 else None
@@ -66,7 +66,7 @@ class Weights:
         """Keep a copy of the weights that were just judged."""
         source = self.judged if self.judged is not None else self.engine.partition.weights()
         self.best = {place: piece.clone() for place, piece in source.items()}
-        self.best_buffers = {name: b.detach().cpu().clone() for name, b in self.engine.module.named_buffers()}
+        self.best_buffers = self.engine.buffers()
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies on the CPU of all that this rank saves."""
@@ -104,7 +104,7 @@ class Saver:
     def __init__(
         self,
         checkpoints: Checkpoints,
-        config: Config,
+        config: RunConfig,
         fingerprint: dict[str, Any],
         event: Callable[[str, dict[str, Any]], None],
         say: Callable[[str], None],
@@ -115,7 +115,7 @@ class Saver:
     def begin(self, weights: Weights, state: RunState) -> str | None:
         """Start to save; what was still being saved is finished first.
 
-        A failure is reported and training goes on; returns what failed, if anything did.
+        A failure is reported and training goes on; return what failed, if anything did.
         """
         self.finish()
         train = self.config.train

@@ -23,18 +23,17 @@ class RunState:
     step
         Optimiser steps done, counting the skipped ones.
     skipped, skipped_in_row
-        Steps skipped because a loss or gradient was not finite, or the loss a spike: in all, and without one in
-        between that was applied.
+        Steps skipped because a loss or gradient was not finite, or the loss was a spike: in all, and in a row.
     best, best_step
         Lowest held-out loss so far, and where.
     worse_in_row
         Evaluations since then.
     stopped_early
-        True once these were ``patience``.
+        True once there were ``patience`` of these.
     evaluating
-        True in a checkpoint that was saved in the middle of an evaluation: it comes first after a resume.
+        True in a checkpoint that was saved during an evaluation, which is then done first after a resume.
     recent
-        Losses of the last steps that were applied, to tell a spike by.
+        Losses of the last applied steps, by which a spike is told.
     sums, summed
         Sums of losses, gradient norm and learning rate over the steps since the last row of the record, and how many.
     """
@@ -69,8 +68,8 @@ class RunState:
     def is_spike(self, loss: float, sigmas: float) -> bool:
         """Whether a loss is ``sigmas`` standard deviations above the last ones; needs 32 of them.
 
-        Centre and deviation are the median and 1.4826 times the median absolute deviation, which earlier spikes
-        among the last losses do not move.
+        Centre and deviation are the median and 1.4826 times the median absolute deviation: earlier spikes among the
+        last losses do not move these.
         """
         if sigmas == 0 or len(self.recent) < SPIKE_LEAST:
             return False
@@ -88,7 +87,7 @@ class RunState:
         return means
 
     def evaluated(self, loss: float, patience: int) -> bool:
-        """Take in a held-out loss; returns whether it is the best so far. ``patience`` 0 never stops."""
+        """Take in a held-out loss; return whether it is the best so far. ``patience`` 0 never stops."""
         if math.isfinite(loss) and (self.best is None or loss < self.best):
             self.best, self.best_step, self.worse_in_row = loss, self.step, 0
             return True

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bgen.checkpoint import files
 from bgen.checkpoint.commit import Checkpoints
-from bgen.config.run import Config
+from bgen.config.run import RunConfig
 from bgen.data.batch import CellBatch
 from bgen.data.packed import PackedBatch
 from bgen.distributed import world as ranks
@@ -28,14 +28,15 @@ from bgen.track.output import CHECKPOINTS, RECORD, RunOutput, run_identifier
 from bgen.track.throughput import Throughput
 from bgen.train import restore
 from bgen.train.data_outage import Batches
-from bgen.train.engine.deepspeed_json import deepspeed_config
+from bgen.train.engine.deepspeed_json import batch_plan, deepspeed_config
 from bgen.train.engine.engine import Engine
 from bgen.train.engine.schedules import learning_rate
 from bgen.train.heap import keep_heap
-from bgen.train.held_out import held_out
+from bgen.train.held_out_losses import held_out_losses
 from bgen.train.saving import Saver, Weights
 from bgen.train.stages.stage import CountsDamage, CountsFlops, Stage
 from bgen.train.state import RunState
+from bgen.train.threads import as_many_threads_as_pay
 from bgen.train.watch import HostReport, Watchdog
 
 
@@ -52,7 +53,7 @@ class TrainResult:
     best
         Lowest held-out loss of the stage's monitor, None if it was never evaluated.
     stopped_early, interrupted
-        Whether patience ran out; whether a signal ended it (then a checkpoint was saved and nothing else is done).
+        Whether patience ran out; whether a signal ended training (then a checkpoint was saved, and nothing else done).
     record
         The JSONL record.
     """
@@ -74,7 +75,7 @@ class Trainer:
         As :func:`check`, which is worth calling before a stage is built.
     """
 
-    def __init__(self, config: Config, stage: Stage) -> None:
+    def __init__(self, config: RunConfig, stage: Stage) -> None:
         self.world = check(config)
         self.config = config
         self.stage = stage
@@ -93,8 +94,8 @@ class Trainer:
         Parameters
         ----------
         resume
-            Continue from the newest checkpoint that is whole; from the start if there is none yet, so a job that may
-            be restarted is started with it.
+            Continue from the newest whole checkpoint, or start if there is none yet. So a job that may be restarted can
+            always be started with it.
         accept_changed_data
             Also continue with other data than the run began with.
 
@@ -114,7 +115,9 @@ class Trainer:
         if self.world.device.type == "cpu":
             keep_heap()
         status = "FAILED"
-        with StopSignals() as self._signals:
+        cells = batch_plan(self.config.train, self.world.size).micro
+        threads = as_many_threads_as_pay(self.stage.module, cells, self.world)
+        with StopSignals() as self._signals, threads:
             self._watchdog = Watchdog(self.out / "stacks")
             self._watchdog.beat(self.config.train.start_timeout)
             try:
@@ -271,7 +274,7 @@ class Trainer:
     def _skipped(
         self, micro_batches: Sequence[CellBatch | PackedBatch], unfinite: list[Tensor], spike: float | None
     ) -> None:
-        """Note a step that was not applied, and its cells; end the run if there were too many in a row."""
+        """Record a step that was not applied, and its cells; end the run if there were too many in a row."""
         train, state = self.config.train, self.state
         state.skipped += 1
         state.skipped_in_row += 1
@@ -296,7 +299,7 @@ class Trainer:
             )
 
     def _damaged_cells(self) -> int:
-        """Cells of this rank that others stood in for so far; says which chunk each time that one is found damaged."""
+        """Return how many cells of this rank were replaced so far; warn once of each damaged chunk."""
         if not isinstance(self.stage, CountsDamage):
             return 0
         for chunk in list(self.stage.damage())[len(self._damage_told) :]:
@@ -342,7 +345,7 @@ class Trainer:
             return bool(ranks.agree_max(self._signals.received is not None))
 
         with self.engine.swapped_in(self.weights.judged):
-            means = held_out(self.engine, self.stage, stopped)
+            means = held_out_losses(self.engine, self.stage, stopped)
         if means is None:
             return False
         state.evaluating = False
@@ -384,8 +387,8 @@ class Trainer:
         self.output.event(event, self.state.step, values)
 
 
-def check(config: Config) -> ranks.World:
-    """Meet the other ranks and check what can be checked before a stage is built; returns this rank's place.
+def check(config: RunConfig) -> ranks.World:
+    """Meet the other ranks, check what can be checked before a stage is built, and return this rank's place.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Watching the ranks: stacks of those that hang, the name of the one that is slow, the load of every host."""
+"""Watching the ranks: stacks of those that hang, the name of a slow one, the load of every host."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Watchdog:
 
 @dataclass
 class _Own:
-    """What a rank tells the others: host, place on it, seconds a step of its own work, load of the host."""
+    """What a rank tells the others: its host and place there, seconds of its own work a step, load of the host."""
 
     host: str
     local_rank: int
@@ -92,7 +92,7 @@ class HostReport:
     Parameters
     ----------
     ratio
-        A rank is slow that takes so many times the median of the others.
+        A rank is slow if it takes so many times the median of the others.
     system
         Whether to gather the load.
     """
@@ -108,7 +108,7 @@ class HostReport:
         self._steps += 1
 
     def gather(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """Bring the ranks together: figures for the record, and, if one rank is slow, which, where and how slow."""
+        """Gather from all ranks: figures for the record, and, if a rank is slow, which one, where and how slow."""
         own = _Own(
             socket.gethostname(),
             ranks.current().local_rank,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from bgen.cpus import cpus
 from bgen.errors import UserError, nearest
 from bgen.progress import Progress
 from bgen.store.format.manifest import Manifest
@@ -27,7 +27,7 @@ from data_tools.inputs.registry import open_source
 from data_tools.inputs.source import Source
 
 LARGE = 200_000_000
-"""Stored values from which on a build starts worker processes by itself."""
+"""With this many stored values, a build starts worker processes by itself."""
 
 
 def build(
@@ -48,8 +48,8 @@ def build(
 ) -> Manifest:
     """Write the files of a check into a store and return its manifest.
 
-    A build that was killed is gone on with by the same call. The store depends on the files and the options alone: not
-    on how many workers wrote it, nor on how often it was interrupted.
+    After a build was killed, the same call goes on with it. The store depends on the files and the options alone, not
+    on the number of workers nor on interruptions.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def build(
     splits
         Split to fraction; default train, valid and test: 0.8, 0.1, 0.1.
     split_by
-        Column or role whose values are kept together in one split, such as donor, perturbation (but for its control,
+        Column or role whose values are kept together in one split, such as donor, perturbation (except its control,
         which is divided among the splits) or time; default: each cell by itself.
     held_out
         Split to the values of ``split_by`` that it consists of; the other cells are divided among the other splits.
@@ -70,8 +70,8 @@ def build(
         File with the gene ids that the store is to have (:func:`data_tools.check.vocabulary.read_reference`);
         default: the genes of all inputs.
     workers
-        Processes; 0: this one; default: as many as there are cores (at most 8) for :data:`LARGE` inputs, else 0. Each
-        needs less than 2 GB.
+        Worker processes; 0: work in this process; default: one for each core (at most 8) for :data:`LARGE` inputs, else
+        0. Each needs less than 2 GB.
     scheduler
         Address of a Dask scheduler to use instead, ``tcp://host:port``; its workers must see the files and ``out``.
     restart
@@ -153,7 +153,7 @@ def _choose_workers(workers: int | None, sources: Sequence[Source], files: Seque
     for source, file in zip(sources, files, strict=True):
         about = source.matrices[file.matrix]
         values += about.shape[0] * about.shape[1] if about.stored < 0 else about.stored
-    return min(8, len(os.sched_getaffinity(0))) if values >= LARGE else 0
+    return min(8, cpus()) if values >= LARGE else 0
 
 
 def _split(

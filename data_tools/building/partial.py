@@ -1,7 +1,7 @@
-"""The folder that a store is written in: it becomes the store, or vanishes, or waits to be gone on with.
+"""The folder that a store is written in: it becomes the store, or vanishes, or waits for the build to go on.
 
-A build that can be gone on with writes in ``.<name>.partial`` and keeps a **plan** there: what it builds from what. A
-build that was killed leaves the folder; the same build takes it up again, and another one refuses it.
+A build that can go on after it was killed writes in ``.<name>.partial`` and keeps a **plan** there: what it builds, and
+from what. When it is killed the folder stays; the same build goes on with it, and another one refuses it.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ WORK = "build"
 """Folder in the partial one for what is not part of the store."""
 
 Plan = Mapping[str, str]
-"""What a build depends on, by a name for people: inputs, options."""
+"""What a build depends on (inputs, options), each under a name for people."""
 
 
 class Interrupted(UserError):
-    """A build that stopped through no fault of its input: what it has done so far is kept."""
+    """A build that stopped through no fault of its input; what it has done so far is kept."""
 
 
 @contextmanager
 def all_or_nothing(folder: Path, plan: Plan | None = None, *, restart: bool = False) -> Iterator[Path]:
-    """Give a folder to write in, which becomes ``folder`` if all goes well and vanishes if not.
+    """Give a folder to write in; it becomes ``folder`` if all goes well, and vanishes otherwise.
 
     Parameters
     ----------
     folder
-        What it becomes; must not be there, or be empty.
+        The final folder; must not be there, or be empty.
     plan
-        Lets a build of the same plan go on where one was killed; None: whatever happens, nothing stays.
+        Lets a build of the same plan go on where one was killed; None: nothing stays in any case.
     restart
         Throw away what another build left.
 
@@ -91,11 +91,12 @@ def save_array(path: Path, array: ArrayLike) -> None:
     """Write a .npy file as :func:`commit` does."""
     stream = io.BytesIO()
     np.save(stream, array)
-    commit(path, stream.getbuffer())
+    with stream.getbuffer() as data:
+        commit(path, data)
 
 
 def commit(path: Path, data: bytes | memoryview) -> None:
-    """Write a file so that it is there whole or not at all, and on the disk when this returns."""
+    """Write a file whole or not at all; when this returns, it is on the disk."""
     half = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with half.open("wb") as stream:
         stream.write(data)

@@ -1,6 +1,6 @@
-"""The counts of a store, cut into pieces that can be read apart: rows of a file, or of something in memory.
+"""The counts of a store, cut into pieces that can be read independently: rows of a file, or of something in memory.
 
-A piece is read in blocks of rows, of which the columns are still the input's; a map says which gene each column is
+A piece is read in blocks of rows, whose columns are still those of the input; a map says which gene each column is
 added to. Pieces can be sent to another process.
 
 Axes: N rows of all inputs together, M columns of an input, G genes of the store, NNZ entries of a block.
@@ -25,7 +25,7 @@ from data_tools.check.findings import FileReport, Rounding
 from data_tools.inputs.source import Source
 
 PIECE_VALUES = 1 << 25
-"""Stored values in a piece, about: what one process holds of the input, encoded, at once."""
+"""Stored values in a piece, approximately: what one process holds of the input at once."""
 
 BLOCK_ROWS = 8192
 """Rows in a block of something in memory."""
@@ -50,7 +50,7 @@ class Block:
 
 
 class Piece(Protocol):
-    """Consecutive rows of an input, to be read apart."""
+    """Consecutive rows of an input, which can be read independently."""
 
     @property
     def rows(self) -> int:
@@ -68,7 +68,7 @@ class Piece(Protocol):
 
 
 class CountRows(Protocol):
-    """Counts ``[N, G]`` that can be read row by row: a CSR matrix, or what reads or draws one in pieces."""
+    """Counts ``[N, G]`` that can be read by rows: a CSR matrix, or an object that reads or draws one."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -158,9 +158,8 @@ class FilePiece:
     def _integers(self, block: sp.csr_matrix, start: int) -> NDArray[np.uint32]:
         """Return the values of rows from ``start`` on as integers.
 
-        What is no integer is rounded as the report says, and the manifest too.
-
-        The draw of stochastic rounding belongs to the value's row and column, however the file is cut.
+        Values that are no integers are rounded as report and manifest say. Stochastic rounding draws by row and column,
+        so the result does not depend on how the file is cut.
         """
         values = block.data
         if self.rounding == "nearest":
@@ -185,7 +184,7 @@ def cut_rows(counts: CountRows) -> list[Piece]:
 
 
 def cut_file(source: Source, file: FileReport, *, number: int, offset: int, seed: int, genes: Path) -> list[Piece]:
-    """Cut a file into pieces of about :data:`PIECE_VALUES` values, or into one where every piece reads all of it."""
+    """Cut a file into pieces of about :data:`PIECE_VALUES` values, or into one if each would have to read all of it."""
     about = source.matrices[file.matrix]
     values = about.shape[0] * about.shape[1] if about.stored < 0 else about.stored
     step = source.rows_per_pass(file.matrix) or max(1, int(source.n_cells * PIECE_VALUES / max(values, 1)))

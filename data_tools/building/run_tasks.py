@@ -1,4 +1,4 @@
-"""Who does the tasks of a build: this process, or the workers of a Dask cluster."""
+"""What runs the tasks of a build: this process, or the workers of a Dask cluster."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Done = Callable[[int, int], None]
 """Called with the work done and the work in all."""
 
 START_SECONDS = 60
-"""How long workers may take to come up."""
+"""How long workers may take to start."""
 
 
 class Runner(Protocol):
     """Does tasks, in any order."""
 
     def run(self, task: Task, arguments: Sequence[tuple[Any, ...]], work: Sequence[int], done: Done) -> None:
-        """Call ``task(*a)`` for every ``a`` of ``arguments``; report the ``work`` of those that are done.
+        """Call ``task(*a)`` for every ``a`` in ``arguments``, and report the ``work`` of the finished ones to ``done``.
 
-        If one fails, none is running any more when its error is raised.
+        If one fails, its error is raised once no other is running.
         """
 
 
@@ -43,7 +43,7 @@ class InProcess:
 
 
 class OnDask:
-    """On the workers of a Dask cluster, a few tasks ahead of them at a time."""
+    """On the workers of a Dask cluster, with a few tasks waiting at a time."""
 
     def __init__(self, client: Any) -> None:
         self.client = client
@@ -86,7 +86,7 @@ class OnDask:
 
 @contextmanager
 def open_runner(workers: int, scheduler: str | None, folder: Path) -> Iterator[Runner]:
-    """Give what does the tasks of a build in ``folder``.
+    """Give a runner for the tasks of a build in ``folder``.
 
     Parameters
     ----------

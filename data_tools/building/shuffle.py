@@ -2,13 +2,13 @@
 
 1. :func:`spill` reads a piece once. It writes the cells, encoded in the vocabulary's gene order and sorted by their
    place in the store, and counts the cells that express each gene.
-2. When all pieces are read the genes' order is known, and :func:`measure` finds each cell's bytes of gaps in it, from
-   which follow the chunks.
-3. :func:`write_shard` collects a shard's cells from all spills, encodes them in the final gene order, and writes the
+2. When all pieces are read, the order of the genes is known, and :func:`measure` finds how many bytes of gaps each cell
+has in it. The chunks follow from that. 3. :func:`write_shard` collects a shard's cells from all spills, encodes them in
+the final gene order, and writes the
    shard.
 
-A task's result is there whole or not at all, so a task that was killed is done again and one that was done is not.
-What a store holds does not depend on how the input was cut or who did the tasks.
+The result of a task is there whole or not at all, so only tasks that were killed are done again. What a store holds
+depends neither on how the input was cut nor on what ran the tasks.
 
 Axes: N cells of the store, G genes.
 """
@@ -40,7 +40,7 @@ from data_tools.building.pieces import Piece
 
 CELLS_PER_CHUNK = 256
 SHARD_BYTES = 128 << 20
-"""Bytes of a shard in one stream, uncompressed, at most: its cells are held while it is written."""
+"""Bytes of a shard in one stream, uncompressed, at most; its cells are in memory while it is written."""
 
 CHUNKS_AT_ONCE = 16
 
@@ -136,7 +136,6 @@ def spill(piece: Piece, to: Spill) -> None:
     """Read a piece and write its cells, encoded and sorted by their place in the store."""
     if to.is_done():
         return
-    place = np.load(to.folder / WORK / "place.npy", mmap_mode="r")
     gene_map = piece.gene_map()
     n_genes = int(np.load(to.folder / WORK / "n_genes.npy"))
     expressed = np.zeros(n_genes, np.int64)
@@ -144,7 +143,7 @@ def spill(piece: Piece, to: Spill) -> None:
     parts: list[tuple[NDArray[Any], ...]] = []
     for block in piece.blocks():
         n_rows, entries = len(block.indptr) - 1, len(block.counts)
-        there = np.asarray(place[block.start : block.start + n_rows])
+        there = _load_part(to.folder / WORK / "place.npy", block.start, block.start + n_rows)
         gaps = np.empty(entries + n_rows * (n_genes // 255 + 1), np.uint8)
         counts, overflow = np.empty(entries, np.uint8), np.empty(entries, np.uint32)
         sizes = np.zeros((n_rows, 3), np.int64)
@@ -187,6 +186,7 @@ def measure(of: Spill) -> None:
     starts = np.ascontiguousarray(of.starts()[:, 0])
     gaps = np.memmap(of.path("streams"), np.uint8, "r", shape=(int(starts[-1]),)) if starts[-1] else np.zeros(0, "u1")
     found = recoded_gap_bytes(np.asarray(gaps), starts, np.load(of.folder / WORK / "rank.npy"))
+    del gaps
     commit(of.path("gap_bytes"), found.tobytes())
 
 
@@ -207,7 +207,7 @@ def write_shard(folder: Path, number: int, spills: list[Spill], layout: Layout) 
         return
     first_chunk = number * layout.shard_chunks
     last_chunk = min(first_chunk + layout.shard_chunks, layout.n_chunks)
-    first_cell = np.load(folder / WORK / "first_cell.npy", mmap_mode="r")[first_chunk : last_chunk + 1]
+    first_cell = _load_part(folder / WORK / "first_cell.npy", first_chunk, last_chunk + 1)
     streams, cells = _collect(spills, int(first_cell[0]), int(first_cell[-1]))
     rank = np.load(folder / WORK / "rank.npy")
     packed: dict[str, list[bytes]] = {"gaps": [], "counts": []}
@@ -230,12 +230,17 @@ def write_shard(folder: Path, number: int, spills: list[Spill], layout: Layout) 
     commit(_shard_note(folder, number), json.dumps(files).encode())
 
 
+def _load_part(path: Path, start: int, stop: int) -> NDArray[Any]:
+    """Return entries of a .npy file, and leave it closed: an open map would hold its room on a disk that is full."""
+    return np.array(np.load(path, mmap_mode="r")[start:stop])
+
+
 @contextmanager
 def _whole_file(path: Path, folder: Path) -> Iterator[Path]:
     """Give a place to write a file, which is moved to ``path`` when it is whole and on the disk.
 
-    A worker of a build that was killed may still be at it while another does its task again: both write the same bytes,
-    each in a place of its own.
+    After a build was killed, one of its workers may still be at a task while another does it again: both write the same
+    bytes, each in a place of its own.
     """
     half = folder / WORK / "halves" / f"{path.name}-{uuid.uuid4().hex}"
     half.parent.mkdir(exist_ok=True)

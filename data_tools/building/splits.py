@@ -1,4 +1,4 @@
-"""How the command line describes splits; what they are is decided in :mod:`bgen.store.splits`."""
+"""How the command line describes splits; :mod:`bgen.store.splits` draws them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def parse_splits(text: str) -> dict[str, float]:
     Raises
     ------
     UserError
-        If it is of another form, or the fractions do not add up to 1.
+        If it has another form, or the fractions do not add up to 1.
     """
     splits: dict[str, float] = {}
     for part in text.split(","):
@@ -33,12 +33,12 @@ def parse_splits(text: str) -> dict[str, float]:
 
 
 def parse_held_out(texts: Sequence[str]) -> dict[str, list[str]]:
-    """Read ``test=48,72`` and more of the kind: split to the values of the split column that go there.
+    """Read texts such as ``test=48,72``: split to the values of the split column that go there.
 
     Raises
     ------
     UserError
-        If one is of another form.
+        If one has another form.
     """
     held_out: dict[str, list[str]] = {}
     for text in texts:

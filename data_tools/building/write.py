@@ -1,4 +1,4 @@
-"""Write a store: all or nothing (DESIGN, section 6)."""
+"""Write a store: all or nothing (its layout: :mod:`bgen.store.store`)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,6 @@ from data_tools.building.shuffle import (
     write_shard,
 )
 
-"""Called with the cells done and the cells in all."""
-
 Stages = Callable[[str, int, int], None]
 """Called with what is being done, cells done, cells in all."""
 
@@ -47,7 +45,8 @@ class Contents:
     Attributes
     ----------
     counts
-        ``[n_cells, n_genes]``, or pieces of input whose rows ``kept`` are the cells. It is read once, in order.
+        ``[n_cells, n_genes]``, or pieces of the input, of whose rows ``kept`` are the cells. They are read once, in
+        order.
     genes
         Columns id, symbol.
     obs
@@ -97,7 +96,7 @@ class Contents:
 def write_store(
     folder: Path, contents: Contents, *, profile: str, seed: int, created_by: str, progress: Count | None = None
 ) -> Manifest:
-    """Write a store of what is in memory (or drawn, or read, by rows) and return its manifest.
+    """Write a store of counts in memory (or drawn, or read by rows), and return its manifest.
 
     The files are written beside ``folder``, checked into a manifest and moved in place at the end: a store that was not
     finished is never there.
@@ -128,7 +127,7 @@ def fill(
 ) -> Manifest:
     """Write everything of a store into the folder that :func:`data_tools.building.partial.all_or_nothing` gave.
 
-    What an interrupted call left there is used; who runs the tasks changes nothing in the store.
+    Finished work of an interrupted call is used again; the runner of the tasks makes no difference to the store.
     """
     runner = runner or InProcess()
     work, order = folder / WORK, contents.order(seed)
@@ -138,7 +137,7 @@ def fill(
     spills = [Spill(folder, number) for number in range(len(pieces))]
     _save_places(work, contents, order, sum(piece.rows for piece in pieces))
 
-    # the pieces that were read are numbered by spill: a message counts the rows of those that are done
+    # work is counted in rows, so that the message says how many rows are done
     rows = [piece.rows for piece in pieces]
     runner.run(spill, list(zip(pieces, spills, strict=True)), rows, lambda done, all: progress("reading", done, all))
     expressed = np.zeros(len(contents.genes), np.int64)
@@ -207,7 +206,7 @@ def fill(
 
 
 def write_array(path: Path, values: NDArray[Any]) -> None:
-    """Write an array with one entry (or row) a cell; what an interrupted build wrote there goes."""
+    """Write an array with one entry (or row) a cell, over what an interrupted build may have left there."""
     spec = {**array_spec(path, column_metadata(values)), "delete_existing": True}
     try:
         ts.open(spec).result().write(np.ascontiguousarray(values)).result()

@@ -1,7 +1,7 @@
-"""``bgen data check``: read every value of every file, and say all that is wrong, with the fix.
+"""``bgen data check``: read every value of every file, and list everything that is wrong, each with its fix.
 
-The same check decides, for ``bgen data build``, which matrix holds the counts, which gene each column is, which cells
-are kept and which obs column plays which role.
+For ``bgen data build`` the same check decides which matrix holds the counts, which gene each column is, which cells are
+kept, and which obs column plays which role.
 
 Axes: N cells, M columns of a file, G final genes.
 """
@@ -43,7 +43,7 @@ class CheckOptions:
         Matrix that holds the counts: "X", "raw/X", "layers/counts"; "auto": in each file the first that is counts;
         None: X, if it is counts.
     rounding
-        What to do with values that are not integers: "none" refuses them, but for numerical noise.
+        What to do with values that are not integers: "none" refuses them, except numerical noise.
     gene_column
         Column of var with gene ids; None: its index.
     merge_duplicates
@@ -92,8 +92,8 @@ def check(
 ) -> Report:
     """Check files of counts, or AnnData in memory, that are to become one store.
 
-    Everything is read once, block by block. Nothing is raised for what is wrong with a file: all of it is in the
-    report's findings, and :attr:`Report.errors` says whether a store can be built.
+    Everything is read once, block by block. Faults of a file raise nothing: they are in the findings of the report, and
+    :attr:`Report.errors` says whether a store can be built.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Is this matrix counts? One exact pass over all its values, and what follows from it (checks C01 to C06).
+"""Whether a matrix holds counts: one exact pass over all its values, and what follows from it (checks C01 to C06).
 
 Axes: N cells, M columns (genes of the file).
 """
@@ -47,7 +47,7 @@ class MatrixStatistics:
     expm1_library
         float64 ``[N]``: sum of exp(value) - 1 of each cell, where values allow.
     fingerprint
-        uint64 ``[N, 2]``: hash of each cell's (gene, value) pairs, whatever their order.
+        uint64 ``[N, 2]``: hash of each cell's (gene, value) pairs, independent of their order.
     column_cells
         int64 ``[M]``: cells in which a column is not 0.
     histogram
@@ -87,7 +87,7 @@ class MatrixStatistics:
 
     @property
     def corrected(self) -> bool:
-        """Whether fractional values are counts that SoupX or EM made fractional: many are integers, some are large."""
+        """Whether the values are counts that SoupX or EM made fractional: many are integers, some are large."""
         return self.verdict == "fractional" and self.fractional < 0.8 * self.nonzero and self.maximum > 20
 
     @property

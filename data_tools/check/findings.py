@@ -18,7 +18,7 @@ from rich.text import Text
 
 Level = Literal["error", "warning", "fix", "info"]
 LEVELS: dict[Level, str] = {"error": "bold red", "warning": "yellow", "fix": "cyan", "info": "dim"}
-"""Levels, gravest first, and their colours. "fix" is something that the build mends, having said so."""
+"""Levels, gravest first, and their colours. "fix" is something that the build mends and reports."""
 
 Rounding = Literal["none", "nearest", "stochastic"]
 

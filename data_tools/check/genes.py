@@ -1,4 +1,4 @@
-"""Which genes are these? Identity, duplicates, naming system and organism (checks G01 to G03).
+"""Which genes a file has: identity, duplicates, naming system and organism (checks G01 to G03).
 
 Axes: M columns of a file, G final genes.
 """
@@ -95,8 +95,8 @@ def resolve_genes(
 ) -> Genes:
     """Decide which gene each column is.
 
-    Columns that 10x marks as something else than gene expression (antibodies, guides) are left out, and versions of
-    Ensembl ids are cut off; both are said. Ids that occur twice are an error unless they are to be summed.
+    Columns that 10x marks as something other than gene expression (antibodies, guides) are left out, and versions of
+    Ensembl ids are cut off; both are reported. Ids that occur twice are an error unless they are to be summed.
 
     Parameters
     ----------

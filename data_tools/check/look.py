@@ -1,4 +1,5 @@
-"""Which matrix holds the counts, and which gene each of its columns is: what ``data check`` and every verb ask first.
+"""Find the matrix that holds the counts, and which gene each of its columns is; ``data check`` and every verb begin
+with this.
 
 Axes: N cells, M columns of the matrix, G its distinct genes.
 """
@@ -16,7 +17,7 @@ from data_tools.check.genes import Genes, MergeDuplicates, resolve_genes
 from data_tools.inputs.source import Source
 
 AUTO = "auto"
-"""What is given as matrix where it is to be found."""
+"""The name of the matrix when it has to be found."""
 
 Progress = Callable[[Path, str], None]
 """Called with the file and the matrix about to be read."""
@@ -57,8 +58,8 @@ def look(
     Parameters
     ----------
     counts
-        "X", "raw/X", "layers/NAME"; "auto": the first that is counts, but for parts of each cell's molecules; None: X,
-        or the first that there is. If none is counts, the first is returned.
+        "X", "raw/X", "layers/NAME"; "auto": the first that holds counts, except layers with a part of each cell's
+        molecules; None: X, or else the first matrix. If none holds counts, the first is returned.
 
     Raises
     ------
@@ -85,7 +86,7 @@ def look(
 
 
 def counts_elsewhere(source: Source, looked: Looked, progress: Progress | None = None) -> list[str]:
-    """Return the matrices that are counts, in the order in which they are proposed; also the one looked at."""
+    """Return the matrices that hold counts, in the order in which they are proposed, including the one looked at."""
     found = []
     for name in in_order(source):
         if name != looked.matrix and progress:

@@ -1,7 +1,7 @@
-"""Which obs column plays which role, and whether it can (checks O01 and P01).
+"""Which obs column plays which role, and whether it is fit for it (checks O01 and P01).
 
-A role is given by the user or found by the column's name. What is wrong with a given one is an error; one that was only
-found never stops anybody: it is left unused, with a warning that says how to use it.
+A role is given by the user, or found by the column's name. Faults of a given role are errors. A role that was only
+found never stops a build: it is left unused, with a warning that says how to use it.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def scan_values(
     fingerprint: NDArray[np.uint64],
     bad: NDArray[np.int64],
 ) -> int:
-    """Add a block's values to what is known of the matrix; return how many entries of ``bad`` were filled.
+    """Add the values of a block to the statistics of the matrix; return how many entries of ``bad`` were filled.
 
     Parameters
     ----------

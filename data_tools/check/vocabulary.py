@@ -18,8 +18,8 @@ def read_reference(path: Path) -> pd.DataFrame:
     Parameters
     ----------
     path
-        A table (.csv, .tsv, .txt) with gene ids in its first column, or in a column "id", and symbols, if it has them,
-        in the second, or in a column "symbol"; or the folder of a store or model, whose genes are taken.
+        A table (.csv, .tsv, .txt) with gene ids in a column "id" or else the first one, and with symbols, if any, in a
+        column "symbol" or else the second one; or the folder of a store or model, whose genes are taken.
 
     Raises
     ------
@@ -49,7 +49,7 @@ def read_reference(path: Path) -> pd.DataFrame:
 
 
 def take_reference(genes: pd.DataFrame, reference: Path) -> tuple[pd.DataFrame, NDArray[np.int64]]:
-    """Return the genes of a store that follows a reference, and where each gene of the inputs is among them.
+    """Return the genes of a store that follows a reference, and the place of each gene of the inputs among them.
 
     Genes are matched by id; where none is found, with symbols (:func:`bgen.genes.table.match_names`).
 

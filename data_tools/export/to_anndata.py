@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from bgen.arrays import I64
 from bgen.errors import UserError
+from bgen.files import slashes_in_names
 from bgen.progress import Count
 from bgen.store.format.codec import unpack_rows
 from bgen.store.format.recode import gather
@@ -38,7 +38,7 @@ def to_anndata(
     """Write the cells of a store, in its order, as AnnData and return how many they are.
 
     X holds the counts as CSR; obs the barcodes, every column and the split; var the gene table; uns the organism and
-    the units, so that ``bgen data build`` makes the same store of it again, but for the order.
+    the units. So ``bgen data build`` makes the same store of it again, except for the order of the cells.
 
     Parameters
     ----------
@@ -67,16 +67,17 @@ def to_anndata(
     partial = out.with_name(f".{out.stem}.partial{out.suffix}")
     _remove(partial)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # anndata's remarks on formats to come
-            bare = _annotation(store, cells)
-            bare.write_h5ad(partial) if out.suffix == ".h5ad" else bare.write_zarr(partial)
-            if out.suffix == ".h5ad":
-                with h5py.File(partial, "a") as file:
-                    _write_counts(file, store, cells, np.dtype(dtype), progress)
-            else:
-                _write_counts(zarr.open_group(partial, mode="a"), store, cells, np.dtype(dtype), progress)
-                zarr.consolidate_metadata(partial)
+        bare = _annotation(store, cells)
+        if out.suffix == ".h5ad":
+            with slashes_in_names():
+                bare.write_h5ad(partial)
+            with h5py.File(partial, "a") as file:
+                _write_counts(file, store, cells, np.dtype(dtype), progress)
+        else:
+            group = zarr.open_group(partial, mode="w", zarr_format=2)  # every version of anndata reads it
+            anndata.io.write_elem(group, "/", bare)
+            _write_counts(group, store, cells, np.dtype(dtype), progress)
+            zarr.consolidate_metadata(partial)
         partial.rename(out)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error}).") from None

@@ -1,6 +1,6 @@
 """An .h5ad file, or a modality of an .h5mu file, through anndata's own readers.
 
-Files of before anndata 0.7 (obs and var are compound arrays, and categories lie in uns) are read whole by anndata.
+Files from before anndata 0.7 (with obs and var as compound arrays, and categories in uns) are read whole by anndata.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class MemorySource(Source):
         return self.n_cells if self.matrices[name].layout == "csc" else None
 
     def state(self) -> list[object]:
-        """See :class:`Source`; of what lies in no file, a digest of all values."""
+        """See :class:`Source`; without a file, a digest of all values."""
         if self.path.exists():
             return super().state()
         digest = hashlib.sha256()
@@ -47,7 +47,7 @@ class MemorySource(Source):
         return [str(self.path), digest.hexdigest()]
 
     def size(self) -> int:
-        """See :class:`Source`; of what lies in no file, the bytes of its stored values."""
+        """See :class:`Source`; without a file, the bytes of the stored values."""
         if self.path.exists():
             return super().size()
         stored = (a.shape[0] * a.shape[1] if a.stored < 0 else a.stored for a in self.matrices.values())
@@ -61,7 +61,7 @@ class MemorySource(Source):
         for first in range(start, stop, step):
             rows: Any = values[first : min(first + step, stop)]
             block = sp.csr_matrix(rows.compute() if hasattr(rows, "compute") else rows)
-            # What is in order may share memory with the user's matrix; the rest is put in order, in a copy.
+            # A matrix in order may share memory with the user's; any other is put in order, in a copy.
             yield first, block if block.has_canonical_format else block.copy()
 
     def _values(self, name: str) -> Any:

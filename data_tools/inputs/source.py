@@ -1,8 +1,8 @@
 """Cells that are open without being loaded.
 
 A :class:`Source` knows its cells, genes and matrices, and reads a matrix as CSR blocks of rows. It keeps no file open
-between calls, so that it can be sent to another process. Another format is another subclass with a ``_rows`` method:
-see the page of this folder.
+between calls, so that it can be sent to another process. Each format is a subclass with a ``_rows`` method: see
+README.md in this folder.
 
 Axes: N cells, G genes of the file.
 """
@@ -48,7 +48,7 @@ class Source(abc.ABC):
     Attributes
     ----------
     path
-        Where it is; of cells in memory, what they are called.
+        Where it is; for cells in memory, what messages call them.
     kind
         Name of the format, as the manifest of a store has it: "h5ad", "10x mtx".
     obs
@@ -60,7 +60,7 @@ class Source(abc.ABC):
     uns
         Texts and numbers at the top of ``uns``, such as organism and time_unit.
     notes
-        What was understood of a file that is unusual, a sentence each: a header line, a transposed matrix.
+        How an unusual file was understood, a sentence each: a header line, a transposed matrix.
     """
 
     path: Path

@@ -1,7 +1,7 @@
 """A 10x folder of text files: matrix.mtx, barcodes.tsv and features.tsv (or genes.tsv), each plain or .gz.
 
-As they are found in public archives, too: with the sample's name before each, with a line of headers, or with the
-matrix the other way round.
+Also as such files are found in public archives: with the name of the sample before each, with a line of headers, or
+with a transposed matrix.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ HEADERS = {
     *("gene", "genes", "geneid", "geneids", "genename", "genenames", "genesymbol", "symbol", "feature", "features"),
     *("featureid", "featurename", "ensemblid", "id", "name", "index", "x", "v1"),
 }
-"""Words, in lower case and without punctuation, that head a column of barcodes or genes."""
+"""Headers of a column of barcodes or genes, in lower case and without punctuation."""
 
 
 @dataclass
 class TenxMtxSource(Source):
-    """A 10x folder; text has to be read whole, once per pass. ``file`` is mostly genes x cells, else ``by_cell``."""
+    """A 10x folder; text has to be read whole, once per pass. ``file`` is genes x cells, unless ``by_cell``."""
 
     file: Path = Path("matrix.mtx")
     by_cell: bool = False
@@ -40,7 +40,7 @@ class TenxMtxSource(Source):
         return self.n_cells
 
     def _rows(self, name: str, step: int, start: int, stop: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        stored = scipy.io.mmread(self.file)
+        stored = scipy.io.mmread(self.file, spmatrix=False)
         whole = sp.csr_matrix(stored) if self.by_cell else sp.csc_matrix(stored).T
         for first in range(start, stop, step):
             yield first, sp.csr_matrix(whole[first : min(first + step, stop)])

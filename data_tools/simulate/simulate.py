@@ -1,4 +1,4 @@
-"""Simulated single-cell counts whose truth is known: `bgen data simulate`.
+"""``bgen data simulate``: single-cell counts whose truth is known.
 
 A lineage tree unfolds over real time and is sampled destructively at a few time points. Each cell type at each time
 drives an acyclic regulatory network; knock-outs and drugs act on the network; batches, donors, hidden factors and a
@@ -80,7 +80,7 @@ def simulate(
     Raises
     ------
     UserError
-        For an unknown preset, or a size too small to hold what the preset promises.
+        If the preset is unknown, or the size is too small for what the preset promises.
     """
     if preset not in PRESETS:
         raise UserError(f"there is no preset '{preset}'.{nearest(preset, PRESETS)}")

@@ -1,4 +1,4 @@
-"""The truth behind a simulated file, and what it says would have happened under another perturbation.
+"""The truth behind a simulated file, and from it what would have happened under another perturbation.
 
 The truth is a dictionary of arrays in ``uns['truth']``, so that it survives a round trip through .h5ad; what is known
 of each cell (its expected library size and its hidden factors) is in ``obsm['truth']``, so that it survives subsetting.

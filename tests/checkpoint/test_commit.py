@@ -240,3 +240,15 @@ def test_exported_are_the_best_else_the_average_else_the_last(tmp_path: Path) ->
         assert export_weights(root)[0]["w"].item() == step
     (last / "shard_00000.safetensors").write_bytes(b"")
     assert export_weights(root)[1].name == "step_00000002"
+
+
+def test_what_only_the_best_have_is_not_exported(tmp_path: Path) -> None:
+    """Runs of the first 0.1.0 kept buffers beside the best weights that the model's state does not hold."""
+    kinds = {shards.WEIGHT: 1.0, shards.BEST: 2.0}
+    tensors = {shards.key(kind, 0, "w"): torch.full((3,), value) for kind, value in kinds.items()}
+    tensors[shards.key(shards.FIXED, 0, "mean")] = torch.full((2,), 1.0)
+    tensors[shards.key(shards.BEST_FIXED, 0, "mean")] = torch.full((2,), 2.0)
+    tensors[shards.key(shards.BEST_FIXED, 0, "frequencies")] = torch.ones(4)
+    Checkpoints(tmp_path, 2).save(1, tensors, {"w": (3,)}, "{}", {})
+    weights, _ = export_weights(tmp_path)
+    assert {name: tensor.tolist() for name, tensor in weights.items()} == {"w": [2.0] * 3, "mean": [2.0] * 2}

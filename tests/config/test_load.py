@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bgen.config.load import find_config, load_config, packaged_configs, to_yaml, validate
+from bgen.config.load import find_config, load_config, load_either, load_finetune, packaged_configs, to_yaml, validate
+from bgen.config.run import Config
 from bgen.errors import UserError, nearest
 
 
@@ -58,7 +59,7 @@ def test_mistakes_are_named_with_path_and_nearest(base: Path, override: str, par
 
 def test_all_mistakes_are_collected() -> None:
     with pytest.raises(UserError) as error:
-        validate({"stage": "vae", "data": {"stor": "x"}, "train": {"clip": -1}}, source="x")
+        validate({"stage": "vae", "data": {"stor": "x"}, "train": {"clip": -1}}, Config, source="x")
     for part in ("data.stor:", "data.store: is needed", "out: is needed", "train.clip"):
         assert part in str(error.value)
 
@@ -73,6 +74,17 @@ def test_missing_file_cycle_and_no_mapping(tmp_path: Path) -> None:
         load_config(write(tmp_path / "list.yaml", "- a\n"))
 
 
+def test_a_fine_tuning_names_its_parent_and_nothing_that_it_does_not_use(tmp_path: Path) -> None:
+    config = load_finetune("finetune", ["parent=models/blood", "train.steps=7"])
+    assert (config.parent, config.flow.vae, config.train.steps) == (Path("models/blood"), None, 7)
+    assert load_either(write(tmp_path / "resolved.yaml", to_yaml(config))) == config
+    with pytest.raises(UserError, match="data: unknown key"):
+        load_finetune("finetune", ["data.store=store"])
+    with pytest.raises(UserError, match="parent: unknown key"):
+        load_config("finetune")
+    assert type(load_either("vae")) is Config
+
+
 # Those of sizes are parts that others extend; tests/models/test_sizes.py reads them so.
 WHOLE = sorted(path for path in packaged_configs().rglob("*.yaml") if path.parent.name != "sizes")
 
@@ -80,7 +92,7 @@ WHOLE = sorted(path for path in packaged_configs().rglob("*.yaml") if path.paren
 @pytest.mark.parametrize("path", WHOLE, ids=lambda p: p.stem)
 def test_every_packaged_config_is_valid(path: Path) -> None:
     assert find_config(path.relative_to(packaged_configs()).with_suffix("")) == path
-    load_config(path)
+    load_either(path)
 
 
 def test_nearest() -> None:

@@ -68,7 +68,6 @@ def killed_twice(folder: Path) -> TrainResult:
     shards.write = dying
 
     def at_step(step: int) -> None:
-        time.sleep(0.05)  # so that checkpoints are committed between the steps
         if step == 12 and ranks.current().rank == 1 and once(folder, "step"):
             die()
 
@@ -108,8 +107,14 @@ def plain(folder: Path) -> TrainResult:
 
 
 def lost_node(folder: Path) -> TrainResult:
-    """Slow enough for a host to be cut off in the middle."""
-    return train(folder, {"steps": 100, "checkpoint_every": 5, "step_timeout": 8}, lambda step: time.sleep(0.1))
+    """Waits in the middle for a host to be cut off, in each step half as long as a step may take."""
+
+    def at_step(step: int) -> None:
+        deadline = time.monotonic() + 4
+        while step > 40 and not (folder / "cut").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    return train(folder, {"steps": 100, "checkpoint_every": 5, "step_timeout": 8}, at_step)
 
 
 def goodput(folder: Path) -> TrainResult:

@@ -73,6 +73,7 @@ def test_a_host_is_cut_off_and_the_job_goes_on_later(tmp_path: Path, hosts: list
             assert processes[0].poll() is None, (tmp_path / "said_1").read_text()
             time.sleep(0.2)
         assert ip("-n", hosts[1], "link", "set", "cable", "down")
+        (tmp_path / "cut").touch()
         begin = time.monotonic()
         while not all("Timeout" in text or "thread" in text for text in stacks(tmp_path)):
             assert time.monotonic() - begin < 60, stacks(tmp_path)

@@ -116,7 +116,7 @@ def test_a_model_keeps_its_network(bgen: Any, demo: Any, tmp_path: Path) -> None
     done = bgen(*asked, "--task", "perturb", "train.global_batch=64", "track.progress=false")
     assert done.code == 0, done
     assert "edges join genes of the model; 3 of the 3 perturbed genes" in " ".join(done.err.split())
-    about = json.loads((tmp_path / "out/model/config.json").read_text())["about"]
+    about = json.loads((tmp_path / "out/model/config.json").read_text())["about"]["perturbation"]
     assert about["network"]["edges"] == len(edges["source"])
     unseen = next(names[i] for i in edges["source"] if names[i] not in about["perturbations"])
     model = load(tmp_path / "out" / "model")

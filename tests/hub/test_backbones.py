@@ -12,6 +12,7 @@ import torch
 from bgen.config.flow import FlowConfig, SampleConfig
 from bgen.config.vae import VAEConfig
 from bgen.errors import UserError
+from bgen.hub.about import About
 from bgen.hub.directory import ColumnInfo, SavedModel, load_directory, save_model
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.vae.vae import VAE
@@ -26,6 +27,10 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "cells": {"mixer": "set_attention", "inducing": 2},
     },
     "ssm": {"layers": 1, "mamba2": {"head_width": 8, "state": 4}},
+    **{mixer: {"name": "ssm", "layers": 1, "time": {"mixer": mixer}} for mixer in ("mamba1", "attention")},
+    "hyena": {"name": "ssm", "layers": 1, "time": {"mixer": "hyena", "real_time": False}},
+    "transformer": {"layers": 1},
+    "set_transformer": {"layers": 1},
 }
 
 
@@ -43,7 +48,7 @@ def saved(backbone: dict[str, Any]) -> SavedModel:
         },
         combinations=pd.DataFrame({"cell_type": [0, 1], "time": [0.0, 24.0], "cells": [3, 4]}),
         sample=SampleConfig(steps=3),
-        about={"name": "test", "organism": "synthetic"},
+        about=About(name="test", organism="synthetic"),
     )
 
 

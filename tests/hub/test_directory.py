@@ -33,6 +33,24 @@ def test_export_of_a_run_is_what_training_exported(demo: Any) -> None:
     assert all(trained[name].equal(exported[name]) for name in trained)
 
 
+@pytest.mark.parametrize("stage", ["vae", "flow", "trajectories"])
+def test_export_of_a_run_with_shipped_settings_is_what_training_exported(
+    stage: str, demo: Any, bgen: Any, tmp_path: Path
+) -> None:
+    """The settings that the README trains with keep the best weights, or their average, unlike the demo's."""
+    few = ["train.steps=4", "train.eval_every=2", "train.global_batch=64", "track.mlflow=false", "track.progress=false"]
+    if stage != "vae":
+        few.append(f"flow.vae={demo.vae}")
+    if stage == "trajectories":
+        few.append("data.trajectories={system: [donor], times: 2, cells: 16}")
+    trained = bgen("train", stage, f"out={tmp_path / 'run'}", f"data.store={demo.store}", *few)
+    assert trained.code == 0, trained
+    exported = bgen("export", tmp_path / "run", "--out", tmp_path / "model")
+    assert exported.code == 0, exported
+    for file in (tmp_path / "run" / "model").iterdir():
+        assert (tmp_path / "model" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 def test_the_flow_holds_its_vae_as_it_was_trained(demo: Any) -> None:
     vae, flow = (load_file(folder / "model" / "model.safetensors") for folder in (demo.vae, demo.flow))
     assert all(flow[f"vae.{name}"].equal(tensor) for name, tensor in vae.items())

@@ -77,7 +77,7 @@ class Slurm:
             (folder / f"spool_{name}").mkdir()
             self._daemon(name, f"slurmd -D -N {name}")
         deadline = time.monotonic() + 60
-        while self.ask("sinfo --noheader --format '%D %t'").strip() != "2 idle":
+        while not self.is_idle():
             if time.monotonic() > deadline:
                 logs = {path.name: path.read_text()[-2000:] for path in folder.glob("*.log")}
                 raise RuntimeError(f"Slurm did not start: {self.ask('sinfo')} {logs}")
@@ -91,6 +91,10 @@ class Slurm:
         """Run a command of Slurm's on the controller's host and return what it says."""
         process = self.hosts.on("h2", command, {**self.environment, **(environment or {})})
         return process.communicate(timeout=60)[0]
+
+    def is_idle(self) -> bool:
+        """Whether no node runs anything, the end of a job included."""
+        return self.ask("sinfo --noheader --format '%D %t'").strip() == "2 idle"
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says."""

@@ -78,6 +78,6 @@ def test_the_signal_before_the_time_limit_queues_again_and_scancel_does_not(
     wait(lambda: max(losses(out)) > stopped + 5, "going on", folder)
     slurm.ask(f"scancel {job}")
     wait(lambda: slurm.job(job).get("JobState") == "CANCELLED", "cancelled", folder)
-    time.sleep(5)
+    wait(slurm.is_idle, "the end of the job's processes", folder)
     shown = slurm.job(job)
     assert (shown["JobState"], shown["Restarts"]) == ("CANCELLED", "1")

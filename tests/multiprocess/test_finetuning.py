@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from script import tune
 
+from bgen.hub.directory import load_directory
 from bgen.track.record import read
 
 HERE = Path(__file__).parent
@@ -59,8 +60,11 @@ def test_two_ranks_in_parts_are_one_and_one_reports(bgen: Any, demo: Any, tmp_pa
     for said, times in (("train mean", alone.out.count("train mean")), ("Model:", 1)):
         assert both.stdout.count(said) == times
     assert both.stderr.count("Adapting the autoencoder") == 1
-    one, two = (json.loads((tmp_path / name / "model" / "config.json").read_text()) for name in ("one", "two"))
-    assert one["about"]["held_out"]["perturbations"] == two["about"]["held_out"]["perturbations"] == ["G0107"]
+    for name in ("one", "two"):
+        about = load_directory(tmp_path / name / "model").about
+        assert about.perturbation is not None
+        assert about.perturbation.held_out is not None
+        assert about.perturbation.held_out.perturbations == ["G0107"]
 
 
 def test_a_mistake_ends_both_with_one_message(demo: Any, tmp_path: Path) -> None:

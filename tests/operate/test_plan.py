@@ -21,11 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bgen.config.load import load_config
 from bgen.errors import UserError
+from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.vae.vae import VAE
 from bgen.operate import plan as module
 from bgen.operate.plan import Plan, plan
 from bgen.operate.plan_memory import activation_bytes, memory
 from bgen.track import record
+from bgen.track.devices import DEVICES, Device
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"genes": 1000, "tokens": 100}
@@ -60,14 +62,15 @@ def test_the_store_says_how_many_genes_and_tokens(demo: Any) -> None:
 
 def test_flops_of_the_flow_are_those_that_torch_counts() -> None:
     subject = module._Subject(load_config("flow", ["flow.vae=nowhere"]), 1000, 100)
-    backbone = subject.module.backbone  # type: ignore[union-attr]
-    size, width, cells = subject.module.size, 256, 10  # type: ignore[union-attr]
+    flow, width, cells = subject.module, 256, 10
+    assert isinstance(flow, LatentFlow)
+    size = flow.size
     inputs = torch.randn(cells, 1, 1, size, requires_grad=True), torch.rand(cells, 1), torch.randn(cells, 1, width)
     inputs[2].requires_grad_()
     with FlopCounterMode(display=False) as counter:
-        backbone(*inputs).sum().backward()
-    encoder = subject.flops() - 3 * module.backbone_flops(size, subject.config.flow.backbone, 1, 1, 1)
-    assert counter.get_total_flops() / cells == pytest.approx(subject.flops() - encoder, rel=0.02)
+        flow.backbone(*inputs).sum().backward()
+    others = flow.vae.latents_flops(1, 100) + 3 * flow.conditions.flops(1)
+    assert counter.get_total_flops() / cells == pytest.approx(subject.flops() - others, rel=0.02)
 
 
 def test_flops_of_the_vae() -> None:
@@ -120,10 +123,10 @@ def test_recommended_micro_batch_divides_and_fits(monkeypatch: pytest.MonkeyPatc
     roomy = tiny("train.global_batch=96", ranks_per_node=2, gpu="H100")
     assert roomy.recommended_micro_batch == 48
     need = tiny("train.global_batch=96", "train.micro_batch=12", ranks_per_node=2, gpu="H100").chosen.device
-    monkeypatch.setitem(module.GPUS, "small", (1e12, 1e12, 1.02 * need / module.FILL))
+    monkeypatch.setitem(DEVICES, "small", Device(1e12, 1e12, 1.02 * need / module.FILL))
     fitted = tiny("train.global_batch=96", ranks_per_node=2, gpu="small").recommended_micro_batch
     assert fitted in (12, 16)
-    monkeypatch.setitem(module.GPUS, "none", (1e12, 1e12, 1e3))
+    monkeypatch.setitem(DEVICES, "none", Device(1e12, 1e12, 1e3))
     assert tiny(gpu="none").recommended_micro_batch is None
 
 

@@ -107,7 +107,7 @@ def serve_s3(program: str) -> Iterator[str]:
         env=environment,
     )
     try:
-        for _ in range(600):
+        while True:
             try:
                 put(f"{url}/atlas", b"")
                 break

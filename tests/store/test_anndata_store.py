@@ -41,16 +41,16 @@ def make_adata(n_cells: int, seed: int) -> anndata.AnnData:
 
 
 def write(adata: anndata.AnnData, path: Path, version: int = 3, sharded: bool = False) -> Path:
-    with warnings.catch_warnings(), anndata.settings.override(zarr_write_format=version):
-        warnings.simplefilter("ignore")
-        adata.write_zarr(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what will be the default, and that consolidated metadata are not yet standard
+        anndata.io.write_elem(zarr.open_group(path, mode="w", zarr_format=version), "/", adata)  # type: ignore[arg-type]
         if sharded:
             group = zarr.open_group(path, mode="a")["X"]
             for part in ("data", "indices"):
                 values = group[part][:]
                 del group[part]
                 group.create_array(part, data=values, chunks=(2000,), shards=(20_000,))
-            zarr.consolidate_metadata(path)
+        zarr.consolidate_metadata(path)
     return path
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numcodecs
 import numpy as np
 import pytest
-import webdataset
 from servers import RangeServer, find_moto, put, serve, serve_s3, upload
 
 from bgen.data.loader import CountReader, TrainLoader
@@ -72,6 +71,7 @@ def test_tar_shards_train_like_the_store(store: Store, tar: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_plain_webdataset_reads_the_shards(store: Store, tar: Path) -> None:
+    webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed (extra bench)")
     urls = [str(path) for path in sorted((tar / "shards").iterdir())]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
     gc.collect()  # webdataset does not close the files that it read

@@ -21,12 +21,14 @@ from data_tools.building.write import Contents, write_store
 
 N, BATCH, STEPS = 400_000, 1536, 200
 READ = """
-import sys
+import signal, sys
 from test_killed_readers import make_loader
 folder, rank, world, first, last, out = sys.argv[1], *map(int, sys.argv[2:6]), sys.argv[6]
 steps = make_loader(folder, rank, world).packed_steps(first)
 with open(out, "wb", buffering=0) as file:
     for step, (batch,) in zip(range(first, last), steps):
+        if first == 0 and step == last - 1:
+            signal.pause()  # to be killed: a rank that is ahead waits for the others
         assert batch.step == step
         file.write(batch.cells.numpy().tobytes())
 """
@@ -102,7 +104,7 @@ def test_killed_ranks_and_others_after_them_read_the_same_cells(
         time.sleep(0.001)
     for rank in ranks:
         rank.kill()
-    assert -signal.SIGKILL in [rank.wait() for rank in ranks]
+    assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * before
     done = read(before, 0, tmp_path)
     first = len(done)
     assert 0 < first < STEPS

@@ -108,20 +108,29 @@ def test_a_server_that_never_answers_does_not_hold_the_end_up(tmp_path: Path) ->
 def test_it_ends_with_the_trainer_and_not_before(tmp_path: Path) -> None:
     Record(tmp_path / "record.jsonl").close()
     trainer = """
-import signal, subprocess, sys, time
+import signal, sqlite3, sys, time
+from contextlib import closing, suppress
 from pathlib import Path
 from bgen.track.mirror import Mirror
 from bgen.track.mlflow import Target
+from bgen.track.record import Record
 folder = Path(sys.argv[1])
 mirror = Mirror(Target(str(folder / "record.jsonl"), f"sqlite:///{folder / 'mlflow.db'}", "e", "r", "i", {}, []))
+def arrived():
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database, suppress(sqlite3.OperationalError):
+        return database.execute("select count(*) from metrics").fetchone()[0]
+    return 0
 while not (folder / "mlflow.db").exists():  # then it is past its start
     time.sleep(0.1)
 mirror._process.send_signal(signal.SIGTERM)
-time.sleep(0.5)
+Record(folder / "record.jsonl").append("train", 1, {"loss": 1.0})
+while mirror._process.poll() is None and not arrived():
+    time.sleep(0.1)
 print(mirror._process.pid, mirror._process.poll(), flush=True)
-time.sleep(600)
+sys.stdin.read()
 """
-    with subprocess.Popen([sys.executable, "-c", trainer, tmp_path], stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-c", trainer, tmp_path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         pid, ended = process.stdout.readline().split()
         process.kill()

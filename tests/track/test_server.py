@@ -22,6 +22,7 @@ import torch
 from mlflow import MlflowClient
 
 from bgen.config.load import validate
+from bgen.config.run import Config
 from bgen.distributed.world import World
 from bgen.track.output import RunOutput
 from bgen.track.publish import sync
@@ -99,14 +100,7 @@ def running(command: str, folder: Path, database: str) -> Iterator[tuple[str, in
         process = subprocess.Popen([command, *arguments], stdout=log, stderr=log, start_new_session=True)
     uri = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 180
-        while True:
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=2).close()
-                break
-            except OSError:
-                assert time.monotonic() < deadline, (folder / "log").read_text()
-                time.sleep(0.5)
+        wait_until_it_answers(uri, folder / "log")
         yield uri, process.pid
     finally:
         os.killpg(process.pid, signal.SIGCONT)
@@ -114,12 +108,23 @@ def running(command: str, folder: Path, database: str) -> Iterator[tuple[str, in
         process.wait(30)
 
 
+def wait_until_it_answers(uri: str, log: Path) -> None:
+    deadline = time.monotonic() + 180
+    while True:
+        try:
+            urllib.request.urlopen(f"{uri}/health", timeout=2).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+
+
 def test_stopped_in_the_middle(tmp_path: Path, server: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     # The server may be as slow as the machine is busy; the end of the run does not wait so long in any case.
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     uri, group = server
     tree = {"stage": "vae", "out": tmp_path / "run", "data": {"store": "atlas"}}
-    config = validate({**tree, "track": {"uri": uri, "progress": False}}, "test")
+    config = validate({**tree, "track": {"uri": uri, "progress": False}}, Config, "test")
     client = MlflowClient(tracking_uri=uri)
 
     def history() -> int:
@@ -144,7 +149,7 @@ def test_stopped_in_the_middle(tmp_path: Path, server: tuple[str, int], monkeypa
     output.close("FINISHED")
     assert time.monotonic() - begin < 10
     os.killpg(group, signal.SIGCONT)
-    time.sleep(1)
+    wait_until_it_answers(uri, tmp_path / "server" / "log")
     sync(tmp_path / "run")
     assert history() == 100
     (run,) = client.search_runs([client.get_experiment_by_name("bgen").experiment_id])

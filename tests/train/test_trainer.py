@@ -69,6 +69,7 @@ def test_early_stop_leaves_the_best_weights(tmp_path: Path) -> None:
     assert total / 30 == pytest.approx(result.best, rel=1e-6)
     weights, folder = export_weights(tmp_path / "run" / "checkpoints")
     assert files.step_of(folder) == result.step
+    assert weights.keys() == stage.module.state_dict().keys()
     assert all(torch.equal(weights[name], value) for name, value in stage.module.state_dict().items())
     resumed, once_more = run(config, resume=True)
     assert (resumed.losses, resumed.stopped_early, resumed.step) == ([], True, result.step)
@@ -91,6 +92,20 @@ def test_bf16_keeps_float32_parameters(tmp_path: Path, zero: int) -> None:
     assert {p.dtype for p in stage.module.parameters()} == {torch.float32}
     assert result.losses != exact.losses
     assert result.losses == pytest.approx(exact.losses, rel=0.1)
+
+
+@pytest.mark.parametrize(("zero", "precision"), [(0, "bf16"), (1, "pure_bf16"), (3, "pure_bf16")])
+def test_frozen_parameters_are_exported_as_they_came(tmp_path: Path, zero: int, precision: str) -> None:
+    settings = {"steps": 4, "zero": zero, "precision": precision}
+    stage = ToyStage(toy_config(tmp_path / "run", settings))
+    frozen = stage.module.frozen = torch.nn.Linear(3, 5).requires_grad_(False)
+    before = {f"frozen.{name}": tensor.clone() for name, tensor in frozen.state_dict().items()}
+    Trainer(stage.config, stage).fit()
+    exported, _ = export_weights(tmp_path / "run" / "checkpoints")
+    for state in (stage.module.state_dict(), exported):
+        for name, tensor in before.items():
+            assert state[name].dtype == torch.float32
+            assert torch.equal(state[name], tensor)
 
 
 def test_too_many_steps_that_are_not_finite(tmp_path: Path) -> None:

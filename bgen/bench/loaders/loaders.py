@@ -27,6 +27,7 @@ import bgen
 from bgen.bench.loaders import worker
 from bgen.bench.loaders.atlas import Atlas
 from bgen.bench.loaders.report import draw, show
+from bgen.cpus import cpus
 from bgen.errors import UserError, nearest
 from bgen.progress import Say
 from data_tools.building.build import build
@@ -290,7 +291,7 @@ def machine() -> dict[str, Any]:
         names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0] if names else cpu
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory, 1), "system": platform.platform()}
+    return {"cpu": cpu, "cores": cpus(), "memory_gib": round(memory, 1), "system": platform.platform()}
 
 
 def _label(case: Case) -> str:

@@ -1,7 +1,7 @@
 """Measure one loader in a process of its own: ``python worker.py JSON``, which prints JSON.
 
-This file runs in the loader's own Python environment, where bgen need not be, so it imports nothing of bgen but to
-measure bgen, and the Python of the environment may be another one.
+This file runs in the loader's own Python environment, which may have another Python and no bgen. So it imports bgen
+only to measure bgen.
 
 A loader is a function ``(job) -> open``: it imports what it needs; ``open()`` returns an endless iterator over
 ``(cells in the batch, their types or None)``. The clock of the first batch starts at ``open()``.
@@ -22,7 +22,7 @@ from typing import Any
 
 Batches = Iterator[tuple[int, Any]]
 WARM_UP = 0.25
-"""Share of the measured seconds that a loader runs before."""
+"""Length of the warm-up, as a share of the measured seconds."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def webdataset(job: Job) -> Callable[[], Batches]:
 
 LOADERS = {f.__name__: f for f in (bgen, annbatch, cellstream, scdl, scdataset, webdataset)}
 PACKAGES = {"bgen": "tensorstore", "scdl": "bionemo-scdl"}
-"""The package whose version tells the loader's, if its name is another one."""
+"""Package whose version is the loader's, where it has another name."""
 
 
 def cpu_seconds() -> float:

@@ -145,7 +145,7 @@ def bench_cells(
     python
         Python that has scvi-tools; None: scvi-tools is left out.
     epochs
-        Of scvi-tools; None: its own default.
+        Epochs of scvi-tools; None: its own default.
     overrides
         ``vae.section.key=value`` and ``flow.section.key=value``.
 
@@ -258,7 +258,7 @@ def generated(
 
 @torch.no_grad()
 def aggregate_posterior(cells: AnnData, model: Model, n: int, seed: int) -> sparse.csr_matrix:
-    """Draw n of the cells, a latent of each from its posterior, and counts ``[n, G]`` of the cell's library size."""
+    """Draw n of the cells, a latent from the posterior of each, and counts ``[n, G]`` of the cell's library size."""
     rng = np.random.default_rng([seed, 3])
     drawn = model.read(cells[rng.permutation(cells.n_obs)[:n]])
     mean, variance = model.encode(drawn)

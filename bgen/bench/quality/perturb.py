@@ -7,11 +7,11 @@ What is left out, each in its own trainings:
 - ``targets:N``: N random single perturbations at a time, of which the model only knows the target gene.
 - ``combinations:N``: N random combinations whose members are trained on.
 - ``doses``: each dose between others of the same perturbation in turn, scored together. All control cells are trained
-  on and predicted from, as a user would do with the own ones: no control cell is what is predicted, and half of few
-  vehicle cells, twice, is noise that no row can beat.
+on and predicted from, as a user would do: no control cell is ever predicted, and halving few vehicle cells twice would
+add noise that no row can beat.
 
-VAE and flow see nothing else of what is left out. The trainings of further seeds have other random choices, and are
-averaged where the same is left out; intervals are over perturbations.
+Apart from that, VAE and flow see nothing of what is left out. The trainings of further seeds have other random choices,
+and are averaged where the same is left out; intervals are over perturbations.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from anndata import AnnData
 from bgen.bench.runs import store_of, train_whole
 from bgen.errors import UserError, nearest
 from bgen.evaluate.protocols.cell_eval import Figures, average, cell_eval_figures, require_cell_eval
-from bgen.evaluate.protocols.perturbation import MODEL, HeldOut, PerturbationScores, evaluate_perturbations, join
-from bgen.evaluate.reports.perturbation import write_perturbation_report
+from bgen.evaluate.protocols.perturbation import MODEL, HeldOut, PerturbationScores, join
+from bgen.evaluate.registry import PerturbationProtocol, find_protocol
 from bgen.files import require_new_folder
 from bgen.genes.table import find_genes
 from bgen.progress import Say
@@ -111,12 +111,13 @@ def bench_perturb(
     planned = {text: [splits(cells, columns, *_read(text), seed) for seed in range(seeds)] for text in leave}
     require_new_folder(out)
     out.mkdir(parents=True, exist_ok=True)
+    protocol = find_protocol(PerturbationProtocol)
     found: dict[str, Found] = {}
     for text, of_seeds in planned.items():
         runs, figures = [], []
         for seed, parts in enumerate(of_seeds):
             predicted = _predict(parts, columns, training, out / "run", seed, together=text == DOSES)
-            runs.append(join([evaluate_perturbations(counts, held) for counts, held in predicted], "perturbations"))
+            runs.append(join([protocol.evaluate(counts, held) for counts, held in predicted], "perturbations"))
             figures += [cell_eval_figures(held, seed=seed) for _, held in predicted if cell_eval]
             say(f"{text}, seed {seed}: Pearson delta {runs[-1].mean(MODEL, 'pearson'):.3f}")
         alike = all(run.labels == runs[0].labels for run in runs)
@@ -124,7 +125,7 @@ def bench_perturb(
         found[text] = Found(scores, average(figures) if figures else None)
         page = out / f"{text.replace(':', '-')}.html"
         facts = {"data": path.name, "left out": text, "seeds": seeds, "steps": training.steps, "bgen": __version__}
-        write_perturbation_report(page, scores, provenance=facts)
+        protocol.report(page, scores, provenance=facts)
     left_out = {text: {**one.scores.as_json(), "cell_eval": one.cell_eval} for text, one in found.items()}
     told = {"data": path.name, "seeds": seeds, "left_out": left_out}
     (out / "perturb.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

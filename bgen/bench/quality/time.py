@@ -2,10 +2,11 @@
 
 Rows: the flow; previous and next time point; OT-midpoint of both; OT-CFM, trained here (latent courses only); one half
 of the real cells against the other. With forecast (courses of counts) the point is generated from those before it, and
-the trend of the mean stands instead of next and midpoint. What is learned is trained anew for each point and seed, on
-the other time points alone. On latent courses W1 is exact, between all real cells and all of a row's (the OT-midpoint:
-its whole weighted plan), as published tables have it; the other figures are between equally many cells. Courses of
-counts are scored by the protocol ``time-point-v1``, in principal components of the time points that were not left out.
+the trend of the mean stands instead of next and midpoint. Everything that learns is trained anew for each point and
+seed, on the other time points alone. On latent courses W1 is exact, between all real cells and all cells of a row (for
+the OT-midpoint, its whole weighted plan), as in published tables; the other figures are between equally many cells.
+Courses of counts are scored by the protocol ``time-point-v1``, in principal components of the time points that were not
+left out.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def bench_time(
     out.mkdir(parents=True, exist_ok=True)
     if data in LATENT:
         settings = recipe(steps=steps, forecast=both, solver_steps=solver_steps)
-        runs = _latent(data, path, seeds, points, settings, steps or STEPS, say)
+        runs = _latent(data, path, out, seeds, points, settings, steps or STEPS, say)
     else:
         cells, system = COUNTS[data](path)
         gap = float(np.median(np.diff(np.unique(cells.obs["time"]))))
@@ -171,7 +172,14 @@ def bench_time(
 
 
 def _latent(
-    data: str, path: Path, seeds: int, points: list[float] | None, settings: Recipe, peer_steps: int, say: Say
+    data: str,
+    path: Path,
+    out: Path,
+    seeds: int,
+    points: list[float] | None,
+    settings: Recipe,
+    peer_steps: int,
+    say: Say,
 ) -> dict[float, list[Figures]]:
     course = LATENT[data](path)
     runs: dict[float, list[Figures]] = {}
@@ -183,7 +191,9 @@ def _latent(
         populations = {time: rest.at(time) for time in rest.times}
         for seed in range(seeds):
             rng = np.random.default_rng([seed, 4])
-            flow = train(rest, settings, seed)
+            folder = out / f"time{point:g}-seed{seed}"
+            flow = train(rest, settings, seed, folder)
+            shutil.rmtree(folder)
             pools = {MODEL: Pool(generate(flow, rest, point, len(real), settings, seed)), **known}
             pools["OT-CFM"] = Pool(ot_cfm(populations, point, len(real), seed, peer_steps))
             found = {row: _figures(real, pool, bandwidth, rng) for row, pool in pools.items()}

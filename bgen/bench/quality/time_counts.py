@@ -66,12 +66,13 @@ def train_without(
         *common,
         f"out={folder / 'vae'}",
         "vae.covariates=[batch]",
-        f"train.steps={min(VAE_STEPS, 10 * recipe.steps)}",
+        f"train.steps={min(VAE_STEPS, 10 * recipe.train.steps)}",
         f"train.global_batch={BATCH}",
         "train.learning_rate=2e-3",
     ]
     train_whole("vae", vae)
-    shape = {"system": list(system), "times": recipe.times, "cells": recipe.cells}
+    shape = {**recipe.shape.model_dump(mode="json"), "system": list(system)}
+    training = recipe.train.model_dump(mode="json", exclude_unset=True)
     flow_settings = recipe.flow.model_dump(mode="json", exclude={"vae"})
     flow = [
         *common,
@@ -80,12 +81,7 @@ def train_without(
         *(f"flow.{name}={json.dumps(value)}" for name, value in flow_settings.items()),
         f"sample={json.dumps(recipe.sample.model_dump(mode='json'))}",
         f"data.trajectories={json.dumps(shape)}",
-        f"train.steps={recipe.steps}",
-        f"train.global_batch={recipe.batch * recipe.times * recipe.cells}",
-        f"train.learning_rate={recipe.learning_rate}",
-        f"train.ema={recipe.ema}",
-        "train.warmup=50",
-        "train.eval_every=0",
+        f"train={json.dumps(training)}",
     ]
     train_whole("trajectories", flow)
     return load_model(folder / "flow" / "model"), cells

@@ -15,9 +15,8 @@ import torch
 
 from bgen.bench.speed.train_step import time_backbone
 from bgen.config.backbone import BackboneConfig
-from bgen.models.backbones.flops import backbone_flops
 from bgen.models.backbones.registry import build_backbone
-from bgen.models.backbones.size import with_parameters
+from bgen.models.backbones.size import backbone_flops, with_parameters
 from bgen.nn.scans.published_kernels import missing
 from bgen.progress import Progress
 from bgen.track.devices import device_name
@@ -138,7 +137,7 @@ def bf16_parity(config: BackboneConfig, device: torch.device) -> dict[str, float
         settings = config.model_dump()
         settings["mamba2"]["backend"] = backend
         model = build_backbone(LATENT, BackboneConfig.model_validate(settings)).to(device)
-        with torch.no_grad():  # what starts at zero hides what it is fed
+        with torch.no_grad():  # layers that start at zero hide their input
             for parameter in model.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
         models.append(model)

@@ -1,7 +1,7 @@
 """``bgen bench train``: how long a training step takes, what it computes and what memory it needs.
 
-Measured is forward pass, backward pass and optimiser step of the velocity network, or of the VAE, on random inputs,
-without DeepSpeed and without reading data: the most that a loader could feed.
+The forward pass, backward pass and optimiser step of the velocity network, or of the VAE, are measured on random
+inputs, without DeepSpeed and without reading data: the most that a loader could feed.
 
 Axes: B trajectories, T time points, N cells per time point, D latent size.
 """
@@ -19,7 +19,6 @@ from torch import nn
 from bgen.config.backbone import BackboneConfig
 from bgen.config.run import Config
 from bgen.data.batch import CellBatch
-from bgen.models.backbones.flops import backbone_flops
 from bgen.models.backbones.registry import build_backbone
 from bgen.models.vae.vae import VAE
 from bgen.track.devices import device_name, peak_flops
@@ -39,7 +38,7 @@ class Timing:
     seconds
         Median of a training step.
     cpu_seconds
-        Median of the processor time of this process in it: on a processor that others use too, what to compare.
+        Median processor time of a step in this process: the figure to compare where others use the processor too.
     cells_per_s, tflops_per_s
         Of the model; work that is done again under activation checkpointing is not counted.
     mfu
@@ -121,8 +120,7 @@ def time_backbone(
     def loss() -> torch.Tensor:
         return (model(z, t, condition, None, moments).float() - target).square().mean()
 
-    flops = 3 * backbone_flops(size, config, B, T, N)
-    return _time(model, loss, B * T * N, flops, device, precision, repetitions)
+    return _time(model, loss, B * T * N, 3 * model.flops(B, T, N), device, precision, repetitions)
 
 
 def time_vae(config: Config, genes: int, cells: int, device: torch.device, repetitions: int = 5) -> Timing:

@@ -4,8 +4,9 @@ One hidden layer of 128 in encoder and decoder, 10 latent dimensions, negative b
 gene, library size observed; the same cells for training and the same for judging, the same number of epochs, the same
 KL warm-up, no thinning of counts, which only bgen has. The rest are each side's defaults: LayerNorm and a cosine
 schedule for bgen, BatchNorm, dropout and a constant rate for scvi-tools; but that bgen takes torch's fused AdamW, and
-no ZeRO where there is one rank. All use all cores, bgen in one process and in a process per core, in float32 and in
-bf16. They run in turn (:mod:`bgen.bench.speed.versus_worker`).
+no ZeRO where there is one rank. Each takes as many threads as it does by itself, bgen in one process and in a process
+per core, in float32 and in bf16. They run in turn (:mod:`bgen.bench.speed.versus_worker`); on request, beside processes
+that each keep a core busy.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from rich.table import Table
 import bgen
 from bgen.bench.loaders.loaders import machine
 from bgen.bench.speed import versus_worker
+from bgen.bench.speed.busy import keeping_busy
 from bgen.bench.speed.versus_worker import Job
+from bgen.cpus import cpus, without_ours
 from bgen.errors import UserError, nearest
 from bgen.evaluate.metrics.counts import variable_genes
 from bgen.progress import Say
@@ -75,6 +78,7 @@ def versus(
     epochs: int = 100,
     genes: int = 2000,
     threads: int | None = None,
+    busy: int = 0,
     repetitions: int = 1,
     seed: int = 0,
     say: Say = print,
@@ -98,7 +102,9 @@ def versus(
     genes
         The most variable genes that are kept.
     threads
-        Threads of torch; default: a thread per core.
+        Threads of torch; default: as many as each side takes by itself.
+    busy
+        Processes that each keep a core busy meanwhile.
     repetitions
         Trainings of each side, in turn; medians are reported.
 
@@ -118,11 +124,10 @@ def versus(
     require_peer(peer, pythons[peer])
     if epochs < 2:
         raise UserError("--epochs: at least 2, because the first one is not timed.")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = threads or cores
+    ranks = threads or cpus()
     variants = [Variant(peer, "float32", 1), Variant("bgen", "float32", 1), Variant("bgen", "bf16", 1)]
-    if threads > 1:
-        variants += [Variant("bgen", precision, threads) for precision in ("float32", "bf16")]
+    if ranks > 1:
+        variants += [Variant("bgen", precision, ranks) for precision in ("float32", "bf16")]
     rows = []
     with tempfile.TemporaryDirectory(prefix="bgen-versus-") as folder:
         facts = prepare(Path(folder), data, genes, max(batches), seed)
@@ -144,10 +149,11 @@ def versus(
                         learning_rate=LEARNING_RATE,
                         precision=variant.precision,
                         ranks=variant.ranks,
-                        threads=threads // variant.ranks,
+                        threads=threads and threads // variant.ranks,
                         seed=seed + repetition,
                     )
-                    found[variant].append(_run(job, pythons[variant.side]))
+                    with keeping_busy(busy):
+                        found[variant].append(_run(job, pythons[variant.side]))
             rows += [_summarise(variant, batch, results) for variant, results in found.items()]
     for row in rows:
         base = next(other for other in rows if other["side"] == peer and other["batch"] == row["batch"])
@@ -156,6 +162,7 @@ def versus(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "threads": threads,
+        "busy": busy,
         "data": facts,
         "epochs": epochs,
         "repetitions": repetitions,
@@ -227,17 +234,19 @@ def require_peer(peer: str, python: Path) -> None:
         raise UserError(f"{python} does not have {PACKAGES[peer]}: install it there, or name another with --python.")
 
 
-def peer_environment(threads: int) -> dict[str, str]:
-    """Return the environment of a process in a peer's Python, which must not find this one's packages."""
-    rest = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return {**rest, "OMP_NUM_THREADS": str(threads)}
+def peer_environment(threads: int | None) -> dict[str, str]:
+    """Return the environment of a process in a peer's Python: the user's, without this Python's packages."""
+    rest = without_ours(os.environ)
+    rest.pop("PYTHONPATH", None)
+    return rest if threads is None else {**rest, "OMP_NUM_THREADS": str(threads)}
 
 
 def _run(job: Job, python: Path) -> dict[str, Any]:
     environment = peer_environment(job.threads)
-    if job.side == "bgen":
+    if job.side == "bgen":  # which finds what bgen sets, also in the worker, where torch is loaded first
         here = str(Path(bgen.__file__).parents[1])
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
+        paths = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
+        environment = {**os.environ, **environment, "PYTHONPATH": paths}
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.ranks}"] if job.ranks > 1 else []
     command = [str(python), *launcher, str(versus_worker.__file__), json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=job.folder)
@@ -255,11 +264,13 @@ def _summarise(variant: Variant, batch: int, results: list[dict[str, Any]]) -> d
 
 def _show(result: dict[str, Any]) -> None:
     data, computer = result["data"], result["machine"]
+    threads = "as many threads as each takes" if result["threads"] is None else f"{result['threads']} threads"
+    beside = f", beside {result['busy']} busy processes" if result["busy"] else ""
     table = Table(
         title=f"VAE, one hidden layer of {HIDDEN}, {LATENT} latent, NB: {data['train']:,} cells x {data['genes']:,} "
         f"genes of {data['name']}, {result['epochs']} epochs",
-        caption=f"{computer['cpu']}, {result['threads']} threads; held-out nats a cell: -log p(x|z), and the bound of "
-        "-log p(x)",
+        caption=f"{computer['cpu']}, {computer['cores']} cores{beside}, {threads}; held-out nats a "
+        "cell: -log p(x|z), and the bound of -log p(x)",
     )
     for name in ("batch", "library", "version", "cells/s", "times", "-log p(x|z)", "bound"):
         table.add_column(name, justify="left" if name in ("library", "version") else "right")

@@ -46,7 +46,7 @@ class Job:
     precision
         bgen's ``train.precision``.
     ranks, threads
-        Processes of bgen, and threads of torch in each.
+        Processes of bgen, and threads of torch in each; None: as many as the side takes by itself.
     seed
         Seed.
     """
@@ -62,7 +62,7 @@ class Job:
     learning_rate: float
     precision: str
     ranks: int
-    threads: int
+    threads: int | None
     seed: int
 
 
@@ -156,7 +156,6 @@ def scvi(job: Job) -> Trained:
     from lightning.pytorch.callbacks import Callback
 
     package.settings.seed = job.seed
-    torch.set_num_threads(job.threads)
     adata = anndata.AnnData(sp.load_npz(Path(job.folder) / "train.npz"))
     package.model.SCVI.setup_anndata(adata)
     model = package.model.SCVI(
@@ -243,7 +242,8 @@ def main() -> None:
     import torch
 
     job = Job(**json.loads(sys.argv[1]))
-    torch.set_num_threads(job.threads)
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
     trained = SIDES[job.side](job)
     if os.environ.get("RANK", "0") != "0":
         return

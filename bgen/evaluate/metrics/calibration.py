@@ -1,8 +1,8 @@
-"""Are a model's distributions of counts as wide as they should be?
+"""Whether a model's distributions of counts are as wide as they should be.
 
 For a calibrated model the randomised probability integral transform u = F(x - 1) + v P(x), with v uniform, is uniform
-(Dunn and Smyth, J. Comput. Graph. Stat. 1996): too wide distributions heap u in the middle, too narrow ones at the
-ends.
+(Dunn and Smyth, J. Comput. Graph. Stat. 1996). Distributions that are too wide heap u in the middle, those that are too
+narrow at the ends.
 
 Axes: N cells, G genes.
 """

@@ -1,4 +1,4 @@
-"""Does the generated count matrix look like one from the instrument: per gene, per cell and between genes.
+"""Whether generated counts look like counts from the instrument: per gene, per cell and between genes.
 
 Counts are raw, sparse [N, G]. Nothing here needs an embedding, so these figures catch what principal components hide:
 wrong sparsity, wrong noise, wrong library sizes, lost co-expression.
@@ -7,14 +7,42 @@ wrong sparsity, wrong noise, wrong library sizes, lost co-expression.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse, stats
 
+from bgen.evaluate.metrics.distribution import Populations
+from bgen.evaluate.metrics.metric import Better, Metric
 from bgen.evaluate.metrics.space import library_size, log_cp10k
 
 Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class CountedPopulations(Populations):
+    """Populations with their raw counts.
+
+    Attributes
+    ----------
+    real_counts, other_counts
+        ``[N, G]``.
+    expressed
+        Genes whose moments are compared.
+    variable
+        Genes whose correlations are compared.
+    """
+
+    real_counts: sparse.csr_matrix
+    other_counts: sparse.csr_matrix
+    expressed: NDArray[np.intp]
+    variable: NDArray[np.intp]
+
+    @cached_property
+    def moment_scores(self) -> dict[str, float]:
+        """See :func:`moment_scores`."""
+        return moment_scores(gene_moments(self.real_counts), gene_moments(self.other_counts), self.expressed)
 
 
 @dataclass(frozen=True)
@@ -60,8 +88,8 @@ def log10_rmse(a: Array, b: Array, floor: float) -> float:
 def moment_scores(real: GeneMoments, generated: GeneMoments, genes: NDArray[np.intp]) -> dict[str, float]:
     """Compare moments over the given genes: rank correlation and root mean squared error.
 
-    Means and variances are compared in log10. Half a count in the whole sample, 0.5 / N, is added to both, which is the
-    resolution that N cells allow and keeps genes that one side never saw finite.
+    Means and variances are compared in log10. Half a count in the whole sample, 0.5 / N, is added to both: that is the
+    resolution of N cells, and it keeps genes finite that one side never saw.
     """
     if real.cells != generated.cells:
         raise ValueError(f"moments are over {real.cells} and {generated.cells} cells: use equally many")
@@ -122,3 +150,41 @@ def correlation_difference(real: sparse.csr_matrix, generated: sparse.csr_matrix
     if norm == 0:
         raise ValueError("the chosen genes do not vary in the real cells, so their correlations cannot be compared")
     return float(np.linalg.norm(of_generated - of_real)) / norm
+
+
+def _moment(key: str, title: str, better: Better, meaning: str) -> Metric[CountedPopulations]:
+    return Metric(key, title, better, 3, meaning, lambda p: p.moment_scores[key])
+
+
+METRICS: tuple[Metric[CountedPopulations], ...] = (
+    _moment("mean_spearman", "gene mean, rank", "higher", "Rank correlation over genes of the mean count."),
+    _moment("mean_rmse", "gene mean, error", "lower", "Error of log10 mean count over genes; 0.3 is a factor of 2."),
+    _moment("variance_spearman", "variance, rank", "higher", "Rank correlation over genes of the variance."),
+    _moment("variance_rmse", "variance, error", "lower", "Error of log10 variance over genes; 0.3 is a factor of 2."),
+    _moment("zeros_spearman", "zeros, rank", "higher", "Rank correlation over genes of the share of zero counts."),
+    _moment("zeros_rmse", "zeros, error", "lower", "Error over genes of the share of zero counts."),
+    Metric(
+        "library_ks",
+        "library size, KS",
+        "lower",
+        3,
+        "Largest gap between the distributions of total counts per cell.",
+        lambda p: library_ks(p.real_counts, p.other_counts),
+    ),
+    Metric(
+        "genes_ks",
+        "genes/cell, KS",
+        "lower",
+        3,
+        "Largest gap between the distributions of genes seen per cell.",
+        lambda p: genes_ks(p.real_counts, p.other_counts),
+    ),
+    Metric(
+        "correlation",
+        "gene correlation",
+        "lower",
+        3,
+        "Relative error of correlations between variable genes.",
+        lambda p: correlation_difference(p.real_counts, p.other_counts, p.variable),
+    ),
+)

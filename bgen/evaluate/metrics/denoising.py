@@ -1,4 +1,4 @@
-"""Is a denoised cell closer to what is expected of it than the raw one? Molecular cross-validation.
+"""Whether a denoised cell is closer to its expectation than the raw cell, by molecular cross-validation.
 
 Each cell's molecules are split at random into two halves; the cell is denoised from one half and predicts the other
 (Batson, Royer and Webber, "Molecular cross-validation for single-cell RNA-seq", 2019). The halves are independent given
@@ -48,8 +48,8 @@ def molecular_cross_validation(
 ) -> dict[str, float]:
     """Return the Poisson deviance of each denoiser on the other half, and of "raw", "mean" and "pca"; lower is better.
 
-    "raw" predicts the half itself, "mean" the average profile at the cell's size, "pca" the best number of
-    principal components (1 to 30, chosen on the other half, in its favour) of log counts per 10,000.
+    "raw" predicts by the half itself, "mean" by the average profile at the size of the cell, "pca" by principal
+    components of log counts per 10,000; their number (1 to 30) is chosen on the other half, which favours "pca".
     """
     first, second = split_molecules(counts, seed)
     size = library_size(first)[:, None]

@@ -9,13 +9,39 @@ Symbols: x_i real cells, y_j generated cells, d the Euclidean distance.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
 import numpy as np
 import ot
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import cdist, pdist
 
+from bgen.evaluate.metrics.metric import Metric
+
 NEIGHBOURS = 5
 _EMD_ITERATIONS = 10_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Equally many real and other cells, as coordinates ``[N, D]`` in one embedding."""
+
+    real: NDArray[Any]
+    other: NDArray[Any]
+
+    @cached_property
+    def precision_recall(self) -> tuple[float, float]:
+        """See :func:`precision_recall`."""
+        return precision_recall(self.real, self.other)
+
+
+@dataclass(frozen=True, eq=False)
+class Populations(Points):
+    """Points with the bandwidth of a kernel, in the coordinates' units."""
+
+    bandwidth: float
 
 
 def wasserstein2(real: ArrayLike, generated: ArrayLike) -> float:
@@ -123,3 +149,63 @@ def _equal_samples(real: ArrayLike, generated: ArrayLike) -> tuple[NDArray[np.fl
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("coordinates must be finite")
     return x, y
+
+
+METRICS: tuple[Metric[Populations], ...] = (
+    Metric[Points](
+        "w1",
+        "1-Wasserstein",
+        "lower",
+        3,
+        "Mean distance that cells must be moved in the embedding.",
+        lambda p: wasserstein1(p.real, p.other),
+    ),
+    Metric[Points](
+        "w2",
+        "2-Wasserstein",
+        "lower",
+        3,
+        "Least effort of moving generated cells onto real ones in the embedding.",
+        lambda p: wasserstein2(p.real, p.other),
+    ),
+    Metric[Populations](
+        "mmd2",
+        "MMD² (RBF)",
+        "lower",
+        4,
+        "Difference of the two densities at one typical length scale; about 0 if equal.",
+        lambda p: mmd2(p.real, p.other, p.bandwidth),
+    ),
+    Metric[Points](
+        "energy",
+        "energy distance",
+        "lower",
+        3,
+        "Difference of the two distributions at all scales; about 0 if equal.",
+        lambda p: energy_distance(p.real, p.other),
+    ),
+    Metric[Points](
+        "nn_accuracy",
+        "1-NN accuracy",
+        "half",
+        3,
+        "How often a cell's nearest neighbour gives away which set it is in.",
+        lambda p: nearest_neighbour_accuracy(p.real, p.other),
+    ),
+    Metric[Points](
+        "precision",
+        "precision",
+        "higher",
+        3,
+        "Share of generated cells that lie among real ones: are they realistic?",
+        lambda p: p.precision_recall[0],
+    ),
+    Metric[Points](
+        "recall",
+        "recall",
+        "higher",
+        3,
+        "Share of real cells that generated ones reach: is everything covered?",
+        lambda p: p.precision_recall[1],
+    ),
+)

@@ -1,4 +1,4 @@
-"""What scib-metrics says of an integration: how well batches mix, and whether biology is still there.
+"""The figures of scib-metrics for an integration: how well batches mix, and how much biology is left.
 
 The figures are those of the library (extra ``integration``; Luecken et al., "Benchmarking atlas-level data integration
 in single-cell genomics", Nature Methods 2022), each from 0 to 1, higher is better. Its total is 0.6 times the mean of
@@ -22,7 +22,7 @@ from sklearn.neighbors import NearestNeighbors
 from bgen.errors import UserError
 
 UNINTEGRATED = "PCA"
-"""Name of the embedding that nothing was removed from: the baseline, and what the library measures change against."""
+"""Name of the embedding from which nothing was removed: the baseline, and the library's reference for changes."""
 
 MOST_CELLS = 10_000
 NEIGHBOURS = 90
@@ -37,7 +37,7 @@ def require_scib() -> None:
             import scib_metrics.benchmark  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"scib-metrics cannot be imported ({error}): `pip install 'bgen[integration]'`, or leave --label out."
+            f"scib-metrics cannot be imported ({error}): `pip install 'bgen-flow[integration]'`, or leave --label out."
         ) from None
 
 

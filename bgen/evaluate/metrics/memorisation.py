@@ -1,7 +1,8 @@
-"""Does a model repeat its training cells? Generated cells beside unseen real ones.
+"""Whether a model repeats its training cells: generated cells beside unseen real ones.
 
-A model that has learnt the distribution is as far from the training cells as other real cells are; one that copies is
-closer. This tells copying, not privacy: cells that are no copies may still tell who was in the data.
+Cells of a model that has learnt the distribution are as far from the training cells as other real cells are; those of a
+model that copies are closer. This detects copying, not loss of privacy: cells that are no copies may still tell who was
+in the data.
 
 Axes: N cells, G genes, D components.
 """
@@ -21,12 +22,15 @@ from bgen.evaluate.metrics.space import fit_space
 
 CLOSE_QUANTILE = 0.05
 TOLERANCE = 0.05
-"""Generated cells may be so much nearer (a share) to training cells than real ones before it is called memorisation."""
+"""Share by which generated cells may be nearer to training cells than real ones are, before it is called memorisation.
+"""
 
 
 @dataclass(frozen=True)
 class Memorisation:
-    """Attributes
+    """How near generated cells are to the training cells, beside held-out real ones.
+
+    Attributes
     ----------
     distance, distance_real
         Median distance to the nearest training cell, of generated and of held-out real cells.
@@ -78,8 +82,9 @@ def memorisation(
 ) -> Memorisation:
     """Compare distances to the nearest training cell, in an embedding that is fitted on half of the held-out cells.
 
-    All are raw counts ``[N, G]`` of the same genes. Not on training cells: their own noise would push all others away
-    (see :mod:`bgen.evaluate.protocols.distribution`); and the half that it is fitted on is left out of the comparison.
+    All are raw counts ``[N, G]`` of the same genes. The embedding is not fitted on training cells, because their own
+    noise would push all others away (see :mod:`bgen.evaluate.protocols.distribution`); the half that it is fitted on is
+    left out of the comparison.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(test.shape[0])

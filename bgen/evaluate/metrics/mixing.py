@@ -13,10 +13,10 @@ NEIGHBOURS = 15
 
 
 def batch_mixing(points: NDArray[np.float32], batches: ArrayLike) -> float:
-    """Return the share of a cell's nearest neighbours from another batch, in units of what perfect mixing gives.
+    """Return the share of nearest neighbours that are of another batch, relative to perfect mixing.
 
     1 is perfectly mixed, 0 fully apart. ``points [N, D]``, ``batches [N]``; dimensions count as they are scaled. High
-    mixing alone is no praise: an embedding that holds nothing mixes best, so look at a biological label beside it.
+    mixing alone means little: an embedding that holds nothing mixes best, so look at a biological label beside it.
     """
     names = np.asarray(batches).astype(str)
     _, codes, numbers = np.unique(names, return_inverse=True, return_counts=True)

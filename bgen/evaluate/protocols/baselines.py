@@ -1,4 +1,4 @@
-"""What is easy: cells from a negative binomial per cell type, with independent genes.
+"""The baseline of generated cells: a negative binomial per cell type, with independent genes.
 
 Axes: N cells, G genes, K cell types.
 """
@@ -20,9 +20,9 @@ _ROWS = 512  # cells drawn at a time: bounds the dense part to _ROWS x G
 class TypeNegativeBinomial:
     """Per cell type k and gene g: x ~ NB(mean = l p_kg, variance = l p_kg + alpha_kg (l p_kg)^2), l ~ LogNormal_k.
 
-    types: names [K]; share: p, float64 [K, G], rows sum to 1; dispersion: alpha >= 0, float64 [K, G];
-    log_library_mean, log_library_sd: float64 [K]. The last row stands for all cells together, and is used for types
-    that training did not hold. Made by :func:`fit_type_negative_binomial`.
+    types: names [K]; share: p, float64 [K, G], rows sum to 1; dispersion: alpha >= 0, float64 [K, G]; log_library_mean,
+    log_library_sd: float64 [K]. The last row stands for all cells together; it serves types that training did not hold.
+    Made by :func:`fit_type_negative_binomial`.
     """
 
     types: tuple[str, ...]

@@ -5,20 +5,21 @@ with n generated cells (the model), with n cells of a negative binomial per type
 with n real training cells (the ceiling).
 
 - n is the same everywhere: the figures depend on it.
-- Where types are known every row has the types of those very test cells, as far as it holds enough of each. So no row
-  wins or loses by its composition, which the user asks for and chance decides in a random sample. (Matched samples
+- Where types are known, every row has the types of those very test cells, as far as it holds enough of each. So no row
+wins or loses by its composition, which is the user's choice in generation and chance in a random sample. (Matched
+samples
   differ less than independent ones, so MMD^2 and energy distance of equal distributions lie slightly below 0.)
-- Embedding, kernel bandwidth and genes come from a random half of train, drawn anew for each seed, and the ceiling's
-  cells from the other half. Principal components follow the noise of the cells that they were fitted on, so these lie
-  further out than any new cell: on 2,264 sorted blood cells x 16,791 genes a ceiling of those very cells has W2 9.0 and
-  precision 0.3 where new real cells have 6.9 and 0.9, and even poor models would seem to reach it.
+- Embedding, kernel bandwidth and genes come from a random half of train, drawn anew for each seed; the cells of the
+  ceiling come from the other half. Principal components follow the noise of the cells that they were fitted on, so
+  these lie further out than any new cell. On 2,264 sorted blood cells x 16,791 genes, a ceiling of the fitted cells
+  has W2 9.0 and precision 0.3 where new real cells have 6.9 and 0.9: even poor models would seem to reach it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -29,10 +30,13 @@ from scipy import sparse
 from bgen.errors import UserError
 from bgen.evaluate.metrics import counts as count_metrics
 from bgen.evaluate.metrics import distribution
+from bgen.evaluate.metrics.counts import CountedPopulations
+from bgen.evaluate.metrics.metric import Metric
+from bgen.evaluate.metrics.registry import choose_metrics
 from bgen.evaluate.metrics.space import COMPONENTS, Space, fit_space
 from bgen.evaluate.protocols.baselines import TypeNegativeBinomial, fit_type_negative_binomial
 from bgen.evaluate.protocols.inputs import Cells, read_cells
-from bgen.evaluate.protocols.scores import ROWS, Estimate, Metric, Score, Scores
+from bgen.evaluate.protocols.scores import ROWS, Estimate, Score, Scores
 
 PROTOCOL = "distribution-v1"
 MAX_CELLS = 1000  # exact W2 grows with the cube of the number of cells
@@ -43,38 +47,11 @@ BANDWIDTH_CELLS = 1000
 EXPRESSED_SHARE = 0.01
 CORRELATED_GENES = 100
 
-METRICS = (
-    Metric(
-        "w2", "2-Wasserstein", "lower", 2, "Least effort of moving generated cells onto real ones in the embedding."
-    ),
-    Metric(
-        "mmd2",
-        "MMD² (RBF)",
-        "lower",
-        4,
-        "Difference of the two densities at one typical length scale; about 0 if equal.",
-    ),
-    Metric(
-        "energy", "energy distance", "lower", 3, "Difference of the two distributions at all scales; about 0 if equal."
-    ),
-    Metric(
-        "nn_accuracy", "1-NN accuracy", "half", 3, "How often a cell's nearest neighbour gives away which set it is in."
-    ),
-    Metric(
-        "precision", "precision", "higher", 3, "Share of generated cells that lie among real ones: are they realistic?"
-    ),
-    Metric("recall", "recall", "higher", 3, "Share of real cells that generated ones reach: is everything covered?"),
-    Metric("mean_spearman", "gene mean, rank", "higher", 3, "Rank correlation over genes of the mean count."),
-    Metric("mean_rmse", "gene mean, error", "lower", 3, "Error of log10 mean count over genes; 0.3 is a factor of 2."),
-    Metric("variance_spearman", "variance, rank", "higher", 3, "Rank correlation over genes of the variance."),
-    Metric("variance_rmse", "variance, error", "lower", 3, "Error of log10 variance over genes; 0.3 is a factor of 2."),
-    Metric("zeros_spearman", "zeros, rank", "higher", 3, "Rank correlation over genes of the share of zero counts."),
-    Metric("zeros_rmse", "zeros, error", "lower", 3, "Error over genes of the share of zero counts."),
-    Metric(
-        "library_ks", "library size, KS", "lower", 3, "Largest gap between the distributions of total counts per cell."
-    ),
-    Metric("genes_ks", "genes/cell, KS", "lower", 3, "Largest gap between the distributions of genes seen per cell."),
-    Metric("correlation", "gene correlation", "lower", 3, "Relative error of correlations between variable genes."),
+METRICS: tuple[Metric[CountedPopulations], ...] = (
+    replace(choose_metrics("w2")[0], digits=2),  # of logarithms of counts it is some units
+    *choose_metrics("mmd2", "energy", "nn_accuracy", "precision", "recall"),
+    *choose_metrics("mean_spearman", "mean_rmse", "variance_spearman", "variance_rmse", "zeros_spearman", "zeros_rmse"),
+    *choose_metrics("library_ks", "genes_ks", "correlation"),
 )
 
 
@@ -102,23 +79,16 @@ def fit_reference(train: sparse.csr_matrix) -> Reference:
     )
 
 
-def measure(reference: Reference, real: sparse.csr_matrix, other: sparse.csr_matrix) -> dict[str, float]:
+def measure(
+    reference: Reference,
+    real: sparse.csr_matrix,
+    other: sparse.csr_matrix,
+    metrics: Sequence[Metric[CountedPopulations]] = METRICS,
+) -> dict[str, float]:
     """Return every metric of ``other`` against equally many ``real`` cells, by key."""
     x, y = reference.space.project(real), reference.space.project(other)
-    precision, recall = distribution.precision_recall(x, y)
-    moments = count_metrics.gene_moments(real), count_metrics.gene_moments(other)
-    return {
-        "w2": distribution.wasserstein2(x, y),
-        "mmd2": distribution.mmd2(x, y, reference.bandwidth),
-        "energy": distribution.energy_distance(x, y),
-        "nn_accuracy": distribution.nearest_neighbour_accuracy(x, y),
-        "precision": precision,
-        "recall": recall,
-        **count_metrics.moment_scores(*moments, reference.expressed),
-        "library_ks": count_metrics.library_ks(real, other),
-        "genes_ks": count_metrics.genes_ks(real, other),
-        "correlation": count_metrics.correlation_difference(real, other, reference.variable),
-    }
+    evidence = CountedPopulations(x, y, reference.bandwidth, real, other, reference.expressed, reference.variable)
+    return {metric.key: metric.compute(evidence) for metric in metrics}
 
 
 def evaluate(
@@ -130,6 +100,8 @@ def evaluate(
     seeds: int = 3,
     max_cells: int = MAX_CELLS,
     on_progress: Callable[[int, int], None] | None = None,
+    protocol: str = PROTOCOL,
+    metrics: Sequence[Metric[CountedPopulations]] = METRICS,
 ) -> Scores:
     """Score generated cells between baseline and ceiling.
 
@@ -146,6 +118,8 @@ def evaluate(
         n = min(max_cells, cells in test, in generated, in half of train).
     on_progress
         Called with (comparisons done, comparisons in all).
+    protocol, metrics
+        Another protocol that draws and compares in the same way has its own id and figures.
 
     Raises
     ------
@@ -168,12 +142,12 @@ def evaluate(
     for seed in range(seeds):
         reference, real, others = _draw(cells, baseline, n, seed)
         for done, row in enumerate(ROWS):
-            measured[row].append(measure(reference, real, others[row]))
+            measured[row].append(measure(reference, real, others[row], metrics))
             if on_progress is not None:
                 on_progress(seed * len(ROWS) + done + 1, seeds * len(ROWS))
     scores = tuple(
         Score(metric, *(Estimate(tuple(run[metric.key] for run in measured[row])) for row in ROWS))
-        for metric in METRICS
+        for metric in metrics
     )
     setting: dict[str, int | float | str | None] = {
         "genes": int(train.n_vars),
@@ -183,7 +157,7 @@ def evaluate(
         "cell_type": cell_type,
         "components": len(reference.space.components),
     }
-    return Scores(PROTOCOL, n, seeds, setting, scores, tuple(_notes(cells, n, len(reference.space.components))))
+    return Scores(protocol, n, seeds, setting, scores, tuple(_notes(cells, n, len(reference.space.components))))
 
 
 def baseline_cells(train: AnnData, like: AnnData, *, cell_type: str | None = None, seed: int = 0) -> AnnData:

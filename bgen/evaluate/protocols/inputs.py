@@ -1,4 +1,4 @@
-"""What every protocol asks of its AnnData: the same genes in the same order, raw counts, known columns."""
+"""What every protocol requires of its AnnData: the same genes in the same order, raw counts, known columns."""
 
 from __future__ import annotations
 

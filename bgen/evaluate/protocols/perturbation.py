@@ -5,14 +5,14 @@ real perturbed and control cells are split into two halves: one is what predicti
 ceiling, and chooses the genes with the clearest effects. So no row is measured on noise that chose its genes.
 
 - An effect is the difference of mean log(1 + counts per 10,000) between perturbed and control cells. The control cells
-  are real and the same in every row, also where a model would predict its own (a model that only scales its own
-  controls can otherwise win or lose the discrimination score).
+are real and the same in every row, even for a model that would predict its own (otherwise a model could win or lose the
+discrimination score by scaling its controls).
 - Control cells that the model and the baselines were trained on, too (``shared_controls``: doses of a drug with few
   vehicle cells), are not split: all of them are the reference of every effect, in both halves. With some 30 cells on
-  either side the noise of two references would be larger than what the drug does. One reference adds the same noise to
-  all real and predicted effects: rows compare with each other, but their correlations not with those of other screens.
-  Control cells moved by an effect that was measured against themselves would be closer to the truth than any sample
-  can be, so baselines are then real cells (``populations``): of the nearest dose, of all training perturbations.
+  either side, the noise of two references would be larger than the effect of the drug. One reference adds the same
+  noise to all real and predicted effects: rows compare with each other, but their correlations not with those of other
+  screens. Control cells moved by an effect that was measured against themselves would be closer to the truth than any
+  sample can be, so baselines are then real cells (``populations``): of the nearest dose, of all training perturbations.
 - Callers predict as many cells as there are control cells to predict from (more only where the real ones need it): a
   control cell that is used twice makes a population narrower. Up to ``perturbation-v2`` they were at least 500.
 - A baseline is an effect that needs no model: "control copy" (none) and what the caller gives: "train mean" (the
@@ -28,7 +28,7 @@ Axes: N cells, G genes, P held-out perturbations, D components.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -36,31 +36,27 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from rich.table import Table
 
+from bgen.arrays import F64
 from bgen.errors import UserError
-from bgen.evaluate.metrics.distribution import energy_distance
+from bgen.evaluate.metrics.effects import TOP, PredictedEffect
+from bgen.evaluate.metrics.metric import Metric
+from bgen.evaluate.metrics.registry import choose_metrics
 from bgen.evaluate.metrics.space import Space, fit_space, log_cp10k
-from bgen.evaluate.protocols.scores import Better, Metric
 
 PROTOCOL = "perturbation-v3"
-TOP = 20
 MAX_CELLS = 500
 MIN_CELLS = 10
 BOOTSTRAPS = 2000
 CONTROL_COPY, TRAIN_MEAN, MODEL, CEILING = "control copy", "train mean", "model", "ceiling"
 
-METRICS = (
-    Metric("pearson", "Pearson delta", "higher", 3, "Correlation over genes of predicted and real effects."),
-    Metric("pearson_top", f"Pearson, top {TOP} DE", "higher", 3, "The same over the genes with the clearest effects."),
-    Metric("direction", f"direction, top {TOP} DE", "higher", 3, "Share of those genes moved to the right side."),
-    Metric("slope", "slope", "higher", 2, "Size of predicted effects in units of the real ones; 1 is right."),
-    Metric("energy", "E-distance", "lower", 3, "Energy distance of predicted and real perturbed cells."),
-    Metric(
-        "discrimination",
-        "discrimination",
-        "higher",
-        3,
-        "1: closer to its own real effect than to any other; 0.5: chance.",
+METRICS: tuple[Metric[PredictedEffect], ...] = (
+    *choose_metrics("pearson", "pearson_top", "direction", "slope"),
+    replace(
+        choose_metrics("energy")[0],
+        title="E-distance",
+        meaning="Energy distance of predicted and real perturbed cells.",
     ),
+    *choose_metrics("discrimination"),
 )
 
 
@@ -112,6 +108,8 @@ class PerturbationScores:
     values: dict[str, dict[str, NDArray[np.float64]]]
     predicted: NDArray[np.float64]
     real: NDArray[np.float64]
+    protocol: str = PROTOCOL
+    metrics: tuple[Metric[Any], ...] = METRICS
 
     def mean(self, row: str, key: str) -> float:
         """Mean over perturbations and seeds."""
@@ -128,12 +126,12 @@ class PerturbationScores:
         low, high = np.quantile(draws, [0.025, 0.975])
         return float(low), float(high)
 
-    def verdict(self, baseline: str, key: str, better: Better) -> str:
+    def verdict(self, baseline: str, metric: Metric[Any]) -> str:
         """Compare the model with a baseline: 95 % interval of a paired bootstrap over perturbations."""
-        difference = self.values[MODEL][key].mean(0) - self.values[baseline][key].mean(0)
-        if key == "slope":
+        if metric.key == "slope":
             return self._slope_verdict(baseline)
-        elif better == "lower":
+        difference = self.values[MODEL][metric.key].mean(0) - self.values[baseline][metric.key].mean(0)
+        if metric.better == "lower":
             difference = -difference
         difference = difference[np.isfinite(difference)]
         if len(difference) < 2:
@@ -160,9 +158,9 @@ class PerturbationScores:
             if row in (MODEL, CEILING):
                 continue
             by_verdict: dict[str, list[str]] = {}
-            for metric in METRICS:
+            for metric in self.metrics:
                 if np.isfinite(self.values[row][metric.key]).any():
-                    by_verdict.setdefault(self.verdict(row, metric.key, metric.better), []).append(metric.title)
+                    by_verdict.setdefault(self.verdict(row, metric), []).append(metric.title)
             parts = "; ".join(f"{verdict} it in {', '.join(titles)}" for verdict, titles in by_verdict.items())
             said.append(f"{row}: the model is {parts}.")
         return said
@@ -182,23 +180,23 @@ class PerturbationScores:
             }
             for row, figures in self.values.items()
         }
-        return {"protocol": PROTOCOL, "perturbations": list(self.labels), "rows": rows, "words": self.sentences()}
+        return {"protocol": self.protocol, "perturbations": list(self.labels), "rows": rows, "words": self.sentences()}
 
     def table(self) -> Table:
         """Return a table: a row per model, baseline and ceiling."""
         seeds, n = next(iter(self.values[MODEL].values())).shape
         table = Table(
-            title=f"Scores ({PROTOCOL})",
+            title=f"Scores ({self.protocol})",
             caption=f"Means over {n} held-out perturbations and {seeds} seeds, with 95 % intervals over perturbations.",
             box=None,
             pad_edge=False,
         )
         table.add_column("", no_wrap=True)
-        for metric in METRICS:
+        for metric in self.metrics:
             table.add_column(metric.title, justify="right")
         for row, figures in self.values.items():
             cells = []
-            for metric in METRICS:
+            for metric in self.metrics:
                 if np.isfinite(figures[metric.key]).any():
                     low, high = self.interval(row, metric.key)
                     digits = metric.digits
@@ -222,14 +220,15 @@ def join(parts: Sequence[PerturbationScores], along: Literal["seeds", "perturbat
 
     axis = 0 if along == "seeds" else 1
     joined = {
-        row: {metric.key: np.concatenate([values(part, row, metric.key) for part in parts], axis) for metric in METRICS}
+        row: {key: np.concatenate([values(part, row, key) for part in parts], axis) for key in parts[0].values[MODEL]}
         for row in rows
     }
     predicted, real = [part.predicted for part in parts], [part.real for part in parts]
     if along == "seeds":
-        return PerturbationScores(parts[0].labels, joined, np.mean(predicted, axis=0), np.mean(real, axis=0))
+        return replace(parts[0], values=joined, predicted=np.mean(predicted, axis=0), real=np.mean(real, axis=0))
     labels = tuple(label for part in parts for label in part.labels)
-    return PerturbationScores(labels, joined, np.concatenate(predicted), np.concatenate(real))
+    effects = np.concatenate(predicted), np.concatenate(real)
+    return replace(parts[0], labels=labels, values=joined, predicted=effects[0], real=effects[1])
 
 
 def mean_log(counts: sp.csr_matrix) -> NDArray[np.float64]:
@@ -272,54 +271,80 @@ def evaluate_perturbations(train: sp.csr_matrix, held_out: Sequence[HeldOut], *,
     return PerturbationScores(tuple(one.label for one in held_out), values, predicted, real)
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """One perturbation at one seed: the half that is predicted, and what rows predict of it.
+
+    Attributes
+    ----------
+    real
+        Effect ``[G]`` of the half.
+    top
+        Genes with the clearest effects in the other half.
+    effects
+        Row to effect ``[G]``.
+    points
+        Coordinates ``[n, D]`` of the half's cells, "real", and of each row's.
+    """
+
+    real: F64
+    top: NDArray[np.intp]
+    effects: dict[str, F64]
+    points: dict[str, NDArray[Any]]
+
+
 def _one_seed(space: Space, held_out: Sequence[HeldOut], seed: int) -> dict[str, dict[str, list[float]]]:
     names = list(dict.fromkeys(name for one in held_out for name in one.baselines))
-    rows: dict[str, dict[str, list[float]]] = {
-        row: {metric.key: [] for metric in METRICS} for row in (MODEL, CONTROL_COPY, *names, CEILING)
+    drawn = [_draw(space, one, seed, number) for number, one in enumerate(held_out)]
+    real = [one.real for one in drawn]
+    size = float(np.mean([float(one.effects[CEILING] @ one.real) for one in drawn]))
+
+    def evidence(row: str, own: int) -> PredictedEffect:
+        one = drawn[own]
+        return PredictedEffect(
+            real=one.points["real"],
+            other=one.points[row],
+            effect=one.effects[row],
+            real_effects=real,
+            own=own,
+            top=one.top,
+            size=size,
+            targets=held_out[own].targets,
+        )
+
+    return {
+        row: {
+            metric.key: [
+                metric.compute(evidence(row, own)) if row in one.effects else np.nan for own, one in enumerate(drawn)
+            ]
+            for metric in METRICS
+        }
+        for row in (MODEL, CONTROL_COPY, *names, CEILING)
     }
-    real_effects, effects = [], []
-    for number, one in enumerate(held_out):
-        rng = np.random.default_rng([seed, number])
-        order = rng.permutation(one.real.shape[0])
-        first, second = one.real[order[: len(order) // 2]], one.real[order[len(order) // 2 :]]
-        control_mean = mean_log(one.control)
-        # The same halves for every perturbation: else a real effect would be furthest from its own other half, whose
-        # controls are the rest of its own.
-        shuffled = np.random.default_rng(seed).permutation(one.control.shape[0])
-        halves = [shuffled, shuffled] if one.shared_controls else np.array_split(shuffled, 2)
-        first_control, second_control = (one.control[half] for half in halves)
-        real, other = mean_log(second) - mean_log(second_control), mean_log(first) - mean_log(first_control)
-        top = _clearest(first, first_control)
-        pools = {"real": second, MODEL: one.predicted, CEILING: first, **one.populations}
-        n = min(MAX_CELLS, *(cells.shape[0] for cells in pools.values()))
-        some = {name: cells[rng.permutation(cells.shape[0])[:n]] for name, cells in pools.items()}
-        # With replacement if there are few: what matters is that every row has as many cells.
-        controls = one.control[rng.choice(one.control.shape[0], n, replace=one.control.shape[0] < n)]
-        found = {MODEL: mean_log(one.predicted) - control_mean, CEILING: other, CONTROL_COPY: np.zeros_like(real)}
-        found |= one.baselines
-        points = space.project(some["real"])
-        for row, figures in rows.items():
-            if row not in found:
-                for metric in METRICS[:-1]:
-                    figures[metric.key].append(np.nan)
-                continue
-            effect = found[row]
-            cells = space.project(some[row]) if row in some else space.project(controls) + effect @ space.components.T
-            figures["pearson"].append(_correlation(effect, real))
-            figures["pearson_top"].append(_correlation(effect[top], real[top]))
-            figures["direction"].append(float((np.sign(effect[top]) == np.sign(real[top])).mean()))
-            figures["slope"].append(float(effect @ real))
-            figures["energy"].append(energy_distance(points, cells))
-        real_effects.append(real)
-        effects.append(found)
-    size = float(np.mean(rows[CEILING]["slope"]))
-    for row, figures in rows.items():
-        figures["slope"] = [product / max(size, 1e-9) for product in figures["slope"]]
-        figures["discrimination"] = [
-            _discrimination(effects[i][row], real_effects, i, one.targets) if row in effects[i] else np.nan
-            for i, one in enumerate(held_out)
-        ]
-    return rows
+
+
+def _draw(space: Space, one: HeldOut, seed: int, number: int) -> _Drawn:
+    """Halve the real cells of the perturbation ``number`` and draw equally many cells for every row."""
+    rng = np.random.default_rng([seed, number])
+    order = rng.permutation(one.real.shape[0])
+    first, second = one.real[order[: len(order) // 2]], one.real[order[len(order) // 2 :]]
+    # The same halves for every perturbation: else a real effect would be furthest from its own other half, whose
+    # controls are the rest of its own.
+    shuffled = np.random.default_rng(seed).permutation(one.control.shape[0])
+    halves = [shuffled, shuffled] if one.shared_controls else np.array_split(shuffled, 2)
+    first_control, second_control = (one.control[half] for half in halves)
+    real, other = mean_log(second) - mean_log(second_control), mean_log(first) - mean_log(first_control)
+    pools = {"real": second, MODEL: one.predicted, CEILING: first, **one.populations}
+    n = min(MAX_CELLS, *(cells.shape[0] for cells in pools.values()))
+    some = {name: cells[rng.permutation(cells.shape[0])[:n]] for name, cells in pools.items()}
+    # With replacement if there are few: what matters is that every row has as many cells.
+    controls = one.control[rng.choice(one.control.shape[0], n, replace=one.control.shape[0] < n)]
+    effects = {MODEL: mean_log(one.predicted) - mean_log(one.control), CEILING: other}
+    effects |= {CONTROL_COPY: np.zeros_like(real), **one.baselines}
+    points: dict[str, NDArray[Any]] = {name: space.project(cells) for name, cells in some.items()}
+    at_control = space.project(controls)
+    points |= {row: at_control + effects[row] @ space.components.T for row in effects if row not in points}
+    return _Drawn(real, _clearest(first, first_control), effects, points)
 
 
 def _clearest(perturbed: sp.csr_matrix, control: sp.csr_matrix) -> NDArray[np.intp]:
@@ -332,26 +357,6 @@ def _clearest(perturbed: sp.csr_matrix, control: sp.csr_matrix) -> NDArray[np.in
         errors.append((np.asarray(logs.multiply(logs).mean(0)).ravel() - mean**2) / cells.shape[0])
     t = np.abs(means[0] - means[1]) / np.sqrt(np.maximum(errors[0] + errors[1], 1e-12))
     return np.argsort(-t, kind="stable")[:TOP]
-
-
-def _correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """Pearson correlation; 0 where one side does not vary (an effect of nothing explains nothing)."""
-    if x.std() < 1e-12 or y.std() < 1e-12:
-        return 0.0
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def _discrimination(
-    effect: NDArray[np.float64], real: Sequence[NDArray[np.float64]], own: int, targets: NDArray[np.int64]
-) -> float:
-    """Return 1 - (real effects closer than the own one, ties half) / (P - 1), by L1 distance."""
-    if len(real) < 2:
-        return float("nan")
-    kept = np.setdiff1d(np.arange(len(effect)), targets)
-    distance = np.array([np.abs(effect[kept] - other[kept]).sum() for other in real])
-    others = np.delete(distance, own)
-    closer = (others < distance[own]).sum() + 0.5 * (others == distance[own]).sum()
-    return float(1 - closer / len(others))
 
 
 def _draws(n: int) -> NDArray[np.intp]:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from rich.table import Table
 
-Better = Literal["lower", "higher", "half"]
+from bgen.evaluate.metrics.metric import ARROWS, Better, Metric, shortfall
+
 Verdict = Literal[
     "at the ceiling", "better than the baseline", "no better than the baseline", "worse than the baseline"
 ]
@@ -22,7 +23,6 @@ SHORT: dict[Verdict, str] = {
     "no better than the baseline": "no better",
     "worse than the baseline": "worse",
 }
-ARROWS: dict[Better, str] = {"lower": "↓", "higher": "↑", "half": "→½"}
 STYLES: dict[Verdict, str] = {
     "at the ceiling": "bold green",
     "better than the baseline": "green",
@@ -35,17 +35,6 @@ STYLES: dict[Verdict, str] = {
 # and cells of the baseline passed for the model were called better than the baseline in none, worse in 6 %.
 NOISE = 3.0
 CLOSE = 0.1
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One figure: ``key`` in files, ``title`` for people, what is better, decimals to print, and what it means."""
-
-    key: str
-    title: str
-    better: Better
-    digits: int
-    meaning: str
 
 
 @dataclass(frozen=True)
@@ -66,15 +55,14 @@ class Estimate:
 
     def shortfall(self, better: Better) -> Estimate:
         """Return the same figure as a distance from perfect, so that lower is better."""
-        turn = {"lower": lambda v: v, "higher": lambda v: 1.0 - v, "half": lambda v: abs(v - 0.5)}[better]
-        return Estimate(tuple(turn(value) for value in self.values))
+        return Estimate(tuple(shortfall(value, better) for value in self.values))
 
 
 @dataclass(frozen=True)
 class Score:
     """One metric of the model, of the baseline, and of real cells (the ceiling)."""
 
-    metric: Metric
+    metric: Metric[Any]
     model: Estimate
     baseline: Estimate
     ceiling: Estimate

@@ -1,4 +1,5 @@
-"""The protocol ``time-point-v1``: is a generated time point nearer to the real one than what needs no learning?
+"""The protocol ``time-point-v1``: whether a generated time point is nearer to the real one than baselines without
+learning.
 
 Frozen: a change of any figure needs a new protocol id. The cells of one time point were kept from the model. They are
 compared with generated ones and with baselines that see the same neighbouring time points:
@@ -12,8 +13,8 @@ For each of several seeds the real cells are halved at random. Every row is comp
 the ceiling is n cells of the other: n is the same for all, since every figure here depends on it. n = min(half of the
 real cells, cells of the smallest row, 1,000).
 
-The verdict is against the strongest baseline, whichever that is for a figure. Rows of one seed see the same real cells,
-so differences between rows are judged by their own spread over the seeds.
+The verdict on a figure is against its strongest baseline. All rows of a seed see the same real cells, so a difference
+between rows is judged by its own spread over the seeds.
 
 Interpolated cells have less scatter than measured ones. W1 and W2 of few cells in many dimensions reward that: there
 the OT-midpoint may come out below the ceiling. Energy distance and MMD do not.
@@ -33,7 +34,9 @@ from scipy import sparse
 from bgen.arrays import F64
 from bgen.errors import UserError
 from bgen.evaluate.metrics import distribution
-from bgen.evaluate.protocols.scores import CLOSE, NOISE, SHORT, STYLES, Estimate, Metric, Verdict
+from bgen.evaluate.metrics.metric import Metric
+from bgen.evaluate.metrics.registry import choose_metrics
+from bgen.evaluate.protocols.scores import CLOSE, NOISE, SHORT, STYLES, Estimate, Verdict
 from bgen.flow.displacement import displace, draw, transport_plan
 
 PROTOCOL = "time-point-v1"
@@ -42,12 +45,7 @@ MIN_CELLS = 10
 PLAN_CELLS = 2000
 """Cells of each neighbour that the transport plan is found for, at most."""
 
-METRICS = (
-    Metric("w1", "1-Wasserstein", "lower", 3, "Mean distance that cells must be moved in the embedding."),
-    Metric("w2", "2-Wasserstein", "lower", 3, "The same with squared distances: far cells count more."),
-    Metric("energy", "energy distance", "lower", 3, "Difference of the distributions at all scales; about 0 if equal."),
-    Metric("mmd2", "MMD² (RBF)", "lower", 4, "Difference of the densities at one length scale; about 0 if equal."),
-)
+METRICS: tuple[Metric[distribution.Populations], ...] = choose_metrics("w1", "w2", "energy", "mmd2")
 
 
 @dataclass(frozen=True)
@@ -119,6 +117,8 @@ class TimeScores:
     subsamples: int
     setting: dict[str, int | float | str]
     figures: dict[str, dict[str, Estimate]]
+    protocol: str = PROTOCOL
+    metrics: tuple[Metric[Any], ...] = METRICS
 
     def strongest(self, key: str) -> str:
         """Return the baseline with the lowest mean."""
@@ -132,13 +132,13 @@ class TimeScores:
 
     def headline(self) -> str:
         """Return one sentence in plain words."""
-        parts = [f"{m.title}: {self.verdict(m.key)} ({self.strongest(m.key)})" for m in METRICS]
+        parts = [f"{m.title}: {self.verdict(m.key)} ({self.strongest(m.key)})" for m in self.metrics]
         return "The generated time point, by " + "; by ".join(parts) + "."
 
     def as_json(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
         return {
-            "protocol": PROTOCOL,
+            "protocol": self.protocol,
             "headline": self.headline(),
             "cells": self.cells,
             "subsamples": self.subsamples,
@@ -151,7 +151,7 @@ class TimeScores:
                     "strongest_baseline": self.strongest(m.key),
                     "verdict": self.verdict(m.key),
                 }
-                for m in METRICS
+                for m in self.metrics
             },
         }
 
@@ -161,17 +161,19 @@ class TimeScores:
             f"{self.cells:,} cells on each side, mean±sd of {self.subsamples} subsamples; lower is better. ceiling: "
             "real against real. Verdict against the strongest baseline."
         )
-        table = Table(title=f"Scores ({PROTOCOL})", caption=caption, box=None, collapse_padding=True, pad_edge=False)
+        table = Table(
+            title=f"Scores ({self.protocol})", caption=caption, box=None, collapse_padding=True, pad_edge=False
+        )
         table.add_column("", no_wrap=True)
-        for metric in METRICS:
+        for metric in self.metrics:
             table.add_column(metric.title, justify="right", no_wrap=True)
-        for row in self.figures[METRICS[0].key]:
+        for row in self.figures[self.metrics[0].key]:
             cells = [
                 f"{self.figures[m.key][row].mean:z.{m.digits}f}±{self.figures[m.key][row].sd:.{m.digits}f}"
-                for m in METRICS
+                for m in self.metrics
             ]
             table.add_row(row, *cells)
-        verdicts = [self.verdict(m.key) for m in METRICS]
+        verdicts = [self.verdict(m.key) for m in self.metrics]
         table.add_row("verdict", *(f"[{STYLES[verdict]}]{SHORT[verdict]}[/]" for verdict in verdicts))
         return table
 
@@ -193,12 +195,8 @@ def paired_verdict(model: Estimate, baseline: Estimate, ceiling: Estimate) -> Ve
 
 def measure(real: NDArray[Any], other: NDArray[Any], bandwidth: float) -> dict[str, float]:
     """Return every figure of ``other [n, D]`` against ``real [n, D]``, by key."""
-    return {
-        "w1": distribution.wasserstein1(real, other),
-        "w2": distribution.wasserstein2(real, other),
-        "energy": distribution.energy_distance(real, other),
-        "mmd2": distribution.mmd2(real, other, bandwidth),
-    }
+    evidence = distribution.Populations(real, other, bandwidth)
+    return {metric.key: metric.compute(evidence) for metric in METRICS}
 
 
 def evaluate_time_point(

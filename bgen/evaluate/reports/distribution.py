@@ -9,7 +9,8 @@ from typing import Any
 
 from anndata import AnnData
 
-from bgen.evaluate.protocols.scores import ARROWS, ROWS, Score, Scores
+from bgen.evaluate.metrics.metric import ARROWS
+from bgen.evaluate.protocols.scores import ROWS, Score, Scores
 from bgen.evaluate.reports import pictures
 from bgen.evaluate.reports.page import facts_table, figure, write_page
 

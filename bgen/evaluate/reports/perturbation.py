@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bgen.evaluate.protocols.perturbation import CEILING, CONTROL_COPY, METRICS, MODEL, PROTOCOL, PerturbationScores
-from bgen.evaluate.protocols.scores import ARROWS, Metric
+from bgen.evaluate.metrics.metric import ARROWS, Metric
+from bgen.evaluate.protocols.perturbation import CEILING, CONTROL_COPY, MODEL, PerturbationScores
 from bgen.evaluate.reports.page import facts_table, figure, write_page
 from bgen.evaluate.reports.pictures import COLOURS, TEXT, WIDTH, clean
 
@@ -60,7 +61,7 @@ def write_perturbation_report(
             f"Correlation over genes of predicted and real effects, {which} {len(scores.labels)} perturbations, the"
             " largest real effect on top. Real effects are noisy, too: the ceiling is the correlation of two halves.",
         ),
-        facts_table({"protocol": PROTOCOL, "perturbations": len(scores.labels), **(provenance or {})}),
+        facts_table({"protocol": scores.protocol, "perturbations": len(scores.labels), **(provenance or {})}),
     ]
     mean = {row: scores.mean(row, "pearson") for row in (MODEL, CEILING)}
     headline = (
@@ -117,8 +118,10 @@ def interval_figure(scores: PerturbationScores) -> Figure:
     """Draw mean and interval of every row, one panel per measure."""
     rows = list(scores.values)[::-1]
     figure = Figure(figsize=(WIDTH, 1.6 + 0.5 * len(rows)))
-    axes = figure.subplots(2, -(-len(METRICS) // 2), sharey=True).ravel()
-    for axis, metric in zip(axes, METRICS, strict=True):
+    axes = figure.subplots(2, -(-len(scores.metrics) // 2), sharey=True).ravel()
+    for axis in axes[len(scores.metrics) :]:
+        axis.set_visible(False)
+    for axis, metric in zip(axes, scores.metrics, strict=False):
         _intervals(axis, scores, metric.key, rows)
         axis.set_title(_title(metric), fontsize=10, color=TEXT, loc="left")
         clean(axis)
@@ -143,16 +146,16 @@ def _colours(scores: PerturbationScores) -> dict[str, str]:
     return {MODEL: COLOURS["generated"], **others, CEILING: _CEILING_COLOUR}
 
 
-def _title(metric: Metric) -> str:
-    return f"{metric.title} →1" if metric.key == "slope" else f"{metric.title} {ARROWS[metric.better]}"
+def _title(metric: Metric[Any]) -> str:
+    return f"{metric.title} {ARROWS[metric.better]}"
 
 
 def _table(scores: PerturbationScores) -> str:
-    head = "".join(f'<th class="number">{escape(_title(m))}</th>' for m in METRICS)
+    head = "".join(f'<th class="number">{escape(_title(m))}</th>' for m in scores.metrics)
     lines = []
     for row in scores.values:
         cells = ""
-        for metric in METRICS:
+        for metric in scores.metrics:
             shown = "-"
             if np.isfinite(scores.values[row][metric.key]).any():
                 low, high = scores.interval(row, metric.key)
@@ -163,7 +166,7 @@ def _table(scores: PerturbationScores) -> str:
                 )
             cells += f'<td class="number">{shown}</td>'
         lines.append(f"<tr><td>{escape(row)}</td>{cells}</tr>")
-    meanings = " ".join(f"<b>{escape(m.title)}</b>: {escape(m.meaning)}" for m in METRICS)
+    meanings = " ".join(f"<b>{escape(m.title)}</b>: {escape(m.meaning)}" for m in scores.metrics)
     return (
         f'<h2>Scores</h2><div class="wide"><table><thead><tr><th></th>{head}</tr></thead>'
         f'<tbody>{"".join(lines)}</tbody></table></div><p class="small">{meanings}</p>'

@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from bgen.config.backbone import Axis, BackboneConfig
+from bgen.models.backbones.along import mixer_along
 from bgen.models.backbones.grid import Grid
-from bgen.models.backbones.mixers import mixer_along
 from bgen.nn.modulation import AdaLNZero
 
 
@@ -25,3 +25,7 @@ class Block(nn.Module):
         """Apply the block."""
         y_BTND, gate_BT1D = self.modulation(x_BTND, condition_BTD)
         return x_BTND + gate_BT1D * self.mixer(y_BTND, grid)
+
+    def flops(self, B: int, T: int, N: int) -> int:
+        """Floating-point operations of the forward pass; see :mod:`bgen.nn.flops` for what is counted."""
+        return self.modulation.flops(B * T) + self.mixer.flops(B, T, N)

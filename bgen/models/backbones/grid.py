@@ -1,4 +1,4 @@
-"""The grid of time points and cells: which cells exist, when the time points are, and what a mixer is told of it.
+"""The grid of time points and cells: which cells exist, when the time points are, and what a mixer is told about it.
 
 Axes: B trajectories, T time points, N cells per time point, D width.
 """

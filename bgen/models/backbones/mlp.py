@@ -6,10 +6,15 @@ and the blocks.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bgen.models.backbones.backbone import Backbone
 from bgen.nn.embedding import TimeEmbedding
+from bgen.nn.flops import layers
 from bgen.nn.modulation import AdaLNZero
 
 
@@ -24,8 +29,12 @@ class _Block(nn.Module):
         y, gate = self.modulation(x, condition)
         return x + gate * self.outer(F.silu(self.inner(y)))
 
+    def flops(self, points: int, conditions: int) -> int:
+        """Floating-point operations of the forward pass on so many points under so many conditions."""
+        return self.modulation.flops(conditions) + layers(points, self.inner, self.outer)
 
-class MLPBackbone(nn.Module):
+
+class MLPBackbone(Backbone):
     """``[B, T, N, D]`` to ``[B, T, N, O]``, cell by cell.
 
     Parameters
@@ -58,27 +67,15 @@ class MLPBackbone(nn.Module):
         mask: Tensor | None = None,
         time: Tensor | None = None,
     ) -> Tensor:
-        """Apply the network.
-
-        Parameters
-        ----------
-        z
-            ``[B, T, N, D]``: noisy latents.
-        t
-            ``[B, T]``: flow times.
-        condition
-            ``[B, T, C]``: embedded conditions.
-        mask, time
-            ``[B, T, N]`` and ``[B, T]``: the signature that all backbones share. Cells do not see each other here, so
-            neither padding nor real time can reach another cell's output.
-
-        Returns
-        -------
-        ``[B, T, N, O]``
-        """
+        """See :class:`Backbone`. Cells do not see each other, so ``mask`` and ``time`` change no cell's output."""
         condition = condition + self.time(t)
         x = self.stem(z)
         for block in self.blocks:
             x = block(x, condition)
         # No normalisation before the head: the target is linear in z, and the residual stream carries z.
         return self.head(x)
+
+    def flops(self, B: int, T: int, N: int) -> int:
+        """See :class:`Backbone`."""
+        blocks = sum(block.flops(B * T * N, B * T) for block in cast("Iterable[_Block]", self.blocks))
+        return layers(B * T * N, self.stem, self.head) + self.time.flops(B * T) + blocks

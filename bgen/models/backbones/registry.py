@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
-
 from bgen.config.backbone import BackboneConfig
+from bgen.models.backbones.backbone import Backbone
 from bgen.models.backbones.mlp import MLPBackbone
 from bgen.models.backbones.stack import Stack
 
-BACKBONES: dict[str, Callable[[int, BackboneConfig, int], nn.Module]] = {
+BACKBONES: dict[str, Callable[[int, BackboneConfig, int], Backbone]] = {
     "mlp": lambda size, config, outputs: MLPBackbone(size, config.width, config.layers, outputs),
     "transformer": Stack,
     "set_transformer": Stack,
@@ -19,7 +18,7 @@ BACKBONES: dict[str, Callable[[int, BackboneConfig, int], nn.Module]] = {
 }
 
 
-def build_backbone(size: int, config: BackboneConfig, outputs: int | None = None) -> nn.Module:
+def build_backbone(size: int, config: BackboneConfig, outputs: int | None = None) -> Backbone:
     """Make the velocity network that ``config`` names.
 
     Parameters
@@ -30,10 +29,5 @@ def build_backbone(size: int, config: BackboneConfig, outputs: int | None = None
         Kind and sizes; ``width`` is also the width C of the embedded conditions.
     outputs
         Size O of what it returns; None: D.
-
-    Returns
-    -------
-    Module with ``forward(z [B, T, N, D], t [B, T], condition [B, T, C], mask [B, T, N] | None, time [B, T] | None)
-    -> [B, T, N, O]``.
     """
     return BACKBONES[config.name](size, config, size if outputs is None else outputs)

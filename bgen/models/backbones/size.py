@@ -1,4 +1,4 @@
-"""How many parameters a backbone has, and backbones with as many as another one."""
+"""How many parameters a backbone has, how much it computes, and which width gives a wanted number of parameters."""
 
 from __future__ import annotations
 
@@ -12,13 +12,22 @@ from bgen.config.backbone import BackboneConfig
 from bgen.models.backbones.registry import build_backbone
 
 MOST_STEPS = 2048
-"""Widths that are looked at, in steps."""
+"""Widths that are tried, at most, in steps."""
 
 
 def backbone_parameters(size: int, config: BackboneConfig) -> int:
     """Count the parameters of a backbone on latents of ``size`` dimensions, without memory for them."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in build_backbone(size, config).parameters())
+
+
+def backbone_flops(size: int, config: BackboneConfig, B: int, T: int, N: int) -> int:
+    """Floating-point operations of a forward pass over ``[B, T, N, D]``, D = ``size``, without memory for the network.
+
+    Training costs three times this; see :mod:`bgen.nn.flops` for what is counted.
+    """
+    with torch.device("meta"):
+        return build_backbone(size, config).flops(B, T, N)
 
 
 def with_parameters(size: int, settings: Mapping[str, Any], target: int, step: int = 8) -> BackboneConfig:

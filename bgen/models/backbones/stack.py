@@ -5,18 +5,23 @@ Axes: B trajectories, T time points, N cells per time point, D latent size, O ou
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bgen.config.backbone import BackboneConfig
+from bgen.models.backbones.backbone import Backbone
 from bgen.models.backbones.block import Block
 from bgen.models.backbones.grid import Grid
 from bgen.nn.embedding import TimeEmbedding
+from bgen.nn.flops import layers
 from bgen.nn.points import check_ascending, check_regular
 
 
-class Stack(nn.Module):
+class Stack(Backbone):
     """``[B, T, N, D]`` to ``[B, T, N, O]``: transformer, set_transformer, ssm or hybrid, as the pattern has it.
 
     Permuting the cells of one time point permutes that time point's output and changes nothing else (where cells are
@@ -52,24 +57,7 @@ class Stack(nn.Module):
         mask: Tensor | None = None,
         time: Tensor | None = None,
     ) -> Tensor:
-        """Apply the network.
-
-        Parameters
-        ----------
-        z
-            ``[B, T, N, D]``: noisy latents.
-        t
-            ``[B, T]``: flow times, each time point its own.
-        condition
-            ``[B, T, C]``: embedded conditions.
-        mask
-            bool ``[B, T, N]``: cells that exist; a time point without one was not observed. None: all.
-        time
-            ``[B, T]``: when the time points are, in the store's unit, ascending. None: ``time.scale`` apart.
-
-        Returns
-        -------
-        ``[B, T, N, O]``, zero at cells that do not exist.
+        """See :class:`Backbone`; the result is zero at cells that do not exist.
 
         Raises
         ------
@@ -87,6 +75,11 @@ class Stack(nn.Module):
             else:
                 x = block(x, condition, grid)
         return grid.blank(self.head(self.norm(x)))
+
+    def flops(self, B: int, T: int, N: int) -> int:
+        """See :class:`Backbone`."""
+        blocks = sum(block.flops(B, T, N) for block in cast("Iterable[Block]", self.blocks))
+        return layers(B * T * N, self.stem, self.head) + self.flow_time.flops(B * T) + blocks
 
     def _check(self, grid: Grid) -> None:
         if "time" not in self.config.axes:

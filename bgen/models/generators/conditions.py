@@ -1,4 +1,4 @@
-"""What generation can be asked for: named categorical columns and numbers, as one vector per cell.
+"""What generation can be asked for: named columns of categories or numbers, embedded as one vector per cell.
 
 Axes: B cells, C width of the embedding.
 """
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from bgen.errors import UserError, nearest
 from bgen.nn.embedding import CategoryEmbedding, NumberEmbedding
+from bgen.nn.flops import layers
 from bgen.nn.random import Stream, uniform
 
 
@@ -62,6 +63,10 @@ class ConditionEmbedding(nn.Module):
             total = total + embedding(torch.where(hidden, torch.nan, values.float()))
         return self.joint(F.silu(total))
 
+    def flops(self, points: int) -> int:
+        """Floating-point operations of the forward pass for so many cells; see :mod:`bgen.nn.flops`."""
+        return layers(points, self.numbers, self.joint)
+
     def require_known(self, names: Mapping[str, object]) -> None:
         """Raise UserError for a column that this model was not trained with."""
         for name in names:
@@ -82,5 +87,5 @@ class ConditionEmbedding(nn.Module):
 
 
 def drop_conditions(keys: Tensor, probability: float) -> Tensor:
-    """bool ``[B]``: whose conditions are hidden, all together, with a probability; keyed by ``keys [B]``."""
+    """bool ``[B]``: cells whose conditions are hidden, all of them, with a probability; keyed by ``keys [B]``."""
     return uniform(keys, Stream.CONDITION_DROPOUT, 1).squeeze(1) < probability

@@ -1,15 +1,15 @@
-"""A measured cell under other expectations: its own counts, thinned where a gene falls and added to where it rises.
+"""A measured cell under other expectations: its own counts, thinned where a gene falls and increased where it rises.
 
-A model's cells differ from real ones in what it does not know: how genes vary together within a state, and averages of
-logarithms. If only a change is to be predicted, the measured cell can carry all of that. With x ~ NB(mu, theta), which
-is Poisson with a rate lambda ~ Gamma, and expectations that change by a factor f,
+The cells of a model differ from real ones in what it does not know: how genes vary together within a state, and
+averages of logarithms. Where only a change is to be predicted, the measured cell can supply all of that. With x ~
+NB(mu, theta), which is Poisson with a rate lambda ~ Gamma, and expectations that change by a factor f,
 
     f < 1:  x' ~ Binomial(x, f)
     f > 1:  x' = x + Poisson((f - 1) lambda),  lambda | x ~ Gamma(theta + x) / (theta / mu + 1)
 
-are both NB(f mu, theta) over cells, while each cell stays as close to its own as it can; without change x' = x. The
-uniform numbers behind the draws of a gene are spread evenly over the cells of each count: with few control cells the
-noise of independent ones would hide small effects.
+are both NB(f mu, theta) over cells, while each cell stays as close to its own counts as possible; without change x' =
+x. The uniform numbers behind the draws of a gene are spread evenly over the cells of equal count: with few control
+cells, the noise of independent numbers would hide small effects.
 
 Axes: B cells, G genes.
 """
@@ -25,17 +25,17 @@ from bgen.models.vae.thinning import binomial
 from bgen.nn.random import Stream, uniform64
 
 _GOLDEN = (5**0.5 - 1) / 2
-"""Multiples of it, modulo 1, are spread evenly over (0, 1) in every stretch of them."""
+"""Any run of its multiples, modulo 1, is spread evenly over (0, 1)."""
 
 _LEAST_KEPT = 1e-6
-"""Factors below are as good as 0."""
+"""Factors below this are taken as 0."""
 
 
 @torch.no_grad()
 def change_counts(counts: Tensor, before: NegativeBinomial, after: NegativeBinomial, keys: Tensor) -> Tensor:
     """Return counts float32 ``[B, G]`` of cells with ``counts`` of that shape, keyed by ``keys [B]``.
 
-    ``before`` is what the model expects of the cells as they are, ``after`` of what they become.
+    ``before`` and ``after`` are the model's distributions of the cells as they are and as they become.
     """
     fold = (after.rate / before.rate).nan_to_num(1.0)
     falls, rises = (counts > 0) & (fold < 1), fold > 1

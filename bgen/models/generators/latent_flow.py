@@ -1,4 +1,4 @@
-"""Rectified flow in the whitened latent space of a trained VAE, with the log library size as one more dimension.
+"""Rectified flow in the whitened latent space of a codec, with the log library size as one more dimension.
 
 Axes: B trajectories, T time points, N cells per time point (a static cell is a trajectory with T = N = 1), D latent
 size (the flow has D + 1 dimensions), C width of the condition.
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from bgen.config.flow import FlowConfig, SampleConfig
 from bgen.data.batch import CellBatch
 from bgen.data.trajectory_batch import TrajectoryBatch
-from bgen.errors import UserError
 from bgen.flow.guidance import guide
 from bgen.flow.loss import velocity_loss
 from bgen.flow.path import interpolate, velocity, velocity_from_data
@@ -23,12 +22,9 @@ from bgen.flow.patterns import PATTERNS, draw_observed
 from bgen.flow.solvers import Velocity, integrate
 from bgen.flow.start import KINDS, Starts, couple, start, starts_of
 from bgen.flow.times import sample_times
-from bgen.models.backbones.flops import backbone_flops
 from bgen.models.backbones.registry import build_backbone
+from bgen.models.codec import Codec
 from bgen.models.generators.conditions import ConditionEmbedding, drop_conditions
-from bgen.models.vae.flops import vae_flops
-from bgen.models.vae.vae import VAE
-from bgen.nn.flops import linear
 from bgen.nn.mup import learning_rate_scales, start_heads
 from bgen.nn.random import Stream, normal, uniform
 
@@ -56,15 +52,16 @@ class Places:
 
 
 class LatentFlow(nn.Module):
-    """A frozen VAE and the velocity network that generates its latents.
+    """A frozen codec, such as a VAE, and the velocity network that generates its latents.
 
-    The VAE's parameters do not require gradients and it stays in evaluation mode; its state is saved with the model.
+    The parameters of the codec do not require gradients, and it stays in evaluation mode; its state is saved with the
+    model, always under ``vae.``.
 
     Parameters
     ----------
     config
         Settings.
-    vae
+    codec
         Trained, with its whitening fitted.
     categories
         Categorical condition to its number of categories.
@@ -75,24 +72,23 @@ class LatentFlow(nn.Module):
     def __init__(
         self,
         config: FlowConfig,
-        vae: VAE,
+        codec: Codec,
         categories: Mapping[str, int],
         numbers: Mapping[str, tuple[float, float]],
     ) -> None:
         super().__init__()
         self.config = config
-        self.vae = vae.requires_grad_(False).eval()
-        self.size = vae.config.latent + 1
+        self.vae: Codec = codec.requires_grad_(False).eval()
+        self.size = codec.size
         self.conditions = ConditionEmbedding(categories, numbers, config.backbone.width)
         self.outputs = self.size * (len(KINDS) if config.source == "neighbours" else 1)
         self.backbone = build_backbone(self.size, config.backbone, self.outputs)
-        self.register_load_state_dict_pre_hook(_refuse_one_head)
         if config.backbone.transfer_from is not None:
             for module, twin in self._twins():
                 start_heads(module, twin)
 
     def train(self, mode: bool = True) -> LatentFlow:
-        """Switch the velocity network; the VAE stays in evaluation mode."""
+        """Switch the velocity network; the codec stays in evaluation mode."""
         super().train(mode)
         self.vae.eval()
         return self
@@ -101,8 +97,8 @@ class LatentFlow(nn.Module):
         """Return the ``loss`` per cell: mean squared error of the velocity per dimension.
 
         In a :class:`TrajectoryBatch` every time point has a flow time of its own, observed ones are at t = 0 and do not
-        count, and every place of a trajectory carries the mean over its cells that count. Latents are posterior
-        samples. Everything random comes from ``batch.keys``, also in evaluation.
+        count, and every place of a trajectory carries the mean over its cells that count. Everything
+        random comes from ``batch.keys``, also in evaluation.
         """
         self.conditions.require_present(batch.obs)
         z0, z1 = self.vae.latents(batch), normal(batch.keys, Stream.FLOW_NOISE, self.size)
@@ -139,16 +135,14 @@ class LatentFlow(nn.Module):
         return starts_of(time, mask.any(-1), observed, self.config.backbone.time.scale)
 
     def _hidden(self, keys: Tensor) -> Tensor:
-        """Whose conditions are hidden, ``[B]``."""
+        """Return which cells have their conditions hidden, ``[B]``."""
         return drop_conditions(keys, self.config.condition_dropout if self.training else 0.0)
 
     def training_flops(self, batch: CellBatch) -> int:
-        """Floating-point operations: forward and backward through the network, forward through the frozen encoder."""
+        """Floating-point operations: forward and backward through the network, forward through the frozen codec."""
         B, T, N = batch.mask.shape if isinstance(batch, TrajectoryBatch) else (len(batch), 1, 1)
-        encoder, _ = vae_flops(self.vae.config, self.vae.n_genes, len(batch), len(batch.counts))
-        width, numbers = self.config.backbone.width, len(self.conditions.number_names)
-        condition = linear(B * T, width, width) + numbers * linear(B * T, 1 + width, width)
-        return encoder + 3 * (backbone_flops(self.size, self.config.backbone, B, T, N, self.outputs) + condition)
+        latents = self.vae.latents_flops(len(batch), len(batch.counts))
+        return latents + 3 * (self.backbone.flops(B, T, N) + self.conditions.flops(B * T))
 
     def learning_rate_scales(self) -> dict[str, float]:
         """See :class:`bgen.nn.mup.Transfers`."""
@@ -212,8 +206,9 @@ class LatentFlow(nn.Module):
             Solver, steps, guidance.
         log_library
             ``[n]`` natural logs of the total counts to generate, or None to let the model draw them. The last
-            coordinate is then held on its own straight path, ``(1 - t) fixed + t noise``, at every t: the state is
-            generated as it goes with that size. Give ``vae.decode`` the same sizes: ``vae.unwhiten`` would limit them.
+            coordinate is then held on its own straight path, ``(1 - t) fixed + t noise``, at every t, so the state is
+            generated to go with that size. Give ``vae.decode`` the same sizes, because ``vae.unwhiten`` would limit
+            them.
         """
         assert len(keys) == n, "one key per cell"
         columns = {name: column[:, None] for name, column in conditions.items()}
@@ -230,8 +225,8 @@ class LatentFlow(nn.Module):
     ) -> Tensor:
         """Generate whitened latents ``[B, T, N, D + 1]`` where nothing is observed, given what is.
 
-        Joint generation, forecast, interpolation and prediction of a perturbation are one call with other observed time
-        points. Observed latents come back as they were given; places without a cell are zero.
+        Joint generation, forecast, interpolation and prediction of a perturbation are the same call with different time
+        points observed. Observed latents come back as they were given; places without a cell are zero.
 
         Parameters
         ----------
@@ -271,8 +266,7 @@ class LatentFlow(nn.Module):
             settings.guidance_interval,
         )
         if log_library is not None:
-            fixed = (log_library - self.vae.latent_mean[-1]) / self.vae.latent_std[-1]
-            v = _hold_last(v, z1[..., -1] - fixed)
+            v = _hold_last(v, z1[..., -1] - self.vae.whiten_library(log_library))
         if places is None:
             return integrate(v, z1, settings.steps, settings.solver, settings.tolerance)
         if places.observed is not None and places.latents is not None:
@@ -316,14 +310,3 @@ def _hold(v: Velocity, moving: Tensor) -> Velocity:
         return v(z, t) * moving[..., None]
 
     return held
-
-
-def _refuse_one_head(module: nn.Module, state: Mapping[str, Tensor], *_: object) -> None:
-    """Refuse a flow from neighbours whose network had one output for all kinds of start, as bgen once had."""
-    assert isinstance(module, LatentFlow)
-    head = state.get("backbone.head.bias")
-    if head is not None and module.outputs != len(head) == module.size:
-        raise UserError(
-            "This flow from neighbours (flow.source) has one output for interpolation and forecast, as an earlier bgen"
-            " trained it; this one reads flows with one each. Train it again, or fine-tune its parent again."
-        )

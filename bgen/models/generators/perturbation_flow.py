@@ -3,16 +3,16 @@
     z_1 control, z_0 perturbed,  z_t = (1 - t) z_0 + t z_1,  v(z, t) = sum_p r_p(dose) [ A e_p + u(z, t, e_p) ]
     log of the expected share of gene g = log decoder(z_0)_g + f_g + constant
 
-It is the path of :mod:`bgen.flow.path` with a control cell in the place of noise, so integrating from t = 1 to 0
-carries each of the user's control cells to what it would have become. The flow knows how cells differ in their answer,
-but its average is as noisy as the few cells that it was learnt from. Averages are estimated better one gene at a time
-(:mod:`bgen.tasks.perturb.effect_estimates`), also for genes that the latent space is too small for; so ``f`` is what
+This is the path of :mod:`bgen.flow.path` with a control cell in the place of noise, so integrating from t = 1 to 0
+carries each of the user's control cells to what it would have become. The flow knows how cells differ in their
+response, but its average is as noisy as the few cells that it was learnt from. Averages are estimated better one gene
+at a time (:mod:`bgen.tasks.perturb.effect_estimates`), also for genes that the latent space cannot hold. So ``f``
 brings the average of the predicted cells to that estimate.
 
-A set of perturbations is the sum over its members (or, ``combine: joint``, one network of the sum of their
-embeddings), so unseen combinations need no new label. ``e_p = W g_p + own_p`` with the target gene's co-expression row
-``g_p``, so an unseen target has an embedding. The dose acts through a Hill function with a threshold and slope for each
-perturbation, r = d^h / (d^h + c^h); without dose, 1.
+A set of perturbations is the sum over its members (or, ``combine: joint``, one network of the sum of their embeddings),
+so unseen combinations need no new label. ``e_p = W g_p + own_p``, where ``g_p`` is the co-expression row of the target
+gene; so an unseen target has an embedding too. The dose acts through a Hill function with a threshold and slope for
+each perturbation, r = d^h / (d^h + c^h); without dose, 1.
 
 Axes: B pairs of cells, K perturbations of a set, P known perturbations, R average effects, D latent size, G genes, C
 width, E size of a gene's row.
@@ -32,8 +32,8 @@ from bgen.flow.path import interpolate, velocity
 from bgen.flow.solvers import integrate
 from bgen.flow.times import sample_times
 from bgen.models.backbones.mlp import MLPBackbone
+from bgen.models.codec import Codec
 from bgen.models.likelihoods.negative_binomial import NegativeBinomial
-from bgen.models.vae.vae import VAE
 from bgen.nn.random import Stream, uniform
 
 
@@ -89,26 +89,27 @@ class PairBatch(CellBatch):
 
 
 class PerturbationFlow(nn.Module):
-    """A frozen VAE, the flow from control to perturbed latents, and average effects on genes.
+    """A frozen codec, such as a VAE, the flow from control to perturbed latents, and average effects on genes.
 
     Parameters
     ----------
     config
         Settings.
-    vae
+    codec
         Trained, with its whitening fitted.
     perturbations
         P.
     gene_embedding
         ``[G, E]``: co-expression rows of the genes.
     dose_scale
-        A typical dose (geometric mean of those above 0), where thresholds start.
+        A typical dose (geometric mean of those above 0), at which thresholds start.
     effects
         ``[R, G]``: natural logs by which sets of perturbations change expected shares.
     network
-        ``[E', G]``: what turns the last E' elements of a gene's row into the genes that it regulates; None: unknown.
+        ``[E', G]``: maps the last E' elements of a gene's row to the genes that it regulates; None: unknown.
     """
 
+    decayed = ()
     gene_embedding: Tensor
     dose_scale: Tensor
     effects: Tensor
@@ -117,7 +118,7 @@ class PerturbationFlow(nn.Module):
     def __init__(
         self,
         config: PerturbConfig,
-        vae: VAE,
+        codec: Codec,
         perturbations: int,
         gene_embedding: Tensor,
         dose_scale: float,
@@ -126,8 +127,8 @@ class PerturbationFlow(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.vae = vae.requires_grad_(False).eval()
-        self.size = vae.config.latent + 1
+        self.vae: Codec = codec.requires_grad_(False).eval()
+        self.size = codec.size
         width = config.width
         self.register_buffer("gene_embedding", gene_embedding)
         self.register_buffer("dose_scale", torch.tensor(float(dose_scale)))
@@ -144,7 +145,7 @@ class PerturbationFlow(nn.Module):
         nn.init.zeros_(self.shift.weight)
 
     def train(self, mode: bool = True) -> PerturbationFlow:
-        """Switch what is trained; the VAE stays in evaluation mode."""
+        """Switch what is trained; the codec stays in evaluation mode."""
         super().train(mode)
         self.vae.eval()
         return self
@@ -206,7 +207,7 @@ class PerturbationFlow(nn.Module):
     def decode(self, moved: Tensor, folds: Tensor, covariates: Mapping[str, Tensor]) -> NegativeBinomial:
         """Return the distribution of counts for transported latents ``[B, D + 1]`` and log fold changes ``[G]``.
 
-        As the effects are ratios of shares, genes that fall leave their share to no others in particular.
+        Since effects are ratios of shares, the share that falling genes lose goes to all genes in proportion.
         """
         z, log_library = self.vae.unwhiten(moved)
         decoded = self.vae.decode(z, log_library.exp(), covariates)

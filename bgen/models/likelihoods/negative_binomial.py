@@ -5,8 +5,8 @@
 theta is the inverse dispersion, one per gene. The zero-inflated form replaces each count by zero with probability
 ``sigmoid(dropout_logits)``. Everything here is float32 (or float64 where float64 is given), also under autocast.
 
-Each distribution has two evaluations: :meth:`log_prob` of dense counts by the textbook formula, the reference, and
-:meth:`log_prob_sparse` of a batch, which is what training uses (:mod:`bgen.models.likelihoods.sparse`).
+Each distribution is evaluated in two ways: :meth:`log_prob` takes dense counts and the textbook formula, as the
+reference; :meth:`log_prob_sparse` takes a batch and is what training uses (:mod:`bgen.models.likelihoods.sparse`).
 
 Axes: B cells, G genes.
 """
@@ -25,10 +25,10 @@ from bgen.models.likelihoods.sparse import SparseNB, log_softmax_at, nonzero_ter
 from bgen.nn.random import Stream, uniform
 
 LOG_THETA_RANGE = (-9.0, 14.0)
-"""Inverse dispersions that are distinguished: below, a gene is never seen; above, it is Poisson to 1e-6."""
+"""Range of inverse dispersions: below it a gene is never seen, above it the gene is Poisson to 1e-6."""
 
 SMALLEST_LIBRARY = 1e-6
-"""Counts. A cell without any has this library, so that its logarithm is finite."""
+"""Library of a cell without counts, so that its logarithm is finite."""
 
 
 def _full_precision(x: Tensor) -> Tensor:

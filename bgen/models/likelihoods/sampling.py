@@ -1,4 +1,4 @@
-"""Negative-binomial counts from keyed uniform numbers, by inversion: exact, and the same for the same key.
+"""Negative-binomial counts from keyed uniform numbers, by exact inversion: the same key gives the same counts.
 
 Axes: B cells, G genes.
 """
@@ -11,7 +11,9 @@ from torch import Tensor
 from bgen.nn.random import Stream, uniform64
 
 _SEARCHED = 200
-"""Means up to here are inverted by searching upwards from zero; above, by scipy on the CPU (few entries, slow)."""
+"""Distributions with means up to this are inverted by searching upwards from zero; others by scipy on the CPU (few
+entries, slow).
+"""
 
 
 def sample_negative_binomial(mu: Tensor, theta: Tensor, keys: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ of a count ``x`` is
     log p(x) = -theta * L  +  [ x * (log mu - L) + A(x, theta) - log x! ],
     A(x, theta) = log Gamma(theta + x) - log Gamma(theta) - x * log theta.
 
-The first term is that of a zero; it needs no log-gamma and its sum over genes is one matrix-vector product. The bracket
-is zero for ``x = 0``, so it is evaluated at the non-zeros only (about one entry in ten). ``A`` vanishes as theta grows;
-it is computed by Stirling's series after the recurrence ``Gamma(y) = Gamma(y + 4) / (y (y+1) (y+2) (y+3))``, in a form
-that does not subtract large numbers: torch's float32 lgamma loses all digits of the difference from theta = 1e4 on,
-and its digamma is five times slower on a CPU.
+The first term is the log-probability of a zero; it needs no log-gamma, and its sum over genes is one matrix-vector
+product. The bracket is zero for ``x = 0``, so it is evaluated at the non-zeros only (about one entry in ten). ``A``
+vanishes as theta grows. It is computed by Stirling's series after the recurrence ``Gamma(y) = Gamma(y + 4) / (y (y+1)
+(y+2) (y+3))``, in a form that does not subtract large numbers. torch's float32 lgamma would lose all digits of the
+difference from theta = 1e4 on, and its digamma is five times slower on a CPU.
 
 On a CPU in float32 the passes are compiled ones (:mod:`bgen.models.likelihoods.sparse_cpu`); elsewhere they are
 torch's.
@@ -58,7 +58,7 @@ def _count_term(x: Tensor, theta: Tensor) -> Tensor:
 
 
 def _stirling(y: Tensor) -> Tensor:
-    """What Stirling's formula for log Gamma(y) leaves over, to 4e-8 for y >= 4."""
+    """The rest of Stirling's formula for log Gamma(y), with an error of 4e-8 for y >= 4."""
     inverse = 1 / y
     square = inverse * inverse
     return inverse * (1 / 12 - square * (1 / 360 - square / 1260))
@@ -93,7 +93,8 @@ def log_softmax_at(logits: Tensor, rho: Tensor, rows: Tensor, flat: Tensor) -> T
 class SparseNB(torch.autograd.Function):
     """Log-probability of sparse counts, ``[B]``; gradients for ``logits [B, G]`` and ``log_theta [G]``.
 
-    ``apply(logits, log_theta, library, batch, counts)``: ``counts [NNZ]`` are the batch's in the dtype of the others.
+    ``apply(logits, log_theta, library, batch, counts)``: ``counts [NNZ]`` are those of the batch, in the dtype of the
+    logits.
     """
 
     @staticmethod

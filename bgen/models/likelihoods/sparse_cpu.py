@@ -24,9 +24,12 @@ F = np.float32
 
 _TINY = np.float32(np.finfo(np.float32).tiny)
 TABLED = 16
-"""Counts below this are looked up: what they add to a gene's log-probability is the same in all cells."""
+"""Counts below this are looked up in a table, since their share of a gene's log-probability is the same in all cells.
+"""
 
-_compile = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz", "reassoc"})
+_compile = numba.njit(
+    cache=True, nogil=True, forceinline=True, error_model="numpy", fastmath={"contract", "nsz", "reassoc"}
+)
 
 
 _in_parts = numba.njit(cache=True, nogil=True, parallel=True)
@@ -164,7 +167,7 @@ def backward(
 
 @_compile
 def tables(theta: F32) -> tuple[F32, F32]:
-    """For the counts 0, 1, ... of each gene: what they add to log p and to d log p / d log theta, ``[G, TABLED]``.
+    """Return what the counts 0, 1, ... of each gene add to log p and to d log p / d log theta, ``[G, TABLED]``.
 
     By ``Gamma(theta + n) / Gamma(theta) = theta (theta + 1) ... (theta + n - 1)``.
     """

@@ -1,4 +1,4 @@
-"""What is known of a cell besides its counts, such as its batch, as a vector that encoder and decoder add.
+"""Covariates of a cell, such as its batch, as a vector that encoder and decoder add.
 
 Axes: B cells, H hidden width.
 """

@@ -16,7 +16,7 @@ from bgen.nn.cpu import sparse
 from bgen.nn.cpu.threads import parts
 
 SPARSE_SHARE = 0.4
-"""Share of stored values up to which the sparse product is the quicker one on a CPU."""
+"""Share of stored values up to which the sparse product is quicker on a CPU."""
 
 _GAIN = 32
 """Multiplications that take as long as one element of :data:`bgen.nn.cpu.threads.WORTH`."""
@@ -74,9 +74,9 @@ def sparse_matmul(weight: Tensor, batch: CellBatch, values: Tensor) -> Tensor:
     Sparse on a CPU where fewer than two in five values are stored, dense elsewhere (on a GPU a dense product is cheaper
     than gathering).
 
-    Measured forward and backward, in milliseconds for this, for densifying and multiplying, and for MKL's sparse
-    product, on one thread: B = 1,024, G = 2,000, H = 128 at 10 % non-zeros 3.6, 13, 7.6, at 24 % 12, 16, 23, at 50 %
-    19, 16, 38; B = 256, G = 16,791 at 5 % 6.8, 32, 14; B = 512, G = 20,000, H = 1,024 at 10 % 313, 475, 896.
+    Forward and backward pass were measured on one thread, in milliseconds: this one, densifying and multiplying, and
+    MKL's sparse product. B = 1,024, G = 2,000, H = 128: 3.6, 13, 7.6 at 10 % non-zeros, 12, 16, 23 at 24 %, 19, 16, 38
+    at 50 %. B = 256, G = 16,791: 6.8, 32, 14 at 5 %. B = 512, G = 20,000, H = 1,024: 313, 475, 896 at 10 %.
     """
     shape = len(batch), len(weight)
     sparse_enough = len(values) < SPARSE_SHARE * shape[0] * shape[1]

@@ -1,7 +1,7 @@
 """Binomial thinning: a cell as it would have looked, had it been sequenced less deeply.
 
-Shown to the encoder in training while the decoder still explains the full counts, so the latent state depends less on
-depth and the encoder does not memorise single counts.
+In training the encoder sees thinned counts while the decoder still explains the full ones. So the latent state depends
+less on depth, and the encoder does not memorise single counts.
 
 Axes: B cells, NNZ non-zero counts.
 """
@@ -65,7 +65,8 @@ def _thin_entries(
 
 
 def binomial(n: Tensor, p: Tensor, u: Tensor) -> Tensor:
-    """Binomial numbers of ``n`` trials with probability ``p`` (0 < p < 1), by inverting uniform ``u``: all ``[NNZ]``.
+    """Draw binomial numbers of ``n`` trials with probability ``p`` (0 < p < 1), by inverting uniform ``u``; all
+    ``[NNZ]``.
 
     Exact for n <= 32, by walking up ``P(k + 1) = P(k) * (n - k) / (k + 1) * p / (1 - p)``; most counts are 1 or 2, so
     few entries walk far. Above, the rounded normal quantile, clipped to 0..n.

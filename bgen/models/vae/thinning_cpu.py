@@ -1,4 +1,4 @@
-"""Binomial thinning on a CPU: one pass over the counts, compiled, instead of some thirty over temporary arrays.
+"""Binomial thinning on a CPU: one compiled pass over the counts instead of some thirty over temporary arrays.
 
 Measured at B = 1,024 cells of 476 genes, half of them thinned, on one thread: 2.6 ms instead of 17.
 
@@ -81,9 +81,9 @@ def _rows(
     large: I64,
     large_rows: I64,
 ) -> int:
-    """Thin the rows from ``begin`` to ``end``; note from their first entry on which were left, and return how many.
+    """Thin the rows from ``begin`` to ``end``; note which entries were left, and return how many.
 
-    Most counts are 1 or 2, and at most two steps up the distribution: those are computed without a branch.
+    Most counts are 1 or 2, and need at most two steps up the distribution; these are computed without a branch.
     """
     none_removed = np.ones(most + 1, np.float32)  # probability by count
     longest = 0
@@ -132,7 +132,7 @@ def _two_steps(
     further: NDArray[np.bool_],
     out: F32,
 ) -> None:
-    """Thin a row as if nobody lost more than two; ``further`` is where that may be wrong."""
+    """Thin a row as if no entry lost more than two; ``further`` marks entries for which that may be wrong."""
     most = np.float32(len(none_removed) - 1)
     for entry in range(len(counts)):
         n = counts[entry]

@@ -11,25 +11,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.errors import UserError, nearest
+from bgen.models.codec import Codec, log_library
 from bgen.models.likelihoods.negative_binomial import NegativeBinomial, ZeroInflatedNegativeBinomial
-from bgen.models.vae.decoders.state_vector import Decoder
-from bgen.models.vae.encoders.state_vector import Encoder
-from bgen.models.vae.flops import vae_flops
+from bgen.models.vae.decoders.registry import build_decoder
+from bgen.models.vae.encoders.registry import build_encoder
 from bgen.models.vae.thinning import thin
 from bgen.models.vae.whitening import WhiteningStats
 from bgen.nn.mup import learning_rate_scales, start_heads
 from bgen.nn.random import Stream, normal
 
-_LIBRARY_MARGIN = 0.1
-"""Natural-log units that a generated library may lie outside the range seen in training."""
 
-
-class VAE(nn.Module):
+class VAE(Codec):
     """The autoencoder, its loss, and the whitening of its latents.
 
     Parameters
@@ -42,31 +39,22 @@ class VAE(nn.Module):
         obs column to its number of categories: what ``config.covariates`` names, resolved to columns.
     """
 
-    latent_mean: Tensor
-    latent_std: Tensor
-    log_library_range: Tensor
-
     def __init__(self, config: VAEConfig, n_genes: int, covariates: Mapping[str, int]) -> None:
-        super().__init__()
+        super().__init__(config.latent, n_genes, covariates)
         self.config = config
-        self.n_genes = n_genes
-        self.covariates = dict(covariates)
-        self.encoder = Encoder(config, n_genes, covariates)
-        self.decoder = Decoder(config, n_genes, covariates)
-        self.register_buffer("latent_mean", torch.zeros(config.latent + 1))
-        self.register_buffer("latent_std", torch.ones(config.latent + 1))
-        self.register_buffer("log_library_range", torch.tensor([-torch.inf, torch.inf]))
+        self.encoder = build_encoder(config, n_genes, covariates)
+        self.decoder = build_decoder(config, n_genes, covariates)
         if config.transfer_from is not None:
             start_heads(self, self._twin())
 
-    @torch.no_grad()
-    def initialise_genes(self, mean_counts: Tensor) -> None:
-        """Start the decoder at the genes' average proportions, from their mean counts ``[G]`` over training cells.
+    @property
+    def log_theta(self) -> Tensor:
+        """``[G]``: log inverse dispersion of each gene."""
+        return self.decoder.log_theta
 
-        Without it the first few hundred steps go into learning which genes are abundant.
-        """
-        proportions = mean_counts.to(self.decoder.logits.bias).clamp_min(0) + 1e-8 * mean_counts.sum()
-        self.decoder.logits.bias.copy_(proportions.log() - proportions.log().mean())
+    def initialise_genes(self, mean_counts: Tensor) -> None:
+        """Start the decoder at the genes' average proportions, from their mean counts ``[G]`` over training cells."""
+        self.decoder.initialise_genes(mean_counts)
 
     def forward(self, batch: CellBatch) -> dict[str, Tensor]:
         """Return per-cell ``loss``, ``nll`` and ``kl``, each ``[B]``, in nats.
@@ -106,11 +94,7 @@ class VAE(nn.Module):
     def decode(
         self, z: Tensor, library: Tensor, covariates: Mapping[str, Tensor], keys: Tensor | None = None
     ) -> NegativeBinomial | ZeroInflatedNegativeBinomial:
-        """Return the distribution of counts for latents ``z [B, D]`` and total counts ``library [B]``.
-
-        ``covariates`` are codes ``[B]`` by column; an absent column counts as unknown. ``keys [B]`` are needed in
-        training mode only, for dropout.
-        """
+        """See :class:`Codec`."""
         logits, log_theta, *dropout_logits = self.decoder(z, covariates, keys)
         if dropout_logits:
             return ZeroInflatedNegativeBinomial(logits, library, log_theta, *dropout_logits)
@@ -118,7 +102,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def latents(self, batch: CellBatch) -> Tensor:
-        """Whitened posterior samples with the standardised log library as last column, ``[B, D + 1]``."""
+        """See :class:`Codec`: posterior samples."""
         mean, logvar = self.encode(batch)
         return self.whiten(self.posterior_sample(mean, logvar, batch.keys), log_library(batch))
 
@@ -128,7 +112,9 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def accumulate_whitening(self, stats: WhiteningStats, batch: CellBatch) -> None:
-        """Add a batch's posterior samples (not means: the flow learns the aggregate posterior) to ``stats``."""
+        """Add posterior samples of a batch to ``stats``; samples, not means, since the flow learns the aggregate
+        posterior.
+        """
         mean, logvar = self.encode(batch)
         stats.add(self.posterior_sample(mean, logvar, batch.keys), log_library(batch))
 
@@ -139,19 +125,14 @@ class VAE(nn.Module):
         self.latent_std.copy_(std)
         self.log_library_range.copy_(bounds)
 
-    def whiten(self, z: Tensor, log_library: Tensor) -> Tensor:
-        """Standardise ``z [B, D]`` and log total counts ``[B]`` by the training cells' statistics: ``[B, D + 1]``."""
-        return (torch.cat((z, log_library[:, None]), dim=1) - self.latent_mean) / self.latent_std
-
-    def unwhiten(self, whitened: Tensor) -> tuple[Tensor, Tensor]:
-        """Inverse of :meth:`whiten`; the log library is limited to the range of the training cells plus 0.1."""
-        x = whitened * self.latent_std + self.latent_mean
-        low, high = self.log_library_range
-        return x[:, :-1], x[:, -1].clamp(low - _LIBRARY_MARGIN, high + _LIBRARY_MARGIN)
+    def latents_flops(self, cells: int, nonzeros: int) -> int:
+        """See :class:`Codec`: the encoder's."""
+        return self.encoder.flops(cells, nonzeros)
 
     def training_flops(self, batch: CellBatch) -> int:
-        """Floating-point operations of forward and backward pass: three times the forward pass."""
-        return 3 * sum(vae_flops(self.config, self.n_genes, len(batch), len(batch.counts)))
+        """Floating-point operations of the forward and backward pass over a batch."""
+        cells = len(batch)
+        return self.encoder.training_flops(cells, len(batch.counts)) + 3 * self.decoder.flops(cells)
 
     def learning_rate_scales(self) -> dict[str, float]:
         """See :class:`bgen.nn.mup.Transfers`."""
@@ -170,8 +151,3 @@ class VAE(nn.Module):
                     f"The VAE was trained with covariate '{name}', which the data does not have."
                     f"{nearest(name, batch.obs)} Add the column, with -1 where it is unknown."
                 )
-
-
-def log_library(batch: CellBatch) -> Tensor:
-    """Log total counts ``[B]``; a cell without counts is taken to have one."""
-    return batch.library.clamp_min(1.0).log()

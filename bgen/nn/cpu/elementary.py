@@ -2,8 +2,9 @@
 
 numba calls the C library for ``math.exp``, one number after the other, unless Intel's SVML is installed. The
 polynomials are those of the Cephes library (S. Moshier, expf and logf). Measured on one core with AVX-512: 0.5 ns a
-number. Loops that call them need ``error_model="numpy"``, since a check for a division by zero forbids vectors, and may
-allow additions to be reordered, which these here must not: it would undo what :func:`log1p` does about rounding.
+number. Loops that call them need ``error_model="numpy"``, because a check for a division by zero would forbid vectors.
+Such loops may allow additions to be reordered; the functions here must not, since that would undo the correction for
+rounding in :func:`log1p`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _compile = numba.njit(cache=True, forceinline=True, error_model="numpy", fastmat
 
 @_compile
 def exp_not_above_one(x: Any) -> Any:
-    """``exp(x)`` for x <= 0, to 2e-7 of it; below -87, where floats begin to lose digits, that of -87."""
+    """``exp(x)`` for x <= 0, with a relative error of 2e-7; below -87, where floats lose digits, exp(-87)."""
     x = F(-87.0) if x < F(-87.0) else x  # not max(), which would hide a NaN
     n = np.floor(x * F(1.4426950408889634) + F(0.5))
     r = x - n * F(0.693359375)
@@ -37,7 +38,7 @@ def exp_not_above_one(x: Any) -> Any:
 
 @_compile
 def log(x: Any) -> Any:
-    """``log(x)`` for normal positive x, to 1e-7 of the larger of it and 1."""
+    """``log(x)`` for normal positive x, with an error of 1e-7 of the result or of 1, whichever is larger."""
     i = np.float32(x).view(np.int32)
     e = np.int32(np.int32(i - np.int32(0x3F3504F3)) >> np.int32(23))  # so that the mantissa is around 1
     m = np.int32(i - np.int32(e << np.int32(23))).view(np.float32) - F(1)
@@ -58,6 +59,6 @@ def log(x: Any) -> Any:
 
 @_compile
 def log1p(r: Any) -> Any:
-    """``log(1 + r)`` for r >= 0, to 1e-7 of it: what rounding of ``1 + r`` lost is added again."""
+    """``log(1 + r)`` for r >= 0, with a relative error of 1e-7: what rounding ``1 + r`` lost is added again."""
     u = F(1) + r
     return log(u) + (r - (u - F(1))) / u

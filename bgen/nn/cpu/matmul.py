@@ -1,8 +1,8 @@
 """Products of small float32 matrices inside numba loops, on a CPU.
 
-A matrix library asks for a call, for copies of what is not contiguous, and for both triangles of what is triangular.
-Here a tile of rows by lanes stays in registers, as LLVM vectors, whatever their width on the CPU at hand. Measured on
-one core (AVX-512), 64 by 64 by 64: 105 to 109 GFLOP/s, also of a transposed ``a``; torch's batched product: 86.
+A matrix library costs a call, copies what is not contiguous, and computes both triangles of a triangular matrix. Here a
+tile of rows by lanes stays in registers, as LLVM vectors of whatever width the CPU has. Measured on one core (AVX-512),
+64 by 64 by 64: 105 to 109 GFLOP/s, also of a transposed ``a``; torch's batched product: 86.
 
 Axes: M rows, K summed over, N columns.
 """

@@ -19,7 +19,7 @@ def product(indptr: I64, indices: I32, values: F32, dense: F32, parts: int, out:
         _rows(indptr, indices, values, dense, len(out) * part // parts, len(out) * (part + 1) // parts, out)
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract", "nsz"})
+@numba.njit(cache=True, nogil=True, forceinline=True, fastmath={"contract", "nsz"})
 def _rows(indptr: I64, indices: I32, values: F32, dense: F32, begin: int, end: int, out: F32) -> None:
     """Write the rows from ``begin`` to ``end``.
 
@@ -50,7 +50,7 @@ def _rows(indptr: I64, indices: I32, values: F32, dense: F32, begin: int, end: i
 
 @numba.njit(cache=True, nogil=True, parallel=True)
 def transpose(indptr: I64, indices: I32, values: F32, columns: int, parts: int) -> tuple[I64, I32, F32]:
-    """Return the CSR form of the transpose of a CSR matrix with ascending indices, by counting; rows stay in order.
+    """Return the transpose of a CSR matrix with ascending indices, as CSR, by counting; rows stay in order.
 
     Each of the ``parts`` takes a range of the columns, which in every row is a range of its entries.
     """
@@ -88,7 +88,7 @@ def log_normalise(indptr: I64, counts: F32, scale: float, parts: int, out: F32) 
             _log1p_of(given, np.float32(scale / max(np.float32(1), _sum(given))), into)
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@numba.njit(cache=True, nogil=True, forceinline=True, fastmath=True)
 def _sum(values: F32) -> np.float32:
     total = np.float32(0)
     for value in values:
@@ -96,7 +96,7 @@ def _sum(values: F32) -> np.float32:
     return total
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz"})
+@numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy", fastmath={"contract", "nsz"})
 def _log1p_of(values: F32, factor: np.float32, out: F32) -> None:
     for entry in range(len(values)):
         out[entry] = log1p(values[entry] * factor)

@@ -1,7 +1,8 @@
 """How many threads a compiled loop over rows takes.
 
-numba's threads are OpenMP's, as torch's are: a pool of Python's own would compete with torch's, which keep a core busy
-for a while after each of its operations (measured: 8.6 ms instead of 5.6 for a product and a loop of 2.8 each).
+numba's threads are torch's, of one OpenMP runtime: torch is imported here, so its runtime is loaded before numba looks
+for one, and :mod:`bgen.cpus` lets numba prefer OpenMP to a pool of its own. Two pools would compete, as threads look
+for work for a while after each operation (measured: 8.6 ms instead of 5.6 for a product and a loop of 2.8 each).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import numba
 import torch
 
 WORTH = 1 << 16
-"""Elements of work that a thread is worth."""
+"""Elements of work that are worth a thread."""
 
 
 def parts(rows: int, work: int) -> int:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bgen.config.backbone import AttentionConfig, TimeConfig
+from bgen.nn.flops import layers
+from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.norm import RMSNorm
 from bgen.nn.points import Points
 from bgen.nn.rotary import Rotary
@@ -36,11 +38,11 @@ def attend(q_BHLP: Tensor, k_BHSP: Tensor, v_BHSP: Tensor, allowed: Tensor | Non
     allowed
         bool, broadcasts to ``[B, H, L, S]``: who may see whom. None: everyone.
     causal
-        Only the points up to the own one are seen; for ``allowed`` None.
+        A point sees only points up to itself; needs ``allowed`` None.
     """
     if allowed is None:
         return F.scaled_dot_product_attention(q_BHLP, k_BHSP, v_BHSP, is_causal=causal)
-    # A row without anything to see would be 0 / 0; it is let see everything, and its result is not used.
+    # A row that may see nothing would be 0 / 0: let it see everything, and do not use its result.
     some = allowed.any(-1, keepdim=True)
     y_BHLP = F.scaled_dot_product_attention(q_BHLP, k_BHSP, v_BHSP, attn_mask=allowed | ~some)
     return torch.where(some, y_BHLP, y_BHLP.new_zeros(()))
@@ -78,8 +80,13 @@ class Attention(nn.Module):
         q, k, v = self.project(x_BLD, source_BSD)
         return self.combine(attend(q, k, v, None if valid_BS is None else valid_BS[:, None, None]))
 
+    def flops(self, B: int, L: int, S: int) -> int:
+        """Floating-point operations of L points that ask S points, masked or not; see :mod:`bgen.nn.flops`."""
+        products = 4 * B * L * S * self.q_proj.out_features
+        return layers(B * L, self.q_proj, self.out_proj) + layers(B * S, self.kv_proj) + products
 
-class CellAttention(nn.Module):
+
+class CellAttention(Mixer):
     """Attention among the cells of one population: no positions, so permuting the cells permutes the result."""
 
     def __init__(self, width: int, config: AttentionConfig) -> None:
@@ -91,9 +98,13 @@ class CellAttention(nn.Module):
         x_BND = points.blank(x_BND)
         return self.attention(x_BND, x_BND, points.valid_BL)
 
+    def flops(self, B: int, L: int) -> int:
+        """See :class:`Mixer`."""
+        return self.attention.flops(B, L, L)
 
-class TimeAttention(nn.Module):
-    """Attention over time points; what it knows of time is the real time between two points, by rotary angles."""
+
+class TimeAttention(Mixer):
+    """Attention over time points, which knows the real time between two points by rotary angles."""
 
     def __init__(self, width: int, config: AttentionConfig, time: TimeConfig) -> None:
         super().__init__()
@@ -115,8 +126,12 @@ class TimeAttention(nn.Module):
         y = attend(self.rotary(q, time_BT), self.rotary(k, time_BT), v, self._allowed(points, T), self.causal)
         return self.attention.combine(y)
 
+    def flops(self, B: int, L: int) -> int:
+        """See :class:`Mixer`; masked pairs are computed too."""
+        return self.attention.flops(B, L, L)
+
     def _allowed(self, points: Points, T: int) -> Tensor | None:
-        """Who may see whom, where it is not everyone or simply the past: bool, broadcasts to ``[B, H, T, T]``."""
+        """Return who may see whom, bool, broadcasts to ``[B, H, T, T]``; None if it is everyone, or simply the past."""
         allowed = None
         if points.valid_BL is not None:
             allowed = points.valid_BL[:, None, None]

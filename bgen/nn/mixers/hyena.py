@@ -1,4 +1,4 @@
-"""The Hyena operator: gates and long convolutions with filters that a small network of the place makes.
+"""The Hyena operator: gates and long convolutions, with filters that a small network makes from places.
 
     x_0, ..., x_{n-1}, v = conv3(W u)
     v <- k_o * (x v) + bias_o (x v)    for the gates x_{n-1}, ..., x_1
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from bgen.config.backbone import HyenaConfig, TimeConfig
 from bgen.errors import UserError
+from bgen.nn.flops import layers
+from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.points import Points
 from bgen.nn.real_time import both_directions, split_directions
 from bgen.nn.scans.long_convolution import convolve_fft
@@ -29,6 +31,8 @@ from bgen.nn.scans.short_convolution import ShortConvolution
 
 class Sine(nn.Module):
     """sin(frequency x), the frequency learned per channel."""
+
+    decayed = ()
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -56,16 +60,9 @@ class HyenaFilter(nn.Module):
     def __init__(self, channels: int, config: HyenaConfig) -> None:
         super().__init__()
         width = config.filter_width
-        sine = Sine(width)  # one set of frequencies for all layers, as published
-        self.network = nn.Sequential(
-            nn.Linear(1 + 2 * config.bands, width),
-            sine,
-            nn.Linear(width, width),
-            sine,
-            nn.Linear(width, width),
-            sine,
-            nn.Linear(width, channels, bias=False),
-        )
+        self.sine = Sine(width)  # one set of frequencies for all layers, as published
+        self.hidden = nn.ModuleList(nn.Linear(size, width) for size in (1 + 2 * config.bands, width, width))
+        self.output = nn.Linear(width, channels, bias=False)
         place_L1 = torch.linspace(0, 1, config.max_length)[:, None]
         turn_L1 = 2 * math.pi * torch.arange(config.max_length)[:, None] / config.max_length
         angle = turn_L1 * torch.linspace(1e-4, config.bands - 1, config.bands)
@@ -76,13 +73,21 @@ class HyenaFilter(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """Return the first ``length`` places, ``[T, channels]``."""
-        return self.network(self.features[:length]) * self.window[:length]
+        x = self.features[:length]
+        for linear in self.hidden:
+            x = self.sine(linear(x))
+        return self.output(x) * self.window[:length]
+
+    def flops(self, length: int) -> int:
+        """Floating-point operations of the forward pass; see :mod:`bgen.nn.flops` for what is counted."""
+        return layers(length, self)
 
 
-class Hyena(nn.Module):
+class Hyena(Mixer):
     """Mix ``[B, T, D]`` along T. Backward runs have filters of their own."""
 
     needs_regular_grid = True
+    decayed = ()
 
     def __init__(self, width: int, config: HyenaConfig, time: TimeConfig) -> None:
         super().__init__()
@@ -111,7 +116,7 @@ class Hyena(nn.Module):
         mixed, run = self.in_proj(points.blank(u_BTD)), points
         if self.directions == 2:
             mixed, run = both_directions(mixed, points)
-        # A bias stands in front of the convolution and one behind it, so blank before and after.
+        # There is a bias before the convolution and one after it, so blank before and after.
         mixed = run.blank(self.convolution(run.blank(mixed)))
         *gates, v_RBTD = (t.unflatten(0, (self.directions, -1)) for t in mixed.chunk(self.order + 1, dim=-1))
         with torch.autocast(u_BTD.device.type, enabled=False):
@@ -125,3 +130,7 @@ class Hyena(nn.Module):
             forward_BTD, backward_BTD = split_directions(y_BTD)
             y_BTD = forward_BTD + backward_BTD
         return self.out_proj(y_BTD)
+
+    def flops(self, B: int, L: int) -> int:
+        """See :class:`Mixer`: the layers, and the filters, once a batch."""
+        return layers(B * L, self.in_proj, self.out_proj) + self.filter.flops(L)

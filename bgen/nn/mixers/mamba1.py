@@ -4,8 +4,8 @@
     h_t = exp(-dt_t exp(A_log)) h_{t-1} + g_t x_t b_t,    y_t = h_t . c_t + D x_t
     out = W_o (y silu(z))
 
-with gap, g and the short convolution as in :mod:`bgen.nn.mixers.mamba2`. It has a decay per channel and state where
-Mamba-2 has one per head, and no form in matrix products: use it where it is the better model, not for speed.
+with gap, g and the short convolution as in :mod:`bgen.nn.mixers.mamba2`. It has a decay per channel and state, where
+Mamba-2 has one per head, and cannot be written as matrix products: use it where it models better, not for speed.
 Source: Gu and Dao, arXiv 2312.00752, section 3.
 
 Axes: B sequences, T points, D width, E inner width, S state size.
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from bgen.config.backbone import Mamba1Config, TimeConfig
 from bgen.errors import UserError
+from bgen.nn.flops import layers, linear
+from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.points import Points
 from bgen.nn.real_time import both_directions, gaps, split_directions, step_sizes
 from bgen.nn.scans.published_kernels import selective_scan_fused, use_fused
@@ -28,8 +30,10 @@ from bgen.nn.scans.selective_scan import selective_scan
 from bgen.nn.scans.short_convolution import ShortConvolution
 
 
-class Mamba1(nn.Module):
+class Mamba1(Mixer):
     """Mix ``[B, T, D]`` along T. Backward runs have maps b, c and rates of their own."""
+
+    decayed = ()
 
     def __init__(self, width: int, config: Mamba1Config, time: TimeConfig) -> None:
         super().__init__()
@@ -88,3 +92,8 @@ class Mamba1(nn.Module):
             forward_BTE, backward_BTE = split_directions(y_BTE)
             y_BTE = forward_BTE + backward_BTE
         return self.out_proj(y_BTE.to(z_BTE.dtype) * F.silu(z_BTE))
+
+    def flops(self, B: int, L: int) -> int:
+        """See :class:`Mixer`: the layers (the narrow ones once a direction), and the states' products with c."""
+        states = linear(self.directions * B * L, *self.A_log.shape)
+        return layers(B * L, self.in_proj, self.x_proj, self.dt_proj, self.out_proj) + states

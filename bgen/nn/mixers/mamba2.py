@@ -5,8 +5,8 @@
     h_t = exp(-dt_t exp(A_log)) h_{t-1} + g_t x_t b_t^T,    y_t = h_t c_t + D x_t
     out = W_o RMSNorm(y silu(z))
 
-with g = 1 in real time (an impulse, :mod:`bgen.nn.real_time`) and g = dt on a regular grid. A short convolution over x,
-b and c stands in front on a regular grid only: over unequal gaps it would make neighbours of points that are not.
+with g = 1 in real time (an impulse, :mod:`bgen.nn.real_time`) and g = dt on a regular grid. Only on a regular grid, a
+short convolution over x, b and c comes first: over unequal gaps it would make neighbours of points that are not.
 Source: Dao and Gu, arXiv 2405.21060, figure 6.
 
 Axes: B sequences, T points, D width, E inner width, H heads of P channels, K groups of heads, S state size.
@@ -21,20 +21,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bgen.config.backbone import Mamba2Config, TimeConfig
+from bgen.nn.flops import layers
+from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.norm import RMSNorm
 from bgen.nn.points import Points
 from bgen.nn.real_time import both_directions, gaps, split_directions, step_sizes
 from bgen.nn.scans.published_kernels import ssd_fused, use_fused
 from bgen.nn.scans.short_convolution import ShortConvolution
-from bgen.nn.scans.ssd import ssd_chunked
+from bgen.nn.scans.ssd import ssd_chunked, ssd_flops
 
 
-class Mamba2(nn.Module):
+class Mamba2(Mixer):
     """Mix ``[B, T, D]`` along T.
 
     Backward runs share the input, the gate and the decays A with forward runs and have maps b, c and rates of their
     own, so that past and future are told apart. Both run in one call, stacked along the batch axis.
     """
+
+    decayed = ()
 
     def __init__(self, width: int, config: Mamba2Config, time: TimeConfig) -> None:
         super().__init__()
@@ -86,8 +90,13 @@ class Mamba2(nn.Module):
             y_BTE = forward_BTE + backward_BTE
         return self.out_proj(self.norm(y_BTE * F.silu(z_BTE)))
 
+    def flops(self, B: int, L: int) -> int:
+        """See :class:`Mixer`."""
+        scan = ssd_flops(self.directions * B, L, self.inner, self.config.groups, self.config.state)
+        return layers(B * L, self.in_proj, self.out_proj) + scan
+
     def _steps(self, rate_BTH: Tensor, run: Points, like_BTE: Tensor) -> Tensor:
-        """dt ``[B, T, H]``, in float32 or wider whatever the autocast."""
+        """Return dt ``[B, T, H]``, in float32 or wider also under autocast."""
         wide = torch.promote_types(self.dt_bias.dtype, torch.float32)
         bias_B1H = self.dt_bias.to(wide).repeat_interleave(like_BTE.shape[0] // self.directions, dim=0)[:, None]
         if self.config.rate == "selective":

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bgen.config.backbone import MLPConfig
+from bgen.nn.flops import layers
 
 
 class MLP(nn.Module):
@@ -19,3 +20,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply to every point."""
         return self.outer(F.gelu(self.inner(x)))
+
+    def flops(self, points: int) -> int:
+        """Floating-point operations of the forward pass; see :mod:`bgen.nn.flops` for what is counted."""
+        return layers(points, self)

@@ -6,9 +6,8 @@
     out = GLU(W GELU(y + D u))
 
 dt is the scale of a channel: how far its state moves in one unit of time. On a grid one unit apart the two forms are
-the same. The gain C~ stays that of one unit when gaps differ, so that an input is an impulse, see
-:mod:`bgen.nn.real_time`.
-Source: Gu, Gupta, Goel and Re, arXiv 2206.11893, zero-order hold, S4D-Lin.
+the same. The gain C~ is always that of one unit, also when gaps differ, so that an input is an impulse
+(:mod:`bgen.nn.real_time`). Source: Gu, Gupta, Goel and Re, arXiv 2206.11893, zero-order hold, S4D-Lin.
 
 Axes: B sequences, T points, D width and channels, S half the state size (conjugate pairs), R directions.
 """
@@ -22,14 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bgen.config.backbone import S4DConfig, TimeConfig
+from bgen.nn.flops import layers
+from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.points import Points, continues
 from bgen.nn.real_time import both_directions, gaps, split_directions
 from bgen.nn.scans.linear_scan import scan_chunked
 from bgen.nn.scans.long_convolution import convolve_fft
 
 
-class S4D(nn.Module):
-    """Mix ``[B, T, D]`` along T. Backward runs have the decays in common with forward runs and a C of their own."""
+class S4D(Mixer):
+    """Mix ``[B, T, D]`` along T. Backward runs share the decays of forward runs and have a C of their own."""
+
+    decayed = ()
 
     def __init__(self, width: int, config: S4DConfig, time: TimeConfig) -> None:
         super().__init__()
@@ -55,6 +58,10 @@ class S4D(nn.Module):
             y_RBTD = self._convolve(wide_RBTD) if self.convolutional else self._recur(wide_RBTD, run)
         y_BTD = sum(split_directions(y_RBTD.flatten(0, 1))) if self.directions == 2 else y_RBTD[0]
         return F.glu(self.out_proj(F.gelu((y_BTD + self.D * u_BTD).to(u_BTD.dtype))), dim=-1)
+
+    def flops(self, B: int, L: int) -> int:
+        """See :class:`Mixer`: only the output map is a matrix product."""
+        return layers(B * L, self.out_proj)
 
     def exponents(self) -> tuple[Tensor, Tensor]:
         """A dt ``[D, S]`` and C~ ``[R, D, S]``, complex."""

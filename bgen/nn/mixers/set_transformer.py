@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from bgen.config.backbone import AttentionConfig
 from bgen.nn.mixers.attention import Attention
+from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.points import Points
 
 
 class AttentionPool(nn.Module):
     """Pool populations into M tokens by attention with learned queries (PMA): ``[B, N, D]`` to ``[B, M, D]``."""
+
+    decayed = ()
 
     def __init__(self, width: int, tokens: int, config: AttentionConfig) -> None:
         super().__init__()
@@ -30,8 +33,12 @@ class AttentionPool(nn.Module):
         """Pool the cells that exist; an empty population pools to zeros."""
         return self.attention(self.seed_embedding.to(x_BND.dtype).expand(len(x_BND), -1, -1), x_BND, valid_BN)
 
+    def flops(self, B: int, N: int) -> int:
+        """Floating-point operations of the forward pass; see :mod:`bgen.nn.flops` for what is counted."""
+        return self.attention.flops(B, len(self.seed_embedding), N)
 
-class SetAttention(nn.Module):
+
+class SetAttention(Mixer):
     """Mix ``[B, N, D]`` along N through inducing points (ISAB)."""
 
     def __init__(self, width: int, inducing: int, config: AttentionConfig) -> None:
@@ -44,3 +51,7 @@ class SetAttention(nn.Module):
         """Mix; what the result holds at cells that do not exist has no meaning."""
         x_BND = points.blank(x_BND)
         return self.read(x_BND, self.norm(self.pool(x_BND, points.valid_BL)))
+
+    def flops(self, B: int, L: int) -> int:
+        """See :class:`Mixer`."""
+        return self.pool.flops(B, L) + self.read.flops(B, L, len(self.pool.seed_embedding))

@@ -4,8 +4,8 @@
     r   = time mixer over s, each token a sequence over T
     y_i = cell i of time point t attending to r_t
 
-Cells are exchangeable within each time point by itself (sequencing destroys them), so permuting the cells of one time
-point permutes that time point's result and changes nothing else.
+Sequencing destroys cells, so they are exchangeable within each time point by itself. Permuting the cells of one time
+point permutes its result and changes nothing else.
 
 Axes: B trajectories, T time points, N cells per time point, D width, M tokens.
 """
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bgen.config.backbone import AttentionConfig
 from bgen.nn.mixers.attention import Attention
+from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.mixers.set_transformer import AttentionPool
 from bgen.nn.points import Points
 
@@ -32,10 +33,10 @@ class StateTokens(nn.Module):
     mixer
         Mixes ``[B M, T, D]`` along T.
     config
-        Of the attention that pools, and of the attention that reads back.
+        Settings of the attention that pools and of the attention that reads back.
     """
 
-    def __init__(self, width: int, tokens: int, mixer: nn.Module, config: AttentionConfig) -> None:
+    def __init__(self, width: int, tokens: int, mixer: Mixer, config: AttentionConfig) -> None:
         super().__init__()
         self.pool = AttentionPool(width, tokens, config)
         self.norm = nn.LayerNorm(width)
@@ -66,3 +67,8 @@ class StateTokens(nn.Module):
         line = self.norm(token_BTMD).transpose(1, 2).reshape(B * M, T, D)
         mixed = self.mixer(line, points.repeated(M)).view(B, M, T, D).transpose(1, 2).reshape(B * T, M, D)
         return self.read(cells, self.read_norm(mixed)).view(B, T, N, D)
+
+    def flops(self, B: int, T: int, N: int) -> int:
+        """Floating-point operations of the forward pass; see :mod:`bgen.nn.flops` for what is counted."""
+        M = len(self.pool.seed_embedding)
+        return self.pool.flops(B * T, N) + self.mixer.flops(B * M, T) + self.read.flops(B * T, N, M)

@@ -15,7 +15,7 @@ from torch import Tensor
 def scan_sequential(a_BT: Tensor, u_BT: Tensor) -> Tensor:
     """Return every state ``h``, ``[B, T, ...]``, from zero on, point by point: the reference.
 
-    ``a_BT`` and ``u_BT`` are real or complex, ``[B, T, ...]``; trailing axes broadcast. ``a = 0`` starts anew.
+    ``a_BT`` and ``u_BT`` are real or complex, ``[B, T, ...]``; trailing axes broadcast. ``a = 0`` restarts from zero.
     """
     h, states = torch.zeros_like(u_BT[:, 0]), []
     for t in range(u_BT.shape[1]):
@@ -27,9 +27,9 @@ def scan_sequential(a_BT: Tensor, u_BT: Tensor) -> Tensor:
 def scan_chunked(a_BT: Tensor, u_BT: Tensor) -> Tensor:
     """Compute :func:`scan_sequential` in about 2 sqrt(T) steps instead of T.
 
-    All chunks run side by side from zero, then the states at their ends are handed from one to the next, and each
-    point adds what has reached it from before its chunk. Only products of decays are formed, never quotients, so
-    nothing overflows. (Scans of logarithmic depth were measured to be slower on CPUs than the plain loop.)
+    All chunks run side by side from zero; then the final states are passed from chunk to chunk, and each point adds
+    what reached it from before its chunk. Only products of decays are formed, never quotients, so nothing overflows.
+    (Scans of logarithmic depth were measured to be slower on CPUs than the plain loop.)
     """
     T = u_BT.shape[1]
     Q = max(1, math.isqrt(T))

@@ -2,7 +2,7 @@
 
 ``import mamba_ssm`` runs an ``__init__`` that needs ``selective_scan_cuda``, a compiled CUDA extension that Mamba-2
 does not use (release 2.3.2.post1). So the kernels are imported through an empty shell of the package that has only its
-path; what they need then is torch, triton, einops and packaging.
+path. They then need torch, triton, einops and packaging.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ def ssd_fused(
 ) -> tuple[Tensor, Tensor]:
     """SSD with log_decay = dt a by the published kernels; see :func:`bgen.nn.scans.ssd.ssd_sequential`.
 
-    The kernels scale x by dt. ``impulse`` undoes that, for inputs that must not grow with the time gap; dt is then
-    either 0, where x is 0 too, or at least the floor of :mod:`bgen.nn.real_time`. The initial state is the first
-    sequence's, numbers in ``sequence_BT`` start from 0 and rise.
+    The kernels scale x by dt. ``impulse`` undoes that, for inputs that must not grow with the time gap; dt must then be
+    at least the floor of :mod:`bgen.nn.real_time`, or 0 where x is 0 as well. The initial state belongs to the first
+    sequence; the numbers in ``sequence_BT`` start at 0 and rise.
     """
     if impulse:
         x_BTHP = (x_BTHP / dt_BTH.clamp_min(SMALLEST_STEP)[..., None]).to(x_BTHP.dtype)
@@ -129,7 +129,7 @@ def ssd_fused(
 def selective_scan_fused(
     x_BTE: Tensor, dt_BTE: Tensor, a_ES: Tensor, b_BTS: Tensor, c_BTS: Tensor, *, impulse: bool
 ) -> Tensor:
-    """Compute :func:`bgen.nn.scans.selective_scan.selective_scan`, with dt x for x, by the published CUDA kernel.
+    """Compute :func:`bgen.nn.scans.selective_scan.selective_scan` of the input dt x by the published CUDA kernel.
 
     ``impulse`` as in :func:`ssd_fused`. All in float32, since the kernel wants dt in the dtype of x.
     """

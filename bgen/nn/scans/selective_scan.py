@@ -39,7 +39,7 @@ def selective_scan(
 ) -> Tensor:
     """Compute :func:`selective_scan_sequential` with a few dozen wide operations, in float32 or wider.
 
-    It holds every state at once, ``[B, T, E, S]``: the compiled kernels that avoid this exist for CUDA only.
+    All states are in memory at once, ``[B, T, E, S]``; only the compiled kernels for CUDA avoid that.
     """
     wide = torch.promote_types(torch.promote_types(x_BTE.dtype, dt_BTE.dtype), torch.float32)
     with torch.autocast(x_BTE.device.type, enabled=False):

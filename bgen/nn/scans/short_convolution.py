@@ -15,8 +15,10 @@ from torch import Tensor, nn
 class ShortConvolution(nn.Module):
     """y_t = bias + sum over w < W of weight_w x_{t-w}, each channel by itself; before the first point stand zeros.
 
-    W shifted multiply-adds: no kernel to install, and packed sequences are kept apart.
+    Computed as W shifted multiply-adds: this needs no kernel, and keeps packed sequences apart.
     """
+
+    decayed = ()
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()

@@ -3,8 +3,8 @@
     h_t = exp(log_decay_t) h_{t-1} + x_t b_t^T
     y_t = h_t c_t
 
-Source: Dao and Gu, "Transformers are SSMs", arXiv 2405.21060, section 6. What Mamba calls the step size is not an
-argument here: the caller has put it into ``log_decay`` (as dt A) and, where its input is scaled by it, into ``x``.
+Source: Dao and Gu, "Transformers are SSMs", arXiv 2405.21060, section 6. Mamba's step size is not an argument here: the
+caller puts it into ``log_decay`` (as dt A) and, where the input is scaled by it, into ``x``.
 
 Axes: B sequences, T points, H heads, P channels per head, S state size, K groups of heads that share b and c,
 R = H / K heads per group; the T points are cut into C chunks of Q points.
@@ -31,7 +31,7 @@ def ssd_sequential(
     initial_BHPS: Tensor | None = None,
     sequence_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the recurrence point by point: the reference that :func:`ssd_chunked` and the fused kernels are held to.
+    """Run the recurrence point by point: the reference for :func:`ssd_chunked` and the fused kernels.
 
     Parameters
     ----------
@@ -62,6 +62,18 @@ def ssd_sequential(
     return torch.stack(y, dim=1), h_BHPS
 
 
+def ssd_flops(B: int, T: int, inner: int, groups: int, state: int, chunk: int = 64) -> int:
+    """Floating-point operations of :func:`ssd_chunked` without initial and final state; ``inner`` is H P.
+
+    T counts as the whole chunks that it fills. Both halves of the weights within a chunk count, as in torch; the
+    compiled loop for CPUs leaves out the empty one.
+    """
+    Q = min(T, chunk)
+    C = -(-T // Q)
+    points = B * C * Q
+    return 2 * points * Q * (groups * state + inner) + (4 * points * inner * state if C > 1 else 0)
+
+
 def ssd_chunked(
     x_BTHP: Tensor,
     log_decay_BTH: Tensor,
@@ -82,8 +94,7 @@ def ssd_chunked(
 
     Returns
     -------
-    ``y_BTHP`` in the dtype of x, and the final state if ``want_state``: at T <= chunk it is work that nothing else
-    needs.
+    ``y_BTHP`` in the dtype of x, and the final state if ``want_state`` (which costs extra work at T <= chunk).
     """
     dtype = x_BTHP.dtype
     wide = torch.promote_types(torch.promote_types(dtype, log_decay_BTH.dtype), torch.float32)
@@ -98,8 +109,7 @@ def ssd_chunked(
         return (F.pad(t, added) if any(added) else t).to(wide).unflatten(1, (C, Q)).contiguous()
 
     with torch.autocast(x_BTHP.device.type, enabled=False):
-        # What has decayed by e^-50 is gone, in float64 too; sums that stay small keep the digits of the short gaps that
-        # follow a long one.
+        # What has decayed by e^-50 is gone, also in float64. Small sums keep the digits of short gaps after a long one.
         total_BCHQ = cut(log_decay_BTH.clamp_min(-50)).transpose(2, 3).contiguous().cumsum(-1)
         x_BCQHP, b_BCQKS, c_BCQKS = (cut(t, steps.LANES) for t in (x_BTHP, b_BTKS, c_BTKS))
         run_BCQ = None if sequence_BT is None else _runs(sequence_BT, padding).unflatten(1, (C, Q))
@@ -143,9 +153,9 @@ class _Chunks(torch.autograd.Function):
     """The chunked scan and its gradient.
 
     Within a chunk ``y_i = sum over j <= i of W_ij x_j``, ``W_ij = (c_i . b_j) exp(total_i - total_j)``; from chunk to
-    chunk goes the state. The weights W are not kept, but computed again for the gradient. That of ``total_i`` is what
-    comes to point i (row i of ``W dW``, and what the state brings) less what goes out from it (column i, and what it
-    adds to the state); at the end of a chunk what the state that leaves it does, too.
+    chunk goes the state. The weights W are not kept, but computed again for the gradient. The gradient of ``total_i``
+    is what arrives at point i (row i of ``W dW``, and what the state brings) less what leaves it (column i, and what it
+    adds to the state). The last point of a chunk also has the gradient of the state that leaves the chunk.
     """
 
     @staticmethod

@@ -1,7 +1,8 @@
 """The chunked SSD and its gradient on a CPU in float32, compiled: chunk by chunk and head by head, in its caches.
 
-One sweep over the chunks of a sequence forward and one backward, as memory is what they wait for: the state stays in
-the caches, every input is read once, and the weights within a chunk exist for one head at a time, up to the diagonal.
+There is one sweep over the chunks of a sequence forward and one backward, because memory is the bottleneck: the state
+stays in the caches, every input is read once, and the weights within a chunk exist for one head at a time, up to the
+diagonal.
 
 Axes: B sequences, C chunks, Q points of a chunk, H heads, K groups of heads that share b and c, P channels, S state
 size; P and S are multiples of LANES.
@@ -25,9 +26,14 @@ from bgen.nn.scans.ssd_torch import Edges
 F = np.float32
 
 
-def _compile(*flags: str, parallel: bool = False) -> Any:
+def _compile(parallel: bool = False) -> Any:
+    return numba.njit(cache=True, nogil=True, error_model="numpy", parallel=parallel)
+
+
+def _inlined(*flags: str) -> Any:
+    """Compile arithmetic into its callers (:mod:`bgen.nn.cpu.elementary` says why)."""
     return numba.njit(
-        cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz", *flags}, parallel=parallel
+        cache=True, nogil=True, forceinline=True, error_model="numpy", fastmath={"contract", "nsz", *flags}
     )
 
 
@@ -49,7 +55,7 @@ def _forward(
 ) -> None:
     """Write ``y [B, C, Q, H, P]`` and, from the first of them, the ``states [B, 1 + C, H, S, P]``.
 
-    The heads of a sequence and group are cut into ``split``; what that makes goes to the threads in ``parts``.
+    The heads of a sequence and group are cut into ``split`` pieces, which the threads take in ``parts``.
     """
     units = x.shape[0] * b.shape[3] * split
     for part in numba.prange(parts):
@@ -118,7 +124,7 @@ def _backward(
     db: F32,
     dc: F32,
 ) -> None:
-    """Write the gradients; that of the last state, ``dstate [B, H, S, P]``, becomes that of the first.
+    """Write the gradients; ``dstate [B, H, S, P]`` comes in for the last state and goes out for the first.
 
     ``db`` and ``dc [split, B, C, Q, K, S]`` hold the sums over the heads of each part.
     """
@@ -246,7 +252,7 @@ def _row(columns: int) -> F32:
     return np.zeros(columns, F)
 
 
-@_compile()
+@_inlined()
 def _weights(cb: F32, total: F32, firsts: I64, totals: F32, out: F32) -> None:
     """Write ``cb_ij exp(total_i - total_j)``, up to the whole vector that holds the diagonal.
 
@@ -260,9 +266,9 @@ def _weights(cb: F32, total: F32, firsts: I64, totals: F32, out: F32) -> None:
             into[j] = given[j] * _decay(totals, i, j, first)
 
 
-@_compile()
+@_inlined()
 def _weights_and_sum(cb: F32, total: F32, firsts: I64, totals: F32, dweight: F32, out: F32, dcb: F32) -> None:
-    """Do as :func:`_weights`, add their gradient's part that is that of ``cb``, and multiply it by the weights."""
+    """Do as :func:`_weights`; add to the gradient of ``cb``, and multiply the gradient of the weights by them."""
     for i in range(len(total)):
         totals[i] = total[i]
     for i in range(len(firsts)):
@@ -274,9 +280,9 @@ def _weights_and_sum(cb: F32, total: F32, firsts: I64, totals: F32, dweight: F32
             gradient[j] *= into[j]
 
 
-@_compile("reassoc")
+@_inlined("reassoc")
 def _add_row_sums_less_column_sums(t: F32, out: F32) -> None:
-    """Add to ``out [Q]`` the sums of ``t``'s rows less those of its columns, both of what is below the diagonal."""
+    """Add to ``out [Q]`` the row sums of ``t`` less its column sums, both below the diagonal only."""
     for i in range(len(out)):
         row, total = t[i], F(0)
         for j in range(i):
@@ -285,7 +291,7 @@ def _add_row_sums_less_column_sums(t: F32, out: F32) -> None:
         out[i] += total
 
 
-@_compile("reassoc")
+@_inlined("reassoc")
 def _add_by_point(t: F32, by: F32, given: F32, sums: F32, sign: float, out: F32) -> None:
     """Add ``diag(by) @ t`` to ``sums``, and ``sign`` times its product with ``given``, point by point, to ``out``."""
     for q in range(len(by)):
@@ -297,14 +303,14 @@ def _add_by_point(t: F32, by: F32, given: F32, sums: F32, sign: float, out: F32)
         out[q] += sign * total
 
 
-@numba.njit(cache=True, error_model="numpy", fastmath={"contract", "nsz"}, forceinline=True)
+@_inlined()
 def _decay(totals: F32, i: int, j: int, first: int) -> Any:
     """``exp(total_i - total_j)`` for j from first to i, 0 for others."""
     found = exp_not_above_one(min(totals[i] - totals[j], F(0)))
     return found if (j >= first) & (j <= i) else F(0)
 
 
-@_compile()
+@_inlined()
 def _scale(t: F32, by: F32, out: F32) -> None:
     for q in range(len(by)):
         for e in range(t.shape[1]):
@@ -326,7 +332,7 @@ def _clear(t: F32) -> None:
             t[q, e] = 0
 
 
-@_compile("reassoc")
+@_inlined("reassoc")
 def _dot(t: F32, other: F32) -> Any:
     total = F(0)
     for s in range(len(t)):
@@ -337,7 +343,7 @@ def _dot(t: F32, other: F32) -> Any:
 
 @_compile()
 def _gather(t: F32, out: F32) -> None:
-    """Copy ``t [Q, R, P]`` in the order of the memory into ``out [R, Q, P]``."""
+    """Copy ``t [Q, R, P]`` into ``out [R, Q, P]``, in the order in which it lies in memory."""
     for q in range(len(t)):
         for r in range(t.shape[1]):
             given, into = t[q, r], out[r, q]
@@ -396,7 +402,7 @@ def backward(
 
 
 def _shares(x_BCQHP: Tensor, b_BCQKS: Tensor) -> tuple[int, int]:
-    """Return into how many parts to cut a group's heads, and for how many threads there is work."""
+    """Return into how many pieces to cut a group's heads, and how many threads have work."""
     (B, _, Q, H, _), K = x_BCQHP.shape, b_BCQKS.shape[3]
     threads = parts(B * H, x_BCQHP.numel() * Q)
     return min(H // K, -(-threads // (B * K))), threads
@@ -411,7 +417,7 @@ def _or_zero(first_BCQ: Tensor | None, Q: int) -> Tensor:
 
 
 def _or_empty(t: Tensor | None, axes: int) -> Tensor:
-    """Return ``t``, or for None what stands where nobody reads."""
+    """Return ``t``, or for None an array that nobody reads."""
     return torch.empty((0,) * axes) if t is None else t
 
 

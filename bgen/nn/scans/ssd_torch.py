@@ -16,7 +16,7 @@ LANES = 1
 
 
 class Edges(NamedTuple):
-    """What the state keeps: of a point until its chunk ends, until a point since its chunk began, through a chunk."""
+    """Decay from a point to the end of its chunk, from the start of its chunk to a point, and through a chunk."""
 
     to_end_BCHQ: Tensor
     from_start_BCHQ: Tensor

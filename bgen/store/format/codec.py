@@ -1,4 +1,4 @@
-"""How a cell's counts become two byte streams and back (DESIGN, section 6).
+"""How a cell's counts become two byte streams and back.
 
 Genes are numbered in order of how many cells express them. A cell with expressed genes ``g_0 < g_1 < ...`` and counts
 ``x_0, x_1, ...`` is
@@ -118,8 +118,8 @@ def locate_rows(
     Returns
     -------
     int64 ``[R, 6]``
-        Of each cell where its gaps begin and how many they are, and the same of its counts and its overflow (in bytes
-        and entries).
+        For each cell: where its gaps begin and how many bytes they are, then the same for its counts, then where its
+        overflow begins and how many entries it has.
     """
     order = np.argsort(chunks)
     firsts = first_cell[chunks[order]]
@@ -178,7 +178,7 @@ def copy_rows(
     gaps_out, counts_out, overflow_out
         The batch's streams.
     at
-        int64 ``[3]``: how much of each is filled already; moved on.
+        int64 ``[3]``: how much of each is filled already; updated.
     """
     g, c, o = at
     for r in range(len(rows)):
@@ -249,7 +249,7 @@ def unpack_counts(counts: U8, overflow: NDArray[np.int32], counts_out: NDArray[n
         for k in range(np.uint64(at), np.uint64(end)):
             largest = max(largest, counts[k])
             counts_out[k] = np.float32(counts[k])
-        if largest == ESCAPE:  # a few blocks of a hundred
+        if largest == ESCAPE:  # so in a few blocks of a hundred
             for k in range(at, end):
                 if counts[k] == ESCAPE:
                     counts_out[k] = np.uint32(overflow[o])

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from bgen.cpus import cpus
 from bgen.errors import UserError
 
 NAME = "manifest.json"
@@ -80,7 +81,7 @@ class Manifest(Part):
         default_factory=dict, description="Split to the values of split_by that were put there by name."
     )
     vocabulary: str = Field("union", description="union of the inputs' genes, or the name of a reference file.")
-    splits: dict[str, int] = Field(description="Split to number of cells; its code in obs is its place here.")
+    splits: dict[str, int] = Field(description="Split to number of cells; a split's code is its place here.")
     seed: int
     sources: list[Source]
     files: dict[str, File]
@@ -94,7 +95,7 @@ class Manifest(Part):
     def digest(self) -> str:
         """Return the hash of everything that is set but the fingerprint.
 
-        Fields that a manifest was written without do not count, so that those of older stores stay valid.
+        A field that was not written does not count, so that the manifests of older stores stay valid.
         """
         bare = self.model_copy(update={"fingerprint": ""})
         return hashlib.sha256(bare.model_dump_json(exclude_unset=True).encode()).hexdigest()
@@ -157,7 +158,7 @@ def hash_folder(
     """
     paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name != NAME)
     names = [path.as_posix() for path in paths if path.parts[0] != leave_out]
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(cpus() + 4) as pool:
         return dict(zip(names, pool.map(lambda name: known.get(name) or hash_file(folder / name), names), strict=True))
 
 
@@ -184,5 +185,5 @@ def check_files(folder: Path, manifest: Manifest, *, checksums: bool, below: str
             return f"{name} does not have the bytes that were written (its checksum differs)"
         return None
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(cpus() + 4) as pool:
         return [problem for problem in pool.map(look, wanted.items()) if problem]

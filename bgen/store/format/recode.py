@@ -1,4 +1,4 @@
-"""The codec's inner loops for building: rows of an input to streams, and streams to streams with other gene numbers.
+"""The codec's inner loops for building: from rows of an input to streams, and from streams to other gene numbers.
 
 Both collect a cell's counts by gene: ``line[gene]`` holds the count and a bit of ``words`` says that it does, so that
 genes come out in ascending order without sorting, at a cost of one step per entry and one per 64 genes.
@@ -57,7 +57,7 @@ def encode_rows(
     expressed
         int64 ``[G]``: cells that express each gene, added to.
     gaps, counts, overflow
-        Written; large enough for any row: ``gaps`` for G / 255 bytes a row and one an entry.
+        Written, and large enough: ``gaps`` needs a byte for each entry and G / 255 bytes for each row.
     sizes
         int64 ``[rows, 3]``, written: bytes of gaps, bytes of counts and entries of overflow of each row.
 
@@ -110,7 +110,7 @@ def encode_rows(
 
 @numba.njit(cache=True, nogil=True)
 def recoded_gap_bytes(gaps: U8, starts: I64, rank: NDArray[np.int32]) -> NDArray[np.uint32]:
-    """Return uint32: the bytes of gaps of each cell once gene ``g`` is called ``rank[g]``.
+    """Return uint32: the bytes of gaps of each cell once gene ``g`` has the number ``rank[g]``.
 
     ``starts`` is int64 ``[cells + 1]``: where each cell's gaps begin.
     """
@@ -147,7 +147,7 @@ def recode_chunks(
     gaps_out: U8,
     counts_out: U8,
 ) -> None:
-    """Write cells into chunks with gene ``g`` called ``rank[g]``.
+    """Write cells into chunks, with gene ``g`` under the number ``rank[g]``.
 
     Parameters
     ----------

@@ -3,9 +3,9 @@
 A shard file holds compressed chunks, each followed by its CRC-32C, then an index of (offset, bytes) as little-endian
 uint64, all ones for a chunk that is not there, then the CRC-32C of the index. Every zarr v3 reader reads it.
 
-Writing it here allows a zstd encoder that takes no chance matches, which makes these streams 2.5 % smaller and 10 %
-faster to decode than level 1. Reading it here saves a fifth (zstd) to a third (lz4) of a general reader's time, since a
-chunk is decoded straight to where it is used.
+Writing shards here allows a zstd encoder that ignores chance matches, which makes these streams 2.5 % smaller and 10 %
+faster to decode than level 1. Reading them here saves a fifth (zstd) to a third (lz4) of the time of a general reader,
+since a chunk is decoded straight to where it is used.
 """
 
 from __future__ import annotations

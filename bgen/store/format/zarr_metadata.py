@@ -1,7 +1,7 @@
-"""One-dimensional zarr arrays of others, version 2 or 3: their metadata, and whether all of their chunks are there.
+"""One-dimensional zarr arrays that others wrote, version 2 or 3: their metadata, and whether all chunks are there.
 
-A reader of zarr takes a chunk that is not there for zeros. In a sparse matrix that would be wrong counts without a
-word, so it is looked for.
+A reader of zarr takes a missing chunk for zeros. In a sparse matrix that would silently give wrong counts, so missing
+chunks are looked for.
 """
 
 from __future__ import annotations

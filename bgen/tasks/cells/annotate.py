@@ -1,9 +1,9 @@
 """``bgen annotate``: labels with a probability, and none where the model cannot tell.
 
-A logistic regression on the latent state of the cells, learnt from the user's own labelled cells or, if there are none,
-from cells that the model generates of each of its training labels. Two reasons to abstain: no label is probable enough,
-or the cell lies further from the reference than reference cells lie from each other (it may be of a type that the
-reference does not hold, which a probability cannot tell).
+A logistic regression on the latent state of the cells. It learns from the user's own labelled cells or, if there are
+none, from cells that the model generates for each of its training labels. It abstains for two reasons: no label is
+probable enough, or the cell lies further from the reference than reference cells lie from each other. Such a cell may
+be of a type that the reference does not hold, which a probability cannot tell.
 
 Axes: N cells, D latent size, K labels.
 """
@@ -44,7 +44,9 @@ GENERATED_CELLS = 200
 NEIGHBOURS = 5
 NOVEL_QUANTILE = 0.995
 STRENGTHS = [0.003, 0.03, 0.3, 3.0]
-"""Inverse strengths of the head's penalty, chosen among by cross-validated log-likelihood, so that it is calibrated."""
+"""Inverse strengths of the penalty, of which cross-validated log-likelihood chooses one, so that probabilities are
+calibrated.
+"""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Head:
         return np.asarray(self.classifier.predict_proba(latents))
 
     def novelty(self, latents: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return ``[N]``: distance to the 5th nearest reference cell, in units of what is usual among those."""
+        """Return ``[N]``: distance to the 5th nearest reference cell, relative to that among reference cells."""
         distance, _ = self.neighbours.kneighbors(latents, n_neighbors=NEIGHBOURS)
         return np.asarray(distance[:, -1] / self.reach)
 
@@ -135,15 +137,17 @@ def _with_its_own_head(model: AnnDataModel, cells: UserCells, threshold: float) 
             " `bgen finetune --task annotate` has labels of its own."
         )
     about = model.saved.about
+    assert about.annotation is not None, "checked when it was loaded"
+    label, labels = about.annotation.label, about.annotation.labels
     probabilities = module.probabilities(torch.from_numpy(model.encode(cells)[0])).double().numpy()
-    annotated = _told(cells, about["label"], np.array(about["labels"]), probabilities, threshold, None)
-    abstained = int((annotated.obs[f"{about['label']}_bgen"] == ABSTAINED).sum())
+    annotated = _told(cells, label, np.array(labels), probabilities, threshold, None)
+    abstained = int((annotated.obs[f"{label}_bgen"] == ABSTAINED).sum())
     annotated.uns["bgen_annotate"] = {
         "model": model.saved.fingerprint(),
-        "label": about["label"],
+        "label": label,
         "threshold": threshold,
         "reference": "cells that the model was fine-tuned on",
-        "reference_cells": {"all": int(about["cells"])},
+        "reference_cells": {"all": about.cells},
         "query_cells": len(cells),
         "abstained": abstained,
     }

@@ -1,4 +1,4 @@
-"""``bgen denoise``: the counts that are expected of each cell, given its latent state.
+"""``bgen denoise``: the expected counts of each cell, given its latent state.
 
 Axes: N cells, G genes of the model, V genes of the data.
 """
@@ -30,8 +30,8 @@ def denoise_cells(model: AnnDataModel, cells: UserCells, *, library_size: float 
     Parameters
     ----------
     library_size
-        Expected total counts of each cell over the model's genes; default: such that the genes that the data has add
-        up to what was measured of them.
+        Expected total counts of each cell over the model's genes; default: the genes that the data have add up to their
+        measured total.
 
     Returns
     -------
@@ -71,7 +71,7 @@ def denoising_scores(model: AnnDataModel, cells: UserCells, *, seed: int = 0) ->
     scores: dict[str, Any] = molecular_cross_validation(some.counts, {"model": by_model}, seed=seed)
     if model.saved.vae.config.likelihood == "nb":
         first, second = split_molecules(some.counts, seed)
-        theta = np.exp(model.saved.vae.decoder.log_theta.detach().numpy().astype(np.float64))
+        theta = np.exp(model.saved.vae.log_theta.detach().numpy().astype(np.float64))
         scores["calibration"] = calibration(second, by_model(first), theta, seed=seed).as_json()
     return scores
 

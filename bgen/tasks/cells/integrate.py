@@ -1,7 +1,7 @@
 """``bgen integrate``: cells of all batches in one latent space, and their counts as one batch would have measured them.
 
-The encoder of a VAE with a batch covariate is told the batch, and the decoder adds it again; so the latent state needs
-not hold it. Counts without batch effects are the decoder's, all told the same reference batch.
+The encoder of a VAE with a batch covariate is told the batch, and the decoder adds it again, so the latent state need
+not hold it. Counts without batch effects come from the decoder, which is told the same reference batch for all cells.
 
 Axes: N cells, D latent size, G genes.
 """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 import torch
@@ -13,13 +11,14 @@ from numpy.typing import NDArray
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.distributed import world as ranks
 from bgen.errors import UserError
+from bgen.hub.about import About, Annotation
 from bgen.hub.directory import Module, SavedModel
 from bgen.models.annotator import LABEL, Annotator
 from bgen.nn.lora import add_lora, merge_lora
 from bgen.tasks.finetune.request import RANK, WATCHED, Request
 from bgen.tasks.finetune.task import Job, Task
 from bgen.tasks.user_cells import text_column
-from bgen.train.stages.in_memory import MemoryStage, held_out
+from bgen.train.stages.in_memory import MemoryStage, split_watched
 
 LEAST_CELLS = 5
 """Cells that a label needs."""
@@ -50,7 +49,7 @@ class Annotate(Task[NDArray[np.str_]]):
         assert request.label is not None, "checked at the start"
         return text_column(adata, request.label)
 
-    def train(self, job: Job, prepared: NDArray[np.str_]) -> tuple[Module, dict[str, Any]]:
+    def train(self, job: Job, prepared: NDArray[np.str_]) -> tuple[Module, About]:
         """See :class:`Task`."""
         names, numbers = np.unique(prepared[prepared != ""], return_counts=True)
         codes = pd.Index(names).get_indexer(pd.Index(prepared)).astype(np.int64)
@@ -63,9 +62,11 @@ class Annotate(Task[NDArray[np.str_]]):
         annotator.head.requires_grad_(True)
         labelled = MemoryCells(job.memory.counts, {**job.memory.obs, LABEL: codes})
         config = job.settings("vae", "annotator")
-        train, valid = held_out(np.flatnonzero(codes >= 0), WATCHED, config.seed)
+        train, valid = split_watched(np.flatnonzero(codes >= 0), WATCHED, config.seed)
         facts = job.runs.fingerprint(job.grown)
         job.runs.fit(config, MemoryStage(config, annotator, labelled, train, valid, ranks.current(), facts))
         merge_lora(annotator.vae.encoder)
         annotator.requires_grad_(False)
-        return annotator, {"labels": names.tolist(), "label": job.request.label}
+        assert job.request.label is not None, "checked at the start"
+        said = Annotation(label=job.request.label, labels=names.tolist())
+        return annotator, job.about.model_copy(update={"annotation": said})

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from bgen.config.run import Config
+from bgen.config.finetune import FinetuneConfig
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.distributed import world as ranks
 from bgen.hub.directory import SavedModel
@@ -21,7 +21,7 @@ def adapt_autoencoder(
     parent: SavedModel,
     cells: MemoryCells,
     watched: tuple[NDArray[np.int64], NDArray[np.int64]],
-    config: Config,
+    config: FinetuneConfig,
     mode: Mode,
     runs: Runs,
 ) -> None:
@@ -30,17 +30,14 @@ def adapt_autoencoder(
     is_larger = vae.n_genes > parent.vae.n_genes or vae.covariates != parent.vae.covariates
     if mode == "head" and not is_larger:
         return
-    vae.requires_grad_(True)
+    vae.requires_grad_(mode == "full")
     if mode == "lora":
         add_lora(vae, RANK)
     if mode != "full":
-        tables = ["covariates.", "decoder.logits.bias", "scaled_log_theta"]
-        if vae.n_genes > parent.vae.n_genes:
-            tables += ["encoder.weight", "decoder.logits."]
-        for name, parameter in vae.named_parameters():
-            in_tables = any(part in name for part in tables)
-            parameter.requires_grad_(in_tables or "parametrizations.weight.0" in name)
-    # Whatever is built on the parent's latents was whitened by its statistics, so they stay.
+        genes = vae.n_genes > parent.vae.n_genes
+        for parameter in (*vae.encoder.tables(genes=genes), *vae.decoder.tables(genes=genes)):
+            parameter.requires_grad_(True)
+    # All that is built on the parent's latents was whitened by its statistics, so these stay.
     runs.say(f"Adapting the autoencoder ({_trained(vae):,} parameters) ...")
     stage = MemoryStage(config, vae, cells, *watched, ranks.current(), runs.fingerprint(grown), "nll")
     result = runs.fit(config, stage)

@@ -1,12 +1,13 @@
 """``bgen finetune --task time``: from the user's own time course to a model that interpolates and forecasts it.
 
-A parent that was trained on trajectories over time lends its flow; otherwise a small hybrid is trained on the adapted
-autoencoder. Missing time points start from displacement interpolation (``flow.source: neighbours``), so the network has
-only to learn what that misses: a course of one experiment has a handful of time points.
+The flow of a parent that was trained on trajectories over time is trained further; otherwise a small hybrid is trained
+on the adapted autoencoder. The course of one experiment has only a handful of time points, so missing ones start from
+displacement interpolation (``flow.source: neighbours``), and the network learns only what that misses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +16,16 @@ import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from bgen.config.backbone import BackboneConfig
 from bgen.config.data import TrajectoriesConfig
-from bgen.config.flow import FlowConfig, PatternsConfig
+from bgen.config.finetune import FinetuneConfig
+from bgen.config.flow import FlowConfig
+from bgen.config.load import load_finetune
 from bgen.config.train import TrainConfig
 from bgen.distributed import world as ranks
 from bgen.errors import UserError, nearest
+from bgen.hub.about import About
 from bgen.hub.directory import Module, SavedModel
 from bgen.models.generators.latent_flow import LatentFlow
-from bgen.models.vae.vae import VAE
 from bgen.nn.lora import merge_lora
 from bgen.order.keys import hash_keys
 from bgen.tasks.finetune.flow import choose_trained
@@ -34,6 +36,9 @@ from bgen.tasks.user_cells import text_column
 from bgen.train.stages.course_in_memory import CourseStage
 
 LEAST_TIMES, LEAST_CELLS = 3, 10
+
+COURSE = "finetune/course"
+"""Configuration of a fine-tuning on a time course."""
 
 
 @dataclass(frozen=True)
@@ -136,43 +141,38 @@ def whole_trajectories(train: TrainConfig, shape: TrajectoriesConfig, world_size
     return train.model_copy(update={"global_batch": share * shape.size * world_size, "micro_batch": micro})
 
 
-def new_course_flow(vae: VAE, course: Course) -> LatentFlow:
-    """Return a flow to train that is told nothing but the populations."""
-    return LatentFlow(neighbour_flow(float(np.median(np.diff(course.times))), forecast=True), vae, {}, {})
+def course_config(course: Course, overrides: Sequence[str]) -> FinetuneConfig:
+    """Return the configuration of a fine-tuning on a course, whose typical gap is the unit of the flow's time."""
+    return load_finetune(COURSE, [_scale(float(np.median(np.diff(course.times)))), *overrides])
 
 
-def neighbour_flow(scale: float, *, forecast: bool = False) -> FlowConfig:
-    """Return settings of a flow for courses with few time points.
+def course_flow(gap: float, *, forecast: bool) -> FlowConfig:
+    """Return the settings of a new flow for a course with few time points.
 
-    ``scale`` is a typical gap in time; with ``forecast`` every third trajectory trains that, the others interpolation.
-
-    The network sees the neighbouring populations and the cells, not the date: from a handful of time points it could
-    only learn dates by heart.
+    Parameters
+    ----------
+    gap
+        Typical gap in time.
+    forecast
+        Train every third trajectory to forecast, the others to interpolate; False: all to interpolate.
     """
-    backbone = BackboneConfig.model_validate(
-        {
-            "name": "hybrid",
-            "width": 32,
-            "layers": 1,
-            "pattern": ["time", "none"],
-            "attention": {"heads": 2},
-            "mamba2": {"head_width": 16, "state": 16},
-            "time": {"scale": scale, "tokens": 4},
-        }
-    )
-    patterns = PatternsConfig(noise=0, forecast=0.5 if forecast else 0, interpolate=1, perturb=0, independent=1)
-    return FlowConfig(backbone=backbone, source="neighbours", condition_dropout=0.0, patterns=patterns)
+    return load_finetune(COURSE, [_scale(gap), *([] if forecast else ["flow.patterns.forecast=0"])]).flow
 
 
-def course_facts(course: Course, shape: TrajectoriesConfig, adata: AnnData, roles: dict[str, str]) -> dict[str, Any]:
-    """Return what the model directory says of time."""
+def _scale(gap: float) -> str:
+    return f"flow.backbone.time.scale={gap}"
+
+
+def about_course(about: About, course: Course, shape: TrajectoriesConfig, adata: AnnData) -> About:
+    """Return what the model directory says, and what it says of time."""
     unit = adata.uns.get("time_unit")
-    return {
-        "trajectories": shape.model_dump(mode="json"),
+    said: dict[str, Any] = {
+        "trajectories": shape,
         "times": [float(time) for time in course.times],
-        "roles": {**roles, "time": course.column},
+        "roles": {**about.roles, "time": course.column},
         **({"units": {"time": str(unit)}} if unit else {}),
     }
+    return about.model_copy(update=said)
 
 
 class Time(Task[Course]):
@@ -183,21 +183,26 @@ class Time(Task[Course]):
         require_wide_layers(parent, request)
         self.prepare(parent, adata, request)
 
+    def configure(self, adata: AnnData, request: Request, overrides: Sequence[str]) -> FinetuneConfig:
+        """See :class:`Task`; the typical gap of the course is the unit of the flow's time."""
+        return course_config(read_course(adata, request.time, list(request.system)), overrides)
+
     def prepare(self, grown: SavedModel, adata: AnnData, request: Request) -> Course:
         """See :class:`Task`."""
         return read_course(adata, request.time, list(request.system))
 
-    def train(self, job: Job, prepared: Course) -> tuple[Module, dict[str, Any]]:
+    def train(self, job: Job, prepared: Course) -> tuple[Module, About]:
         """Train the flow over time: the parent's, if it has one of the same column, else a new one."""
         world, grown, config, course = ranks.current(), job.grown, job.settings("flow", "flow"), prepared
-        if trained_over_time(grown) and grown.about["roles"].get("time") == course.column:
+        if trained_over_time(grown) and grown.about.roles.get("time") == course.column:
             assert isinstance(grown.module, LatentFlow), "only flows are trained over time"
             flow = grown.module
             choose_trained(flow, job.request.mode)
-            shape = TrajectoriesConfig.model_validate({**grown.about["trajectories"], "system": course.system})
+            assert grown.about.trajectories is not None, "it was trained on them"
+            shape = grown.about.trajectories.model_copy(update={"system": course.system})
         else:
             job.runs.say("The model has no flow over this time: a new one is trained on the autoencoder.")
-            flow = new_course_flow(grown.vae, course)
+            flow = LatentFlow(config.flow, grown.vae, {}, {})  # told nothing but the populations
             shape = course_shape(course, config.train.global_batch)
         stage = CourseStage(
             config.model_copy(update={"train": whole_trajectories(config.train, shape, world.size)}),
@@ -212,4 +217,4 @@ class Time(Task[Course]):
         )
         job.runs.fit(stage.config, stage)
         merge_lora(flow.backbone)
-        return flow, course_facts(course, shape, job.cells.adata, grown.about.get("roles", {}))
+        return flow, about_course(job.about, course, shape, job.cells.adata)

@@ -1,11 +1,11 @@
-"""``bgen finetune``: a trained model, adapted to the user's cells; the result is again a model directory.
+"""``bgen finetune``: adapt a trained model to the user's cells; the result is again a model directory.
 
 The autoencoder is adapted first (to new genes, new batches, another tissue), then what the task needs is trained on it:
 the flow (``generate``), a classifier (``annotate``), the flow from control to perturbed cells (``perturb``), the flow
-over the user's time course (``time``). Modes:
-``full`` trains all weights; ``lora`` low-rank changes of the linear layers, and what is new; ``head`` leaves the
-autoencoder as it is (but for the rows of new batches and genes) and trains the task's last layers. A network that the
-parent does not have (a classifier, a flow from control cells, a first flow over time) is new and trained whole.
+over the user's time course (``time``). Modes: ``full`` trains all weights; ``lora`` trains low-rank changes of the
+linear layers, and what is new; ``head`` leaves the autoencoder as it is (except the rows of new batches and genes) and
+trains the last layers of the task. A network that the parent does not have (a classifier, a flow from control cells, a
+first flow over time) is new and trained whole.
 
 Under a launcher every rank reads the data and trains its share of each batch; rank 0 speaks, scores and writes.
 """
@@ -16,16 +16,15 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from bgen.config.load import load_config
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.evaluate.protocols.perturbation import PerturbationScores
-from bgen.evaluate.reports.perturbation import write_perturbation_report
+from bgen.evaluate.registry import PerturbationProtocol, find_protocol
+from bgen.hub.about import About, Finetuning, HeldOutScores, Parent
 from bgen.hub.directory import SavedModel, count_combinations, load_directory, save_model
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.progress import Say
@@ -38,14 +37,14 @@ from bgen.tasks.finetune.runs import Runs, request_fingerprint, require_new_run,
 from bgen.tasks.finetune.task import Job
 from bgen.tasks.user_cells import Cells, read_user_data
 from bgen.train.run import MODEL
-from bgen.train.stages.in_memory import held_out
+from bgen.train.stages.in_memory import split_watched
 from bgen.train.trainer import check
 from bgen.version import __version__
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The model that rank 0 wrote, and (there) its scores on what was held out, if anything was."""
+    """The model that rank 0 wrote, and, on rank 0, its scores on held-out perturbations, if there were any."""
 
     model: SavedModel
     scores: PerturbationScores | None
@@ -72,7 +71,7 @@ def finetune(
     out
         New folder for the runs and the model.
     overrides
-        ``section.key=value`` for the configuration "finetune".
+        ``section.key=value`` for the configuration "finetune", or "finetune/course" for a course over time.
     resume
         Go on with what ``out`` holds, from the newest whole checkpoint; start if there is nothing yet.
     say
@@ -92,7 +91,7 @@ def finetune(
     parent, read = load_directory(folder), read_user_data(data, **request.reading)
     require_cells_enough(len(read))
     task.check(parent, read.adata, request)
-    base = load_config("finetune", [f"data.store={folder}", *overrides])
+    base = task.configure(read.adata, request, overrides).model_copy(update={"parent": folder})
     world = check(base)
     if not world.is_main:
         say = _say_nothing
@@ -112,17 +111,18 @@ def finetune(
     memory = MemoryCells(cells.counts, known_columns(grown, cells))
     widen_library(grown.vae, memory)
     runs = Runs(resume, request_fingerprint(parent, cells.adata, memory, request), say)
-    watched = held_out(np.arange(len(cells), dtype=np.int64), WATCHED, base.seed)
+    watched = split_watched(np.arange(len(cells), dtype=np.int64), WATCHED, base.seed)
     adapt_autoencoder(grown, parent, memory, watched, run_config(base, "vae", out / "vae"), request.mode, runs)
     torch.manual_seed(base.seed)  # new networks again: after a resume as in the run that it goes on with
-    done, facts = task.train(Job(grown, cells, memory, watched, base, out, request, runs), prepared)
+    about = _about(parent, request, len(cells), out)
+    done, about = task.train(Job(grown, cells, memory, watched, base, out, request, runs, about), prepared)
     used = list(dict.fromkeys([*_conditions(done), *grown.vae.covariates]))
     made = replace(
         grown,
         module=done,
         columns={name: grown.columns[name] for name in used},
         combinations=count_combinations({name: memory.obs[name] for name in used}),
-        about=_about(parent, request, len(cells), out, facts),
+        about=about,
         metrics=None,
     )
     scores: PerturbationScores | None = None
@@ -132,9 +132,13 @@ def finetune(
         say("Scoring on what was held out ...")
         scores = task.score(AnnDataModel(made), cells, kept_back.match(grown.genes, grown.columns), request)
     if scores is not None:
-        made.about["held_out"] = scores.as_json()
-        facts = {"parent": made.about["parent"]["name"], "cells trained on": len(cells), "bgen": __version__}
-        write_perturbation_report(out / "report.html", scores, provenance=facts)
+        assert about.perturbation is not None, "only perturbations are held out"
+        found = HeldOutScores.model_validate(scores.as_json())
+        made.about = about.model_copy(
+            update={"perturbation": about.perturbation.model_copy(update={"held_out": found})}
+        )
+        facts = {"parent": parent.about.name, "cells trained on": len(cells), "bgen": __version__}
+        find_protocol(PerturbationProtocol).report(out / "report.html", scores, provenance=facts)
     if (out / MODEL).exists():  # of fewer steps: the run was resumed
         shutil.rmtree(out / MODEL)
     save_model(made, out / MODEL)
@@ -149,14 +153,20 @@ def _say_nothing(_: str) -> None:
     """What ranks other than the first say."""
 
 
-def _about(parent: SavedModel, request: Request, n_cells: int, out: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **{key: parent.about[key] for key in ("organism", "units", "control", "roles") if key in parent.about},
-        "name": out.resolve().name,
-        "sources": [f"{n_cells:,} cells of the user"],
-        "cells": n_cells,
-        "task": request.task,
-        "mode": request.mode,
-        "parent": {"name": parent.about.get("name", "a bgen model"), "fingerprint": parent.fingerprint()},
-        **facts,
-    }
+def _about(parent: SavedModel, request: Request, n_cells: int, out: Path) -> About:
+    """Return what every fine-tuned model says of itself: what its parent knows of cells, and where it comes from."""
+    theirs = parent.about
+    return About(
+        name=out.resolve().name,
+        organism=theirs.organism,
+        units=theirs.units,
+        roles=theirs.roles,
+        control=theirs.control,
+        sources=[f"{n_cells:,} cells of the user"],
+        cells=n_cells,
+        finetuning=Finetuning(
+            task=request.task,
+            mode=request.mode,
+            parent=Parent(name=theirs.name, fingerprint=parent.fingerprint()),
+        ),
+    )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from anndata import AnnData
 
 from bgen.distributed import world as ranks
 from bgen.errors import UserError
+from bgen.hub.about import About
 from bgen.hub.directory import Module, SavedModel
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.nn.lora import add_lora, merge_lora
@@ -28,7 +27,7 @@ class Generate(Task[None]):
     def prepare(self, grown: SavedModel, adata: AnnData, request: Request) -> None:
         """See :class:`Task`."""
 
-    def train(self, job: Job, prepared: None) -> tuple[Module, dict[str, Any]]:
+    def train(self, job: Job, prepared: None) -> tuple[Module, About]:
         """See :class:`Task`."""
         flow = job.grown.module
         assert isinstance(flow, LatentFlow), "checked at the start"
@@ -37,7 +36,7 @@ class Generate(Task[None]):
         facts = job.runs.fingerprint(job.grown)
         job.runs.fit(config, MemoryStage(config, flow, job.memory, *job.watched, ranks.current(), facts))
         merge_lora(flow.backbone)
-        return flow, {}
+        return flow, job.about
 
 
 def choose_trained(flow: LatentFlow, mode: Mode) -> None:

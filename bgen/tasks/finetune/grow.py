@@ -1,4 +1,5 @@
-"""What fine-tuning changes before it trains: a parent with rows for what the user's data has and it has not.
+"""What fine-tuning does before it trains: give the parent rows for new batches, conditions and genes of the user's
+data.
 
 Axes: N cells, G genes.
 """

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
-
 import numpy as np
 import torch
 from anndata import AnnData
@@ -14,17 +11,18 @@ from bgen.distributed import world as ranks
 from bgen.errors import UserError
 from bgen.evaluate.protocols.perturbation import PerturbationScores
 from bgen.genes.network import Network, read_network
+from bgen.hub.about import About, EffectOf, EffectScale, Perturbation, RegulatoryNetwork
 from bgen.hub.directory import Module, SavedModel
 from bgen.models.generators.perturbation_flow import PerturbationFlow
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.finetune.request import Request
 from bgen.tasks.finetune.task import Job, Task
 from bgen.tasks.perturb.effect_scale import fit_scale
-from bgen.tasks.perturb.effects import Scale, fit_effects
+from bgen.tasks.perturb.effects import fit_effects
 from bgen.tasks.perturb.held_out import score_held_out, split_rows
 from bgen.tasks.perturb.screen import Columns, gene_rows, read_screen, require_controls, require_plain_counts
 from bgen.tasks.user_cells import UserCells, UserData, text_column
-from bgen.train.stages.in_memory import held_out
+from bgen.train.stages.in_memory import split_watched
 from bgen.train.stages.perturbation_pairs import PairStage
 
 
@@ -58,7 +56,7 @@ class Perturb(Task[Network | None]):
         """See :class:`Task`."""
         return None if request.network is None else read_network(request.network, grown.genes)
 
-    def train(self, job: Job, prepared: Network | None) -> tuple[Module, dict[str, Any]]:
+    def train(self, job: Job, prepared: Network | None) -> tuple[Module, About]:
         """See :class:`Task`."""
         model, config, request, runs = job.model, job.settings("perturb", "perturbation"), job.request, job.runs
         network, columns = prepared, _columns(request)
@@ -81,29 +79,28 @@ class Perturb(Task[Network | None]):
             torch.from_numpy(effects.values),
             None if regulated is None else torch.from_numpy(regulated),
         )
-        train, valid = held_out(np.flatnonzero(data.screen.label >= 0), 0.1, config.seed)
+        train, valid = split_watched(np.flatnonzero(data.screen.label >= 0), 0.1, config.seed)
         stage = PairStage(
             config, flow, data.cells, data.screen, train, valid, ranks.current(), runs.fingerprint(model.saved)
         )
         runs.fit(config, stage)
-        scale = Scale()
+        scale = EffectScale()
         if config.perturb.scale:
             scale = ranks.from_main(fit_scale(flow, data, config.seed) if ranks.current().rank == 0 else scale)
         doses = [None if np.isnan(dose) else float(dose) for dose in effects.doses]
-        facts: dict[str, Any] = {
-            "perturbations": data.names,
-            "control": columns.control,
-            "strata": list(columns.strata),
-            "effects": [{"set": list(names), "dose": dose} for names, dose in zip(effects.sets, doses, strict=True)],
-            "effect_scale": asdict(scale),
-        }
+        used: RegulatoryNetwork | None = None
         if network is not None and regulated is not None:
-            facts["network"] = {
-                "components": len(regulated),
-                "edges": network.weights.nnz,
-                "edges_in_file": network.edges_in_file,
-            }
-        return flow, facts
+            used = RegulatoryNetwork(
+                components=len(regulated), edges=network.weights.nnz, edges_in_file=network.edges_in_file
+            )
+        said = Perturbation(
+            perturbations=data.names,
+            strata=list(columns.strata),
+            effects=[EffectOf(set=list(names), dose=dose) for names, dose in zip(effects.sets, doses, strict=True)],
+            effect_scale=scale,
+            network=used,
+        )
+        return flow, job.about.model_copy(update={"perturbation": said, "control": columns.control})
 
     def score(
         self, model: AnnDataModel, cells: UserCells, kept_back: UserCells, request: Request

@@ -1,4 +1,4 @@
-"""The tasks of fine-tuning, by the name that ``bgen finetune --task`` knows them by."""
+"""The tasks of fine-tuning, by the names of ``bgen finetune --task``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked of fine-tuning, and whether the parent and the data can give it: what is checked before training."""
+"""What is asked of fine-tuning, and the check, before training, that parent and data allow it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Mode = Literal["full", "lora", "head"]
 MODES = ("full", "lora", "head")
 LEAST_CELLS = 30
 RANK = 8
-"""Of low-rank changes."""
+"""Rank of low-rank changes."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The trainings of one fine-tuning, one run folder each, and what makes it possible to go on with them.
 
-A resume passes through all of them again, in order: one that was done gives its weights back, one that was cut off goes
-on from its newest checkpoint, as ``bgen train --resume`` does.
+A resume passes through all of them again, in order: a finished one gives its weights back, an interrupted one goes on
+from its newest checkpoint, as ``bgen train --resume`` does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any, Literal
 import pandas as pd
 from anndata import AnnData
 
-from bgen.config.run import Config
+from bgen.config.finetune import FinetuneConfig
+from bgen.config.run import RunConfig
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.errors import UserError
 from bgen.files import require_new_folder
@@ -57,7 +58,7 @@ class Runs:
         """Return what a resume must find again: also the weights that the training begins with."""
         return {**self.facts, "start": saved.fingerprint()}
 
-    def fit(self, config: Config, stage: MemoryStage) -> TrainResult:
+    def fit(self, config: RunConfig, stage: MemoryStage) -> TrainResult:
         """Train; afterwards the module has the weights to keep, where the data lie.
 
         Raises
@@ -83,10 +84,9 @@ def require_new_run(out: Path) -> None:
     require_new_folder(out)
 
 
-def run_config(base: Config, stage: Literal["vae", "flow", "perturb"], out: Path) -> Config:
+def run_config(base: FinetuneConfig, stage: Literal["vae", "flow", "perturb"], out: Path) -> FinetuneConfig:
     """Return the configuration of one training, in the folder ``out``."""
-    flow = base.flow.model_copy(update={"vae": Path(base.data.store)})
-    return base.model_copy(update={"stage": stage, "out": out, "flow": flow})
+    return base.model_copy(update={"stage": stage, "out": out})
 
 
 def request_fingerprint(parent: SavedModel, adata: AnnData, cells: MemoryCells, request: Request) -> dict[str, str]:

@@ -1,20 +1,23 @@
-"""What a task of fine-tuning is: what it needs, and how its network is trained once the autoencoder is adapted."""
+"""The base of all tasks of fine-tuning: what a task needs, and how it trains on the adapted autoencoder."""
 
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from bgen.config.run import Config
+from bgen.config.finetune import FinetuneConfig
+from bgen.config.load import load_finetune
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.errors import UserError
 from bgen.evaluate.protocols.perturbation import PerturbationScores
+from bgen.hub.about import About
 from bgen.hub.directory import Module, SavedModel
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.finetune.request import Request
@@ -32,7 +35,7 @@ class Job:
     Attributes
     ----------
     grown
-        The parent with rows for what is new in the data; its autoencoder is adapted.
+        The parent, with rows for what is new in the data and with its autoencoder adapted.
     cells
         The user's cells, matched to it.
     memory
@@ -46,24 +49,27 @@ class Job:
     request
         What is asked for.
     runs
-        Trains, and goes on with trainings that were cut off.
+        Runs trainings, and goes on with interrupted ones.
+    about
+        What every fine-tuned model says of itself.
     """
 
     grown: SavedModel
     cells: UserCells
     memory: MemoryCells
     watched: tuple[NDArray[np.int64], NDArray[np.int64]]
-    config: Config
+    config: FinetuneConfig
     out: Path
     request: Request
     runs: Runs
+    about: About
 
     @property
     def model(self) -> AnnDataModel:
         """The grown model, to encode cells with."""
         return AnnDataModel(self.grown)
 
-    def settings(self, stage: Literal["vae", "flow", "perturb"], folder: str) -> Config:
+    def settings(self, stage: Literal["vae", "flow", "perturb"], folder: str) -> FinetuneConfig:
         """Return the settings of one training, in a folder of its own."""
         return run_config(self.config, stage, self.out / folder)
 
@@ -81,6 +87,10 @@ class Task(abc.ABC, Generic[Prepared]):
     def check(self, parent: SavedModel, adata: AnnData, request: Request) -> None:
         """Raise UserError if the parent or the data cannot give what is asked for; nothing is trained yet."""
 
+    def configure(self, adata: AnnData, request: Request, overrides: Sequence[str]) -> FinetuneConfig:
+        """Return the settings of the training runs, with the user's overrides."""
+        return load_finetune("finetune", overrides)
+
     def hold_out(self, data: UserData, request: Request, seed: int) -> tuple[UserData, UserData | None]:
         """Return the cells to train on, and those that are kept from training to score predictions on, if any."""
         return data, None
@@ -90,7 +100,7 @@ class Task(abc.ABC, Generic[Prepared]):
         """Return what the training needs beside the cells, read and checked before anything is trained."""
 
     @abc.abstractmethod
-    def train(self, job: Job, prepared: Prepared) -> tuple[Module, dict[str, Any]]:
+    def train(self, job: Job, prepared: Prepared) -> tuple[Module, About]:
         """Train the task's network; return the module to save, and what the model directory says of it."""
 
     def score(

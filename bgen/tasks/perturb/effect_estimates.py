@@ -1,4 +1,4 @@
-"""Average effects of perturbations on genes, freed of as much sampling noise as their own size tells.
+"""Average effects of perturbations on genes, shrunk to remove sampling noise.
 
 For a label and a gene the raw estimate is the log ratio of mean expression in perturbed and control cells, compared
 within strata, with its standard error. The estimates of all genes under a label are shrunk together by empirical Bayes:
@@ -6,7 +6,7 @@ within strata, with its standard error. The estimates of all genes under a label
     d_g ~ N(beta_g, s_g^2),  beta_g ~ sum_k w_k N(0, tau_k^2),   E[beta_g | d_g] is kept
 
 with the weights w fitted to all genes by EM (adaptive shrinkage: Stephens, Biostatistics 2017). If few genes respond,
-nearly everything is noise and goes to zero while clear effects stay; if all respond, little is shrunk.
+nearly everything is noise and is shrunk to zero, while clear effects stay; if all respond, little is shrunk.
 
 Axes: N cells, G genes, S strata, K components of the mixture.
 """
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 SCALE = 1e4
 PSEUDO_CELLS = 0.5
-"""Counts of one molecule in so many cells that are added to both sides, so that unseen genes have a ratio."""
+"""One molecule in so many cells is added to both sides, so that unseen genes have a ratio."""
 
 _STEPS = 200
 
@@ -55,7 +55,7 @@ def raw_effects(
 def control_weights(
     perturbed: NDArray[np.int64], control: NDArray[np.int64], stratum: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Return the weight of each control cell, such that they come from the strata as the perturbed cells do.
+    """Return the weight of each control cell, such that strata weigh as much as among the perturbed cells.
 
     The sum is 1. A stratum without controls is compared with all of them.
     """

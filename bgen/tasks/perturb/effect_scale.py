@@ -1,20 +1,21 @@
-"""By what average effects are multiplied, measured on training cells that they were not fitted to.
+"""Calibrate effect sizes on held-out training cells: two factors by which average effects are multiplied.
 
-Shrinking brings estimates of effects closer to the truth gene by gene, but makes them smaller together; and a decoder
-with the right average share of a gene can still have its average logarithm wrong. Both show when effects are fitted to
-a part of the cells and predictions are compared with the rest:
+Shrinking brings estimates of effects closer to the truth gene by gene, but makes them too small as a whole. And a
+decoder with the right average share of a gene can still have its average logarithm wrong. Both show when effects are
+fitted to a part of the cells and their predictions are compared with the rest:
 
-- trained perturbations: sum <r', r> / sum <p, r>, with p the predicted and r' the measured effect of the part, r that
-  of the rest, all as differences of mean log(1 + counts per 10,000). The noise of r' and r is independent, so scaled
-  predictions are as large as effects really are.
-- unseen targets: sum <p, r> / sum <p, p'>, with p predicted from the other targets, p' once more with other noise. This
-  is least squares: most of an unseen effect cannot be known, and to predict its full size would lead further away.
+- trained perturbations: sum <r', r> / sum <p, r>, where p is the predicted and r' the measured effect of the part, and
+  r that of the rest, all as differences of mean log(1 + counts per 10,000). The noise of r' and r is independent, so
+  scaled predictions are as large as effects really are.
+- unseen targets: sum <p, r> / sum <p, p'>, where p is predicted from the other targets and p' is the same with other
+  noise. This is least squares: most of an unseen effect cannot be known, and predicting its full size would lead
+  further away.
 
-Sums go over genes, folds and perturbations. The ratio is drawn to 1 as its error between perturbations demands. Both
-are 1 where perturbations are not seen to do anything: their effects r' and r of different cells have to agree.
+Sums go over genes, folds and perturbations. A ratio is shrunk towards 1 by its error between perturbations. Both are 1
+where perturbations do nothing that can be seen, that is, where their effects r' and r in different cells do not agree.
 
-What a decoder makes of an effect is needed for every label, fold and round. It is read from a table of how each gene's
-mean logarithm answers to a change of its share, which is drawn once for all (:class:`_Response`): with 20,000 genes
+The decoder's response to an effect is needed for every label, fold and round. It is read from a table of how the mean
+logarithm of each gene responds to a change of its share, which is drawn once (:class:`_Response`): with 20,000 genes in
 a minute or less.
 
 Axes: N cells, G genes, L labels that are looked at, K changes of a share, D latent size.
@@ -33,56 +34,59 @@ from numpy.typing import NDArray
 from bgen.arrays import F64
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.evaluate.metrics.space import TARGET_SUM, log_cp10k
+from bgen.hub.about import EffectScale
 from bgen.models.generators.counterfactual import change_counts
 from bgen.models.generators.perturbation_flow import PerturbationFlow, PerturbationSet
 from bgen.models.likelihoods.negative_binomial import NegativeBinomial
 from bgen.tasks.perturb.effect_estimates import control_weights, log_effect
-from bgen.tasks.perturb.effects import LEAST_TARGETS, Effects, Scale, fit_effects
+from bgen.tasks.perturb.effects import LEAST_TARGETS, Effects, fit_effects
 from bgen.tasks.perturb.perturb import STEPS, anchor
 from bgen.tasks.perturb.screen import ScreenData
 
 FOLDS = 5
 LABELS = 30
 LEAST_CELLS = 20
-"""Of a label that is looked at."""
+"""Cells that a label must have to be looked at."""
 
 CONTROLS = 5000
 SOURCES = 400
-"""Control cells from which is predicted, of all labels together."""
+"""Control cells that predictions start from, over all labels together."""
 
 TOGETHER = 10
-"""Cells that are drawn at a time: with many genes, what is needed stays in the caches."""
+"""Cells drawn at a time, so few that with many genes the work stays in the caches."""
 
 SHIFTS = np.array([-4, -2, -1, -0.5, -0.25, 0, 0.25, 0.5, 1, 2])
-"""Natural logarithms by which shares change in the table."""
+"""Changes of shares in the table, as natural logarithms."""
 
 ROUNDS = 2
-"""Mean logarithms do not grow in proportion with logarithms of means, so the ratio is measured again where it led."""
+"""Rounds of measuring: mean logarithms do not grow in proportion to logarithms of means, so the ratio is measured again
+at the scale that it led to.
+"""
 
 LEAST_LABELS = 3
 SURE = 3.0
-"""Standard errors by which effects have to be there."""
+"""Standard errors above which an effect counts as present."""
 
 AGREE = 2.0
-"""Standard errors, between labels, by which effects in different cells have to agree."""
+"""Standard errors, between labels, above which effects in different cells count as agreeing."""
 
 LIMITS = (0.5, 2.0)
 
 
 @dataclass(frozen=True)
 class _Response:
-    """How the mean logarithm of each gene answers to a change of its share.
+    """How the mean logarithm of each gene responds to a change of its share.
 
-    ``share [G]``: of the average control cell. ``change [2, K, G]``: of the mean logarithm, from control cells to what
-    the decoder makes of them once the flow has carried them over and shares have changed by :data:`SHIFTS`; of two sets
-    of cells, whose noise is independent.
+    ``share [G]`` is that of the average control cell. ``change [2, K, G]`` is the change of the mean logarithm from
+    control cells to decoded ones, after the flow has carried them over and shares have changed by :data:`SHIFTS`; for
+    two sets of cells with independent noise.
     """
 
     share: F64
     change: F64
 
     def predict(self, effect: F64) -> F64:
-        """Return the effect ``[2, G]`` on the mean logarithm of one ``[G]`` on the logarithm of the mean."""
+        """Turn an effect ``[G]`` on the logarithm of the mean into effects ``[2, G]`` on the mean logarithm."""
         shift = effect - np.log(self.share @ np.exp(effect))  # shares add up to 1
         above = np.clip(np.searchsorted(SHIFTS, shift), 1, len(SHIFTS) - 1)
         part = np.maximum(0, (shift - SHIFTS[above - 1]) / (SHIFTS[above] - SHIFTS[above - 1]))
@@ -100,7 +104,7 @@ class _Fold:
     rest: F64
 
 
-def fit_scale(flow: PerturbationFlow, data: ScreenData, seed: int) -> Scale:
+def fit_scale(flow: PerturbationFlow, data: ScreenData, seed: int) -> EffectScale:
     """Return the scales for the effects of a trained flow; 1 where there is too little to tell."""
     rng = np.random.default_rng([seed, 5])
     some = _choose(data, rng)
@@ -110,7 +114,7 @@ def fit_scale(flow: PerturbationFlow, data: ScreenData, seed: int) -> Scale:
     folds = [_fold(some, logs, np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(FOLDS)]
     real = np.array([[one.part[label] @ one.rest[label] for one in folds] for label in labels])
     if not _agree(real):
-        return Scale()
+        return EffectScale()
     response = _respond(flow, some, rng, known=True)
     trained, error = 1.0, 0.0
     for _ in range(ROUNDS):
@@ -122,7 +126,7 @@ def fit_scale(flow: PerturbationFlow, data: ScreenData, seed: int) -> Scale:
         ratio, error = _ratio(real, predicted)
         error *= trained
         trained = float(np.clip(trained * ratio, *LIMITS))
-    return Scale(_towards_one(trained, error), _unseen(flow, some, folds, rng))
+    return EffectScale(trained=_towards_one(trained, error), unseen=_unseen(flow, some, folds, rng))
 
 
 def _unseen(flow: PerturbationFlow, data: ScreenData, folds: list[_Fold], rng: np.random.Generator) -> float:
@@ -150,7 +154,7 @@ def _unseen(flow: PerturbationFlow, data: ScreenData, folds: list[_Fold], rng: n
 def _agree(products: F64) -> bool:
     """Whether products ``[L, FOLDS]`` of effects in different cells are above 0 in more labels than by chance.
 
-    Their roots are looked at, so that a few strong perturbations among many weak ones do not hide each other.
+    Roots are compared, so that a few strong perturbations do not hide many weak ones.
     """
     if len(products) < 2:
         return False
@@ -162,8 +166,8 @@ def _agree(products: F64) -> bool:
 def _ratio(over: F64, under: F64) -> tuple[float, float]:
     """Return the ratio of the sums of numbers ``[L, FOLDS]``, and its standard error.
 
-    The error is the larger one of those between labels and between folds: all labels share the noise of the controls.
-    1 and 0 if the folds do not agree that ``under`` is above 0.
+    The error is that between labels or that between folds, whichever is larger, since all labels share the noise of the
+    controls. The result is 1 and 0 if the folds do not agree that ``under`` is above 0.
     """
     size = float(under.sum())
     if len(under) < 2 or size < SURE * _error(under.sum(0) - size / FOLDS):
@@ -180,7 +184,7 @@ def _error(deviations: F64) -> float:
 
 
 def _towards_one(ratio: float, error: float) -> float:
-    """Shrink a ratio by its error: what could as well be 1 becomes 1."""
+    """Shrink a ratio by its error: one that may as well be 1 becomes 1."""
     away = ratio - 1
     return 1 + away * max(0.0, 1 - error**2 / max(away**2, 1e-12))
 
@@ -246,7 +250,9 @@ def _measure(data: ScreenData, logs: sp.csr_matrix, rows: NDArray[np.int64]) -> 
 
 
 def _respond(flow: PerturbationFlow, data: ScreenData, rng: np.random.Generator, *, known: bool) -> _Response:
-    """Draw control cells from the strata of random labels and see what becomes of them; ``known``: not as unseen."""
+    """Draw control cells from the strata of random labels, and predict them under these; ``known``: labels count as
+    trained.
+    """
     screen = data.screen
     control = np.flatnonzero(screen.label < 0)
     label = rng.integers(len(data.labels), size=SOURCES)
@@ -279,7 +285,7 @@ def _halves(counts: sp.csr_matrix) -> tuple[sp.csr_matrix, sp.csr_matrix]:
 
 
 def _mean_log(counts: sp.csr_matrix, before: NegativeBinomial, after: NegativeBinomial, shift: float) -> F64:
-    """Return mean log(1 + counts per 10,000) ``[2, G]`` of two halves of cells when every share is e^shift times it."""
+    """Return mean log(1 + counts per 10,000) ``[2, G]`` of two halves of the cells, with every share times e^shift."""
     half = counts.shape[0] // 2
     found = np.zeros((2, counts.shape[1]))
     for keys in torch.arange(2 * half).split(TOGETHER):

@@ -1,11 +1,11 @@
 """Average effects of a screen's perturbations, and from them the effect of any set, dose or unseen target.
 
-Single perturbations are shrunk towards nothing, combinations towards the sum of their members, the doses of one drug
-towards the direction that they have in common. Between trained doses the effect is interpolated over the logarithm of
-the dose; below the lowest it falls with the dose to nothing, above the highest it stays. An unseen target is predicted
-by ridge regression on genes' rows, towards the average perturbation, with the strength of the ridge chosen by leaving
-perturbations out; with few targets among the genes it is the average of all perturbations. Where a regulatory network
-is known, a multiple of what it says of the target comes first, if that too brings left-out perturbations closer.
+Single perturbations are shrunk towards no effect, combinations towards the sum of their members, doses of one drug
+towards their common direction. Between trained doses the effect is interpolated over the logarithm of the dose; below
+the lowest it falls to zero with the dose, above the highest it stays the same. An unseen target is predicted by ridge
+regression on the rows of genes, shrunk towards the average perturbation, with a strength chosen by leaving
+perturbations out; with few targets among the genes, it is the average of all perturbations. If a regulatory network is
+known, a multiple of its prediction is added first, provided that this brings left-out perturbations closer.
 
 Axes: R trained sets with their dose, P perturbations, G genes, E size of a gene's row, E' of its part from the network.
 """
@@ -13,29 +13,20 @@ Axes: R trained sets with their dose, P perturbations, G genes, E size of a gene
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from bgen.hub.about import EffectScale
 from bgen.tasks.perturb.effect_estimates import raw_effects, shrink
 from bgen.tasks.perturb.screen import ScreenData
 
 RIDGES = (1.0, 10.0, 100.0, np.inf)
 LEAST_CELLS = 2
 LEAST_TARGETS = 6
-"""Targets from which unseen ones are predicted otherwise than by the average."""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """By what effects of trained perturbations and of unseen targets are multiplied
-    (:mod:`bgen.tasks.perturb.effect_scale`).
-    """
-
-    trained: float = 1.0
-    unseen: float = 1.0
+"""Targets needed for predicting unseen ones by anything but the average."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +40,7 @@ class Effects:
     sets: list[tuple[str, ...]]
     doses: NDArray[np.float64]
     values: NDArray[np.float32]
-    scale: Scale = Scale()
+    scale: EffectScale = field(default_factory=EffectScale)
     network: NDArray[np.float32] | None = None
 
     def of(
@@ -111,7 +102,7 @@ class Effects:
     def unseen(self, target: int, gene_rows: NDArray[np.float32], places: dict[str, int]) -> NDArray[np.float64]:
         """Return the effect ``[G]`` of a target that was not trained on, not scaled; arguments as of :meth:`of`.
 
-        Few targets among the genes, or none of its own (-1): the average over all single perturbations.
+        With few targets among the genes, or no target of its own (-1), it is the average over all single perturbations.
         """
         singles = {names[0]: row for row, names in enumerate(self.sets) if len(names) == 1}
         if not singles:
@@ -193,10 +184,11 @@ def _row(sets: list[tuple[str, ...]], doses: NDArray[np.float64], names: tuple[s
 
 
 def _share(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """Return the a of ``y [P, G]`` = a ``x [P, G]`` + a constant per gene; 0 if that predicts left-out rows no better.
+    """Fit ``y [P, G]`` = a ``x [P, G]`` + a constant per gene, and return a; 0 if that does not predict left-out rows
+    better.
 
-    Leaving row p out leaves of a sum of products of deviations all but P / (P - 1) times its own product, and makes its
-    own deviation P / (P - 1) times as large.
+    Leaving out row p removes P / (P - 1) times its own product from a sum of products of deviations, and makes its own
+    deviation P / (P - 1) times as large.
     """
     x, y = x - x.mean(0), y - y.mean(0)
     products, squares = (x * y).sum(1), (x**2).sum(1)

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from bgen.errors import UserError, nearest
 from bgen.evaluate.metrics.space import log_cp10k
-from bgen.evaluate.protocols.perturbation import TRAIN_MEAN, HeldOut, PerturbationScores, evaluate_perturbations
+from bgen.evaluate.protocols.perturbation import TRAIN_MEAN, HeldOut, PerturbationScores
+from bgen.evaluate.registry import PerturbationProtocol, find_protocol
 from bgen.genes.table import find_genes
 from bgen.order.keys import hash_keys
 from bgen.tasks.anndata_model import AnnDataModel
@@ -28,7 +29,7 @@ from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, members, require_
 from bgen.tasks.user_cells import UserCells, text_column
 
 CONTROL_SHARE = 0.25
-"""Part of the control cells from which held-out perturbations are predicted; of few, up to half."""
+"""Share of the control cells that held-out perturbations are predicted from; if there are few, up to half."""
 
 NEAREST_DOSE = "nearest dose"
 
@@ -57,7 +58,7 @@ def split_rows(
     held_out
         Labels, with ``@dose`` to hold out one dose only.
     shared_controls
-        All control cells are in both sets, as a user's own would be.
+        Put all control cells into both sets, as they would be for a user's own cells.
 
     Raises
     ------
@@ -91,7 +92,8 @@ def score_held_out(
     model: AnnDataModel, train: UserCells, back: UserCells, columns: Columns, *, seeds: int = 3
 ) -> PerturbationScores:
     """Predict what was kept back and score it; both sets are as :func:`split_screen` returns them."""
-    return evaluate_perturbations(train.counts, predict_held_out(model, train, back, columns), seeds=seeds)
+    made = predict_held_out(model, train, back, columns)
+    return find_protocol(PerturbationProtocol).evaluate(train.counts, made, seeds=seeds)
 
 
 def predict_held_out(

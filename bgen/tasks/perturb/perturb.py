@@ -5,7 +5,7 @@ Axes: N cells, G genes of the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from bgen.order.keys import hash_keys
 from bgen.progress import Progress
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.generate import ENTRIES
-from bgen.tasks.perturb.effects import Effects, Scale
+from bgen.tasks.perturb.effects import Effects
 from bgen.tasks.perturb.screen import LEAST_CONTROLS, make_sets, members, require_controls, whitened_latents
 from bgen.tasks.user_cells import UserCells, text_column
 from bgen.version import __version__
@@ -63,8 +63,8 @@ def perturb_cells(
     Returns
     -------
     AnnData
-        Integer counts (CSR float32) of the model's genes; obs: that of the control cells, ``control_cell`` (whose
-        counterfactual it is), ``perturbation`` and ``dose``; provenance in ``uns['bgen']``, with what is unseen.
+        Integer counts (CSR float32) of the model's genes; obs: that of the control cells, ``control_cell`` (the cell
+        that it was predicted from), ``perturbation`` and ``dose``; provenance in ``uns['bgen']``, with what is unseen.
 
     Raises
     ------
@@ -130,15 +130,16 @@ def anchor(
     control: sp.csr_matrix,
     effect: NDArray[np.float64],
 ) -> Tensor:
-    """Return what to add to the decoder's logits ``[G]`` so that the average cell is control average times effect.
+    """Return what to add to the decoder's logits ``[G]``, so that the average cell is the control average times the
+    effect.
 
-    The control average is the measured one, of the counts ``control``: so neither the flow's nor the decoder's average
-    error enters. ``moved`` are transported control latents, and ``effect`` natural logs ``[G]``.
+    The control average is measured, from the counts ``control``, so average errors of flow and decoder cancel.
+    ``moved`` are transported control latents, and ``effect`` natural logs ``[G]``.
     """
     decoded = flow.mean_share(moved, covariates).double()
     library = np.maximum(np.asarray(control.sum(1)).ravel(), 1.0)
     measured = torch.from_numpy(np.asarray(control.T @ (1 / library)) / len(library))
-    # Half a molecule in all these cells on both sides: a gene that none of them shows has no ratio.
+    # Half a molecule in all these cells is added to both sides: a gene that none of them shows would have no ratio.
     least = 0.5 / float(library.sum())
     return (torch.from_numpy(effect) + torch.log((measured + least) / (decoded + least))).float()
 
@@ -153,10 +154,11 @@ def ask(
     UserError
         If a member is neither a known perturbation nor a gene of the model, or the dose is missing or wrong.
     """
-    flow, about = _require_flow(model), model.saved.about
-    names: Sequence[str] = about["perturbations"]
+    flow, facts = _require_flow(model), model.saved.about.perturbation
+    assert facts is not None, "checked when it was loaded"
+    names = facts.perturbations
     parts = members(perturbation)
-    if not parts or perturbation == about["control"]:
+    if not parts or perturbation == model.saved.about.control:
         raise UserError(f"'{perturbation}' is no perturbation: name a gene or a drug, or several joined by '+'.")
     genes = find_genes(model.saved.genes, parts)
     unseen = [part for part in parts if part not in names]
@@ -167,8 +169,8 @@ def ask(
                 f"The model knows no perturbation '{part}', and no gene of that name that cells express."
                 f"{nearest(part, known)} It was trained on {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
             )
-    rows = about["effects"]
-    doses = sorted({row["dose"] for row in rows if row["dose"] is not None})
+    rows = facts.effects
+    doses = sorted({row.dose for row in rows if row.dose is not None})
     if dose is not None and not dose >= 0:
         raise UserError(f"A dose is a number from 0 up, not {dose:g}.")
     if dose is not None and not doses:
@@ -180,10 +182,10 @@ def ask(
     sets = make_sets([parts], np.array([np.nan if dose is None else dose]), every, targets)
     sets.known[sets.known >= len(names)] = -1
     effects = Effects(
-        [tuple(row["set"]) for row in rows],
-        np.array([np.nan if row["dose"] is None else row["dose"] for row in rows], np.float64),
+        [tuple(row.set) for row in rows],
+        np.array([np.nan if row.dose is None else row.dose for row in rows], np.float64),
         flow.effects.numpy(),
-        Scale(**about.get("effect_scale", {})),
+        facts.effect_scale,
         flow.network.numpy(),
     )
     places = dict(zip(names, targets.tolist(), strict=False))

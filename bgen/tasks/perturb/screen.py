@@ -1,4 +1,4 @@
-"""From a user's AnnData of control and perturbed cells to what the perturbation flow is trained on.
+"""From a user's AnnData of control and perturbed cells to the training data of the perturbation flow.
 
 A label is text: "STAT1", "STAT1+IRF1" for a combination, a drug's name; doses are a column of numbers.
 

@@ -15,8 +15,7 @@ from bgen.models.generators.latent_flow import LatentFlow
 
 def trained_over_time(model: SavedModel) -> bool:
     """Whether the model was trained on trajectories over time."""
-    trajectories = model.about.get("trajectories")
-    return trajectories is not None and trajectories["along"] == "time"
+    return model.about.trajectories is not None and model.about.trajectories.along == "time"
 
 
 @dataclass(frozen=True)
@@ -47,19 +46,19 @@ class TimeAxis:
     @classmethod
     def of(cls, model: SavedModel) -> TimeAxis:
         """Read it from a model; UserError if that was not trained on trajectories over time."""
-        if not isinstance(model.module, LatentFlow) or not trained_over_time(model):
+        about, shape = model.about, model.about.trajectories
+        if not isinstance(model.module, LatentFlow) or shape is None or shape.along != "time":
             raise UserError(
                 "This model knows single cells only, not how populations change: it was not trained on trajectories"
                 " over time. Train one with `bgen train trajectories data.store=... flow.vae=...`."
             )
-        roles, shape = model.about["roles"], model.about["trajectories"]
         return cls(
-            column=roles["time"],
-            unit=model.about.get("units", {}).get("time") or "",
-            trained=np.array(model.about["times"], dtype=np.float64),
-            system=[roles.get(name, name) for name in shape["system"]],
-            times=shape["times"],
-            cells=shape["cells"],
+            column=about.roles["time"],
+            unit=about.units.get("time", ""),
+            trained=np.array(about.times, dtype=np.float64),
+            system=[about.roles.get(name, name) for name in shape.system],
+            times=shape.times,
+            cells=shape.cells,
         )
 
     def named(self, time: float) -> str:

@@ -1,8 +1,9 @@
-"""``bgen interpolate`` and ``bgen forecast``: a time point that the user's data lack, from those that they hold.
+"""``bgen interpolate`` and ``bgen forecast``: generate a time point that the user's data lack, from those that they
+hold.
 
-What is observed is held at flow time t = 0 while the missing time point is generated ("diffusion forcing"): neighbours
-on both sides for interpolation, the past alone for a forecast. Where the data do hold cells of the time asked for, they
-are kept from the model and serve as the truth that it is scored with, beside baselines that see the same neighbours.
+Observed time points are held at flow time t = 0 while the missing one is generated ("diffusion forcing"): neighbours on
+both sides for interpolation, the past alone for a forecast. If the data hold cells of the time asked for, they are
+hidden from the model and serve as the truth in its score, beside baselines that see the same neighbours.
 
 Axes: B trajectories, T time points, N cells per time point, D + 1 whitened latents, G genes.
 """
@@ -208,7 +209,7 @@ def _generate(
 
 
 def _spread(rows: I64, B: int, N: int, rng: np.random.Generator) -> tuple[I64, NDArray[np.bool_]]:
-    """Deal rows to B trajectories of N places, each row as often as the others: rows ``[B, N]``, mask ``[B, N]``."""
+    """Deal rows evenly to B trajectories of N places: rows ``[B, N]``, mask ``[B, N]``."""
     there = np.tile(np.arange(N) < len(rows), (B, 1))
     if len(rows) <= N:
         dealt = np.stack([rng.permutation(rows) for _ in range(B)])

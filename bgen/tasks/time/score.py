@@ -12,11 +12,11 @@ from bgen.evaluate.metrics.space import fit_space
 from bgen.evaluate.protocols.time_point import (
     Pool,
     TimeScores,
-    evaluate_time_point,
     forecast_baselines,
     interpolation_baselines,
     mixed_counts,
 )
+from bgen.evaluate.registry import TimePointProtocol, find_protocol
 from bgen.tasks.time.axis import TimeAxis
 from bgen.tasks.time.observed import Observed, Task
 
@@ -56,7 +56,9 @@ def score_time(
         "components": len(space.components),
         "time_was_in_training": str(bool(np.isclose(axis.trained, tasks[0].time).any())),
     }
-    return evaluate_time_point(space.project(truth), space.project(made), baselines, setting=setting)
+    return find_protocol(TimePointProtocol).evaluate(
+        space.project(truth), space.project(made), baselines, setting=setting
+    )
 
 
 def _together(pools: Sequence[tuple[Pool, int]]) -> Pool:

@@ -1,4 +1,4 @@
-"""``bgen generate --times``: whole trajectories of populations, from a model that was trained on such.
+"""``bgen generate --times``: whole trajectories of populations, from a model that was trained on trajectories.
 
 Axes: B trajectories, T time points, N cells per time point, D + 1 whitened latents, G genes.
 """
@@ -82,7 +82,7 @@ def generate_trajectories(
     Cells come in trajectories of as many cells per time point as in training. Columns that name a system are drawn for
     each trajectory from the training cells that agree with ``where``, covariates for each cell from those at that time
     (the nearest one that training held); other conditions are unknown unless ``where`` gives them, as they are in
-    training to a population in which they differ.
+    training for a population whose cells differ in them.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def generate_trajectories(
     -------
     AnnData
         As :func:`bgen.tasks.generate.generate_cells`, time point by time point, with the time and the number of the
-        ``trajectory`` in obs. A place in one time point has nothing to do with the same place in another.
+        ``trajectory`` in obs. Cells at the same place in two time points have nothing to do with each other.
 
     Raises
     ------

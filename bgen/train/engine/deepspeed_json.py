@@ -31,7 +31,7 @@ OWNED = {
     "comms_logger.enabled": "train.comms_log",
     "flops_profiler.enabled": "train.flops_profile",
 }
-"""Settings of DeepSpeed that follow from ours, and from which; a user's JSON may repeat but not change them."""
+"""Settings of DeepSpeed to those of ours that they follow from; a user's JSON may repeat but not change them."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def batch_plan(config: TrainConfig, world_size: int) -> BatchPlan:
     Raises
     ------
     UserError
-        If it does not come out even; the message names the nearest values that do.
+        If it does not divide evenly; the message names the nearest values that do.
     """
     total, micro = config.global_batch, config.micro_batch
     ranks = f"{world_size} rank{'s' * (world_size > 1)}"
@@ -187,7 +187,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _merge(ours: dict[str, Any], theirs: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Merge a user's tree over ours; what would change one of :data:`OWNED` is an error."""
+    """Merge a user's tree over ours; a value that would change one of :data:`OWNED` is an error."""
     wrong = []
 
     def merge(base: dict[str, Any], over: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class EMA:
         torch._foreach_lerp_(list(self.pieces.values()), [weights[place] for place in self.pieces], 1.0 - decay)
 
     def load(self, saved: Shards) -> None:
-        """Restore the averages of a checkpoint, if it has them; else the average starts from the weights."""
+        """Restore the averages of a checkpoint; if it has none, the average starts from the weights."""
         if AVERAGE in saved.kinds:
             for (name, start), average in self.pieces.items():
                 average.copy_(saved.read(AVERAGE, name, start, len(average)))

@@ -29,7 +29,7 @@ from bgen.train.engine.parameter_groups import parameter_groups
 from bgen.train.engine.partition import Partition
 
 Pieces = dict[tuple[str, int], Tensor]
-"""Flat pieces of parameters by name and first element, as :meth:`Partition.weights` has them."""
+"""Flat pieces of parameters by name and first element, as :meth:`Partition.weights` returns them."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,14 @@ class Engine:
                 dist_init_required=False,
             )
             if config.zero == 0 and world.size == 1:
-                self._engine.enable_backward_allreduce = False  # nobody to reduce with, but all would be copied twice
+                self._engine.enable_backward_allreduce = False  # alone, it would only copy everything twice
             self.module: nn.Module = self._engine.module
             self.partition = Partition(self._engine, self.module, config.zero)
             if saved is not None:
                 self.partition.restore(saved)
                 self.put(self.partition.weights())
-        # ZeRO 3 leaves frozen parameters in parts; they never change, so a copy from before serves.
-        self._frozen = frozen if config.zero == 3 else {}
+        # ZeRO 3 leaves frozen parameters in parts, pure_bf16 rounds them; they never change: a copy from before serves.
+        self._frozen = frozen if config.zero == 3 or config.precision == "pure_bf16" else {}
 
     def forward(self, batch: CellBatch) -> dict[str, Tensor]:
         """The module's per-cell losses ``{name: [B]}``, in the configured precision."""
@@ -99,8 +99,8 @@ class Engine:
     def backward(self, loss: Tensor, spoil: bool = False) -> None:
         """Add the gradient of a micro batch's mean ``loss``; the last one of a step also reduces over ranks.
 
-        A loss that is not finite makes all its gradients NaN, also where the formula would have hidden it; so does
-        ``spoil``. The reduction carries that to every rank, so :meth:`step` decides alike everywhere, and nothing
+        A loss that is not finite makes all its gradients NaN, even where the formula would have hidden it; so does
+        ``spoil``. The reduction carries NaN to every rank, so :meth:`step` decides the same way everywhere, and nothing
         waits here.
         """
         good = loss.detach().isfinite() & (not spoil)
@@ -139,8 +139,13 @@ class Engine:
         """Switch between training and evaluation."""
         self._engine.train(mode)
 
+    def buffers(self) -> dict[str, Tensor]:
+        """Copies, on the CPU, of the buffers that the model's state holds; those that follow from settings do not."""
+        names = {name for name, _ in self.module.named_buffers()}
+        return {name: t.detach().to("cpu", copy=True) for name, t in self.module.state_dict().items() if name in names}
+
     def fixed(self) -> dict[str, Tensor]:
-        """Copies, on the CPU, of what is not trained: buffers and frozen parameters."""
+        """Copies, on the CPU, of what is not trained: the state's buffers, and frozen parameters."""
         trained = self.partition.shapes
         state = {name: t for name, t in self.module.state_dict().items() if name not in trained} | self._frozen
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
@@ -189,7 +194,7 @@ class Engine:
     def _time_communication(self) -> None:
         """Take down the time of a step's collectives and set DeepSpeed's timers back.
 
-        DeepSpeed never does, and writes down at each call the time of all calls so far (0.19.8).
+        DeepSpeed (0.19.8) never resets them, and notes at each call the time of all calls so far.
         """
         for name, timer in self._timers.get_timers().items():
             self._communicating[name] = self._communicating.get(name, 0.0) + timer.elapsed(reset=True)
@@ -212,7 +217,7 @@ class Engine:
     def release(self, pieces: Pieces | None = None) -> nn.Module:
         """End the engine and return the bare module with ``pieces`` (None: its own weights) in float32, on all ranks.
 
-        Every parameter is a new one, in storage of its own: the engine's carry DeepSpeed's marks and buffers.
+        Every parameter is new and has its own storage, because those of the engine carry DeepSpeed's marks and buffers.
         """
         whole = {name: t.clone() for name, t in self._whole(self.partition.weights() if pieces is None else pieces)}
         whole |= {name: tensor.to(self.world.device) for name, tensor in self._frozen.items()}
@@ -240,7 +245,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_mlflow() -> Iterator[None]:
-    """Let DeepSpeed not find MLflow, which its autotuner imports if it is there: half of DeepSpeed's start."""
+    """Hide MLflow from DeepSpeed, whose autotuner would import it: that is half of DeepSpeed's start."""
     hidden = "mlflow" not in sys.modules
     if hidden:
         sys.modules["mlflow"] = None  # type: ignore[assignment]

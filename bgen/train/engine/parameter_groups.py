@@ -1,4 +1,7 @@
-"""Which parameters weight decay applies to. DeepSpeed ignores per-parameter marks, so the groups are built here."""
+"""Parameters as groups of the optimiser: with and without weight decay (:mod:`bgen.nn.decay`), and by learning rate.
+
+DeepSpeed ignores marks on parameters, so the groups are built here.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from bgen.models.vae.encoders.state_vector import Encoder
+from bgen.nn.decay import decays
 from bgen.nn.mup import Transfers
-
-DECAYED = (nn.Linear, Encoder)
-"""Modules whose ``weight`` decays: the matrices. (The encoder's holds one row per gene.)"""
-
-
-def decays(module: nn.Module, name: str) -> bool:
-    """Whether weight decay applies to parameter ``name`` of ``module``, the module that owns it.
-
-    A matrix that is pulled to zero makes a simpler map. For everything else zero has no such meaning: it would be one
-    certain decay rate (A_log, A_imag, dt_bias), one certain place (embeddings, learned queries), or switch off what a
-    fixed number of times is added up (biases, scales of norms, D, S4D's C, short convolutions, dispersions).
-    """
-    return name == "weight" and isinstance(module, DECAYED)
 
 
 def undecayed(module: nn.Module) -> set[str]:
@@ -36,9 +26,9 @@ def undecayed(module: nn.Module) -> set[str]:
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trained parameters as optimiser groups, in the module's order: with and without weight decay.
 
-    Where the learning rate is transferred from another width (:mod:`bgen.nn.mup`), each of its multiples
-    makes a group of its own, with that ``lr_scale``. AdamW decays by learning rate times weight decay, so the weight
-    decay is divided by the multiple: how fast weights decay does not depend on the width.
+    Where the learning rate is transferred from another width (:mod:`bgen.nn.mup`), each of its multiples makes a group
+    of its own, with that ``lr_scale``. AdamW decays by learning rate times weight decay, so the weight decay is divided
+    by the multiple: then the speed of decay does not depend on the width.
     """
     without = undecayed(module)
     scales = module.learning_rate_scales() if isinstance(module, Transfers) else {}

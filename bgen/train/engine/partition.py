@@ -1,7 +1,7 @@
-"""Where a rank keeps its share of the weights and of the optimiser's state, at each ZeRO stage.
+"""Where a rank keeps its share of the weights and of the optimiser's state at each ZeRO stage.
 
 DeepSpeed's optimisers work on flat float32 tensors. This module says which elements of which parameter lie where in
-them, which is all that is needed to save them and to restore them at another stage or number of ranks.
+them. That is all it takes to save them, and to restore them at another stage or number of ranks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Piece:
 class Flat:
     """A tensor that the optimiser updates, and the pieces of parameters in it.
 
-    ``number`` is DeepSpeed's number of it, ``momentum`` the pieces in Muon's state.
+    ``number`` is DeepSpeed's number of the tensor, ``momentum`` are the pieces in Muon's state.
     """
 
     tensor: Tensor

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bgen.config.data import TrajectoriesConfig
-from bgen.config.run import Config
+from bgen.config.run import RunConfig
 from bgen.data.batch import CellBatch
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.data.trajectory_batch import TrajectoryBatch
@@ -41,7 +41,7 @@ class CourseStage(MemoryStage):
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         module: LatentFlow,
         cells: MemoryCells,
         shape: TrajectoriesConfig,
@@ -94,9 +94,4 @@ class CourseStage(MemoryStage):
     def _grids(self, grids: list[GridOfCells], key: tuple[int, int], slot: int, step: int) -> TrajectoryBatch:
         rows = np.stack([grid.cells for grid in grids]).ravel()
         cells = self.cells.batch(rows, hash_keys(*key, slot + np.arange(len(rows))), step, slot)
-        return TrajectoryBatch.of(
-            cells,
-            mask=torch.from_numpy(np.stack([grid.mask for grid in grids])),
-            time=torch.from_numpy(np.stack([grid.time for grid in grids])),
-            control=torch.from_numpy(np.stack([grid.control for grid in grids])),
-        )
+        return TrajectoryBatch.of_grids(cells, grids)

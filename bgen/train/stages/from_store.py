@@ -1,4 +1,4 @@
-"""The two stages of training: the VAE of counts, and the rectified flow in its latent space."""
+"""What the stages that train on a store share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bgen.train.stages.trajectories_from_store import TrajectorySource
 
 
 class StoreStage:
-    """What both stages share: batches from a store.
+    """A stage that takes its batches from a store.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ class StoreStage:
     def __init__(self, config: Config, store: Store, world: World, columns: Sequence[str]) -> None:
         self.config, self.store, self.world = config, store, world
         data, train = config.data, config.train
-        # to a GPU go the packed bytes, a quarter of the counts, from pinned memory; it unpacks them itself
+        # a GPU gets the packed bytes, a quarter of the size, from pinned memory, and unpacks them itself
         self.packed = world.device.type == "cuda"
         self.reader = (SkippingReader if data.on_damage == "skip" else CountReader)(store, columns, pinned=self.packed)
         self.order = self._order()

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bgen.config.run import Config
+from bgen.config.run import RunConfig
 from bgen.data.batch import CellBatch
 from bgen.data.cells_in_memory import MemoryCells, keys_of_step, rows_of_step
 from bgen.distributed.world import World
@@ -30,14 +30,14 @@ class MemoryStage:
     cells
         All cells.
     train, valid
-        Numbers of the cells to train on and to watch; every cell that is watched counts once.
+        Numbers of the cells to train on and of those to watch; every watched cell counts once.
     fingerprint
         See :class:`bgen.train.stages.stage.Stage`.
     """
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         module: nn.Module,
         cells: MemoryCells,
         train: NDArray[np.int64],
@@ -78,7 +78,7 @@ class MemoryStage:
             yield self.batch(prepared, keys, part, 0), torch.from_numpy(weight)
 
     def prepare(self, rows: NDArray[np.int64], rng: np.random.Generator) -> Any:
-        """Return what :meth:`batch` cuts batches from: here the numbers of the cells."""
+        """Return what :meth:`batch` takes its parts from: here the numbers of the cells."""
         return rows
 
     def batch(self, prepared: Any, keys: NDArray[np.uint64], part: slice, step: int) -> CellBatch:
@@ -89,8 +89,8 @@ class MemoryStage:
         """See :class:`bgen.train.stages.stage.Stage`; nothing is left to do."""
 
 
-def held_out(cells: NDArray[np.int64], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split cells into those to train on and those to watch (at least one), the same on every rank."""
+def split_watched(cells: NDArray[np.int64], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the cells to train on and a ``share`` (at least one) to watch, the same on every rank."""
     order = cells[np.argsort(hash_keys(seed, cells))]
     watched = min(max(1, round(share * len(cells))), len(cells) - 1)
     return np.sort(order[watched:]), np.sort(order[:watched])

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from bgen.config.run import Config
+from bgen.config.finetune import FinetuneConfig
 from bgen.data.batch import CellBatch
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.distributed.world import World
@@ -64,7 +64,7 @@ class PairStage(MemoryStage):
 
     def __init__(
         self,
-        config: Config,
+        config: FinetuneConfig,
         module: PerturbationFlow,
         cells: MemoryCells,
         screen: Screen,
@@ -74,7 +74,7 @@ class PairStage(MemoryStage):
         fingerprint: dict[str, Any],
     ) -> None:
         super().__init__(config, module, cells, train, valid, world, fingerprint)
-        self.screen = screen
+        self.screen, self.coupling = screen, config.perturb.coupling
         controls = np.flatnonzero(screen.label < 0)
         self.controls = {int(s): controls[screen.stratum[controls] == s] for s in np.unique(screen.stratum)}
         self.everywhere = controls
@@ -88,7 +88,7 @@ class PairStage(MemoryStage):
             pool = self.controls[int(stratum)]
             partner[here] = rng.choice(pool if len(pool) else self.everywhere, int(here.sum()))
         perturbed, control = (self._draw(cells, rng) for cells in (rows, partner))
-        if self.config.perturb.coupling == "ot":
+        if self.coupling == "ot":
             groups = screen.label[rows] * (screen.stratum.max() + 1) + screen.stratum[rows]
             for group in np.unique(groups):
                 here = np.flatnonzero(groups == group)

@@ -16,7 +16,7 @@ class CountsFlops(Protocol):
     """A module that knows how much it computes."""
 
     def training_flops(self, batch: CellBatch) -> int:
-        """Floating-point operations of the forward and backward pass over a batch, recomputation not counted."""
+        """Return the floating-point operations of both passes over a batch; recomputation does not count."""
         ...
 
 
@@ -29,7 +29,7 @@ class CountsDamage(Protocol):
         ...
 
     def damaged_cells(self) -> int:
-        """Return how many cells of this rank's batches were replaced so far, since others had to stand in."""
+        """Return how many cells of this rank's batches were replaced by others so far."""
         ...
 
 
@@ -53,16 +53,15 @@ class Stage(Protocol):
     fingerprint: dict[str, Any]
 
     def train_batches(self, start_step: int) -> Iterator[Sequence[CellBatch | PackedBatch]]:
-        """Per step, from ``start_step`` on and without end: this rank's micro batches, on the CPU.
+        """Yield this rank's micro batches on the CPU, step by step from ``start_step`` on, without end.
 
-        Packed ones are unpacked where they are needed.
-
-        Every rank yields as many, of the same size; the cells are a pure function of the step.
+        Packed batches are unpacked where they are needed. Every rank yields as many batches, all of the same size; the
+        cells are a pure function of the step.
         """
         ...
 
     def valid_batches(self) -> Iterator[tuple[CellBatch, Tensor]]:
-        """This rank's share of the held-out cells, with a float32 weight ``[B]`` per cell (0 for padding).
+        """Yield this rank's share of the held-out cells, with a float32 weight ``[B]`` (0 for padding).
 
         Every rank yields as many batches.
         """

@@ -1,4 +1,4 @@
-"""The last work of training a VAE: mean and spread of its latents over training cells, shared among the ranks."""
+"""The last step of training a VAE: mean and spread of its latents over training cells, shared among the ranks."""
 
 from __future__ import annotations
 

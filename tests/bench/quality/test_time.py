@@ -24,13 +24,13 @@ def curved() -> Course:
 
 
 @pytest.mark.parametrize("forecast", [False, True])
-def test_the_flow_learns_what_a_straight_line_misses(forecast: bool) -> None:
+def test_the_flow_learns_what_a_straight_line_misses(forecast: bool, tmp_path: Path) -> None:
     course = curved()
     rest, real = course.without(2.0), course.at(2.0)
     straight = (rest.at(1.0).mean(0) + rest.at(3.0).mean(0)) / 2
     assert np.linalg.norm(straight - real.mean(0)) > 0.4
     settings = recipe(steps=100, cells=64, forecast=forecast)  # learns forecasts, much larger, besides
-    made = generate(train(rest, settings, 0), rest, 2.0, 150, settings, 0)
+    made = generate(train(rest, settings, 0, tmp_path / "run"), rest, 2.0, 150, settings, 0)
     assert made.shape == (150, 3)
     assert np.linalg.norm(made.mean(0) - real.mean(0)) < 0.2
 

@@ -193,7 +193,10 @@ def test_errors_of_workers_arrive(files: list[Path], tmp_path: Path, cluster: st
 SCRIPT = """
     import os, signal, sys
     from pathlib import Path
-    from data_tools import inputs, pieces, run_tasks, shuffle
+    from data_tools import inputs
+    from data_tools.building import pieces
+    from data_tools.building import run_tasks
+    from data_tools.building import shuffle
     from data_tools.building.build import build
     from data_tools.check.check import check
 

@@ -35,9 +35,10 @@ def make_adata(n_cells: int = 83, seed: int = 0, layout: str = "csr") -> anndata
 
 
 def write_zarr(adata: anndata.AnnData, path: Path, version: int = 3) -> Path:
-    with warnings.catch_warnings(), anndata.settings.override(zarr_write_format=version):
-        warnings.simplefilter("ignore")  # remarks on what will be the default
-        adata.write_zarr(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what will be the default, and that consolidated metadata are not yet standard
+        anndata.io.write_elem(zarr.open_group(path, mode="w", zarr_format=version), "/", adata)  # type: ignore[arg-type]
+        zarr.consolidate_metadata(path)
     return path
 
 

@@ -13,6 +13,7 @@ from bgen.errors import UserError
 from bgen.evaluate.protocols.perturbation import (
     CEILING,
     CONTROL_COPY,
+    METRICS,
     MODEL,
     HeldOut,
     evaluate_perturbations,
@@ -20,6 +21,8 @@ from bgen.evaluate.protocols.perturbation import (
     mean_log,
 )
 from bgen.evaluate.reports.perturbation import bar_figure, effect_figure, write_perturbation_report
+
+ENERGY = next(metric for metric in METRICS if metric.key == "energy")
 
 
 def cells(rng: np.random.Generator, shares: np.ndarray, n: int) -> sp.csr_matrix:
@@ -53,14 +56,14 @@ def test_the_truth_is_at_the_ceiling_and_nothing_is_not() -> None:
     assert scores.mean(MODEL, "energy") < 0.05 * scores.mean(CONTROL_COPY, "energy")
     assert scores.mean(CONTROL_COPY, "pearson") == 0
     assert scores.mean(CONTROL_COPY, "discrimination") < 0.8
-    assert scores.verdict(CONTROL_COPY, "energy", "lower") == "better than"
+    assert scores.verdict(CONTROL_COPY, ENERGY) == "better than"
     assert "control copy: the model is better than it in Pearson delta" in scores.sentences()[0]
 
 
 def test_a_model_that_predicts_nothing_is_told_so() -> None:
     control, made = held_out(np.random.default_rng(1), scale=0.0)
     scores = evaluate_perturbations(control, made)
-    assert scores.verdict(CONTROL_COPY, "energy", "lower") != "better than"
+    assert scores.verdict(CONTROL_COPY, ENERGY) != "better than"
     assert abs(scores.mean(MODEL, "pearson")) < 0.2
     assert scores.as_json()["rows"]["control copy"]["energy"]["mean"] > 0
 

@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from bgen.evaluate.metrics.metric import Better, Metric
 from bgen.evaluate.protocols.distribution import METRICS
-from bgen.evaluate.protocols.scores import Better, Estimate, Metric, Score, Scores
+from bgen.evaluate.protocols.scores import Estimate, Score, Scores
 
 
 def score(model: float, baseline: float, ceiling: float, better: Better = "lower", sd: float = 0.01) -> Score:
     def estimate(mean: float) -> Estimate:
         return Estimate((mean - sd, mean, mean + sd))
 
-    metric = Metric("w2", "2-Wasserstein", better, 2, "Effort.")
+    metric = Metric("w2", "2-Wasserstein", better, 2, "Effort.", lambda _: 0.0)
     return Score(metric, estimate(model), estimate(baseline), estimate(ceiling))
 
 

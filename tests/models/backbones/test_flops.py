@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bgen.config.backbone import BackboneConfig
-from bgen.models.backbones.flops import backbone_flops
 from bgen.models.backbones.registry import build_backbone
+from bgen.models.backbones.size import backbone_flops
 from bgen.nn.scans import ssd, ssd_torch
 
 torch.set_num_threads(1)
@@ -49,7 +49,7 @@ def test_formula_equals_count(case: str, T: int, N: int, masked: bool) -> None:
     # The counter does not know the CPU's fused attention kernel, so attention runs as its matrix products.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(torch.randn(2, T, N, 5), torch.rand(2, T), torch.randn(2, T, 16), mask, None)
-    assert counter.get_total_flops() == backbone_flops(5, config, 2, T, N)
+    assert counter.get_total_flops() == model.flops(2, T, N) == backbone_flops(5, config, 2, T, N)
 
 
 def test_state_space_models_grow_linearly_and_attention_quadratically() -> None:

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from bgen.config.backbone import BackboneConfig
 from bgen.errors import UserError
-from bgen.models.backbones import mixers
+from bgen.models.backbones import along
 from bgen.models.backbones.registry import build_backbone
+from bgen.nn.mixers.mamba1 import Mamba1
+from bgen.nn.mixers.mamba2 import Mamba2
+from bgen.nn.mixers.s4d import S4D
 from bgen.nn.points import Points
 
 torch.set_num_threads(1)
@@ -69,9 +72,9 @@ def build(case: str, broken: Broken | None = None, **time: Any) -> nn.Module:
     model = build_backbone(D, BackboneConfig.model_validate(settings)).double()
     if broken is not None:
         for module in list(model.modules()):
-            if isinstance(module, mixers.AlongCells | mixers.AlongTimeBySlot):
+            if isinstance(module, along.AlongCells | along.AlongTimeBySlot):
                 module.mixer = broken(module.mixer)
-            elif isinstance(module, mixers.AlongTimeByTokens):
+            elif isinstance(module, along.AlongTimeByTokens):
                 module.tokens.mixer = broken(module.tokens.mixer)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -337,16 +340,16 @@ def tie_directions(model: nn.Module) -> None:
     """Give the backward runs the forward runs' parameters."""
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, mixers.Mamba2):
+            if isinstance(module, Mamba2):
                 maps = module.split[2:5]
                 start = 2 * module.inner
                 forward = module.in_proj.weight[start : start + sum(maps)]
                 module.in_proj.weight[start + sum(maps) :] = forward
                 module.dt_bias[1] = module.dt_bias[0]
-            elif isinstance(module, mixers.Mamba1):
+            elif isinstance(module, Mamba1):
                 for pair in (module.x_proj, module.dt_proj):
                     pair[1].load_state_dict(pair[0].state_dict())
-            elif isinstance(module, mixers.S4D):
+            elif isinstance(module, S4D):
                 module.C[1] = module.C[0]
 
 

@@ -14,7 +14,6 @@ from bgen.config.flow import FlowConfig, PatternsConfig, SampleConfig
 from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.data.trajectory_batch import TrajectoryBatch
-from bgen.errors import UserError
 from bgen.flow.patterns import forecast
 from bgen.models.generators.latent_flow import LatentFlow, Places
 from bgen.models.vae.vae import VAE
@@ -122,15 +121,7 @@ def test_observed_time_points_and_missing_cells_do_not_count() -> None:
     assert not torch.equal(model(replace(given, counts=counts.flatten()))["loss"].view(B, T, N), loss)
 
 
-def test_a_flow_from_neighbours_with_one_output_is_refused() -> None:
-    model = flow({"name": "mlp"})
-    state = model.state_dict()
-    model.load_state_dict(state)
-    config = model.config.model_copy(update={"source": "neighbours"})
-    split = LatentFlow(config, model.vae, {"cell_type": 2}, {"time": (12.0, 6.0)})
-    split.load_state_dict(split.state_dict())
-    with pytest.raises(UserError, match="one output for interpolation and forecast"):
-        split.load_state_dict(state)
+def test_a_flow_from_neighbours_learns_velocities() -> None:
     with pytest.raises(ValueError, match="learns velocities"):
         FlowConfig(source="neighbours", prediction="data")
 

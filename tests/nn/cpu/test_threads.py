@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +34,34 @@ print(torch.get_num_threads())
         env={**os.environ, "NUMBA_NUM_THREADS": "2"},
     )
     assert done.stdout.split() == ["1"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads of a process cannot be counted")
+def test_numbas_loops_run_on_torchs_threads() -> None:
+    code = """
+import os
+from bgen.nn.cpu.threads import parts
+import numba, numpy, scipy.linalg, torch
+@numba.njit(parallel=True)
+def fill(x):
+    for i in numba.prange(2):
+        x[i] = 1
+torch.set_num_threads(2)
+torch.zeros(1 << 22).add_(1)
+before = len(os.listdir("/proc/self/task"))
+assert parts(2, 1 << 30) == 2
+fill(numpy.zeros(2))
+print(numba.threading_layer(), len(os.listdir("/proc/self/task")) - before)
+"""
+    given = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_THREADING")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**given, "NUMBA_NUM_THREADS": "2"},
+    )
+    assert done.stdout.split() == ["omp", "0"]
 
 
 @pytest.mark.parametrize(("rows", "work", "expected"), [(1, 100 * WORTH, 1), (100, WORTH, 1), (0, 0, 1)])

@@ -101,9 +101,9 @@ def published_hyena(module: Hyena, config: HyenaConfig, u: Tensor, shift: float)
     f = torch.linspace(1e-4, config.bands - 1, config.bands, dtype=torch.float64)[None]
     wave = torch.exp(-1j * f * w)
     h = torch.cat([t, wave.real, wave.imag], dim=-1)
-    for linear, sine in zip(module.filter.network[:6:2], module.filter.network[1:6:2], strict=True):
-        h = torch.sin(sine.frequency * (h @ linear.weight.T + linear.bias))
-    h = h @ module.filter.network[6].weight.T
+    for linear in module.filter.hidden:
+        h = torch.sin(module.filter.sine.frequency * (h @ linear.weight.T + linear.bias))
+    h = h @ module.filter.output.weight.T
     deltas = torch.linspace(math.log(1e-2) / 1.5, math.log(1e-2) / 0.3, D, dtype=torch.float64)
     k = (h * (torch.exp(-t * deltas.abs()) + shift))[:L]
     v = v * x1

@@ -43,7 +43,7 @@ def tuned(bgen: Any, demo: Any, cells: anndata.AnnData, tmp_path_factory: pytest
 
 def test_the_tuned_model_fills_in_and_forecasts(tuned: Path, cells: anndata.AnnData) -> None:
     model = bgen.load(tuned)
-    assert model.saved.about["times"] == [0, 1, 2]
+    assert model.saved.about.times == [0, 1, 2]
     made = model.interpolate(cells, 0.5, n=60, sample={"steps": 2})
     assert made.shape == (60, 120)
     assert set(made.obs["donor"]) == set(cells.obs["donor"])
@@ -62,8 +62,10 @@ def test_a_model_over_time_lends_its_flow(demo: Any, course: Path, tmp_path: Pat
     cells = anndata.read_h5ad(demo.cells)
     request = Request("time", mode, time="time", system=["donor"])
     made = finetune(course, cells, tmp_path / "out", request, overrides=QUICK, say=lambda _: None).model
-    assert made.about["trajectories"]["times"] == 3
-    assert made.about["parent"]["name"] == "course"
+    assert made.about.trajectories is not None
+    assert made.about.trajectories.times == 3
+    assert made.about.finetuning is not None
+    assert made.about.finetuning.parent.name == "course"
     assert bgen.load(tmp_path / "out" / "model").generate(20, times=[0, 48]).n_obs == 40
     before, after = (bgen.load(path).saved.module.state_dict() for path in (course, tmp_path / "out" / "model"))
     assert before.keys() == after.keys()

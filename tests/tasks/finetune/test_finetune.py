@@ -12,6 +12,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 import bgen
+from bgen.config.load import load_finetune
 from bgen.errors import UserError
 from bgen.tasks.finetune.finetune import Request, finetune
 from bgen.tasks.perturb.held_out import split_screen
@@ -49,14 +50,18 @@ def test_new_batches_and_conditions_get_rows(demo: Any, cells: anndata.AnnData, 
     new.obs["perturbation"] = "G0001x"
     said = tune(demo, new, tmp_path / "out", Request("generate"))
     assert any("New in batch: batch_new" in line for line in said)
+    for run in ("vae", "flow"):
+        config = load_finetune(tmp_path / "out" / run / "config.yaml")
+        assert (config.stage, config.parent, config.flow.vae) == (run, demo.model, None)
     model = bgen.load(tmp_path / "out" / "model")
     parent = bgen.load(demo.model)
     made = model.generate(50, where={"perturbation": "G0001x"})
     assert (made.obs["perturbation"] == "G0001x").all()
     assert (made.obs["batch"] == "batch_new").all()
-    about = model.saved.about["parent"]
-    assert about["fingerprint"] == parent.saved.fingerprint()
-    assert about["name"] in (tmp_path / "out" / "model" / "README.md").read_text()
+    assert model.saved.about.finetuning is not None
+    about = model.saved.about.finetuning.parent
+    assert about.fingerprint == parent.saved.fingerprint()
+    assert about.name in (tmp_path / "out" / "model" / "README.md").read_text()
     # Old categories keep their codes.
     old = parent.saved.columns["batch"].categories
     assert model.saved.columns["batch"].categories[: len(old)] == old
@@ -121,7 +126,7 @@ def test_an_annotator_learns_labels(demo: Any, cells: anndata.AnnData, tmp_path:
 
 def test_perturbed_cells_keep_their_control(screen_model: Path, cells: anndata.AnnData) -> None:
     model = bgen.load(screen_model)
-    name = model.saved.about["perturbations"][0]
+    name = model.saved.about.perturbation.perturbations[0]
     made = model.perturb(cells, name, control=("perturbation", "control"), seed=1)
     controls = cells[cells.obs["perturbation"] == "control"]
     assert made.n_obs == controls.n_obs
@@ -139,15 +144,15 @@ def test_perturbed_cells_keep_their_control(screen_model: Path, cells: anndata.A
 
 def test_unseen_sets_and_targets_are_told(screen_model: Path, cells: anndata.AnnData) -> None:
     model = bgen.load(screen_model)
-    first, second = model.saved.about["perturbations"][:2]
+    first, second = model.saved.about.perturbation.perturbations[:2]
     pair = model.perturb(cells, f"{first}+{second}", n=50)
     assert list(pair.uns["bgen"]["unseen"]) == []
-    other = next(gene for gene in model.genes if gene not in model.saved.about["perturbations"])
+    other = next(gene for gene in model.genes if gene not in model.saved.about.perturbation.perturbations)
     assert list(model.perturb(cells, other, n=50).uns["bgen"]["unseen"]) == [other]
 
 
 def test_perturb_as_in_its_example(bgen: Any, screen_model: Path, demo: Any, tmp_path: Path) -> None:
-    name = json.loads((screen_model / "config.json").read_text())["about"]["perturbations"][0]
+    name = json.loads((screen_model / "config.json").read_text())["about"]["perturbation"]["perturbations"][0]
     out = tmp_path / "cells.h5ad"
     asked = ["perturb", screen_model, demo.cells, "--control", "perturbation=control", "--perturbation"]
     done = bgen(*asked, name, "--out", out)
@@ -183,7 +188,7 @@ def test_held_out_perturbations_are_scored(bgen: Any, demo: Any, cells: anndata.
     assert sorted(scores["perturbations"]) == sorted([labels[0], pair])
     assert {"model", "control copy", "train mean", "ceiling"} <= set(scores["rows"])
     about = json.loads((tmp_path / "out/model/config.json").read_text())["about"]
-    assert pair not in ["+".join(row["set"]) for row in about["effects"]]
+    assert pair not in ["+".join(row["set"]) for row in about["perturbation"]["effects"]]
     assert "| control copy |" in (tmp_path / "out/model/README.md").read_text()
     assert scores["words"][0] in (tmp_path / "out/report.html").read_text()
 

@@ -11,6 +11,7 @@ import pytest
 
 import bgen
 from bgen.errors import UserError
+from bgen.hub.about import About
 from bgen.hub.directory import SavedModel
 from bgen.models.vae.vae import VAE
 from bgen.tasks.finetune.registry import TASKS
@@ -31,9 +32,9 @@ class Adapt(Task[str]):
     def prepare(self, grown: SavedModel, adata: anndata.AnnData, request: Request) -> str:
         return f"{request.label} of {adata.n_obs} cells"
 
-    def train(self, job: Job, prepared: str) -> tuple[VAE, dict[str, Any]]:
+    def train(self, job: Job, prepared: str) -> tuple[VAE, About]:
         assert len(job.cells) == len(job.memory) == sum(map(len, job.watched))
-        return job.grown.vae, {"adapted": prepared}
+        return job.grown.vae, job.about.model_copy(update={"sources": [prepared]})
 
 
 def test_a_task_from_outside_is_fine_tuned_for(
@@ -51,7 +52,9 @@ def test_a_task_from_outside_is_fine_tuned_for(
     done = bgen_run(*asked, "--label", "kind")
     assert done.code == 0, done
     model, parent = bgen.load(tmp_path / "out" / "model"), bgen.load(demo.model)
-    assert (model.saved.kind, model.saved.about["task"]) == ("vae", "adapt")
-    assert model.saved.about["adapted"] == "kind of 600 cells"
+    about = model.saved.about
+    assert about.finetuning is not None
+    assert (model.saved.kind, about.finetuning.task) == ("vae", "adapt")
+    assert about.sources == ["kind of 600 cells"]
     cells = anndata.read_h5ad(demo.cells)
     assert not np.array_equal(model.encode(cells)[0], parent.encode(cells)[0])

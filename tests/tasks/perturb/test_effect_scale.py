@@ -12,11 +12,12 @@ from bgen.config.perturb import PerturbConfig
 from bgen.config.vae import VAEConfig
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.evaluate.protocols.perturbation import mean_log
+from bgen.hub.about import EffectScale
 from bgen.models.generators.counterfactual import change_counts
 from bgen.models.generators.perturbation_flow import PerturbationFlow
 from bgen.models.vae.vae import VAE
 from bgen.tasks.perturb.effect_scale import _respond, fit_scale
-from bgen.tasks.perturb.effects import Effects, Scale, fit_effects
+from bgen.tasks.perturb.effects import Effects, fit_effects
 from bgen.tasks.perturb.perturb import anchor
 from bgen.tasks.perturb.screen import ScreenData, make_sets
 from bgen.train.stages.perturbation_pairs import Screen
@@ -102,7 +103,7 @@ def test_the_size_that_shrinking_took_comes_back() -> None:
 
 def test_nothing_is_scaled_where_nothing_happens() -> None:
     data = World(0.0).screen()
-    assert fit_scale(fitted(data)[0], data, 0) == Scale()
+    assert fit_scale(fitted(data)[0], data, 0) == EffectScale()
 
 
 def test_unseen_targets_are_damped_where_the_others_say_nothing_about_them() -> None:

@@ -75,7 +75,7 @@ CASES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
     ),
     "hyena": (
         {"name": "ssm", "time": {"mixer": "hyena", "real_time": False}},
-        COMMON | TOKENS | under(TIME, IN_AND_OUT | {"filter.network.*.weight"}),
+        COMMON | TOKENS | under(TIME, IN_AND_OUT | {"filter.hidden.*.weight", "filter.output.weight"}),
         {"frequency", "seed_embedding", "convolution.weight"},
     ),
     "hybrid": (

@@ -6,7 +6,7 @@ Axes: B cells, G genes, D latent size, H hidden width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +14,24 @@ from torch.nn import functional as F
 
 from bgen.config.vae import VAEConfig
 from bgen.models.vae.covariates import Covariates
+from bgen.models.vae.decoders.decoder import Decoder
+from bgen.nn.flops import layers
 from bgen.nn.residual import ResidualBlock
 
 _DISPERSION_SPEED = 10.0
-"""Factor between the dispersions' parameter and their logarithm: Adam moves a parameter by the learning rate a step at
-most, which would take thousands of steps to get from the start to a gene's own dispersion."""
+"""Factor between the parameter of dispersions and their logarithm. Adam moves a parameter by at most the learning rate
+a step, so without it a gene would need thousands of steps to reach its own dispersion.
+"""
 
 
 _START_THETA = 10.0
 """Inverse dispersion that every gene starts with."""
 
 
-class Decoder(nn.Module):
+class StateVectorDecoder(Decoder):
     """Latent state to the parameters of the distribution of counts."""
+
+    decayed = ()
 
     def __init__(self, config: VAEConfig, n_genes: int, covariates: Mapping[str, int]) -> None:
         super().__init__()
@@ -43,14 +48,11 @@ class Decoder(nn.Module):
 
     @property
     def log_theta(self) -> Tensor:
-        """``[G]``: log inverse dispersion of each gene."""
+        """See :class:`Decoder`."""
         return self.scaled_log_theta * _DISPERSION_SPEED
 
     def forward(self, z: Tensor, obs: Mapping[str, Tensor], keys: Tensor | None) -> tuple[Tensor, ...]:
-        """Return logits ``[B, G]``, log theta ``[G]`` and, for zinb, dropout logits ``[B, G]`` for ``z [B, D]``.
-
-        Tensors, not an object that holds them: ZeRO 3 finds in a module's output what its gradients come in by.
-        """
+        """See :class:`Decoder`."""
         hidden = F.silu(self.covariates(self.stem(z), obs))
         for block in self.blocks:
             hidden = block(hidden, keys)
@@ -58,3 +60,32 @@ class Decoder(nn.Module):
         if self.dropout_logits is None:
             return self.logits(hidden), self.log_theta
         return self.logits(hidden), self.log_theta, self.dropout_logits(hidden)
+
+    @torch.no_grad()
+    def initialise_genes(self, mean_counts: Tensor) -> None:
+        """See :class:`Decoder`. Without it the first hundreds of steps go into learning which genes are abundant."""
+        proportions = mean_counts.to(self.logits.bias).clamp_min(0) + 1e-8 * mean_counts.sum()
+        self.logits.bias.copy_(proportions.log() - proportions.log().mean())
+
+    @torch.no_grad()
+    def start_genes(self, known: int, shares: Tensor) -> None:
+        """See :class:`Decoder`.
+
+        The logits of a gene vary over states, so the share is right only on average; training does the rest.
+        """
+        self.logits.weight[known:] = 0
+        self.logits.bias[known:] = self.logits.bias[:known].logsumexp(0) + shares.log()
+        self.scaled_log_theta[known:] = self.scaled_log_theta[:known].median()
+
+    def tables(self, *, genes: bool) -> Iterator[nn.Parameter]:
+        """See :class:`Decoder`."""
+        yield from self.covariates.parameters()
+        yield self.scaled_log_theta
+        if genes:
+            yield from self.logits.parameters()
+        else:
+            yield self.logits.bias
+
+    def flops(self, cells: int) -> int:
+        """See :class:`Decoder`: it is dense over all genes."""
+        return layers(cells, self)

@@ -6,7 +6,7 @@ Axes: B cells, G genes, D latent size, H hidden width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,19 @@ from torch.nn import functional as F
 from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.models.vae.covariates import Covariates
+from bgen.models.vae.encoders.encoder import Encoder
 from bgen.models.vae.sparse_linear import log_normalise, sparse_matmul
+from bgen.nn.flops import layers, linear
 from bgen.nn.residual import ResidualBlock
 
 SCALE = 10_000.0
 """Counts per cell to which the encoder's input is normalised before log1p."""
 
 
-class Encoder(nn.Module):
+class StateVectorEncoder(Encoder):
     """Sparse log-normalised counts to the mean and log-variance of the latent state."""
+
+    decayed = ("weight",)
 
     def __init__(self, config: VAEConfig, n_genes: int, covariates: Mapping[str, int]) -> None:
         super().__init__()
@@ -38,10 +42,32 @@ class Encoder(nn.Module):
         self.head = nn.Linear(config.hidden, 2 * config.latent)
 
     def forward(self, batch: CellBatch, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and log-variance ``[B, D]`` in float32; ``counts [NNZ]`` stand in for the batch's own."""
+        """See :class:`Encoder`."""
         hidden = sparse_matmul(self.weight, batch, log_normalise(batch, counts, SCALE)) + self.bias
         hidden = F.silu(self.covariates(hidden, batch.obs))
         for block in self.blocks:
             hidden = block(hidden, batch.keys)
         mean, logvar = self.head(self.norm(hidden)).float().chunk(2, dim=1)
         return mean, logvar.clamp(-12.0, 8.0)
+
+    @torch.no_grad()
+    def start_genes(self, known: int) -> None:
+        """See :class:`Encoder`."""
+        self.weight[known:] = 0
+
+    def tables(self, *, genes: bool) -> Iterator[nn.Parameter]:
+        """See :class:`Encoder`."""
+        yield from self.covariates.parameters()
+        if genes:
+            yield self.weight
+
+    def flops(self, cells: int, nonzeros: int) -> int:
+        """See :class:`Encoder`: the first layer multiplies only where there is a count."""
+        return self._first_layer(nonzeros) + layers(cells, self.blocks, self.head)
+
+    def training_flops(self, cells: int, nonzeros: int) -> int:
+        """See :class:`Encoder`: the counts need no gradient."""
+        return 3 * self.flops(cells, nonzeros) - self._first_layer(nonzeros)
+
+    def _first_layer(self, nonzeros: int) -> int:
+        return linear(nonzeros, 1, self.weight.shape[1])

@@ -14,22 +14,23 @@ from bgen.train.stages.stage import Stage
 
 
 @torch.no_grad()
-def held_out(engine: Engine, stage: Stage, stopped: Callable[[], bool]) -> dict[str, float] | None:
+def held_out_losses(engine: Engine, stage: Stage, stopped: Callable[[], bool]) -> dict[str, float] | None:
     """Mean of each of the module's losses over the held-out cells.
 
     Parameters
     ----------
     engine
-        Computes with the weights that it has, in evaluation mode.
+        Computes the losses with its present weights, in evaluation mode.
     stage
         Gives the cells.
     stopped
-        Called before each batch on every rank, gives the same answer on all; True gives up and returns None.
+        Called before each batch on every rank, with the same answer on all; True ends the evaluation, which then
+        returns None.
 
     Raises
     ------
     UserError
-        If the loss that the stage watches is none of the module's.
+        If the module has no loss of the name that the stage watches.
     """
     sums: dict[str, Tensor] = {}
     weights = torch.zeros((), dtype=torch.float64)
@@ -43,7 +44,7 @@ def held_out(engine: Engine, stage: Stage, stopped: Callable[[], bool]) -> dict[
             weight = weight.to(device, torch.float64)
             weights = weights + weight.sum().cpu()
             for name, loss in losses.items():
-                # Padding may hold anything, also what is not finite.
+                # Padding may hold anything, also values that are not finite.
                 total = torch.where(weight > 0, loss.double() * weight, 0.0).sum()
                 sums[name] = sums[name] + total if name in sums else total
     finally:

@@ -1,46 +1,38 @@
-"""The mixers by name, and how one of them is laid along an axis of the grid.
-
-A mixer of points has ``forward(x [B, L, D], points) -> [B, L, D]``; a mixer of the grid, as a block holds it, has
-``forward(x [B, T, N, D], grid) -> [B, T, N, D]``. A new mixer is one class in ``bgen/nn`` and one line here.
+"""How a mixer of points is laid along an axis of the grid.
 
 Axes: B trajectories, T time points, N cells per time point, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
 from bgen.config.backbone import Axis, BackboneConfig
 from bgen.models.backbones.grid import Grid
-from bgen.nn.mixers.attention import CellAttention, TimeAttention
-from bgen.nn.mixers.hyena import Hyena
-from bgen.nn.mixers.mamba1 import Mamba1
-from bgen.nn.mixers.mamba2 import Mamba2
+from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.mixers.mlp import MLP
-from bgen.nn.mixers.s4d import S4D
-from bgen.nn.mixers.set_transformer import SetAttention
+from bgen.nn.mixers.registry import CELL_MIXERS, TIME_MIXERS
 from bgen.nn.mixers.state_tokens import StateTokens
 
-TIME_MIXERS: dict[str, Callable[[BackboneConfig], nn.Module]] = {
-    "mamba2": lambda config: Mamba2(config.width, config.mamba2, config.time),
-    "mamba1": lambda config: Mamba1(config.width, config.mamba1, config.time),
-    "s4d": lambda config: S4D(config.width, config.s4d, config.time),
-    "hyena": lambda config: Hyena(config.width, config.hyena, config.time),
-    "attention": lambda config: TimeAttention(config.width, config.attention, config.time),
-}
 
-CELL_MIXERS: dict[str, Callable[[BackboneConfig], nn.Module]] = {
-    "attention": lambda config: CellAttention(config.width, config.attention),
-    "set_attention": lambda config: SetAttention(config.width, config.cells.inducing, config.attention),
-}
+class Along(nn.Module, ABC):
+    """A mixer of the grid, as a block holds it."""
+
+    @abstractmethod
+    def forward(self, x_BTND: Tensor, grid: Grid) -> Tensor:
+        """Return ``[B, T, N, D]``; what it holds at cells that do not exist has no meaning."""
+
+    @abstractmethod
+    def flops(self, B: int, T: int, N: int) -> int:
+        """Floating-point operations of the forward pass; see :mod:`bgen.nn.flops` for what is counted."""
 
 
-class AlongNone(nn.Module):
+class AlongNone(Along):
     """Each cell by itself."""
 
-    def __init__(self, mixer: nn.Module) -> None:
+    def __init__(self, mixer: MLP) -> None:
         super().__init__()
         self.mixer = mixer
 
@@ -48,11 +40,15 @@ class AlongNone(nn.Module):
         """Apply the mixer."""
         return self.mixer(x_BTND)
 
+    def flops(self, B: int, T: int, N: int) -> int:
+        """See :class:`Along`."""
+        return self.mixer.flops(B * T * N)
 
-class AlongCells(nn.Module):
+
+class AlongCells(Along):
     """The cells of each time point among themselves."""
 
-    def __init__(self, mixer: nn.Module) -> None:
+    def __init__(self, mixer: Mixer) -> None:
         super().__init__()
         self.mixer = mixer
 
@@ -60,11 +56,15 @@ class AlongCells(nn.Module):
         """Apply the mixer."""
         return self.mixer(x_BTND.flatten(0, 1), grid.cells).view_as(x_BTND)
 
+    def flops(self, B: int, T: int, N: int) -> int:
+        """See :class:`Along`."""
+        return self.mixer.flops(B * T, N)
 
-class AlongTimeBySlot(nn.Module):
+
+class AlongTimeBySlot(Along):
     """Each slot over time: for tracked data, where slot n is the same cell or sample at every time point."""
 
-    def __init__(self, mixer: nn.Module) -> None:
+    def __init__(self, mixer: Mixer) -> None:
         super().__init__()
         self.mixer = mixer
 
@@ -74,8 +74,12 @@ class AlongTimeBySlot(nn.Module):
         line = x_BTND.transpose(1, 2).reshape(B * N, T, D)
         return self.mixer(line, grid.slots).view(B, N, T, D).transpose(1, 2)
 
+    def flops(self, B: int, T: int, N: int) -> int:
+        """See :class:`Along`."""
+        return self.mixer.flops(B * N, T)
 
-class AlongTimeByTokens(nn.Module):
+
+class AlongTimeByTokens(Along):
     """Populations over time, through state tokens: for data where no cell is seen twice."""
 
     def __init__(self, tokens: StateTokens) -> None:
@@ -86,8 +90,12 @@ class AlongTimeByTokens(nn.Module):
         """Apply the state tokens."""
         return self.tokens(grid.blank(x_BTND), grid.mask_BTN, grid.populations)
 
+    def flops(self, B: int, T: int, N: int) -> int:
+        """See :class:`Along`."""
+        return self.tokens.flops(B, T, N)
 
-def mixer_along(axis: Axis, config: BackboneConfig) -> nn.Module:
+
+def mixer_along(axis: Axis, config: BackboneConfig) -> Along:
     """Make the mixer that ``config`` names for an axis, laid along that axis."""
     if axis == "none":
         return AlongNone(MLP(config.width, config.mlp))

@@ -1,0 +1,56 @@
+"""The base of all decoders: a decoder explains counts, and tells how it starts, how it grows and what it costs.
+
+Axes: B cells, G genes, D latent size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+
+class Decoder(nn.Module, ABC):
+    """Latent state to the parameters of the distribution of counts.
+
+    It is made from ``(config: VAEConfig, n_genes: int, covariates: Mapping[str, int])``; the last maps covariates to
+    their numbers of categories, and ``config.decoder`` is the section of its own settings.
+    """
+
+    @abstractmethod
+    def forward(self, z: Tensor, obs: Mapping[str, Tensor], keys: Tensor | None) -> tuple[Tensor, ...]:
+        """Return logits ``[B, G]``, log theta ``[G]`` and, for zinb, dropout logits ``[B, G]`` for ``z [B, D]``.
+
+        ``obs`` has codes ``[B]`` by covariate; an absent one counts as unknown. ``keys [B]`` are needed for dropout. It
+        returns tensors and not an object that holds them, because ZeRO 3 looks in a module's output for the tensors
+        that gradients come back through.
+        """
+
+    @property
+    @abstractmethod
+    def log_theta(self) -> Tensor:
+        """``[G]``: log inverse dispersion of each gene."""
+
+    @abstractmethod
+    def initialise_genes(self, mean_counts: Tensor) -> None:
+        """Start at the genes' average proportions, from their mean counts ``[G]`` over training cells."""
+
+    @abstractmethod
+    def start_genes(self, known: int, shares: Tensor) -> None:
+        """Let new genes (all but the first ``known``) start at their shares, whatever the state; change no old row.
+
+        ``shares [G - known]`` are positive: counts of each new gene, in units of all counts of the known genes.
+        """
+
+    @abstractmethod
+    def tables(self, *, genes: bool) -> Iterator[nn.Parameter]:
+        """Yield the parameters that fine-tuning trains while the network stays as it is: those with a row per category.
+
+        Also the average level and dispersion of every gene and, with ``genes`` (genes were added), all parameters with
+        a row per gene.
+        """
+
+    @abstractmethod
+    def flops(self, cells: int) -> int:
+        """Floating-point operations of the forward pass over so many cells."""
