@@ -89,8 +89,8 @@ def open_mtx(path: Path) -> Source:
         notes.append("The matrix is cells x genes, not genes x cells as 10x writes it; it is read so.")
     features, barcodes = features.iloc[headers[0] :], barcodes.iloc[headers[1] :]
     names = ["symbol", "feature_type"][: features.shape[1] - 1]
-    var = features.iloc[:, 1 : 1 + len(names)].set_axis(names, axis=1).set_index(pd.Index(features[0], name=None))
-    obs = pd.DataFrame(index=pd.Index(barcodes[0], name=None))
+    var = features.iloc[:, 1 : 1 + len(names)].set_axis(names, axis=1).set_index(pd.Index(features[0].tolist()))
+    obs = pd.DataFrame(index=pd.Index(barcodes[0].tolist()))
     dtype = np.dtype(np.int64 if values == "integer" else np.float64)
     about = Matrix((len(barcodes), len(features)), dtype, "csc", int(stored))
     return TenxMtxSource(path, "10x mtx", obs, {"X": var}, {"X": about}, notes=tuple(notes), file=file, by_cell=by_cell)

@@ -30,9 +30,9 @@ def model(demo: Any) -> Model:
 
 
 @pytest.fixture(scope="module")
-def cells(demo: Any) -> anndata.AnnData:
-    """Sixty of the demo's cells, with nothing in obs."""
-    adata = anndata.read_h5ad(demo.cells)[:60].copy()
+def cells(demo: Any, model: Model) -> anndata.AnnData:
+    """Sixty of the demo's cells, in the model's order of genes, with nothing in obs."""
+    adata = anndata.read_h5ad(demo.cells)[:60, model.genes].copy()
     return anndata.AnnData(adata.X, obs=pd.DataFrame(index=adata.obs_names), var=adata.var[[]])
 
 
@@ -282,7 +282,7 @@ def test_cells_are_read_once_for_many_verbs(model: Model, human_model: Path, dem
     assert np.array_equal(model.embed(some).obsm["X_bgen"], model.embed(adata).obsm["X_bgen"])
     assert np.array_equal(model.denoise(some).layers["denoised"], model.denoise(adata).layers["denoised"])
     assert model.embed(some).obs.equals(adata.obs)
-    with pytest.raises(UserError, match=r"read already. Give floor"):
+    with pytest.raises(UserError, match="read already: floor has to be given"):
         model.embed(read, floor=0.5)
     with pytest.raises(UserError, match="other genes"):
         bgen.load(human_model).embed(read)
