@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import scipy.sparse as sp
 from scipy import stats
 
 import bgen
+from bgen.bench.speed import versus as module
 from bgen.bench.speed import versus_worker
-from bgen.bench.speed.versus import prepare, versus
+from bgen.bench.speed.versus import peer_environment, prepare, versus
 from bgen.bench.speed.versus_worker import Job, nb_log_prob
+from bgen.cpus import MARK
 from bgen.errors import UserError
 
 
@@ -64,6 +67,44 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         versus("scvi", tmp_path, python=Path(sys.executable))
     with pytest.raises(UserError, match=r"training cells are too few for batches of 4096: at least 8192"):
         prepare(tmp_path, None, 200, 4096, seed=0)
+
+
+@pytest.mark.parametrize("busy", [0, 2])
+def test_beside_busy_processes(
+    busy: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each training runs beside as many; they are ended in between and afterwards, also after an error."""
+    beside, jobs = [], []
+
+    def train(job: Job, python: Path) -> dict[str, Any]:
+        beside.append(len(psutil.Process().children()))
+        jobs.append(job)
+        if job.ranks > 1 and job.precision == "bf16":
+            raise UserError("training with bgen failed")
+        figures = {"cells_per_s": 2.0, "seconds": 1.0, "nll": 1.0, "kl": 0.5, "bound": 1.5}
+        return {**figures, "version": "1", "torch": "2", "python": "3"}
+
+    monkeypatch.setattr(module, "require_peer", lambda peer, python: None)
+    monkeypatch.setattr(module, "_run", train)
+    before = len(psutil.Process().children())
+    asked: dict[str, Any] = {"batches": (512,), "epochs": 2, "genes": 100, "busy": busy}
+    result = versus("scvi", tmp_path, threads=1, **asked)
+    assert json.loads((tmp_path / "versus.json").read_text()) == result
+    assert (result["busy"], result["threads"]) == (busy, 1)
+    assert ("beside 2 busy processes" in capsys.readouterr().out) == (busy == 2)
+    with pytest.raises(UserError, match="training with bgen failed"):
+        versus("scvi", tmp_path, threads=2, **asked)
+    assert [job.side for job in jobs] == ["scvi", "bgen", "bgen", "scvi", "bgen", "bgen", "bgen", "bgen"]
+    assert beside == [before + busy] * 8
+    assert len(psutil.Process().children()) == before
+
+
+def test_each_side_takes_as_many_threads_as_it_does_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bgen set in its own environment is not the peer's."""
+    monkeypatch.setattr(os, "environ", {"PATH": "/bin", "PYTHONPATH": "/here", "GOMP_SPINCOUNT": "1000"})
+    assert peer_environment(3) == {"PATH": "/bin", "GOMP_SPINCOUNT": "1000", "OMP_NUM_THREADS": "3"}
+    os.environ[MARK] = "GOMP_SPINCOUNT=1000"
+    assert peer_environment(None) == {"PATH": "/bin"}
 
 
 @pytest.mark.slow
