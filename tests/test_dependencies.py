@@ -47,6 +47,7 @@ NOT_DECLARED = {
     "lightning": "comes with scvi-tools",
     "mamba_ssm": "built for the GPU at hand: see the README",
     "ninja": "DeepSpeed brings it",
+    "pydantic_core": "pydantic brings it, in the version that it needs",
     "scdataset": "a loader that the bench measures in an environment of its own",
     "scvi": "a model that the bench measures in an environment of its own",
     "transformers": "the bench times a block of it if it is there",
