@@ -43,6 +43,7 @@ NOT_DECLARED = {
     "annbatch": "a loader that the bench measures in an environment of its own",
     "bionemo": "a loader that the bench measures in an environment of its own",
     "cellstream": "a loader that the bench measures in an environment of its own",
+    "dask": "distributed brings it",
     "flask": "the tests see by it whether all of MLflow is there, and not only mlflow-skinny",
     "lightning": "comes with scvi-tools",
     "mamba_ssm": "built for the GPU at hand: see the README",
