@@ -29,6 +29,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from bgen.bench.runs import store_of, train_whole
+from bgen.config.finetune import FinetuneConfig
 from bgen.errors import UserError, nearest
 from bgen.evaluate.protocols.cell_eval import Figures, average, cell_eval_figures, require_cell_eval
 from bgen.evaluate.protocols.perturbation import MODEL, HeldOut, PerturbationScores, join
@@ -56,6 +57,10 @@ class Split:
     name: str
     train: AnnData
     back: AnnData
+
+
+OF_FLOW = FinetuneConfig.model_fields.keys()
+"""Sections of settings that the flow's training has; the VAE's has others too."""
 
 
 @dataclass(frozen=True)
@@ -204,8 +209,9 @@ def _predict(
 
 
 def _train(cells: AnnData, columns: Columns, training: Training, folder: Path, seed: int) -> Model:
-    """Train a VAE, then the perturbation flow on it."""
+    """Train a VAE, then the perturbation flow on it; overrides go to each training that has such settings."""
     common = [*training.overrides, f"seed={seed}", "track.mlflow=false", "track.progress=false"]
+    of_flow = [override for override in common if override.partition(".")[0].partition("=")[0] in OF_FLOW]
     plain = AnnData(cells.X, obs=pd.DataFrame(index=cells.obs_names), var=cells.var)  # no column becomes a condition
     plain.uns = {name: cells.uns[name] for name in ("organism",) if name in cells.uns}
     store = store_of(plain, folder / "data", seed)
@@ -214,7 +220,7 @@ def _train(cells: AnnData, columns: Columns, training: Training, folder: Path, s
     request = Request("perturb", "head", columns=columns)
     steps = [f"train.steps={max(1, training.steps // 2)}"]
     tuned = finetune(
-        folder / "vae" / "model", cells, folder / "flow", request, overrides=[*steps, *common], say=lambda _: None
+        folder / "vae" / "model", cells, folder / "flow", request, overrides=[*steps, *of_flow], say=lambda _: None
     )
     return Model(tuned.model)
 
