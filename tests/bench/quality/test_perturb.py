@@ -69,8 +69,8 @@ def test_inner_doses_are_left_out_one_at_a_time(cells: anndata.AnnData) -> None:
 
 def test_bench_perturb_as_in_its_example(bgen: Any, cells: anndata.AnnData, tmp_path: Path) -> None:
     cells.write_h5ad(tmp_path / "cells.h5ad")
-    asked = ["bench", "perturb", tmp_path / "cells.h5ad", "--within", "cell_type", "--seeds", 1, "--steps", 20, "vae.kl_weight=0.2"]
-    asked += ["--out", tmp_path / "out"]
+    asked = ["bench", "perturb", tmp_path / "cells.h5ad", "--within", "cell_type", "--seeds", 1, "--steps", 20]
+    asked += ["--out", tmp_path / "out", "vae.kl_weight=0.2"]
     done = bgen(*asked, "--leave", "group:batch", "--leave", "targets:2")
     assert done.code == 0, done
     told = json.loads((tmp_path / "out" / "perturb.json").read_text())["left_out"]
