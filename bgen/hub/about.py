@@ -124,7 +124,10 @@ class About(Section):
 
     def as_json(self) -> dict[str, Any]:
         """Return what is said as plain JSON values, without what was left open."""
-        return {"version": VERSION, **self.model_dump(mode="json", exclude_unset=True)}
+        said = self.model_dump(mode="json", exclude_unset=True)
+        if self.trajectories is not None:  # all of it, whether it was set or is a default
+            said["trajectories"] = self.trajectories.model_dump(mode="json")
+        return {"version": VERSION, **said}
 
 
 GROUPS: dict[str, type[BaseModel]] = {

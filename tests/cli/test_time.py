@@ -10,6 +10,7 @@ from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 
 
@@ -100,7 +101,7 @@ def test_mistakes(bgen: Any, here: Path, demo: Any) -> None:
         ("untimed", lambda a: setattr(a, "obs", a.obs.rename(columns={"time": "timme"}))),
         ("holes", lambda a: setattr(a, "obs", a.obs.assign(time=a.obs["time"].where(a.obs["time"] > 0)))),
         ("days", lambda a: a.uns.update(time_unit="days")),
-        ("genes", lambda a: setattr(a, "var_names", [f"ENSG{i}" for i in range(a.n_vars)])),
+        ("genes", lambda a: setattr(a, "var", pd.DataFrame(index=[f"ENSG{i}" for i in range(a.n_vars)]))),
         ("logged", lambda a: setattr(a, "X", a.X.log1p())),
     ):
         changed = cells.copy()

@@ -193,14 +193,14 @@ def test_errors_of_workers_arrive(files: list[Path], tmp_path: Path, cluster: st
 SCRIPT = """
     import os, signal, sys
     from pathlib import Path
-    from data_tools import inputs
+    from data_tools.inputs import source
     from data_tools.building import pieces
     from data_tools.building import run_tasks
     from data_tools.building import shuffle
     from data_tools.building.build import build
     from data_tools.check.check import check
 
-    pieces.PIECE_VALUES, inputs.CSC_VALUES, shuffle.SHARD_CHUNKS = 4000, 3000, 2
+    pieces.PIECE_VALUES, source.CSC_VALUES, shuffle.SHARD_CHUNKS = 4000, 3000, 2
     tasks_left = int(sys.argv[1])
     plain = run_tasks.InProcess.run
 

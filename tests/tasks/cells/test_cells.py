@@ -8,6 +8,7 @@ from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.metrics import f1_score
 
@@ -105,7 +106,7 @@ def test_integration_decodes_every_cell_as_of_one_batch(model: Model, cells: ann
 
 def test_scoring_an_integration_needs_its_library(model: Model, cells: anndata.AnnData) -> None:
     if importlib.util.find_spec("scib_metrics") is None:
-        with pytest.raises(UserError, match=r"pip install 'bgen\[integration\]'"):
+        with pytest.raises(UserError, match=r"pip install 'bgen-flow\[integration\]'"):
             model.integrate(cells, label="cell_type")
     with pytest.raises(UserError, match="no column 'type'"):
         model.integrate(cells, label="type")
@@ -134,7 +135,7 @@ def test_mistakes_are_told(model: Model, cells: anndata.AnnData) -> None:
     wrong("knows none of the batches.*bgen finetune", model.integrate, other)
     del other.obs["batch"]
     wrong("obs has no column 'batch'", model.integrate, other)
-    other.var_names = [f"ENSG{i}" for i in range(other.n_vars)]
+    other.var = pd.DataFrame(index=[f"ENSG{i}" for i in range(other.n_vars)])  # no symbols either
     wrong("0 of the 120 genes", model.denoise, other)
 
 

@@ -49,12 +49,12 @@ def test_a_task_from_outside_is_fine_tuned_for(
     assert "--task adapt needs --label" in bgen_run(*asked).err
     network = bgen_run(*asked, "--label", "x", "--network", tmp_path / "edges.csv")
     assert "not of --task adapt" in network.err
-    done = bgen_run(*asked, "--label", "kind")
+    done = bgen_run(*asked, "--label", "cell_type")
     assert done.code == 0, done
     model, parent = bgen.load(tmp_path / "out" / "model"), bgen.load(demo.model)
     about = model.saved.about
     assert about.finetuning is not None
     assert (model.saved.kind, about.finetuning.task) == ("vae", "adapt")
-    assert about.sources == ["kind of 600 cells"]
+    assert about.sources == ["cell_type of 600 cells"]
     cells = anndata.read_h5ad(demo.cells)
     assert not np.array_equal(model.encode(cells)[0], parent.encode(cells)[0])

@@ -70,4 +70,4 @@ class StateVectorEncoder(Encoder):
         return 3 * self.flops(cells, nonzeros) - self._first_layer(nonzeros)
 
     def _first_layer(self, nonzeros: int) -> int:
-        return linear(nonzeros, 1, self.weight.shape[1])
+        return linear(nonzeros, 1, self.head.in_features)
