@@ -42,7 +42,7 @@ def test_labels_are_learnt_from_the_users_cells(model: Model, cells: anndata.Ann
     score = f1_score(truth, best, average="macro")
     shuffled = f1_score(truth, np.random.default_rng(0).permutation(best), average="macro")
     assert score > shuffled + 0.15
-    assert np.allclose(told.obsm["label_probabilities"].sum(1), 1)
+    assert np.allclose(told.obsm["label_probabilities"].sum(axis=1), 1)
     assert told.obs["label_probability"].between(0, 1).all()
     assert {"macro_f1", "macro_f1_pca"} <= set(told.uns["bgen_annotate"])
 
