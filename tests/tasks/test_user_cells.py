@@ -268,7 +268,8 @@ def test_what_is_not_counts_is_told_with_where_counts_are(model: Model, cells: a
     bare.X = None
     assert "the data has no X. Counts found in layers/umis: rerun with --counts layers/umis" in said(bare)
     parts = cells.copy()
-    parts.layers = dict.fromkeys(("ambiguous", "spliced", "unspliced"), cells.X)
+    for name in ("ambiguous", "spliced", "unspliced"):
+        parts.layers[name] = cells.X
     parts.X = cells.X.log1p()
     for counts in (None, "auto"):
         assert "Add the parts up" in said(parts, counts=counts)

@@ -126,8 +126,9 @@ def test_of_several_modalities_rna_is_read(counts: sp.csr_matrix, tmp_path: Path
     adata = anndata.AnnData(counts, var=pd.DataFrame(index=[f"GENE{i}A" for i in range(7)]))
     for modalities in (("rna", "prot"), ("atac", "prot")):
         with h5py.File(tmp_path / f"{modalities[0]}.h5mu", "w") as file:
+            group = file.create_group("mod")
             for name in modalities:
-                anndata.io.write_elem(file, f"mod/{name}", adata)
+                anndata.io.write_elem(group, name, adata)
             anndata.io.write_elem(file, "obs", pd.DataFrame(index=adata.obs_names))
             anndata.io.write_elem(file, "var", pd.DataFrame(index=adata.var_names))
     source = open_source(tmp_path / "rna.h5mu")
