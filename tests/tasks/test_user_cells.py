@@ -124,7 +124,8 @@ def test_the_same_cells_have_the_same_latents(
     made = anndata.read_h5ad(tmp_path / "out.h5ad")
     assert np.array_equal(made.obsm["X_bgen"], latents)
     assert made.var_names.equals(changed.var_names)  # all that the user had is there
-    assert set(made.layers) == set(changed.layers)  # from 0.13 on, anndata names X among them, in no fixed place
+    named = [[name for name in kept.layers if name is not None] for kept in (made, changed)]  # None: X, from 0.13 on
+    assert named[0] == named[1]
     assert (made.raw is None) == (changed.raw is None)
 
 
@@ -244,7 +245,7 @@ def test_what_was_matched_is_told(bgen: Any, demo: Any, model: Model, tmp_path: 
     assert told["matched"]["unknown_values"] == {"batch": {"batch_new": 10}}
     half = few[:, :60].copy()
     del half.var["symbol"]  # by which the other gene would be found
-    with pytest.raises(UserError, match=r"59 of the 120 genes.*--floor.*hold \d\d% of the data's"):
+    with pytest.raises(UserError, match=r"59 of the 120 genes.*--floor.*hold 9\d% of the data's"):
         model.read(half)
     assert model.read(half, floor=0.4).matched.genes == 59
 
