@@ -84,7 +84,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Store with the splits train and test.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html and metrics.json.")],
     generated: Annotated[Path | None, typer.Option(help="Score these cells instead of generating new ones.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions, each with its own samples.")] = 3,
+    seeds: Annotated[int, typer.Option(min=2, help="Repetitions, each with its own samples.")] = 3,
     run: Annotated[
         Path | None, typer.Option(help="Run folder of the model: its run at MLflow gets the scores as a child.")
     ] = None,

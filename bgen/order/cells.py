@@ -23,7 +23,7 @@ import numpy as np
 from bgen.arrays import I64
 from bgen.order.keys import hash_text, permutation
 
-_CHUNKS, _ROWS = 1, 2  # what a key is for
+CHUNKS, ROWS = 1, 2  # what a key is for
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,9 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
-class _Epoch:
+class Epoch:
+    """Order of the chunks of one pass over the cells."""
+
     chunks: I64  # places in members.chunks, in this epoch's order
     ends: I64  # cells up to and including each of them
     lane_starts: I64  # [L + 1]: where the lanes' segments begin in the line of cells
@@ -158,7 +160,7 @@ class Order:
         epoch, lane = self._epoch(epoch_number), self._lane(epoch_number, lane_number)
         low = epoch.lane_starts[lane_number] + lane.row_edges[number]
         high = epoch.lane_starts[lane_number] + lane.row_edges[number + 1]
-        line = low + permutation(int(high - low), *self._key, _ROWS, *key)
+        line = low + permutation(int(high - low), *self._key, ROWS, *key)
         at = np.searchsorted(epoch.ends, line, side="right")  # which of the epoch's chunks
         chunk = epoch.chunks[at]
         back = epoch.ends[at] - line  # cells from here to the chunk's end, at least 1
@@ -182,11 +184,11 @@ class Order:
         batches, slot = divmod(position, self.batch)
         return batches * (high - low) + min(max(slot - low, 0), high - low)
 
-    def _make_epoch(self, number: int) -> _Epoch:
-        chunks = permutation(len(self.members.chunks), *self._key, _CHUNKS, number)
+    def _make_epoch(self, number: int) -> Epoch:
+        chunks = permutation(len(self.members.chunks), *self._key, CHUNKS, number)
         n = len(self.members)
         lengths = [self._before((number + 1) * n, lane) - self._before(number * n, lane) for lane in range(self.lanes)]
-        return _Epoch(chunks, np.cumsum(self._sizes[chunks]), np.concatenate([[0], np.cumsum(lengths)]))
+        return Epoch(chunks, np.cumsum(self._sizes[chunks]), np.concatenate([[0], np.cumsum(lengths)]))
 
     def _make_lane(self, epoch_number: int, number: int) -> _Lane:
         epoch = self._epoch(epoch_number)

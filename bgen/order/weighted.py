@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from bgen.arrays import I64
 from bgen.errors import UserError
-from bgen.order.cells import _ROWS, Members, Order, Window, _Epoch
+from bgen.order.cells import ROWS, Epoch, Members, Order, Window
 from bgen.order.keys import hash_keys, permutation
 
 _PHASE = 3  # what a key is for, beside those of the plain order
@@ -91,13 +91,13 @@ class WeightedOrder(Order):
         part = slice(low - before, high - before)
         touched = np.unique(np.repeat(chunks, [len(place) for place in places])[part])
         line = np.concatenate([np.zeros(0, np.int64), *places])[part]
-        cells = self.members.take(line[permutation(high - low, *self._key, _ROWS, *key)])
+        cells = self.members.take(line[permutation(high - low, *self._key, ROWS, *key)])
         return Window(key, self.members.chunks[touched], cells)
 
-    def _make_epoch(self, number: int) -> _Epoch:
+    def _make_epoch(self, number: int) -> Epoch:
         plain = super()._make_epoch(number)
         per_chunk = np.add.reduceat(self.multiplicities(number), self._starts[:-1])
-        return _Epoch(plain.chunks, np.cumsum(per_chunk[plain.chunks]), plain.lane_starts)
+        return Epoch(plain.chunks, np.cumsum(per_chunk[plain.chunks]), plain.lane_starts)
 
 
 def _round(amounts: NDArray[np.float64], total: int) -> I64:

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import anndata
 import numpy as np
 import pandas as pd
 import torch
@@ -47,6 +46,7 @@ from bgen.order.keys import hash_keys
 from bgen.progress import Say
 from bgen.tasks.generate import decode_counts
 from bgen.tasks.load import Model, load_model
+from bgen.tasks.user_cells import read_input
 from bgen.version import __version__
 from data_tools.building.build import build
 from data_tools.check.check import check
@@ -165,7 +165,7 @@ def bench_cells(
     given = stage_overrides(overrides)
     require_new_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    adata = anndata.read_h5ad(file)
+    adata = read_input(file)
     runs: list[Figures] = []
     for seed in range(seeds):
         begin = time.perf_counter()

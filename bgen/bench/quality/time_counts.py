@@ -11,7 +11,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import anndata
 import numpy as np
 from anndata import AnnData
 
@@ -20,6 +19,7 @@ from bgen.bench.runs import store_of, train_whole
 from bgen.evaluate.metrics.counts import variable_genes
 from bgen.evaluate.protocols.time_point import TimeScores
 from bgen.tasks.load import Model, load_model
+from bgen.tasks.user_cells import read_input
 
 GENES = 2000
 """Variable genes that are kept, chosen on the time points that the model may see."""
@@ -89,7 +89,7 @@ def train_without(
 
 def read_worm(path: Path) -> tuple[AnnData, list[str]]:
     """Read C. elegans neuron lineages (Packer et al., Science 2019): time is the mean minute of each of the 8 bins."""
-    cells = anndata.read_h5ad(path)
+    cells = read_input(path)
     bins, minute = cells.obs["embryo_time_bin"].astype(str), cells.obs["embryo_time"].astype(float)
     cells.obs["time"] = minute.groupby(bins.to_numpy()).transform("mean").round(1)
     cells.uns["time_unit"] = "minutes"
@@ -99,5 +99,5 @@ def read_worm(path: Path) -> tuple[AnnData, list[str]]:
 
 def read_simulated(path: Path) -> tuple[AnnData, list[str]]:
     """Read what ``bgen data simulate`` wrote: trajectories are donors."""
-    cells = anndata.read_h5ad(path)
+    cells = read_input(path)
     return cells, ["donor"]

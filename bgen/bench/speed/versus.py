@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import anndata
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -40,6 +39,7 @@ from bgen.errors import UserError, nearest
 from bgen.evaluate.metrics.counts import variable_genes
 from bgen.progress import Say
 from bgen.store.format.manifest import Source
+from bgen.tasks.user_cells import read_input
 from bgen.version import __version__
 from data_tools.building.write import Contents, write_store
 from data_tools.simulate.simulate import simulate
@@ -184,7 +184,7 @@ def prepare(folder: Path, data: Path | None, genes: int, batch: int, seed: int) 
     UserError
         If the data cannot be used.
     """
-    adata = simulate("demo", seed=seed) if data is None else anndata.read_h5ad(data)
+    adata = simulate("demo", seed=seed) if data is None else read_input(data)
     counts = sp.csr_matrix(adata.X, dtype=np.float32)
     if counts.nnz == 0 or counts.data.min() < 0 or not np.array_equal(counts.data, np.rint(counts.data)):
         raise UserError(f"{data}: X does not hold counts. `bgen data check {data}` says more.")
