@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from bgen.checkpoint import files
 from bgen.checkpoint.commit import Checkpoints
+from bgen.checkpoint.ownership import Owner, owning
 from bgen.config.run import RunConfig
 from bgen.data.batch import CellBatch
 from bgen.data.packed import PackedBatch
@@ -25,6 +24,7 @@ from bgen.distributed.signals import StopSignals
 from bgen.errors import UserError
 from bgen.track.devices import device_name, peak_flops
 from bgen.track.output import CHECKPOINTS, RECORD, RunOutput, run_identifier
+from bgen.track.progress import warn
 from bgen.track.throughput import Throughput
 from bgen.train import restore
 from bgen.train.data_outage import Batches
@@ -80,7 +80,11 @@ class Trainer:
         self.config = config
         self.stage = stage
         self.out = config.out
-        self.checkpoints = Checkpoints(config.out / CHECKPOINTS, config.train.keep, config.train.keep_every)
+        train = config.train
+        self.checkpoints = Checkpoints(
+            config.out / CHECKPOINTS, train.keep, train.keep_every, train.save_timeout, self._beat
+        )
+        self._watchdog: Watchdog | None = None
         self._losses: list[float] = []
         self._damage_told: list[int] = []
         self._damaged = 0
@@ -105,21 +109,45 @@ class Trainer:
             If the run folder holds a run and ``resume`` is False, if every checkpoint is damaged, if the data is not
             what the run began with, or after ``max_skipped`` skipped steps in a row.
         """
-        folder: Path | None = None
-        messages: list[str] = []
-        if resume:
-            folder, messages = restore.find(self.checkpoints)
-        elif ranks.from_main((self.out / RECORD).exists() or bool(files.committed(self.checkpoints.root))):
+        ranks.set_timeout(self.config.train.start_timeout)
+        self._refuse_a_second_run(resume)
+        with owning(self.out) as owner:
+            self._refuse_a_second_run(resume)  # another job may have been here and gone since
+            self._refuse_to_restart_for_ever(owner)
+            self.checkpoints.owner = owner
+            folder: Path | None = None
+            messages: list[str] = []
+            if resume:
+                folder, messages = restore.find(self.checkpoints)
+            interrupted = self._fit(folder, messages, accept_changed_data)
+            owner.done = not interrupted
+        state = self.state
+        return TrainResult(
+            state.step, self.out / RECORD, self._losses, state.best, state.stopped_early, interrupted=interrupted
+        )
+
+    def _refuse_a_second_run(self, resume: bool) -> None:
+        if not resume and ranks.from_main((self.out / RECORD).exists() or bool(files.committed(self.checkpoints.root))):
             raise UserError(f"{self.out} already holds a run. Give --resume to go on with it, or another out=.")
-        self._require_writable()
+
+    def _refuse_to_restart_for_ever(self, owner: Owner) -> None:
+        if owner.fruitless > self.config.train.max_restarts:
+            raise UserError(
+                f"{self.out} was restarted {owner.fruitless} times in a row without a new checkpoint "
+                f"(train.max_restarts={self.config.train.max_restarts}): whatever ends it will end it again. Look at "
+                "the first error in the logs of the ranks, mend that, and start again."
+            )
+
+    def _fit(self, folder: Path | None, messages: list[str], accept_changed_data: bool) -> bool:
+        """Train in a folder that is this job's, from a checkpoint if there is one; whether a signal ended it."""
         if self.world.device.type == "cpu":
             keep_heap()
         status = "FAILED"
         cells = batch_plan(self.config.train, self.world.size).micro
         threads = as_many_threads_as_pay(self.stage.module, cells, self.world)
         with StopSignals() as self._signals, threads:
-            self._watchdog = Watchdog(self.out / "stacks")
-            self._watchdog.beat(self.config.train.start_timeout)
+            self._watchdog = watchdog = Watchdog(self.out / "stacks")
+            self._allow(self.config.train.start_timeout)
             try:
                 self._open(folder, messages, accept_changed_data)
                 try:
@@ -132,27 +160,23 @@ class Trainer:
                     self.output.close(status)
             except RuntimeError as error:
                 # Another rank died or hangs: say where this one stood.
-                self._watchdog.dump(error)
+                watchdog.dump(error)
                 raise
             finally:
-                self._watchdog.close()
-        state = self.state
-        return TrainResult(
-            state.step, self.out / RECORD, self._losses, state.best, state.stopped_early, interrupted=interrupted
-        )
+                watchdog.close()
+                self._watchdog = None
+        return interrupted
 
-    def _require_writable(self) -> None:
-        problem = None
-        if self.world.is_main:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=self.out):
-                    pass
-            except OSError as error:
-                problem = f"The run folder {self.out} cannot be written to: {error.strerror}. Choose another out=."
-        problem = ranks.from_main(problem)
-        if problem is not None:
-            raise UserError(problem)
+    def _allow(self, seconds: float) -> None:
+        """Let whatever comes next take so long, on all ranks."""
+        ranks.set_timeout(seconds)
+        self._allowed = seconds
+        self._beat()
+
+    def _beat(self) -> None:
+        """Say that this rank lives."""
+        if self._watchdog is not None:
+            self._watchdog.beat(self._allowed)
 
     def _open(self, folder: Path | None, messages: list[str], accept_changed_data: bool) -> None:
         """Restore or make the state, the engine and the weights beside it; open the output."""
@@ -173,7 +197,7 @@ class Trainer:
             deepspeed=deepspeed_config(train, self.world.size, self.out),
             data=self.stage.fingerprint,
         )
-        self.saver = Saver(self.checkpoints, self.config, self.stage.fingerprint, self._event, self.output.say)
+        self.saver = Saver(self.checkpoints, self.config, self.stage.fingerprint, self._event, self.output)
         for message in messages:
             self.output.say(message)
         facts: dict[str, Any] = {"ranks": self.world.size, "device": self.world.device.type}
@@ -197,8 +221,8 @@ class Trainer:
             micro_batches, waited = batches.next()
             asked_to_stop = self._step(micro_batches, waited)
             if state.step == first + 1:
-                ranks.set_timeout(train.step_timeout)
-            self._watchdog.beat(train.step_timeout)
+                self._allow(train.step_timeout)
+            self._beat()
             last = state.step == train.steps
             if state.step % train.log_every == 0 or last:
                 self._log()
@@ -305,15 +329,15 @@ class Trainer:
         for chunk in list(self.stage.damage())[len(self._damage_told) :]:
             self._damage_told.append(chunk)
             problem = self.stage.damage()[chunk]
-            print(f"warning: rank {self.world.rank}: chunk {chunk} is skipped: {problem}", file=sys.stderr, flush=True)
+            warn(f"rank {self.world.rank}: chunk {chunk} is skipped: {problem}")
             self._event("damaged chunk", {"chunk": chunk, "rank": self.world.rank, "problem": problem})
         return self.stage.damaged_cells()
 
     def _waiting_for_data(self, problem: str | None) -> None:
         if problem is not None:
             self._event("data outage", {"problem": problem})
-            print(f"warning: rank {self.world.rank}: {problem}", file=sys.stderr, flush=True)
-        self._watchdog.beat(self.config.train.step_timeout)
+            warn(f"rank {self.world.rank}: {problem}")
+        self._beat()
 
     def _log(self) -> None:
         means = self.state.take_means()
@@ -341,7 +365,7 @@ class Trainer:
         state.evaluating = True
 
         def stopped() -> bool:
-            self._watchdog.beat(train.step_timeout)
+            self._beat()
             return bool(ranks.agree_max(self._signals.received is not None))
 
         with self.engine.swapped_in(self.weights.judged):
@@ -365,16 +389,16 @@ class Trainer:
         due = self.state.step % self.config.train.checkpoint_every == 0
         if not (due or self._complete or asked_to_stop):
             return
-        self.output.sync()
         if asked_to_stop and not self._complete:
             self.saver.save_now(self.weights, self.state)
         else:
             self.saver.begin(self.weights, self.state)
-        self._watchdog.beat(self.config.train.step_timeout)
+        self._beat()
 
     def _finish(self, interrupted: bool) -> None:
         """Leave the module with the weights to export, and let the stage do what it does at the end."""
         self.saver.finish()
+        self._allow(self.config.train.save_timeout)  # what comes now is done once, and no step
         if (communication := self.engine.communication()) is not None:
             self._event("communication", communication)
         module = self.stage.module = self.weights.release()

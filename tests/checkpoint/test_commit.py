@@ -40,7 +40,7 @@ def test_layout_and_manifest(tmp_path: Path) -> None:
         "COMMITTED",
     }
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert (manifest["step"], manifest["ranks"], manifest["zero"], manifest["format"]) == (7, 1, 0, 2)
+    assert (manifest["step"], manifest["ranks"], manifest["zero"], manifest["format"]) == (7, 1, 0, 3)
     assert manifest["files"]["state.json"] == {"bytes": 1000, "sha256": files.sha256(folder / "state.json")}
     assert manifest["versions"]["torch"]
 
