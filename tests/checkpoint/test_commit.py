@@ -84,6 +84,34 @@ def test_half_deleted_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.Monke
     assert files.committed(tmp_path) == []
 
 
+def test_what_a_crash_left_is_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half-deleted checkpoints, and folders of checkpoints that were never committed."""
+    checkpoints = Checkpoints(tmp_path, 2)
+    folder = save(checkpoints, 1)
+    (folder / files.MARKER).unlink()
+    for name in ("step_00000002.tmp", "step_00000003.tmp-0123456789ab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard_00000.safetensors").write_bytes(b"half")
+    (tmp_path / "mine").mkdir()
+    save(checkpoints, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "step_00000004"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_spoil_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path, 2)
+    for step in (1, 2):
+        save(checkpoints, step)
+
+    def refused(folder: Path) -> None:
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr(files, "remove", refused)
+    save(checkpoints, 3)
+    assert [files.step_of(folder) for folder in files.committed(tmp_path)] == [3, 2, 1]
+
+
 def test_retention_keeps_the_newest_that_verify(tmp_path: Path) -> None:
     first = Checkpoints(tmp_path, 2)
     for step in (1, 2, 3):

@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from scenarios import SETTINGS
 from toy import run, toy_config
 
 from bgen.checkpoint import files
+from bgen.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,40 @@ def test_killed_in_a_step_and_in_a_save_the_job_finishes_by_itself(tmp_path: Pat
     assert resumed[-1] == 15  # the save of step 20 was cut off: one interval is lost
     losses = {row["step"]: row["loss"] for row in rows(tmp_path)}
     np.testing.assert_allclose([losses[step] for step in range(1, 31)], undisturbed, rtol=1e-5)
-    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp*"))
+
+
+def test_what_is_slow_at_the_disk_is_no_hang(tmp_path: Path) -> None:
+    """Checkpoint, record and last work of one rank each take longer than a step may: the others wait for it."""
+    code, said = launch(torchrun(2), "slow_disk", tmp_path)
+    assert code == 0, said[-4000:]
+    assert {path.name for path in tmp_path.glob("once_*")} == {"once_shards", "once_record", "once_finish"}
+    assert [files.step_of(folder) for folder in files.committed(tmp_path / "run" / "checkpoints")] == [8, 4]
+    assert not (tmp_path / "run" / "stacks").exists()
+
+
+def test_a_folder_that_the_ranks_do_not_share_is_found_before_the_first_step(tmp_path: Path) -> None:
+    code, said = launch(torchrun(2), "own_disk", tmp_path)
+    assert code != 0
+    assert said.count("is not one folder for all ranks: rank 1 on ") == 1
+    assert "does not see what rank 0 wrote there" in said
+    assert list(tmp_path.glob("*/run/record.jsonl")) == []
+
+
+def test_a_second_job_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    config = toy_config(tmp_path / "run", SETTINGS | {"steps": 10**6})
+    with start([sys.executable], "endless", tmp_path, stdout=subprocess.DEVNULL) as process:
+        wait_for_steps(tmp_path, process)
+        with pytest.raises(UserError, match=f"Another job is at work on .*: process {process.pid} on "):
+            run(config, resume=True)
+        seen = len(rows(tmp_path))
+        deadline = time.monotonic() + LIMIT
+        while len(rows(tmp_path)) == seen and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert process.poll() is None
+        process.kill()
+    first, _ = run(toy_config(tmp_path / "run", SETTINGS | {"steps": 3}), resume=True)
+    assert first.step == 3  # a dead job is no obstacle
 
 
 @pytest.mark.slow  # waits for time-outs, and compares the step times of ranks: wants a machine of its own
