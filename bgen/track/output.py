@@ -15,6 +15,7 @@ from bgen.config.load import to_yaml
 from bgen.config.run import Config, RunConfig
 from bgen.distributed.world import World
 from bgen.errors import UserError
+from bgen.passwords import without_passwords
 from bgen.track import record as records
 from bgen.track.environment import environment
 from bgen.track.mirror import Mirror
@@ -86,12 +87,9 @@ class RunOutput:
             self._mirror = Mirror(target(config, run, tracking_uri(config.track.uri, config.out), data))
 
     def row(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Add a row to the record; floats that are not finite become null."""
+        """Add a row to the record; floats that are not finite become null, and addresses lose their passwords."""
         if self._record is not None:
-            finite = {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in values.items()
-            }
+            finite = {name: _told(value) for name, value in values.items()}
             before = self._record.trouble
             self._record.append(kind, step, finite)
             if self._record.trouble is not None and before is None:
@@ -110,7 +108,7 @@ class RunOutput:
     def say(self, message: str) -> None:
         """Print a line."""
         if self._progress is not None:
-            self._progress.say(message)
+            self._progress.say(without_passwords(message))
 
     def sync(self) -> None:
         """Wait until the record is on the disk."""
@@ -136,7 +134,8 @@ def target(config: RunConfig, run: str, uri: str, data: dict[str, Any] | None) -
     if data is not None:
         params |= flatten(data, "fingerprint.")
     if data is not None and isinstance(config, Config):
-        dataset = (config.data.store.rstrip("/").rsplit("/", 1)[-1], str(data.get("store", "")), config.data.store)
+        store = without_passwords(config.data.store)
+        dataset = (store.rstrip("/").rsplit("/", 1)[-1], str(data.get("store", "")), store)
     return Target(
         str(config.out / RECORD),
         uri,
@@ -148,6 +147,12 @@ def target(config: RunConfig, run: str, uri: str, data: dict[str, Any] | None) -
         dataset,
         str(config.out / CHECKPOINTS) if config.track.checkpoints else None,
     )
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return without_passwords(value) if isinstance(value, str) else value
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,6 +9,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bgen.passwords import without_passwords
+
 # Without a terminal: at most a line in so many seconds.
 SECONDS_PER_LINE = 10.0
 
@@ -16,7 +18,7 @@ SECONDS_PER_LINE = 10.0
 def warn(message: str) -> None:
     """Print a warning on a rank that shows no progress."""
     with contextlib.suppress(OSError):
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        print(f"warning: {without_passwords(message)}", file=sys.stderr, flush=True)
 
 
 class ProgressLine:
