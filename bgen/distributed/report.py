@@ -31,6 +31,8 @@ def report_user_error(error: UserError) -> int:
     """
     text = without_passwords(str(error))
     rank = _number("RANK", 0)
+    if rank > 0:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(error.exit_code))
     places = _places()
     if places:
         with contextlib.suppress(OSError):
@@ -39,7 +41,6 @@ def report_user_error(error: UserError) -> int:
         _say(f"error: {text}")
         _wait_for(places)
     else:
-        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(error.exit_code))
         if places and _number("GROUP_RANK", 0) == 0:
             _wait_for(places[:1])  # rank 0 finds it too, and speaks
         time.sleep(PATIENCE)
