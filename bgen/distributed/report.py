@@ -41,8 +41,9 @@ def report_user_error(error: UserError) -> int:
         _say(f"error: {text}")
         _wait_for(places)
     else:
-        if places and _number("GROUP_RANK", 0) == 0:
-            _wait_for(places[:1])  # rank 0 finds it too, and speaks
+        if places and _number("GROUP_RANK", 0) == 0 and _wait_for(places[:1]):
+            time.sleep(TOGETHER)  # rank 0 has found it too, and spoken: the launcher ends this rank after it
+            return error.exit_code
         time.sleep(PATIENCE)
         _say(f"error (rank {rank}): {text}")
     if error.exit_code == _MISTAKE:
@@ -62,10 +63,13 @@ def _places() -> list[Path]:
     return [own.parent / str(other) / _MARK for other in range(size)]
 
 
-def _wait_for(places: list[Path]) -> None:
+def _wait_for(places: list[Path]) -> bool:
     deadline = time.monotonic() + TOGETHER
-    while time.monotonic() < deadline and not all(place.exists() for place in places):
+    while not all(place.exists() for place in places):
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.05)
+    return True
 
 
 def _end_torchrun() -> None:

@@ -318,7 +318,7 @@ def _check_passwords(config: Config) -> None:
     if without_passwords(config.data.store) != config.data.store:
         raise UserError(
             f"data.store={without_passwords(config.data.store)} was given with a password, and launch files hold none, "
-            "so the job could not read it. Give it in the environment (AWS_ACCESS_KEY_ID, ...; launch/environment.yaml)."
+            "so the job could not read it. Give it in the environment (AWS_ACCESS_KEY_ID; launch/environment.yaml)."
         )
 
 

@@ -210,19 +210,30 @@ class Trainer:
     def _loop(self) -> bool:
         """Run the steps that are left; returns whether a signal ended them."""
         train, state = self.config.train, self.state
-        batches = Batches(self.stage, state.step, train.data_patience, self._waiting_for_data)
+        batches = Batches(
+            *(self.stage, state.step, train.data_patience, train.step_timeout),
+            *(self._waiting_for_data, lambda: self._signals.received is not None),
+        )
         first = state.step
         self.engine.train()
         peak = peak_flops(device_name(self.world.device), train.precision)
         self.throughput = Throughput(None if peak is None else peak * self.world.size)
         self.hosts = HostReport(train.straggler_ratio, self.config.track.system)
         asked_to_stop = state.evaluating and not self._validate()
+        drawn: Sequence[CellBatch | PackedBatch] | None = None
+        before: Sequence[CellBatch | PackedBatch] | None = None
         while state.step < train.steps and not state.stopped_early and not asked_to_stop:
-            micro_batches, waited = batches.next()
-            asked_to_stop = self._step(micro_batches, waited)
+            if drawn is None:
+                drawn, waited = batches.next(alone=before is None and self.world.size > 1)
+            asked_to_stop, done = self._step(drawn, before, waited, batches.given_up is not None)
+            self._beat()
+            if not done:
+                if asked_to_stop:
+                    self._save(asked_to_stop)
+                continue
+            drawn, before = None, drawn
             if state.step == first + 1:
                 self._allow(train.step_timeout)
-            self._beat()
             last = state.step == train.steps
             if state.step % train.log_every == 0 or last:
                 self._log()
@@ -234,13 +245,30 @@ class Trainer:
             self._save(asked_to_stop)
             self.throughput.pause(time.perf_counter() - begin)
         if asked_to_stop and not self._complete:
-            self.output.say(f"stopped by a signal at step {state.step}: saved; go on with --resume")
+            if problem := next(filter(None, ranks.gather(batches.given_up)), None):
+                raise UserError(problem)
+            self.output.say(f"stopped by a signal at step {state.step}: saved")
             return True
         return False
 
-    def _step(self, micro_batches: Sequence[CellBatch | PackedBatch], waited: float) -> bool:
-        """One optimiser step on the global batch; returns whether any rank was asked to stop."""
+    def _step(
+        self,
+        drawn: Sequence[CellBatch | PackedBatch] | None,
+        before: Sequence[CellBatch | PackedBatch] | None,
+        waited: float,
+        given_up: bool,
+    ) -> tuple[bool, bool]:
+        """One optimiser step on the global batch; returns whether any rank was asked to stop, and whether it was done.
+
+        A rank that has no data (``drawn`` is None) takes those of the step ``before`` in their place and spoils its
+        gradient. So the others hear of the outage where they wait for it, and no rank's weights change.
+        """
         train, state = self.config.train, self.state
+        stop = float(self._signals.received is not None or given_up)
+        if drawn is None and self.world.size == 1:
+            return stop > 0, False
+        micro_batches = before if drawn is None else drawn
+        assert micro_batches is not None
         _seed(self.config.seed, state.step, self.world.rank)
         sums: dict[str, Tensor] = {}
         unfinite: list[Tensor] = []
@@ -262,19 +290,23 @@ class Trainer:
             if train.skip_spikes and number == len(micro_batches):
                 mean = ranks.all_sum(sums["loss"].cpu()[None]).item() / train.global_batch
                 spike = state.is_spike(mean, train.skip_spikes)
-            self.engine.backward(losses["loss"].float().mean(), spoil=spike)
+            self.engine.backward(losses["loss"].float().mean(), spoil=spike or drawn is None)
         rate = learning_rate(train, state.step)
         outcome = self.engine.step(rate)
 
         names = sorted(sums)
         cells = sum(len(batch) for batch in micro_batches)
         nonzeros = sum(len(batch.counts) for batch in micro_batches)
-        stop = float(self._signals.received is not None)
         damaged = self._damaged_cells()
-        here = [cells, nonzeros, waited, flops, stop, damaged, *self.checkpoints.status()]
+        here = [cells, nonzeros, waited, flops, stop, drawn is None, damaged, *self.checkpoints.status()]
         local = torch.cat([torch.tensor(here, dtype=torch.float64), torch.stack([sums[name] for name in names]).cpu()])
         everywhere = ranks.all_sum(local).tolist()
-        cells_all, nonzeros_all, waited_all, flops_all, stop, damaged_all, written, failed, *totals = everywhere
+        cells_all, nonzeros_all, waited_all, flops_all, stop, lacking, damaged_all, written, failed, *totals = (
+            everywhere
+        )
+        if lacking:
+            self.saver.advance(int(written), int(failed))
+            return stop > 0, False
         self._damaged = int(damaged_all)
         means = {name: total / cells_all for name, total in zip(names, totals, strict=True)}
         self.throughput.add(int(cells_all), int(nonzeros_all), waited_all / self.world.size, flops_all)
@@ -293,7 +325,7 @@ class Trainer:
             self._skipped(micro_batches, unfinite, means["loss"] if spike else None)
         self.saver.advance(int(written), int(failed))
         self.output.progress(state.step)
-        return stop > 0
+        return stop > 0, True
 
     def _skipped(
         self, micro_batches: Sequence[CellBatch | PackedBatch], unfinite: list[Tensor], spike: float | None

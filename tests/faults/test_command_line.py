@@ -36,7 +36,8 @@ def test_a_signal_exits_with_the_code_for_requeue(demo: Any, tmp_path: Path) -> 
         process.send_signal(signal.SIGUSR2)
         _, said = process.communicate(timeout=LIMIT)
     assert process.returncode == 99, said
-    assert "saved; go on with --resume" in said
+    assert ": saved" in said
+    assert "Go on with --resume." in said
     (folder,) = files.committed(run / "checkpoints")
     assert files.damage(folder) is None
     again = [*start, f"train.steps={files.step_of(folder) + 3}"]

@@ -177,9 +177,15 @@ class Partition:
                         self._fill(saved, kind, state[name], pieces)
                 steps = max((saved.step(name) for name in named), default=0.0)
                 if steps:
-                    state["step"] = torch.tensor(steps)
+                    state["step"] = self._step_counter(flat, steps)
                 if state:
                     self._put_state(flat.tensor, state)
+
+    def _step_counter(self, flat: Flat, steps: float) -> Tensor:
+        """Return the optimiser's counter, where it looks for it: beside the weights, if its kernels read it there."""
+        group = next((g for g in self._inner.param_groups if any(p is flat.tensor for p in g["params"])), {})
+        beside = group.get("fused") or group.get("capturable")
+        return torch.tensor(steps, dtype=torch.float32, device=flat.tensor.device if beside else "cpu")
 
     def _put_state(self, tensor: Tensor, state: dict[str, Any]) -> None:
         existing = self._inner.state[tensor]
