@@ -49,9 +49,9 @@ def read_trajectories(store: Store, split: str, config: TrajectoriesConfig) -> T
     else:
         if "time" not in store.manifest.roles:
             raise UserError(
-                f"data.trajectories: the store {store.folder} does not know which column is the time of its cells, and in "
-                "which unit, so a model of it could not be asked for times. Build the store with --time COLUMN --time-unit "
-                "UNIT (AnnData in zarr: data.anndata.roles={time: COLUMN})."
+                f"data.trajectories: the store {store.folder} does not know which column is the time of its cells, and "
+                "in which unit, so a model of it could not be asked for times. Build the store with --time COLUMN "
+                "--time-unit UNIT (AnnData in zarr: data.anndata.roles={time: COLUMN})."
             )
         column, time = store.column("time")
         if column.kind != "number":

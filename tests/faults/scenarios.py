@@ -123,6 +123,22 @@ def own_disk(folder: Path) -> TrainResult:
     return train(folder / f"node_{os.environ['RANK']}", {}, lambda step: None)
 
 
+def away(folder: Path) -> TrainResult:
+    """The data of rank 1 cannot be read any more from step 25 on, and nobody loses patience."""
+    stage = ToyStage(toy_config(folder / "run", SETTINGS | {"steps": 10**6, "checkpoint_every": 10**6}))
+    drawn = stage.train_batches
+
+    def batches(start: int) -> Iterator[Sequence[CellBatch]]:
+        for step, found in enumerate(drawn(start), start):
+            if step == 25 and ranks.current().rank == 1:
+                (folder / "away").touch()
+                raise OSError(116, "Stale file handle")
+            yield found
+
+    stage.train_batches = batches  # type: ignore[method-assign]
+    return Trainer(stage.config, stage).fit(resume=True)
+
+
 def endless(folder: Path) -> TrainResult:
     """Runs until it is asked to stop; then it exits with the code for requeue."""
     return train(folder, {"steps": 10**6, "checkpoint_every": 10**6, "requeue_exit": 99}, lambda step: None)

@@ -218,8 +218,31 @@ def test_a_store_that_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [row["step"] for row in record.read(result.record) if row.get("event") == "data outage"] == [5]
 
 
+def test_a_signal_while_the_store_is_away(tmp_path: Path) -> None:
+    settings = {"steps": 10, "data_patience": 1000, "checkpoint_every": 100}
+    straight, _ = run(toy_config(tmp_path / "straight", settings))
+    stage = AwayStage(toy_config(tmp_path / "run", settings))
+    stage.seconds = 1000.0
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+    away = stage.train_batches
+
+    def batches(start: int) -> Iterator[Sequence[CellBatch]]:
+        try:
+            yield from away(start)
+        except OSError:
+            if start == 0:
+                timer.start()
+            raise
+
+    stage.train_batches = batches  # type: ignore[method-assign]
+    first = Trainer(stage.config, stage).fit()
+    assert (first.interrupted, first.step) == (True, 5)
+    second, _ = run(toy_config(tmp_path / "run", settings), resume=True)
+    assert first.losses + second.losses == straight.losses
+
+
 def test_a_store_that_stays_away(tmp_path: Path) -> None:
-    stage = AwayStage(toy_config(tmp_path / "run", {"steps": 10, "data_patience": 1, "checkpoint_every": 5}))
+    stage = AwayStage(toy_config(tmp_path / "run", {"steps": 10, "data_patience": 1, "checkpoint_every": 100}))
     stage.seconds = 1000.0
     with pytest.raises(UserError, match=r"could not be read for 1 s .*Stale file handle\. When the store is back"):
         Trainer(stage.config, stage).fit()

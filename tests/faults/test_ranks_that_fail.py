@@ -125,6 +125,22 @@ def test_sigterm_to_the_launcher_saves_on_all_ranks(tmp_path: Path) -> None:
     assert ": saved" in said
 
 
+def test_sigterm_while_the_data_of_one_rank_cannot_be_read(tmp_path: Path, undisturbed: list[float]) -> None:
+    """The other rank waits for it in the middle of a step; both save what they have before that step."""
+    with start(torchrun(2), "away", tmp_path, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + LIMIT
+        while not (tmp_path / "away").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=LIMIT)
+    found = [result(tmp_path, rank) for rank in (0, 1)]
+    assert [(each["interrupted"], each["step"]) for each in found] == [(True, 25)] * 2, said[-4000:]
+    (folder,) = files.committed(tmp_path / "run" / "checkpoints")
+    assert (files.step_of(folder), files.damage(folder)) == (25, None)
+    resumed, _ = run(toy_config(tmp_path / "run", SETTINGS), resume=True)
+    np.testing.assert_allclose(resumed.losses, undisturbed[25:], rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_save_longer_than_the_launchers_patience(tmp_path: Path) -> None:
     """Fault 8: torchrun kills after 30 s unless it is told to wait longer."""

@@ -183,8 +183,7 @@ class Partition:
 
     def _step_counter(self, flat: Flat, steps: float) -> Tensor:
         """Return the optimiser's counter, where it looks for it: beside the weights, if its kernels read it there."""
-        group = next((g for g in self._inner.param_groups if any(p is flat.tensor for p in g["params"])), {})
-        beside = group.get("fused") or group.get("capturable")
+        beside = any(group.get("fused") or group.get("capturable") for group in self._inner.param_groups)
         return torch.tensor(steps, dtype=torch.float32, device=flat.tensor.device if beside else "cpu")
 
     def _put_state(self, tensor: Tensor, state: dict[str, Any]) -> None:
