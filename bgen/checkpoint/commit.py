@@ -229,17 +229,19 @@ class Checkpoints:
         names = ranks.from_main([path.name for path in files.committed(self.root)])
         for name in names:
             folder = self.root / name
-            looked: list[str | None] = []
-            work = Work(lambda folder=folder, looked=looked: looked.append(files.damage(folder, here.rank, here.size)))
-            wait(work, self._beat)
-            if work.error is not None:
-                looked.append(str(work.error))
-            found = [text for text in ranks.gather(looked[0]) if text is not None]
+            found = [text for text in ranks.gather(self._damage(folder)) if text is not None]
             if not found:
                 self._good.add(name)
                 return folder, messages
             messages.append(f"checkpoint {name} is damaged ({found[0]})")
         return None, messages
+
+    def _damage(self, folder: Path) -> str | None:
+        """Return what this rank finds wrong with its share of a checkpoint; reading it may take long."""
+        here, found = ranks.current(), []
+        work = Work(lambda: found.append(files.damage(folder, here.rank, here.size)))
+        wait(work, self._beat)
+        return str(work.error) if work.error is not None else found[0]
 
     @property
     def _temporary(self) -> Path:

@@ -111,9 +111,9 @@ class RunOutput:
             self._progress.say(without_passwords(message))
 
     def sync(self) -> None:
-        """Wait until the record is on the disk."""
-        if self._record is not None:
-            self._record.sync()
+        """Wait until the record is on the disk; may be called in another thread."""
+        if self._record is not None and (error := self._record.sync()) is not None:
+            self.say(f"warning: {self._record.path} may not be on the disk: {error.strerror}")
 
     def close(self, status: str) -> None:
         """Close all, with MLflow's ``status``: FINISHED, KILLED or FAILED."""

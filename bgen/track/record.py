@@ -41,7 +41,7 @@ class Record:
     Attributes
     ----------
     trouble
-        Why the last attempt to write or to synchronise failed; None if it did not.
+        Why the last attempt to write failed; None if it did not.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,12 +71,16 @@ class Record:
         """Rows that are not written yet."""
         return self._unwritten.count(b"\n")
 
-    def sync(self) -> None:
-        """Wait until the rows that were written are on the disk; may be called in another thread."""
+    def sync(self) -> OSError | None:
+        """Wait until the rows that were written are on the disk, and return what went wrong, if anything did.
+
+        It may be called in another thread.
+        """
         try:
             os.fsync(self._descriptor)
         except OSError as error:
-            self.trouble = error
+            return error
+        return None
 
     def close(self) -> None:
         """Write what is left, if that is possible, and close the file."""

@@ -20,6 +20,7 @@ from bgen.checkpoint.weights import export_weights
 from bgen.data.batch import CellBatch
 from bgen.errors import UserError
 from bgen.track import record
+from bgen.train.engine.engine import Engine
 from bgen.train.trainer import Trainer, TrainResult
 
 FULL = {"ema": 0.9, "patience": 30, "eval_every": 4, "schedule": "cosine", "log_every": 10}
@@ -257,6 +258,25 @@ def test_a_metric_that_is_not_finite_beside_a_finite_loss_changes_nothing(tmp_pa
     rows = [rows_of(result.record, "train") for result in (straight, second)]
     assert rows[0] == rows[1]
     assert [row["nll"] is None for row in rows[0]] == [True, False]
+
+
+@pytest.mark.parametrize(("zero", "copies"), [(0, False), (1, False), (3, True)])
+def test_frozen_parameters_are_copied_only_where_they_do_not_stay_whole(
+    tmp_path: Path, zero: int, copies: bool
+) -> None:
+    """A copy would cost every rank of a host as much memory again."""
+    config = toy_config(tmp_path / "run", {"zero": zero})
+    stage = ToyStage(config)
+    frozen = stage.module.frozen = torch.nn.Linear(3, 5).requires_grad_(False)
+    weight = frozen.weight.clone()
+    engine = Engine(stage.module, config.train, stage.world)
+    held = engine.frozen()
+    assert held.keys() == {"frozen.weight", "frozen.bias"}
+    assert torch.equal(held["frozen.weight"], weight)
+    assert (
+        held["frozen.weight"].data_ptr() != dict(engine.module.named_parameters())["frozen.weight"].data_ptr()
+    ) == copies
+    engine.release()
 
 
 def test_frozen_parameters_are_saved_once(tmp_path: Path) -> None:
