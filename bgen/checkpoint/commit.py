@@ -224,7 +224,6 @@ class Checkpoints:
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """Return the newest checkpoint that verifies on all ranks, and a line for each newer one that does not."""
-        here = ranks.current()
         messages: list[str] = []
         names = ranks.from_main([path.name for path in files.committed(self.root)])
         for name in names:
