@@ -37,6 +37,8 @@ BEAT = 5.0
 """Seconds between two beats."""
 SILENCE = 60.0
 """Seconds without a beat after which an attempt on another host counts as dead."""
+DYING = 5.0
+"""Seconds that a process of this host is given to be gone: one that was killed may still be giving its memory back."""
 SHARING = 15.0
 """Seconds that the ranks have to see what the first one wrote: network file systems remember folders for a while."""
 
@@ -183,7 +185,12 @@ class Owner:
         if attempt is not None:
             if attempt.ended:
                 return False
-            lives = attempt.lives()
+            deadline = time.monotonic() + DYING
+            while (lives := attempt.lives()) and time.monotonic() < deadline and self._last()[0] == number:
+                time.sleep(0.05)
+                attempt = self._last()[1] or attempt
+                if attempt.ended:
+                    return False
             if lives is not None:
                 return lives
         before, deadline = self._counted(number), time.monotonic() + SILENCE

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from bgen.errors import UserError
 from bgen.passwords import without_passwords
 
@@ -75,8 +77,15 @@ def _wait_for(places: list[Path]) -> bool:
 def _end_torchrun() -> None:
     """Tell the torchrun that started this process to end, if it would start it again."""
     left = _number("TORCHELASTIC_MAX_RESTARTS", 0) - _number("TORCHELASTIC_RESTART_COUNT", 0)
-    if "TORCHELASTIC_RUN_ID" in os.environ and left > 0:
-        os.kill(os.getppid(), signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" not in os.environ or left <= 0:
+        return
+    with contextlib.suppress(psutil.Error, OSError):
+        parent = psutil.Process(os.getppid())
+        if any(
+            "torchrun" in word or "torch.distributed" in word or "torch/distributed" in word
+            for word in parent.cmdline()
+        ):
+            parent.terminate()
 
 
 def _number(name: str, default: int) -> int:

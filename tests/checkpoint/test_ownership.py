@@ -27,6 +27,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks.start(30)
     monkeypatch.setattr(ownership, "BEAT", 0.05)
     monkeypatch.setattr(ownership, "SILENCE", 1.0)
+    monkeypatch.setattr(ownership, "DYING", 0.2)
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
 
 
@@ -69,6 +70,20 @@ def test_a_dead_job_blocks_nobody(tmp_path: Path, owners: Any) -> None:
     change(tmp_path, 1, process=finished_process())
     owners().take()
     assert [path.name for path in sorted((tmp_path / "lock").glob("*.json"))] == ["00000002.json"]
+
+
+def test_a_job_that_is_just_ending_is_waited_for(tmp_path: Path, owners: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "DYING", 60.0)
+    first = owners()
+    first.take()
+    timer = threading.Timer(0.2, first.release)
+    timer.start()
+    owners().take()
+    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as process:
+        change(tmp_path, 2, process=process.pid, born=ownership._born(process.pid))
+        threading.Timer(0.2, process.kill).start()
+        owners().take()
+    assert [path.name for path in (tmp_path / "lock").glob("*.json")] == ["00000003.json"]
 
 
 def test_a_process_that_got_the_number_of_a_dead_one_is_another(tmp_path: Path, owners: Any) -> None:

@@ -188,18 +188,28 @@ def test_rank_0_waits_until_its_neighbours_have_found_the_mistake(
     assert capsys.readouterr().err == "error: bad\n"
 
 
-def test_the_launcher_is_told_not_to_make_the_mistake_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "kill", lambda process, number: told.append((process, number)))
-    launched(monkeypatch, TORCHELASTIC_RUN_ID="x", TORCHELASTIC_MAX_RESTARTS="3", TORCHELASTIC_RESTART_COUNT="3")
-    report_user_error(UserError("bad"))
-    assert told == [], "it has no restart left"
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+MISTAKE = """
+import os, sys
+from pathlib import Path
+from bgen.distributed.report import report_user_error
+from bgen.errors import UserError
+class Failure(UserError):
+    exit_code = int(sys.argv[2])
+Path(sys.argv[1], f"life_{os.environ['TORCHELASTIC_RESTART_COUNT']}").touch()
+sys.exit(report_user_error(Failure("bad")))
+"""
 
-    class Full(UserError):
-        exit_code = 75
 
-    report_user_error(Full("worth another try"))
-    assert told == []
-    report_user_error(UserError("bad"))
-    assert told == [(os.getppid(), signal.SIGTERM)]
+@pytest.mark.parametrize(("code", "lives"), [(2, 1), (75, 2)])
+def test_a_mistake_ends_torchrun_and_a_full_disk_does_not(tmp_path: Path, code: int, lives: int) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(MISTAKE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1", str(script)]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [*command, str(tmp_path), str(code)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: bad") == lives, done.stderr
+    assert len(list(tmp_path.glob("life_*"))) == lives

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from launching import LIMIT, environment
+from prefork import python
 from safetensors import SafetensorError
 
 from bgen.checkpoint import files
@@ -34,7 +35,7 @@ def test_a_signal_exits_with_the_code_for_requeue(demo: Any, tmp_path: Path) -> 
     """Fault 7: what is requeued with the same command finishes, with 0."""
     run = tmp_path / "run"
     arguments = command(demo, run, "train.steps=100000", "train.requeue_exit=99")
-    start = [sys.executable, "-m", "bgen", *arguments, "--resume"]
+    start = [python(), "-m", "bgen", *arguments, "--resume"]
     with subprocess.Popen(start, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + LIMIT
         record = run / "record.jsonl"

@@ -6,17 +6,17 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from launching import LIMIT, launch, result, rows, start, torchrun
+from prefork import python
 from scenarios import SETTINGS
 from toy import run, toy_config
 
-from bgen.checkpoint import files
+from bgen.checkpoint import files, ownership
 from bgen.errors import UserError
 
 
@@ -55,11 +55,12 @@ def test_a_folder_that_the_ranks_do_not_share_is_found_before_the_first_step(tmp
     assert list(tmp_path.glob("*/run/record.jsonl")) == []
 
 
-def test_a_second_job_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+def test_a_second_job_is_refused_while_the_first_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "DYING", 0.1)
     config = toy_config(tmp_path / "run", SETTINGS | {"steps": 10**6})
-    with start([sys.executable], "endless", tmp_path, stdout=subprocess.DEVNULL) as process:
+    with start([python()], "endless", tmp_path, stdout=subprocess.DEVNULL) as process:
         wait_for_steps(tmp_path, process)
-        with pytest.raises(UserError, match=f"Another job is at work on .*: process {process.pid} on "):
+        with pytest.raises(UserError, match="Another job is at work on .*: process "):
             run(config, resume=True)
         seen = len(rows(tmp_path))
         deadline = time.monotonic() + LIMIT
