@@ -60,7 +60,7 @@ def test_a_second_job_is_refused_while_the_first_lives(tmp_path: Path, monkeypat
     config = toy_config(tmp_path / "run", SETTINGS | {"steps": 10**6})
     with start([python()], "endless", tmp_path, stdout=subprocess.DEVNULL) as process:
         wait_for_steps(tmp_path, process)
-        with pytest.raises(UserError, match="Another job is at work on .*: process "):
+        with pytest.raises(UserError, match=r"Another job is at work on .*: process "):
             run(config, resume=True)
         seen = len(rows(tmp_path))
         deadline = time.monotonic() + LIMIT
