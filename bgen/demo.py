@@ -87,9 +87,9 @@ def run_demo(
 
     step("Train the VAE")
     configs = _configs(out, manifest, seed, overrides)
-    train(configs["vae"])
+    _train(configs["vae"], out)
     step("Train the flow")
-    train(configs["flow"])
+    _train(configs["flow"], out)
     (out / "flow" / "model").rename(out / "model")
 
     step("Generate cells")
@@ -108,6 +108,21 @@ def run_demo(
     console.print(f"MLflow   {out / 'mlflow.db'}", highlight=False)
     console.print(f"report   {out / 'report' / 'report.html'}", highlight=False)
     console.print(f"[dim]{time.perf_counter() - begin:.0f} s in all, torch with {torch.get_num_threads()} threads[/]")
+
+
+class Stopped(UserError):
+    """A signal ended the demo (128 and the number of SIGTERM)."""
+
+    exit_code = 143
+
+
+def _train(config: Config, out: Path) -> None:
+    """Train a stage to its end."""
+    if train(config).interrupted:
+        raise Stopped(
+            f"The demo was stopped by a signal and is not complete; a demo cannot go on. Start it again with another "
+            f"--out, or remove {out} first."
+        )
 
 
 class _Steps:

@@ -5,7 +5,8 @@ cd {{cwd}}
 
 {{environment}}
 
-# A rank that dies takes the others with it; torchrun starts all of them again, at the newest checkpoint.
-exec {{python}} -m torch.distributed.run --standalone --nproc-per-node={{ranks}} --max-restarts={{restarts}} \
+# A rank that dies takes the others with it; torchrun starts all of them again, at the newest checkpoint. The run gives up
+# after {{restarts}} restarts in a row without a new one.
+exec {{python}} -m torch.distributed.run --standalone --nproc-per-node={{ranks}} --max-restarts={{launcher_restarts}} \
   --log-dir={{out}}/logs --tee=3 \
-  -m bgen train {{config}} --resume
+  -m bgen train {{config}} train.max_restarts={{restarts}} --resume

@@ -37,8 +37,8 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:  # sends nothing: as
     print(s.getsockname()[0])')
 
 echo $$ > {{out}}/node_"$node".pid
-exec {{python}} -m torch.distributed.run --nnodes={{nnodes}} --nproc-per-node={{ranks}} --max-restarts={{restarts}} \
+exec {{python}} -m torch.distributed.run --nnodes={{nnodes}} --nproc-per-node={{ranks}} --max-restarts={{launcher_restarts}} \
   --rdzv-backend=c10d --rdzv-endpoint={{head}}:{{port}} --rdzv-id={{name}} --local-addr="$address" \
   --rdzv-conf=is_host=$is_host,join_timeout={{join_timeout}},last_call_timeout=10 \
   --log-dir={{out}}/logs/node_"$node" --tee=3 \
-  -m bgen train {{config}} --resume
+  -m bgen train {{config}} train.max_restarts={{restarts}} --resume

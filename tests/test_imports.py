@@ -21,6 +21,7 @@ FLOORS = [
     "bgen.progress",
     "bgen.files",
     "bgen.cpus",
+    "bgen.passwords",
     "bgen.config",
     "bgen.genes",
     "bgen.order",

@@ -8,11 +8,15 @@ anyway, so all pass from one phase to the next at the same step.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
 import platform
 import shutil
-import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,9 @@ import torch
 from torch import Tensor
 
 from bgen.checkpoint import files, shards
+from bgen.checkpoint.ownership import Owner, Superseded
 from bgen.distributed import world as ranks
+from bgen.distributed.patience import Work, nothing, wait
 
 # What a checkpoint needs beside its tensors: headers, state, manifest, block sizes of the file system.
 OVERHEAD = 1 << 18
@@ -29,6 +35,27 @@ OVERHEAD = 1 << 18
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written; every rank raises it, and the earlier checkpoints are untouched."""
+
+
+class SaveHangs(SaveError):
+    """Writing a checkpoint has not come to an end in the time that it may take; it is not waited for any longer."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Parameters that never change, of which rank 0 writes one copy for all checkpoints.
+
+    Attributes
+    ----------
+    bytes
+        Their size.
+    tensors
+        Returns them on the CPU, by :func:`bgen.checkpoint.shards.key`; called in a thread, and only if they have to be
+        written.
+    """
+
+    bytes: int
+    tensors: Callable[[], dict[str, Tensor]]
 
 
 class Checkpoints:
@@ -45,25 +72,40 @@ class Checkpoints:
         Newest good checkpoints kept, at least 2.
     keep_every
         Checkpoints at multiples of so many steps are kept as well; 0: none.
+    patience
+        Seconds that a checkpoint may take from its beginning, if it has to be waited for.
+    beat
+        Called every second while one is waited for.
     """
 
-    def __init__(self, root: Path, keep: int, keep_every: int = 0) -> None:
+    def __init__(
+        self,
+        root: Path,
+        keep: int,
+        keep_every: int = 0,
+        patience: float = math.inf,
+        beat: Callable[[], None] = nothing,
+    ) -> None:
         assert keep >= 2
         self.root, self.keep, self.keep_every = root, keep, keep_every
+        self.owner: Owner | None = None
+        self._patience, self._beat = patience, beat
         # Checkpoints whose files this process wrote or verified; others are verified before an older one is deleted.
         self._good: set[str] = set()
-        self._thread: threading.Thread | None = None
+        self._work: Work | None = None
         self._committing = False
-        self._failure: str | None = None
+        self._begun = 0.0
         self._target = root
         self._step = 0
         self._facts: dict[str, Any] = {}
         self._entries: dict[str, dict[str, Any]] = {}
+        self._before: Callable[[], None] = nothing
+        self._frozen_digest: str | None = None
 
     @property
     def pending(self) -> bool:
         """Whether a checkpoint was begun and is neither committed nor given up."""
-        return self._thread is not None
+        return self._work is not None
 
     def begin(
         self,
@@ -72,6 +114,8 @@ class Checkpoints:
         shapes: dict[str, tuple[int, ...]],
         state: str,
         facts: dict[str, Any],
+        frozen: Frozen | None = None,
+        before: Callable[[], None] = nothing,
     ) -> None:
         """Start to write the checkpoint after ``step`` steps; none may be pending.
 
@@ -85,6 +129,10 @@ class Checkpoints:
             Text of ``state.json``; that of rank 0 is written.
         facts
             JSON values for the manifest, such as the number of ranks and the ZeRO stage.
+        frozen
+            Frozen parameters; those of rank 0 are written, unless an earlier checkpoint has them.
+        before
+            Called in rank 0's thread before the checkpoint is committed.
 
         Raises
         ------
@@ -93,9 +141,10 @@ class Checkpoints:
         """
         assert not self.pending
         here = ranks.current()
-        self._step, self._facts, self._entries, self._failure = step, facts, {}, None
+        self._step, self._facts, self._entries, self._before = step, facts, {}, before
+        self._begun = time.monotonic()
         self._target = self.root / files.folder_name(step)
-        self._prepare(sum(t.numel() * t.element_size() for t in tensors.values()) + OVERHEAD)
+        self._prepare(sum(t.numel() * t.element_size() for t in tensors.values()) + OVERHEAD, frozen)
         temporary = self._temporary
 
         def write() -> None:
@@ -105,14 +154,17 @@ class Checkpoints:
                 path = temporary / files.STATE
                 files.write_synced(path, state)
                 self._entries[files.STATE] = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+                if frozen is not None:
+                    self._entries[shards.FROZEN] = self._link_or_write(temporary / shards.FROZEN, frozen)
 
-        self._start(write)
+        self._work = Work(write)
 
     def status(self) -> tuple[int, int]:
         """Whether this rank has done its part of the phase, and whether it failed: 0 or 1 each."""
-        if self._thread is None or self._thread.is_alive() or (self._committing and not ranks.current().is_main):
+        work = self._work
+        if work is None or work.running or work.idle:
             return 0, 0
-        return int(self._failure is None), int(self._failure is not None)
+        return int(work.error is None), int(work.error is not None)
 
     def advance(self, done: int, failed: int) -> Path | None:
         """Go to the next phase if all ranks are ready for it; returns the checkpoint when it is committed.
@@ -126,6 +178,8 @@ class Checkpoints:
         ------
         SaveError
             On every rank, if one of them could not write.
+        Superseded
+            On every rank, if another job owns the run by now.
         """
         if not self.pending or (failed == 0 and done < (1 if self._committing else ranks.current().size)):
             return None
@@ -140,7 +194,9 @@ class Checkpoints:
         Raises
         ------
         SaveError
-            On every rank, if one of them could not write.
+            On every rank, if one of them could not write, or has not done so in time (SaveHangs).
+        Superseded
+            On every rank, if another job owns the run by now.
         """
         if not self.pending:
             return None
@@ -149,7 +205,7 @@ class Checkpoints:
             self._commit()
         self._join()
         self._good.add(self._target.name)
-        self._thread, self._committing = None, False
+        self._work, self._committing = None, False
         return self._target
 
     def save(
@@ -168,64 +224,113 @@ class Checkpoints:
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """Return the newest checkpoint that verifies on all ranks, and a line for each newer one that does not."""
-        here = ranks.current()
         messages: list[str] = []
         names = ranks.from_main([path.name for path in files.committed(self.root)])
         for name in names:
             folder = self.root / name
-            found = [text for text in ranks.gather(files.damage(folder, here.rank, here.size)) if text is not None]
+            found = [text for text in ranks.gather(self._damage(folder)) if text is not None]
             if not found:
                 self._good.add(name)
                 return folder, messages
             messages.append(f"checkpoint {name} is damaged ({found[0]})")
         return None, messages
 
+    def _damage(self, folder: Path) -> str | None:
+        """Return what this rank finds wrong with its share of a checkpoint; reading it may take long."""
+        here, found = ranks.current(), []
+        work = Work(lambda: found.append(files.damage(folder, here.rank, here.size)))
+        wait(work, self._beat)
+        return str(work.error) if work.error is not None else found[0]
+
     @property
     def _temporary(self) -> Path:
-        return self._target.with_name(self._target.name + ".tmp")
+        """Another attempt at the run, even one that still writes, has another folder."""
+        token = "" if self.owner is None else f"-{self.owner.token}"
+        return self._target.with_name(f"{self._target.name}.tmp{token}")
 
-    def _prepare(self, size: int) -> None:
+    def _prepare(self, size: int, frozen: Frozen | None) -> None:
         """Make the temporary folder if there is room for ``size`` bytes of this rank and the other ranks'."""
         need = int(ranks.all_sum(torch.tensor([size], dtype=torch.float64)))
-        problem = None
-        if ranks.current().is_main:
+
+        def prepare() -> None:
             try:
+                self._check_owner()
                 self.root.mkdir(parents=True, exist_ok=True)
-                for stale in self.root.glob("step_*.tmp"):
-                    shutil.rmtree(stale)
+                for stale in files.unfinished(self.root):
+                    shutil.rmtree(stale, ignore_errors=True)
+                room = need + (frozen.bytes if frozen is not None and not self._frozen_places() else 0)
                 have = shutil.disk_usage(self.root).free
-                if need > have:
-                    problem = f"no space: need {_readable(need)}, have {_readable(have)} in {self.root}"
-                else:
-                    self._temporary.mkdir()
+                if room > have:
+                    raise SaveError(f"no space: need {_readable(room)}, have {_readable(have)} in {self.root}")
+                self._temporary.mkdir(exist_ok=True)
             except OSError as error:
-                problem = f"cannot make {self._temporary}: {error.strerror}"
-        problem = ranks.from_main(problem)
-        if problem is not None:
-            raise SaveError(problem)
+                raise SaveError(f"cannot make {self._temporary}: {error.strerror}") from error
 
-    def _start(self, action: Callable[[], None]) -> None:
-        def work() -> None:
-            try:
-                action()
-            except Exception as error:  # told to the other ranks, and raised where all are together
-                self._failure = str(error).splitlines()[0] if str(error) else type(error).__name__
+        work = Work(prepare if ranks.current().is_main else None)
+        self._wait(work)
+        self._raise_failures(work)
 
-        self._thread = threading.Thread(target=work, name="bgen-checkpoint", daemon=True)
-        self._thread.start()
+    def _check_owner(self) -> None:
+        if self.owner is not None:
+            self.owner.check()
+
+    def _wait(self, work: Work) -> None:
+        if not wait(work, self._beat, self._begun + self._patience):
+            self._work, self._committing = None, False
+            raise SaveHangs(f"{self._temporary} was not written within {self._patience:g} s (train.save_timeout)")
+
+    def _raise_failures(self, work: Work) -> None:
+        """Raise on every rank what went wrong on one."""
+        error = work.error
+        text = None if error is None else str(error).splitlines()[0] if str(error) else type(error).__name__
+        known = (SaveError, Superseded)
+        failures = ranks.gather(None if error is None else ([isinstance(error, kind) for kind in known], text))
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                is_one, text = failure
+                for kind, this in zip(known, is_one, strict=True):
+                    if this:
+                        raise kind(text)
+                free = shutil.disk_usage(self.root).free if self.root.exists() else 0
+                raise SaveError(f"rank {rank} could not write {self._temporary}: {text} ({_readable(free)} free there)")
 
     def _join(self) -> None:
         """Wait for the phase to end on all ranks; if it failed on one, clean up and raise on all."""
-        assert self._thread is not None
-        self._thread.join()
-        failures = {rank: text for rank, text in enumerate(ranks.gather(self._failure)) if text is not None}
-        if failures:
+        work = self._work
+        assert work is not None
+        self._wait(work)
+        try:
+            self._raise_failures(work)
+        except (SaveError, Superseded):
             if ranks.current().is_main:
                 shutil.rmtree(self._temporary, ignore_errors=True)
-            self._thread, self._committing = None, False
-            rank, text = next(iter(failures.items()))
-            free = shutil.disk_usage(self.root).free if self.root.exists() else 0
-            raise SaveError(f"rank {rank} could not write {self._temporary}: {text} ({_readable(free)} free there)")
+            self._work, self._committing = None, False
+            raise
+
+    def _frozen_places(self) -> list[tuple[Path, dict[str, Any]]]:
+        """Good checkpoints that have a file of frozen parameters, newest first, and what their manifests say of it."""
+        found = []
+        for folder in files.committed(self.root):
+            if folder.name in self._good:
+                with contextlib.suppress(OSError, ValueError):
+                    entry = files.read_manifest(folder)["files"].get(shards.FROZEN)
+                    if entry is not None:
+                        found.append((folder / shards.FROZEN, entry))
+        return found
+
+    def _link_or_write(self, path: Path, frozen: Frozen) -> dict[str, Any]:
+        tensors: dict[str, Tensor] | None = None
+        for there, entry in self._frozen_places():
+            if self._frozen_digest is None:
+                tensors = frozen.tensors()
+                self._frozen_digest = shards.digest_of(tensors, {})
+            if entry["sha256"] == self._frozen_digest:
+                with contextlib.suppress(OSError):  # a file system without hard links: every checkpoint has its own
+                    os.link(there, path)
+                    return entry
+        entry = shards.write(path, tensors or frozen.tensors(), {})
+        self._frozen_digest = entry["sha256"]
+        return entry
 
     def _commit(self) -> None:
         """All files are written: let rank 0 make a checkpoint of them, in its thread."""
@@ -243,6 +348,8 @@ class Checkpoints:
             }
             files.write_synced(temporary / files.MANIFEST, json.dumps(manifest, indent=1))
             files.sync(temporary)
+            self._before()
+            self._check_owner()
             if target.exists():
                 files.remove(target)
             temporary.replace(target)
@@ -250,10 +357,11 @@ class Checkpoints:
             files.write_synced(target / files.MARKER, files.sha256(target / files.MANIFEST))
             files.sync(target)
             self._good.add(target.name)
-            self._retire()
+            with contextlib.suppress(OSError):  # an old checkpoint more does no harm
+                self._retire()
 
         self._committing = True
-        self._start(commit if main else lambda: None)
+        self._work = Work(commit if main else None)
 
     def _retire(self) -> None:
         """Delete what is older than the newest ``keep`` good checkpoints, except every ``keep_every``-th step's."""

@@ -5,6 +5,7 @@
     checkpoints/step_00000500/
         shard_00000.safetensors weights, optimiser, moving average, best weights: rank 0's share, and what is not split
         shard_00001.safetensors rank 1's share
+        frozen.safetensors      frozen parameters, where there are any: one file that all checkpoints of the run link to
         state.json              step, early stopping, configuration, fingerprint of the data
         manifest.json           size and SHA-256 of each file above, number of ranks, versions
         COMMITTED               SHA-256 of manifest.json; written last: without it the folder is not a checkpoint
@@ -20,11 +21,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-FORMAT = 2
+FORMAT = 3
+READ = (2, 3)
+"""Formats that can be read; 2 kept frozen parameters in rank 0's share."""
+
 MANIFEST = "manifest.json"
 MARKER = "COMMITTED"
 STATE = "state.json"
 _NAME = re.compile(r"step_(\d{8,})")
+_UNFINISHED = re.compile(r"step_\d{8,}(\.tmp.*)?")
 
 
 def folder_name(step: int) -> str:
@@ -38,6 +43,11 @@ def committed(root: Path) -> list[Path]:
         return []
     found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and (path / MARKER).is_file()]
     return sorted(found, key=step_of, reverse=True)
+
+
+def unfinished(root: Path) -> list[Path]:
+    """The folders below ``root`` that are no checkpoints: begun and not committed, or half deleted."""
+    return [path for path in root.iterdir() if _UNFINISHED.fullmatch(path.name) and not (path / MARKER).is_file()]
 
 
 def step_of(folder: Path) -> int:
@@ -83,8 +93,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{MANIFEST}: {error.strerror}") from error
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"it has format {manifest['format']}, this bgen reads {FORMAT}")
+    if manifest["format"] not in READ:
+        raise ValueError(f"it has format {manifest['format']}, this bgen reads {', '.join(map(str, READ))}")
     return manifest
 
 

@@ -7,6 +7,9 @@ wants from whichever pieces hold them. Kinds:
 - ``weight``: trained parameters in float32; ``average``: their moving average; ``best``: the best so far.
 - ``optimizer.X``: the optimiser's state ``X``; ``step/START/NAME`` is its step counter for the piece.
 - ``fixed``: buffers and frozen parameters, whole, in their own type; ``best-fixed``: the buffers beside ``best``.
+
+Frozen parameters never change: they have a file of their own, which the checkpoints of a run share by
+hard links.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,9 @@ from torch import Tensor
 
 WEIGHT, AVERAGE, BEST, STEP, FIXED, BEST_FIXED = "weight", "average", "best", "step", "fixed", "best-fixed"
 OPTIMIZER = "optimizer."
+FROZEN = "frozen.safetensors"
+"""Name of the file of the frozen parameters."""
+
 # Bytes handed to the operating system at a time; both that and hashing let other threads run meanwhile.
 CHUNK = 1 << 22
 
@@ -65,6 +71,26 @@ def write(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, Iterab
     shapes
         Shapes of the whole parameters, by name.
     """
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as stream:
+        for part in _parts(tensors, shapes):
+            digest.update(part)
+            while part:
+                part = part[stream.write(part) :]
+        os.fsync(stream.fileno())
+        return {"bytes": stream.tell(), "sha256": digest.hexdigest()}
+
+
+def digest_of(tensors: Mapping[str, Tensor], shapes: Mapping[str, Iterable[int]]) -> str:
+    """Return the SHA-256 of the file that :func:`write` would write."""
+    digest = hashlib.sha256()
+    for part in _parts(tensors, shapes):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(tensors: Mapping[str, Tensor], shapes: Mapping[str, Iterable[int]]) -> Iterator[memoryview]:
+    """Yield the bytes of a file, :data:`CHUNK` at a time."""
     header: dict[str, Any] = {"__metadata__": {"shapes": json.dumps({name: list(s) for name, s in shapes.items()})}}
     offset = 0
     for name, tensor in tensors.items():
@@ -77,17 +103,10 @@ def write(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, Iterab
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as stream:
-        head = memoryview(len(text).to_bytes(8, "little") + text)
-        for block in (head, *(_bytes(tensor) for tensor in tensors.values())):
-            for begin in range(0, len(block), CHUNK):
-                part = block[begin : begin + CHUNK]
-                digest.update(part)
-                while part:
-                    part = part[stream.write(part) :]
-        os.fsync(stream.fileno())
-        return {"bytes": stream.tell(), "sha256": digest.hexdigest()}
+    head = memoryview(len(text).to_bytes(8, "little") + text)
+    for block in (head, *(_bytes(tensor) for tensor in tensors.values())):
+        for begin in range(0, len(block), CHUNK):
+            yield block[begin : begin + CHUNK]
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -108,7 +127,7 @@ class Shards:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.kinds: set[str] = set()
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
-        for path in sorted(folder.glob("shard_*.safetensors")):
+        for path in sorted([*folder.glob("shard_*.safetensors"), *folder.glob(FROZEN)]):
             handle = safe_open(path, "pt")
             shapes = json.loads(handle.metadata()["shapes"])
             self.shapes |= {name: tuple(shape) for name, shape in shapes.items()}

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bgen.cli.terminal import Json, Overrides, results
+from bgen.cli.terminal import Json, Overrides, notes, results
 from bgen.errors import UserError
 
 app = typer.Typer(help="Plan and launch runs, and inspect machines.")
@@ -49,6 +49,8 @@ def launch(
         submit=submit,
         out=out,
     )
+    for note in made.notes:
+        notes.print(note, highlight=False, soft_wrap=True, markup=False)
     for file in made.files:
         results.print(str(file), highlight=False)
     if made.code is None:

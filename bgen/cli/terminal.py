@@ -17,6 +17,22 @@ from bgen.progress import Progress
 WIDE = 200
 """Columns of what is written to a file or another program, which has no width of its own."""
 
+
+def open_streams() -> None:
+    """Give closed standard streams (``bgen ... >&-``) somewhere to go.
+
+    Otherwise the next file that is opened gets the number of the stream, and whatever prints writes into it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+open_streams()
 results = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
 """Standard output: what was asked for."""
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bgen.cli.terminal import Overrides, results
+from bgen.cli.terminal import Overrides, notes, results
 from bgen.errors import UserError
 
 app = typer.Typer(help="Train and export.")
@@ -35,12 +35,15 @@ def train(
     Example: `torchrun --nproc-per-node 2 -m bgen train configs/demo/vae.yaml`
     """
     from bgen.config.load import load_config
+    from bgen.distributed.world import read_world
     from bgen.train.run import train as run
 
     if accept_changed_data and not resume:
         raise UserError("--accept-changed-data is about a run that goes on: give --resume as well.")
     loaded = load_config(config, overrides or [])
     if run(loaded, resume=resume, accept_changed_data=accept_changed_data).interrupted:
+        if read_world().is_main:
+            notes.print("Go on with --resume.")
         raise typer.Exit(loaded.train.requeue_exit)
 
 

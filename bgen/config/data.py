@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from bgen.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
+from bgen.config.section import Address, Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
 
 
 class TrajectoriesConfig(Section):
@@ -57,7 +57,7 @@ class Access(Section):
         False,
         description="Read a public bucket without credentials; else they are found as AWS's and Google's tools do.",
     )
-    endpoint: str | None = Field(None, description="Of an S3 server other than Amazon's; null: AWS_ENDPOINT_URL.")
+    endpoint: Address | None = Field(None, description="Of an S3 server other than Amazon's; null: AWS_ENDPOINT_URL.")
     region: str | None = Field(None, description="Of an S3 server; null: AWS_REGION.")
     threads: PositiveInt = Field(16, description="Requests at a time.")
 
@@ -88,7 +88,7 @@ class AnnDataConfig(Section):
 class DataConfig(Section):
     """Which cells are read, and in what order."""
 
-    store: str = Field(
+    store: Address = Field(
         description="Folder or address (s3://, gs://, https://) of a store that `bgen data build` wrote, of its"
         " WebDataset form, or AnnData in zarr."
     )

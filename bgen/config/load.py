@@ -87,7 +87,7 @@ def validate(tree: Mapping[str, Any], kind: type[Kind], source: str) -> Kind:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Return the resolved configuration as YAML, which :func:`load_either` reads back to the same."""
+    """Return the resolved configuration as YAML, which :func:`load_either` reads back to the same but for passwords."""
     tree = config.model_dump(mode="json")
     last = {name: tree.pop(name) for name in ("train", "track")}  # what all kinds share, as in the shipped files
     return yaml.safe_dump({**tree, **last}, sort_keys=False)

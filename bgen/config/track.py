@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from bgen.config.section import Section
+from bgen.config.section import Address, Section
 
 
 class TrackConfig(Section):
     """Where metrics go. The JSONL record in the run folder is always written; MLflow mirrors it."""
 
     mlflow: bool = Field(True, description="Mirror the record to MLflow.")
-    uri: str | None = Field(None, description="Default: MLFLOW_TRACKING_URI, else sqlite beside the run folder.")
+    uri: Address | None = Field(
+        None,
+        description="Default: MLFLOW_TRACKING_URI, else sqlite beside the run folder. A password in it is written "
+        "nowhere; for `bgen track sync` later, set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.",
+    )
     experiment: str = "bgen"
     run_name: str | None = Field(None, description="Default: the run folder's name.")
     progress: bool = Field(True, description="Show a progress bar on rank 0.")

@@ -80,6 +80,14 @@ class TrainConfig(Section):
     checkpoint_async: bool = Field(True, description="Write checkpoints beside training; false: wait for each.")
     keep: Annotated[int, Field(ge=2)] = Field(2, description="Newest checkpoints kept.")
     keep_every: NonNegativeInt = Field(0, description="Also keep checkpoints at multiples of so many steps; 0: none.")
+    save_timeout: Annotated[float, Field(gt=0)] = Field(
+        3600.0,
+        description="Seconds that a checkpoint may take, and what is done after the last step; ranks that wait for it "
+        "do not count that as a step.",
+    )
+    max_failed_saves: PositiveInt = Field(
+        5, description="Checkpoints in a row that may fail (no room, no answer of the disk) before the run ends."
+    )
     max_skipped: PositiveInt = Field(10, description="Skipped steps in a row before stopping.")
     skip_spikes: NonNegativeFloat = Field(
         0.0, description="Skip steps whose loss is so many (robust) standard deviations above the last 128; 0 never."
@@ -89,6 +97,11 @@ class TrainConfig(Section):
     )
     step_timeout: Annotated[float, Field(gt=0)] = Field(
         600.0, description="Seconds that a step may take; then every rank writes its stacks and the run ends."
+    )
+    max_restarts: NonNegativeInt = Field(
+        3,
+        description="Restarts by torchrun in a row without a new checkpoint, after which the run ends; those with one "
+        "do not count. `bgen launch` lets torchrun restart more often than that.",
     )
     data_patience: NonNegativeFloat = Field(
         300.0, description="Seconds to go on trying when a batch cannot be read (the file system is away)."

@@ -47,6 +47,12 @@ def read_trajectories(store: Store, split: str, config: TrajectoriesConfig) -> T
         found = Trajectories.along_perturbation(cells, system, labels, control)
         lacks = "a system with both control and perturbed cells"
     else:
+        if "time" not in store.manifest.roles:
+            raise UserError(
+                f"data.trajectories: the store {store.folder} does not know which column is the time of its cells, and "
+                "in which unit, so a model of it could not be asked for times. Build the store with --time COLUMN "
+                "--time-unit UNIT (AnnData in zarr: data.anndata.roles={time: COLUMN})."
+            )
         column, time = store.column("time")
         if column.kind != "number":
             raise UserError(f"data.trajectories: time of the store {store.folder} is not a number.")

@@ -7,6 +7,7 @@ LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without it, the run is one process and op
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
@@ -56,7 +57,7 @@ def read_world() -> World:
     Raises
     ------
     UserError
-        If only some of them are set, or a rank is not below the number of ranks.
+        If only some of them are set, one is no number, or a rank is not below the number of ranks.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
@@ -68,8 +69,9 @@ def read_world() -> World:
             "deepspeed, or unset RANK and WORLD_SIZE for a single process."
         )
     else:
-        rank, size, local_rank = (int(os.environ[name]) for name in names[:3])
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
+        rank, size, local_rank = (_number(name) for name in names[:3])
+        given = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ), None)
+        local_size = size if given is None else _number(given)
         if not 0 <= rank < size:
             raise UserError(f"RANK is {rank}, but WORLD_SIZE is {size}: ranks count from 0 to {size - 1}.")
     if torch.cuda.is_available():
@@ -82,6 +84,16 @@ def read_world() -> World:
     else:
         device = torch.device("cpu")
     return World(rank, size, local_rank, local_size, device)
+
+
+def _number(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise UserError(
+            f"the environment variable {name} is {os.environ[name]!r}, not a number. Start with torchrun or deepspeed, "
+            "which set it, or unset RANK and WORLD_SIZE for a single process."
+        ) from None
 
 
 def start(timeout: float = 600.0) -> World:
@@ -101,6 +113,7 @@ def start(timeout: float = 600.0) -> World:
     if _world is not None:
         return _world
     world = read_world()
+    _allow_many_files()
     backend = "gloo"
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
@@ -124,6 +137,19 @@ def start(timeout: float = 600.0) -> World:
     _share_cores(world)
     _world = world
     return world
+
+
+def _allow_many_files() -> None:
+    """Raise the number of files that this process may open as far as it may: every rank is a socket in every group.
+
+    Of 512 ranks, two groups take 1,022, and 1,024 is the usual limit.
+    """
+    try:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):  # macOS says that there is no limit, and then refuses to take it away
+        pass
 
 
 def _loopback() -> str:

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -137,18 +139,43 @@ class SavedModel:
         return digest.hexdigest()
 
 
-def save_model(model: SavedModel, folder: Path) -> None:
-    """Write a model directory.
+def save_model(model: SavedModel, folder: Path, replace: bool = False) -> None:
+    """Write a model directory, whole or not at all.
+
+    Parameters
+    ----------
+    replace
+        Put it in place of one that is there; that one is not lost if the new one cannot be written.
 
     Raises
     ------
     UserError
-        If ``folder`` is there and not empty.
+        If ``folder`` is there and not empty (unless ``replace``), or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already and not empty. Choose another folder, or remove it first.")
-    partial = folder.with_name(f".{folder.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    own = uuid.uuid4().hex[:8]
+    partial, old = (folder.with_name(f".{folder.name}.{own}.{what}") for what in ("partial", "old"))
+    try:
+        partial.mkdir(parents=True)
+        _write_files(model, partial)
+        if folder.exists():
+            folder.rename(old)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"The model {folder} cannot be written: {error}. Is the disk full?") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_files(model: SavedModel, partial: Path) -> None:
+    """Write the files of a model into a folder."""
     vae = model.vae
     config: dict[str, Any] = {
         "format": "bgen-model",
@@ -181,9 +208,6 @@ def save_model(model: SavedModel, folder: Path) -> None:
         _write_json(partial / "metrics.json", model.metrics)
     _write_json(partial / "config.json", config)
     (partial / "README.md").write_text(model_card(config, model.about, preprocessing, model.metrics), encoding="utf-8")
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
 
 
 def add_metrics(folder: Path, metrics: dict[str, Any]) -> None:

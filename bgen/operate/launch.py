@@ -11,8 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -21,10 +22,14 @@ from bgen.config.run import Config
 from bgen.errors import UserError, nearest
 from bgen.files import require_new_folder
 from bgen.operate.launch_environment import Variable, forwarded, read_environment
+from bgen.passwords import names_a_secret, without_passwords
 from bgen.store.remote import is_remote
 from bgen.train.engine.deepspeed_json import batch_plan
 
 Device = Literal["cuda", "cpu"]
+
+LAUNCHER_RESTARTS = 100
+"""Restarts that torchrun is allowed in all; the setting ``restarts`` counts those without a new checkpoint."""
 
 
 def packaged_templates() -> Path:
@@ -61,10 +66,26 @@ class Target:
 
 
 _EVERYWHERE = {"restarts": "3", "python": sys.executable}
+_PER_RANK = {"cuda": (8, 40), "cpu": (1, 8)}
+"""CPUs and GiB of memory for each rank of a host, unless they are set.
+
+A rank on a GPU builds the model in the host's memory: up to 36 GB for the largest flow of configs/sizes, by the sizes
+of its weights. Its CPUs launch kernels, read, decode, and write and hash checkpoints.
+"""
+_LEAST = (8, 64)
+"""CPUs and GiB of a host, at least."""
 _HOSTS = {"hosts": "", "port": "29400", "join_timeout": "600"}
 _CLUSTER = {"restarts": "3", "port": "29500", "mount": "/data"}
-_PODS = {**_CLUSTER, "image": "", "claim": "bgen", "namespace": "default", "cpus": "8", "memory": "64Gi"}
-_SKY = {**_CLUSTER, "volume": "bgen", "infra": "kubernetes", "accelerator": "H100", "cpus": "8+", "memory": "64+"}
+_PODS = {**_CLUSTER, "image": "", "claim": "bgen", "namespace": "default", "cpus": "", "memory": ""}
+_SKY = {
+    **_CLUSTER,
+    "volume": "bgen",
+    "infra": "kubernetes",
+    "accelerator": "H100",
+    "cpus": "",
+    "memory": "",
+    "package": "",
+}
 
 TARGETS: dict[str, Target] = {
     "local": Target("local.sh", _EVERYWHERE, "bash", ("bash", "FILE")),
@@ -80,7 +101,7 @@ TARGETS: dict[str, Target] = {
     ),
     "slurm": Target(
         "slurm.sh",
-        {**_EVERYWHERE, "partition": "", "account": "", "qos": "", "time": "24:00:00", "cpus": "8", "memory": ""},
+        {**_EVERYWHERE, "partition": "", "account": "", "qos": "", "time": "24:00:00", "cpus": "", "memory": ""},
         "sbatch",
         ("sbatch", "FILE"),
     ),
@@ -104,12 +125,15 @@ class Launch:
         What starts the run, as arguments.
     code
         Exit code of that command if it was run, else None.
+    notes
+        What the user should know beside.
     """
 
     script: Path
     files: list[Path]
     command: list[str]
     code: int | None
+    notes: list[str] = field(default_factory=list)
 
 
 def launch(
@@ -150,7 +174,8 @@ def launch(
     ------
     UserError
         For mistakes that would otherwise show later, in the queue: a wrong configuration, a global batch that cannot be
-        divided, settings that are missing or unknown, a program that is not installed.
+        divided, settings that are missing or unknown, a program that is not installed, a password that the job would
+        need from a file. And if the files cannot be written.
     """
     if target not in TARGETS:
         raise UserError(f"There is no launch target '{target}'.{nearest(target, TARGETS)}")
@@ -159,11 +184,17 @@ def launch(
     fewest = nodes if min_nodes is None else min_nodes
     _check_size(config, target, nodes, fewest, ranks_per_node)
     values = _read_settings(target, settings)
+    _fill_in_amounts(target, values, ranks_per_node, device)
     if submit and shutil.which(place.program) is None:
         raise UserError(f"--submit needs '{place.program}', which is not installed here. Leave it out to render only.")
     name = re.sub(r"[^a-z0-9-]+", "-", config.out.name.lower()).strip("-")[:40] or "bgen"
     folder = (out or Path(f"{name}-{target}")).absolute()
     _check_paths(config, place, values, folder)
+    _check_passwords(config)
+    if target == "sky":
+        package = _package(values["package"])
+        values |= {"package": str(package), "package_name": package.name if package.suffix else "source"}
+        values["extra"] = "[gpu]" if device == "cuda" else ""
     require_new_folder(folder)
 
     script = folder / place.template
@@ -180,6 +211,7 @@ def launch(
         "run": str(config.out),
         "config": str(folder / "config.yaml"),
         "config_text": to_yaml(config),
+        "launcher_restarts": str(LAUNCHER_RESTARTS),
         "script": str(script),
         "script_name": script.name,
     }
@@ -192,15 +224,29 @@ def launch(
             extra["hostfile"] = "".join(f"{host} slots={ranks_per_node}\n" for host in hosts)
     text = fill((packaged_templates() / place.template).read_text(encoding="utf-8"), values)
 
-    (folder / "logs").mkdir(parents=True)
     files = {"config.yaml": values["config_text"], **extra, script.name: text}
-    for file, content in files.items():
-        (folder / file).write_text(content, encoding="utf-8")
+    _write(folder, files)
     command = [str(script) if part == "FILE" else part for part in place.start]
     if target == "sky":
         command[-1:-1] = [part for name in _secrets_here(variables) for part in ("--secret", name)]
     code = subprocess.run(command, check=False).returncode if submit else None
-    return Launch(script, [folder / file for file in files], command, code)
+    return Launch(script, [folder / file for file in files], command, code, _notes(config, variables, place))
+
+
+def _write(folder: Path, files: Mapping[str, str]) -> None:
+    """Write the files into a new folder, all of them or none."""
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        (partial / "logs").mkdir(parents=True)
+        for file, content in files.items():
+            (partial / file).write_text(content, encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()  # it is empty, or another launch was quicker
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}. Choose another --out.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
@@ -244,6 +290,57 @@ def _read_settings(target: str, settings: Sequence[str]) -> dict[str, str]:
         if re.search(r"[\s'\"$`\\;&|<>(){}]", value):
             raise UserError(f"The setting {name}={value!r} has a character that a shell would read.")
     return values
+
+
+def _fill_in_amounts(target: str, values: dict[str, str], ranks: int, device: Device) -> None:
+    """Set the CPUs and the memory of a host that were not set, by its ranks."""
+    if "cpus" not in values:
+        return
+    cpus, memory = (max(least, amount * ranks) for least, amount in zip(_LEAST, _PER_RANK[device], strict=True))
+    at_least = target == "sky"
+    values["cpus"] = values["cpus"] or (f"{cpus}+" if at_least else str(cpus))
+    if target != "slurm":  # Slurm gives the memory that its administrator thinks right
+        values["memory"] = values["memory"] or (f"{memory}+" if at_least else f"{memory}Gi")
+
+
+def _package(given: str) -> Path:
+    """Return the checkout or wheel of bgen that travels with a job: a name on an index may be anybody's."""
+    path = Path(given).absolute() if given else Path(__file__).resolve().parents[2]
+    if not path.exists() or not (path.suffix == ".whl" or (path / "pyproject.toml").is_file()):
+        raise UserError(
+            f"Target sky installs the bgen that travels with the job, but {path} is neither a wheel nor a checkout of "
+            "it. Give one: --set package=bgen_flow-...-py3-none-any.whl (`pip wheel --no-deps` makes it)."
+        )
+    return path
+
+
+def _check_passwords(config: Config) -> None:
+    if without_passwords(config.data.store) != config.data.store:
+        raise UserError(
+            f"data.store={without_passwords(config.data.store)} was given with a password, and launch files hold none, "
+            "so the job could not read it. Give it in the environment (AWS_ACCESS_KEY_ID; launch/environment.yaml)."
+        )
+
+
+def _notes(config: Config, variables: Sequence[Variable], place: Target) -> list[str]:
+    """Say which secrets were left out of the files, and how the job gets them."""
+    notes = []
+    where = "in the Secret `bgen`" if place.program == "kubectl" else "in the environment"
+    uris = {"track.uri": config.track.uri, "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI")}
+    for name, uri in uris.items():
+        if uri and without_passwords(uri) != uri and (name == "track.uri" or not place.shared):
+            names = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            notes.append(f"The password in {name} is not written: set {names} {where}.")
+    if not place.shared:
+        left_out = [name for name in _forwarded_here(variables) if names_a_secret(name)]
+        notes += [f"{name} is not written, since it may hold a secret." for name in left_out]
+    return notes
+
+
+def _forwarded_here(variables: Sequence[Variable]) -> dict[str, str]:
+    """Return what is set here and handed on, apart from secrets; without passwords."""
+    names = re.compile(forwarded([variable for variable in variables if not variable.secret]))
+    return {name: without_passwords(value) for name, value in sorted(os.environ.items()) if names.fullmatch(name)}
 
 
 def _check_paths(config: Config, place: Target, values: Mapping[str, str], folder: Path) -> None:
@@ -304,15 +401,14 @@ def _blocks(
             blocks["sbatch"] = "\n".join(f"#SBATCH --{name}={value}" for name, value in options.items() if value)
         return blocks
     plain = {v.name: v.value for v in set_here if v.value is not None}
-    names = re.compile(forwarded([variable for variable in variables if not variable.secret]))
-    plain |= {name: value for name, value in sorted(os.environ.items()) if names.fullmatch(name)}
+    plain |= {name: value for name, value in _forwarded_here(variables).items() if not names_a_secret(name)}
     secrets = [variable.name for variable in variables if variable.secret]
     if target == "sky":
-        wanted = f"accelerators: {values['accelerator']}:{ranks}" if device == "cuda" else f"cpus: {values['cpus']}"
+        wanted = f"accelerators: {values['accelerator']}:{ranks}\n" if device == "cuda" else ""
         here = _secrets_here(variables)
         return {
             "environment": "\n".join(f"{name}: {_quoted(value)}" for name, value in plain.items()),
-            "resources": f"infra: {values['infra']}\n{wanted}\nmemory: {values['memory']}",
+            "resources": f"infra: {values['infra']}\n{wanted}cpus: {values['cpus']}\nmemory: {values['memory']}",
             "secrets": "\n".join(["secrets:", *(f"  {name}: null" for name in here)] if here else []),
             "secret_flags": "".join(f" --secret {name}" for name in here),
         }

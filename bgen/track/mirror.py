@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from bgen.track.mlflow import MlflowRun, Target
+from bgen.track.mlflow import MlflowRun, Target, what_failed
 
 # Seconds given to what is left at the end: a fresh sqlite file is migrated first, a server has answered or has not.
 CLOSE_SQLITE = 60.0
@@ -71,7 +71,7 @@ class Mirror:
         if reports and reports[-1]["failures"]:
             reason = f"{reports[-1]['failures']} failed attempts, last: {reports[-1]['error']}"
         return (
-            f"MLflow at {self.target.uri} did not receive everything ({reason}). The record is complete: "
+            f"MLflow at {self.target.place} did not receive everything ({reason}). The record is complete: "
             f"{self.target.record}; `bgen track sync` sends it."
         )
 
@@ -110,7 +110,7 @@ class Follower:
                     pause, seen = 1.0, size
                 except Exception as error:  # whatever MLflow raises, training goes on
                     self._failures += 1
-                    self._error = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                    self._error = what_failed(error)
                     wait, pause = pause, min(2 * pause, PAUSE)
             if closing:
                 self._report()

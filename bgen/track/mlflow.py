@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bgen.errors import UserError
+from bgen.passwords import without_passwords
 from bgen.track.record import Row
 
 if TYPE_CHECKING:
@@ -71,6 +72,11 @@ class Target:
     dataset: tuple[str, str, str] | None = None
     checkpoints: str | None = None
 
+    @property
+    def place(self) -> str:
+        """The tracking URI as it may be shown."""
+        return without_passwords(self.uri)
+
 
 class MlflowRun:
     """Sends the rows of a record to one MLflow run."""
@@ -99,8 +105,7 @@ class MlflowRun:
             if status is not None:
                 self.finish(status)
         except Exception as error:  # whatever MLflow raises
-            reason = str(error).splitlines()[0][:300]
-            raise UserError(f"MLflow at {self.target.uri} does not answer: {reason}") from error
+            raise UserError(f"MLflow at {self.target.place} does not answer: {what_failed(error)}") from None
         return self._sent
 
     def finish(self, status: str) -> None:
@@ -110,8 +115,7 @@ class MlflowRun:
 
     def client(self) -> MlflowClient:
         """A client of the tracking server."""
-        _do_not_wait_for_servers()
-        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        prepare()
         from mlflow import MlflowClient
 
         for name in ("mlflow", "alembic"):
@@ -232,10 +236,19 @@ class MlflowRun:
         return self._sent_before[key]
 
 
-def _do_not_wait_for_servers() -> None:
-    """Read by MLflow at every request. Its defaults retry for minutes."""
+def prepare() -> None:
+    """Set what MLflow reads when it is imported and at every request, unless the user has; call it before an import."""
+    # MLflow would tell its makers of every run.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    # By default it retries for minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+
+
+def what_failed(error: Exception) -> str:
+    """Return the first line of what MLflow raised: it has no common base class for what its transport raises."""
+    return without_passwords(str(error)).splitlines()[0][:300] if str(error) else type(error).__name__
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -14,6 +14,8 @@ from typing import Any
 from bgen.config.load import to_yaml
 from bgen.config.run import Config, RunConfig
 from bgen.distributed.world import World
+from bgen.errors import UserError
+from bgen.passwords import without_passwords
 from bgen.track import record as records
 from bgen.track.environment import environment
 from bgen.track.mirror import Mirror
@@ -38,7 +40,7 @@ def run_identifier(config: RunConfig) -> str:
 
 
 class RunOutput:
-    """The output of one process of a run.
+    """The output of one process of a run. Once it is open, no disk that is full ends the run.
 
     Parameters
     ----------
@@ -70,25 +72,29 @@ class RunOutput:
         self._progress: ProgressLine | None = None
         if not world.is_main:
             return
-        config.out.mkdir(parents=True, exist_ok=True)
         path = config.out / RECORD
-        (config.out / CONFIG).write_text(to_yaml(config), encoding="utf-8")
-        _write_json(config.out / DEEPSPEED, deepspeed or {})
-        _write_json(config.out / ENVIRONMENT, environment())
-        records.truncate(path, -1 if step is None else step)
-        self._record = records.Record(path)
+        try:
+            config.out.mkdir(parents=True, exist_ok=True)
+            _write(config.out / CONFIG, to_yaml(config))
+            _write(config.out / DEEPSPEED, json.dumps(deepspeed or {}, indent=1))
+            _write(config.out / ENVIRONMENT, json.dumps(environment(), indent=1))
+            records.truncate(path, -1 if step is None else step)
+            self._record = records.Record(path)
+        except OSError as error:
+            raise UserError(f"The run folder {config.out} cannot be written to: {error.strerror}.") from error
         self._progress = ProgressLine(config.stage, step or 0, config.train.steps, config.track.progress)
         if config.track.mlflow:
             self._mirror = Mirror(target(config, run, tracking_uri(config.track.uri, config.out), data))
 
     def row(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Add a row to the record; floats that are not finite become null."""
+        """Add a row to the record; floats that are not finite become null, and addresses lose their passwords."""
         if self._record is not None:
-            finite = {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in values.items()
-            }
+            finite = {name: _told(value) for name, value in values.items()}
+            before = self._record.trouble
             self._record.append(kind, step, finite)
+            if self._record.trouble is not None and before is None:
+                reason = self._record.trouble.strerror
+                self.say(f"warning: {self._record.path} cannot be written ({reason}): training goes on, rows are kept")
 
     def event(self, event: str, step: int, values: dict[str, Any]) -> None:
         """Add a row that says what happened."""
@@ -102,20 +108,21 @@ class RunOutput:
     def say(self, message: str) -> None:
         """Print a line."""
         if self._progress is not None:
-            self._progress.say(message)
+            self._progress.say(without_passwords(message))
 
     def sync(self) -> None:
-        """Wait until the record is on the disk."""
-        if self._record is not None:
-            self._record.sync()
+        """Wait until the record is on the disk; may be called in another thread."""
+        if self._record is not None and (error := self._record.sync()) is not None:
+            self.say(f"warning: {self._record.path} may not be on the disk: {error.strerror}")
 
     def close(self, status: str) -> None:
         """Close all, with MLflow's ``status``: FINISHED, KILLED or FAILED."""
         if self._progress is not None:
             self._progress.close()
         if self._record is not None:
-            self._record.sync()
             self._record.close()
+            if self._record.kept:
+                self.say(f"warning: {self._record.kept} rows of {self._record.path} could not be written")
         if self._mirror is not None and (complaint := self._mirror.close(status)):
             self.say(f"warning: {complaint}")
 
@@ -127,7 +134,8 @@ def target(config: RunConfig, run: str, uri: str, data: dict[str, Any] | None) -
     if data is not None:
         params |= flatten(data, "fingerprint.")
     if data is not None and isinstance(config, Config):
-        dataset = (config.data.store.rstrip("/").rsplit("/", 1)[-1], str(data.get("store", "")), config.data.store)
+        store = without_passwords(config.data.store)
+        dataset = (store.rstrip("/").rsplit("/", 1)[-1], str(data.get("store", "")), store)
     return Target(
         str(config.out / RECORD),
         uri,
@@ -141,5 +149,14 @@ def target(config: RunConfig, run: str, uri: str, data: dict[str, Any] | None) -
     )
 
 
-def _write_json(path: Path, tree: dict[str, Any]) -> None:
-    path.write_text(json.dumps(tree, indent=1), encoding="utf-8")
+def _told(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return without_passwords(value) if isinstance(value, str) else value
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all: an earlier one is not lost to a disk that is full."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

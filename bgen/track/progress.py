@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bgen.passwords import without_passwords
+
 # Without a terminal: at most a line in so many seconds.
 SECONDS_PER_LINE = 10.0
+
+
+def warn(message: str) -> None:
+    """Print a warning on a rank that shows no progress."""
+    with contextlib.suppress(OSError):
+        print(f"warning: {without_passwords(message)}", file=sys.stderr, flush=True)
 
 
 class ProgressLine:
@@ -49,7 +58,8 @@ class ProgressLine:
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""
-        self._console.print(message, soft_wrap=True, markup=False)
+        with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+            self._console.print(message, soft_wrap=True, markup=False)
 
     def close(self) -> None:
         """Leave the bar as it is and end it."""

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from bgen.config.load import load_either
 from bgen.errors import UserError
+from bgen.passwords import without_passwords
 from bgen.track import record as records
-from bgen.track.mlflow import RUN_TAG, MlflowRun, tracking_uri
+from bgen.track.mlflow import RUN_TAG, MlflowRun, prepare, tracking_uri, what_failed
 from bgen.track.output import CONFIG, RECORD, target
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def sync(run: Path, uri: str | None = None) -> str:
     rows = records.read(run / RECORD)
     status = next((STATUS[row["event"]] for row in reversed(rows) if row.get("event") in STATUS), None)
     sent = there.send_all(status)
-    return f"{run}: {sent} new values at {there.target.uri}, run {there.run_id}"
+    return f"{run}: {sent} new values at {there.target.place}, run {there.run_id}"
 
 
 def log_evaluation(
@@ -55,6 +56,7 @@ def log_evaluation(
     UserError
         If the run is not at MLflow, or MLflow does not answer.
     """
+    prepare()
     from mlflow.entities import Metric
 
     client, parent, experiment = _find(run, uri)
@@ -95,7 +97,7 @@ def log_model(run: Path, model: Path, register: str | None = None, uri: str | No
             if not client.search_registered_models(f"name = '{register}'"):
                 client.create_registered_model(register)
             client.create_model_version(register, source, run_id)
-    return source
+    return without_passwords(source)
 
 
 def _find(run: Path, uri: str | None) -> tuple[MlflowClient, str, str]:
@@ -109,7 +111,7 @@ def _find(run: Path, uri: str | None) -> tuple[MlflowClient, str, str]:
             wanted = f"tags.`{RUN_TAG}` = '{there.target.run}'"
             found = client.search_runs([experiment.experiment_id], wanted, max_results=1)
     if not found:
-        raise UserError(f"MLflow at {there.target.uri} has no run of {run}. `bgen track sync {run}` sends it.")
+        raise UserError(f"MLflow at {there.target.place} has no run of {run}. `bgen track sync {run}` sends it.")
     return client, found[0].info.run_id, found[0].info.experiment_id
 
 
@@ -118,9 +120,9 @@ def _answering(client: MlflowClient) -> Iterator[None]:
     """Turn whatever MLflow raises into a message."""
     try:
         yield
-    except Exception as error:  # MLflow has no common base class for what its transport raises
-        said = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise UserError(f"MLflow at {client.tracking_uri} does not answer: {said}") from error
+    except Exception as error:
+        where = without_passwords(client.tracking_uri)
+        raise UserError(f"MLflow at {where} does not answer: {what_failed(error)}") from None
 
 
 def _run(run: Path, uri: str | None) -> MlflowRun:

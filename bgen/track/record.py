@@ -33,27 +33,60 @@ def read(path: Path) -> list[Row]:
 
 
 class Record:
-    """Appends rows to the file; one writer only."""
+    """Appends rows to the file; one writer only.
+
+    A disk that is full, or away, costs nothing but time: rows that cannot be written are kept, and written before the
+    next ones.
+
+    Attributes
+    ----------
+    trouble
+        Why the last attempt to write failed; None if it did not.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._stream = path.open("a", encoding="utf-8")
+        self.trouble: OSError | None = None
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._unwritten = b""
 
     def append(self, kind: str, step: int, values: Row) -> Row:
         """Write one row and return it. Numbers must be finite."""
         row = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
-        self._stream.write(json.dumps(row, allow_nan=False) + "\n")
-        self._stream.flush()
+        self._unwritten += (json.dumps(row, allow_nan=False) + "\n").encode()
+        self._write()
         return row
 
-    def sync(self) -> None:
-        """Wait until all rows are on the disk."""
-        os.fsync(self._stream.fileno())
+    def _write(self) -> None:
+        self.trouble = None
+        try:
+            while self._unwritten:  # a disk that fills up may take half a row; the other half comes after it
+                self._unwritten = self._unwritten[os.write(self._descriptor, self._unwritten) :]
+        except OSError as error:
+            self.trouble = error
+
+    @property
+    def kept(self) -> int:
+        """Rows that are not written yet."""
+        return self._unwritten.count(b"\n")
+
+    def sync(self) -> OSError | None:
+        """Wait until the rows that were written are on the disk, and return what went wrong, if anything did.
+
+        It may be called in another thread.
+        """
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            return error
+        return None
 
     def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
+        """Write what is left, if that is possible, and close the file."""
+        self._write()
+        self.sync()
+        os.close(self._descriptor)
 
 
 def truncate(path: Path, step: int) -> None:

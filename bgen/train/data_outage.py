@@ -12,6 +12,16 @@ from bgen.train.stages.stage import Stage
 
 # Seconds between two attempts, at most.
 PAUSE = 10.0
+# Seconds between two looks at signals.
+LOOK = 0.5
+# Seconds of an outage after which the other ranks hear of it, at most.
+ROUND = 20.0
+
+
+class OutageStopped(UserError):
+    """The data could not be read before the first step, and a signal ended the waiting: worth another try."""
+
+    exit_code = 75
 
 
 class Batches:
@@ -27,24 +37,52 @@ class Batches:
         First step.
     patience
         Seconds that an outage may last.
+    longest
+        Seconds that the other ranks may wait for this one.
     waiting
         Called at every attempt: at the first with what went wrong, at the others with None.
+    stopped
+        Whether a signal asked this rank to stop.
+
+    Attributes
+    ----------
+    given_up
+        What to tell the user once an outage has lasted longer than the patience.
     """
 
-    def __init__(self, stage: Stage, step: int, patience: float, waiting: Callable[[str | None], None]) -> None:
-        self._stage, self._step, self._patience, self._waiting = stage, step, patience, waiting
+    def __init__(
+        self,
+        stage: Stage,
+        step: int,
+        patience: float,
+        longest: float,
+        waiting: Callable[[str | None], None],
+        stopped: Callable[[], bool],
+    ) -> None:
+        self._stage, self._step, self._patience = stage, step, patience
+        self._round, self._waiting, self._stopped = min(ROUND, longest / 4), waiting, stopped
         self._batches: Iterator[Sequence[CellBatch | PackedBatch]] | None = None
+        self._failed_at: float | None = None
+        self._pause = LOOK
+        self.given_up: str | None = None
 
-    def next(self) -> tuple[Sequence[CellBatch | PackedBatch], float]:
+    def next(self, alone: bool) -> tuple[Sequence[CellBatch | PackedBatch] | None, float]:
         """Return the micro batches of the next step, and the seconds spent waiting for them.
+
+        None instead of micro batches, if there are none yet and the other ranks should hear of it: because of a signal,
+        because the patience has run out (``given_up`` says so), or because they have waited long.
+
+        Parameters
+        ----------
+        alone
+            Whether they cannot: then all of the outage is waited for here.
 
         Raises
         ------
         UserError
-            If they cannot be read within the patience.
+            If ``alone``, and the patience has run out or a signal has come.
         """
         begin = time.perf_counter()
-        pause, failed_at = 0.5, None
         while True:
             try:
                 if self._batches is None:
@@ -53,15 +91,30 @@ class Batches:
             except OSError as error:
                 self._batches = None
                 now = time.perf_counter()
-                self._waiting(None if failed_at else f"the data cannot be read ({error}): trying again")
-                failed_at = failed_at or now
-                if now - failed_at > self._patience:
-                    raise UserError(
+                self._waiting(None if self._failed_at else f"the data cannot be read ({error}): trying again")
+                self._failed_at = self._failed_at or now
+                if now - self._failed_at > self._patience:
+                    self.given_up = (
                         f"The data could not be read for {self._patience:g} s (train.data_patience): {error}. "
                         "When the store is back, go on with --resume."
-                    ) from error
-                time.sleep(min(pause, PAUSE))
-                pause *= 2
+                    )
+                self._sleep()
+                if alone and self.given_up is not None:
+                    raise UserError(self.given_up) from error
+                if alone and self._stopped():
+                    raise OutageStopped(f"stopped by a signal while the data could not be read: {error}") from error
+                if not alone and (
+                    self.given_up is not None or self._stopped() or time.perf_counter() - begin > self._round
+                ):
+                    return None, time.perf_counter() - begin
             else:
                 self._step += 1
+                self._failed_at, self._pause = None, LOOK
                 return found, time.perf_counter() - begin
+
+    def _sleep(self) -> None:
+        """Pause before the next attempt, each time longer; a signal or the end of the patience ends the pause."""
+        until = time.perf_counter() + self._pause
+        self._pause = min(2 * self._pause, PAUSE)
+        while self.given_up is None and not self._stopped() and time.perf_counter() < until:
+            time.sleep(min(LOOK, max(0.0, until - time.perf_counter())))

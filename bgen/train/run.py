@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bgen.checkpoint.ownership import owning
 from bgen.config.run import Config
 from bgen.distributed import world as ranks
+from bgen.distributed.patience import together
 from bgen.errors import UserError
 from bgen.hub.about import About, Training
 from bgen.hub.directory import ColumnInfo, SavedModel, count_combinations, save_model
@@ -52,13 +53,15 @@ def train(config: Config, *, resume: bool = False, accept_changed_data: bool = F
     store = open_data(config.data)
     _refuse_leakage(store, world)
     stage = make_stage(config, store, world)
-    result = Trainer(config, stage).fit(resume=resume, accept_changed_data=accept_changed_data)
-    if not result.interrupted and world.is_main:
-        folder = config.out / MODEL
-        if folder.exists():  # the model of an earlier end, after fewer steps: the run was resumed
-            shutil.rmtree(folder)
-        save_model(exported(config, stage, result.step), folder)
-    ranks.barrier()
+    with owning(config.out) as owner:
+        result = Trainer(config, stage).fit(resume=resume, accept_changed_data=accept_changed_data)
+
+        def write() -> None:
+            owner.check()
+            # A run that was resumed has exported a model before, after fewer steps.
+            save_model(exported(config, stage, result.step), config.out / MODEL, replace=True)
+
+        together(write if world.is_main and not result.interrupted else None)
     return result
 
 

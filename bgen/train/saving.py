@@ -10,18 +10,19 @@ from typing import Any
 from torch import Tensor
 
 from bgen.checkpoint import shards
-from bgen.checkpoint.commit import Checkpoints, SaveError
+from bgen.checkpoint.commit import Checkpoints, Frozen, SaveError, SaveHangs
 from bgen.checkpoint.shards import Shards
 from bgen.config.run import RunConfig
 from bgen.distributed import world as ranks
 from bgen.errors import UserError
+from bgen.track.output import RunOutput
 from bgen.train.engine.ema import EMA
 from bgen.train.engine.engine import Engine, Pieces
 from bgen.train.state import RunState
 
 
 class SaveFailed(UserError):
-    """The run had to end and could not save; worth another try when there is room (EX_TEMPFAIL)."""
+    """The run had to end and could not save; worth another try when the disk is well again (EX_TEMPFAIL)."""
 
     exit_code = 75
 
@@ -75,9 +76,17 @@ class Weights:
             for (name, start), piece in (pieces or {}).items():
                 found[shards.key(kind, start, name)] = piece.to("cpu", copy=True)
         if ranks.current().is_main:
-            fixed = {shards.FIXED: self.engine.fixed(), shards.BEST_FIXED: self.best_buffers}
+            fixed = {shards.FIXED: self.engine.buffers(), shards.BEST_FIXED: self.best_buffers}
             found |= {shards.key(kind, 0, name): t for kind, group in fixed.items() for name, t in group.items()}
         return found
+
+    def frozen(self) -> Frozen | None:
+        """What is not trained and is saved once; None if there is nothing."""
+
+        def tensors() -> dict[str, Tensor]:
+            return {shards.key(shards.FIXED, 0, name): tensor for name, tensor in self.engine.frozen().items()}
+
+        return Frozen(self.engine.frozen_bytes, tensors) if self.engine.frozen_bytes else None
 
     def release(self) -> Any:
         """End the engine and return the module with the weights to export (best, else average, else last)."""
@@ -97,8 +106,8 @@ class Saver:
         Saved with each.
     event
         Adds a row to the record: what happened, and its values.
-    say
-        Prints a line.
+    output
+        Where lines are printed; its record is brought to the disk before each commit.
     """
 
     def __init__(
@@ -107,15 +116,20 @@ class Saver:
         config: RunConfig,
         fingerprint: dict[str, Any],
         event: Callable[[str, dict[str, Any]], None],
-        say: Callable[[str], None],
+        output: RunOutput,
     ) -> None:
         self.checkpoints, self.config, self.fingerprint = checkpoints, config, fingerprint
-        self._event, self._say = event, say
+        self._event, self._output, self._failed = event, output, 0
 
     def begin(self, weights: Weights, state: RunState) -> str | None:
         """Start to save; what was still being saved is finished first.
 
         A failure is reported and training goes on; return what failed, if anything did.
+
+        Raises
+        ------
+        SaveFailed
+            After ``train.max_failed_saves`` failures in a row, or if one does not end.
         """
         self.finish()
         train = self.config.train
@@ -131,7 +145,9 @@ class Saver:
         facts = {"ranks": ranks.current().size, "zero": train.zero, "optimizer": train.optimizer}
         shapes = weights.engine.partition.shapes
         failed = self._reported(
-            lambda: self.checkpoints.begin(state.step, weights.tensors(), shapes, text, facts),
+            lambda: self.checkpoints.begin(
+                state.step, weights.tensors(), shapes, text, facts, weights.frozen(), self._output.sync
+            ),
         )
         return failed if train.checkpoint_async else failed or self.finish()
 
@@ -159,9 +175,18 @@ class Saver:
         try:
             done = action()
         except SaveError as error:
+            self._failed += 1
             self._event("save failed", {"reason": str(error)})
-            self._say(f"warning: no checkpoint: {error}")
+            self._output.say(f"warning: no checkpoint: {error}")
+            most = self.config.train.max_failed_saves
+            if isinstance(error, SaveHangs) or self._failed >= most:
+                count = f"{self._failed} checkpoints in a row could" if self._failed > 1 else "a checkpoint could"
+                raise SaveFailed(
+                    f"{self.config.out}: {count} not be written, the last because: {error}. Mend that, and go on with "
+                    f"--resume. (train.max_failed_saves={most})"
+                ) from None
             return str(error)
         if done is not None:
+            self._failed = 0
             self._event("checkpoint", {"checkpoint": done.name})
         return None

@@ -52,13 +52,14 @@ class RunState:
     summed: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; floats survive exactly."""
-        return dataclasses.asdict(self)
+        """As JSON values; floats survive exactly, also sums that are not finite, which JSON has no number for."""
+        sums = {name: value if math.isfinite(value) else str(value) for name, value in self.sums.items()}
+        return dataclasses.asdict(self) | {"sums": sums}
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> RunState:
         """The inverse of :meth:`to_json`."""
-        return cls(**tree)
+        return cls(**tree | {"sums": {name: float(value) for name, value in tree["sums"].items()}})
 
     def add(self, values: dict[str, float]) -> None:
         """Take in one applied step's values, always of the same names."""

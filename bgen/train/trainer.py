@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from bgen.checkpoint import files
 from bgen.checkpoint.commit import Checkpoints
+from bgen.checkpoint.ownership import Owner, owning
 from bgen.config.run import RunConfig
 from bgen.data.batch import CellBatch
 from bgen.data.packed import PackedBatch
@@ -25,6 +24,7 @@ from bgen.distributed.signals import StopSignals
 from bgen.errors import UserError
 from bgen.track.devices import device_name, peak_flops
 from bgen.track.output import CHECKPOINTS, RECORD, RunOutput, run_identifier
+from bgen.track.progress import warn
 from bgen.track.throughput import Throughput
 from bgen.train import restore
 from bgen.train.data_outage import Batches
@@ -80,7 +80,11 @@ class Trainer:
         self.config = config
         self.stage = stage
         self.out = config.out
-        self.checkpoints = Checkpoints(config.out / CHECKPOINTS, config.train.keep, config.train.keep_every)
+        train = config.train
+        self.checkpoints = Checkpoints(
+            config.out / CHECKPOINTS, train.keep, train.keep_every, train.save_timeout, self._beat
+        )
+        self._watchdog: Watchdog | None = None
         self._losses: list[float] = []
         self._damage_told: list[int] = []
         self._damaged = 0
@@ -105,21 +109,45 @@ class Trainer:
             If the run folder holds a run and ``resume`` is False, if every checkpoint is damaged, if the data is not
             what the run began with, or after ``max_skipped`` skipped steps in a row.
         """
-        folder: Path | None = None
-        messages: list[str] = []
-        if resume:
-            folder, messages = restore.find(self.checkpoints)
-        elif ranks.from_main((self.out / RECORD).exists() or bool(files.committed(self.checkpoints.root))):
+        ranks.set_timeout(self.config.train.start_timeout)
+        self._refuse_a_second_run(resume)
+        with owning(self.out) as owner:
+            self._refuse_a_second_run(resume)  # another job may have been here and gone since
+            self._refuse_to_restart_for_ever(owner)
+            self.checkpoints.owner = owner
+            folder: Path | None = None
+            messages: list[str] = []
+            if resume:
+                folder, messages = restore.find(self.checkpoints)
+            interrupted = self._fit(folder, messages, accept_changed_data)
+            owner.done = not interrupted
+        state = self.state
+        return TrainResult(
+            state.step, self.out / RECORD, self._losses, state.best, state.stopped_early, interrupted=interrupted
+        )
+
+    def _refuse_a_second_run(self, resume: bool) -> None:
+        if not resume and ranks.from_main((self.out / RECORD).exists() or bool(files.committed(self.checkpoints.root))):
             raise UserError(f"{self.out} already holds a run. Give --resume to go on with it, or another out=.")
-        self._require_writable()
+
+    def _refuse_to_restart_for_ever(self, owner: Owner) -> None:
+        if owner.fruitless > self.config.train.max_restarts:
+            raise UserError(
+                f"{self.out} was restarted {owner.fruitless} times in a row without a new checkpoint "
+                f"(train.max_restarts={self.config.train.max_restarts}): whatever ends it will end it again. Look at "
+                "the first error in the logs of the ranks, mend that, and start again."
+            )
+
+    def _fit(self, folder: Path | None, messages: list[str], accept_changed_data: bool) -> bool:
+        """Train in a folder that is this job's, from a checkpoint if there is one; whether a signal ended it."""
         if self.world.device.type == "cpu":
             keep_heap()
         status = "FAILED"
         cells = batch_plan(self.config.train, self.world.size).micro
         threads = as_many_threads_as_pay(self.stage.module, cells, self.world)
         with StopSignals() as self._signals, threads:
-            self._watchdog = Watchdog(self.out / "stacks")
-            self._watchdog.beat(self.config.train.start_timeout)
+            self._watchdog = watchdog = Watchdog(self.out / "stacks")
+            self._allow(self.config.train.start_timeout)
             try:
                 self._open(folder, messages, accept_changed_data)
                 try:
@@ -132,27 +160,23 @@ class Trainer:
                     self.output.close(status)
             except RuntimeError as error:
                 # Another rank died or hangs: say where this one stood.
-                self._watchdog.dump(error)
+                watchdog.dump(error)
                 raise
             finally:
-                self._watchdog.close()
-        state = self.state
-        return TrainResult(
-            state.step, self.out / RECORD, self._losses, state.best, state.stopped_early, interrupted=interrupted
-        )
+                watchdog.close()
+                self._watchdog = None
+        return interrupted
 
-    def _require_writable(self) -> None:
-        problem = None
-        if self.world.is_main:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=self.out):
-                    pass
-            except OSError as error:
-                problem = f"The run folder {self.out} cannot be written to: {error.strerror}. Choose another out=."
-        problem = ranks.from_main(problem)
-        if problem is not None:
-            raise UserError(problem)
+    def _allow(self, seconds: float) -> None:
+        """Let whatever comes next take so long, on all ranks."""
+        ranks.set_timeout(seconds)
+        self._allowed = seconds
+        self._beat()
+
+    def _beat(self) -> None:
+        """Say that this rank lives."""
+        if self._watchdog is not None:
+            self._watchdog.beat(self._allowed)
 
     def _open(self, folder: Path | None, messages: list[str], accept_changed_data: bool) -> None:
         """Restore or make the state, the engine and the weights beside it; open the output."""
@@ -173,7 +197,7 @@ class Trainer:
             deepspeed=deepspeed_config(train, self.world.size, self.out),
             data=self.stage.fingerprint,
         )
-        self.saver = Saver(self.checkpoints, self.config, self.stage.fingerprint, self._event, self.output.say)
+        self.saver = Saver(self.checkpoints, self.config, self.stage.fingerprint, self._event, self.output)
         for message in messages:
             self.output.say(message)
         facts: dict[str, Any] = {"ranks": self.world.size, "device": self.world.device.type}
@@ -186,19 +210,30 @@ class Trainer:
     def _loop(self) -> bool:
         """Run the steps that are left; returns whether a signal ended them."""
         train, state = self.config.train, self.state
-        batches = Batches(self.stage, state.step, train.data_patience, self._waiting_for_data)
+        batches = Batches(
+            *(self.stage, state.step, train.data_patience, train.step_timeout),
+            *(self._waiting_for_data, lambda: self._signals.received is not None),
+        )
         first = state.step
         self.engine.train()
         peak = peak_flops(device_name(self.world.device), train.precision)
         self.throughput = Throughput(None if peak is None else peak * self.world.size)
         self.hosts = HostReport(train.straggler_ratio, self.config.track.system)
         asked_to_stop = state.evaluating and not self._validate()
+        drawn: Sequence[CellBatch | PackedBatch] | None = None
+        before: Sequence[CellBatch | PackedBatch] | None = None
         while state.step < train.steps and not state.stopped_early and not asked_to_stop:
-            micro_batches, waited = batches.next()
-            asked_to_stop = self._step(micro_batches, waited)
+            if drawn is None:
+                drawn, waited = batches.next(alone=before is None and self.world.size > 1)
+            asked_to_stop, done = self._step(drawn, before, waited, batches.given_up is not None)
+            self._beat()
+            if not done:
+                if asked_to_stop:
+                    self._save(asked_to_stop)
+                continue
+            drawn, before = None, drawn
             if state.step == first + 1:
-                ranks.set_timeout(train.step_timeout)
-            self._watchdog.beat(train.step_timeout)
+                self._allow(train.step_timeout)
             last = state.step == train.steps
             if state.step % train.log_every == 0 or last:
                 self._log()
@@ -210,13 +245,30 @@ class Trainer:
             self._save(asked_to_stop)
             self.throughput.pause(time.perf_counter() - begin)
         if asked_to_stop and not self._complete:
-            self.output.say(f"stopped by a signal at step {state.step}: saved; go on with --resume")
+            if problem := next(filter(None, ranks.gather(batches.given_up)), None):
+                raise UserError(problem)
+            self.output.say(f"stopped by a signal at step {state.step}: saved")
             return True
         return False
 
-    def _step(self, micro_batches: Sequence[CellBatch | PackedBatch], waited: float) -> bool:
-        """One optimiser step on the global batch; returns whether any rank was asked to stop."""
+    def _step(
+        self,
+        drawn: Sequence[CellBatch | PackedBatch] | None,
+        before: Sequence[CellBatch | PackedBatch] | None,
+        waited: float,
+        given_up: bool,
+    ) -> tuple[bool, bool]:
+        """One optimiser step on the global batch; returns whether any rank was asked to stop, and whether it was done.
+
+        A rank that has no data (``drawn`` is None) takes those of the step ``before`` in their place and spoils its
+        gradient. So the others hear of the outage where they wait for it, and no rank's weights change.
+        """
         train, state = self.config.train, self.state
+        stop = float(self._signals.received is not None or given_up)
+        if drawn is None and self.world.size == 1:
+            return stop > 0, False
+        micro_batches = before if drawn is None else drawn
+        assert micro_batches is not None
         _seed(self.config.seed, state.step, self.world.rank)
         sums: dict[str, Tensor] = {}
         unfinite: list[Tensor] = []
@@ -238,19 +290,23 @@ class Trainer:
             if train.skip_spikes and number == len(micro_batches):
                 mean = ranks.all_sum(sums["loss"].cpu()[None]).item() / train.global_batch
                 spike = state.is_spike(mean, train.skip_spikes)
-            self.engine.backward(losses["loss"].float().mean(), spoil=spike)
+            self.engine.backward(losses["loss"].float().mean(), spoil=spike or drawn is None)
         rate = learning_rate(train, state.step)
         outcome = self.engine.step(rate)
 
         names = sorted(sums)
         cells = sum(len(batch) for batch in micro_batches)
         nonzeros = sum(len(batch.counts) for batch in micro_batches)
-        stop = float(self._signals.received is not None)
         damaged = self._damaged_cells()
-        here = [cells, nonzeros, waited, flops, stop, damaged, *self.checkpoints.status()]
+        here = [cells, nonzeros, waited, flops, stop, drawn is None, damaged, *self.checkpoints.status()]
         local = torch.cat([torch.tensor(here, dtype=torch.float64), torch.stack([sums[name] for name in names]).cpu()])
         everywhere = ranks.all_sum(local).tolist()
-        cells_all, nonzeros_all, waited_all, flops_all, stop, damaged_all, written, failed, *totals = everywhere
+        cells_all, nonzeros_all, waited_all, flops_all, stop, lacking, damaged_all, written, failed, *totals = (
+            everywhere
+        )
+        if lacking:
+            self.saver.advance(int(written), int(failed))
+            return stop > 0, False
         self._damaged = int(damaged_all)
         means = {name: total / cells_all for name, total in zip(names, totals, strict=True)}
         self.throughput.add(int(cells_all), int(nonzeros_all), waited_all / self.world.size, flops_all)
@@ -269,7 +325,7 @@ class Trainer:
             self._skipped(micro_batches, unfinite, means["loss"] if spike else None)
         self.saver.advance(int(written), int(failed))
         self.output.progress(state.step)
-        return stop > 0
+        return stop > 0, True
 
     def _skipped(
         self, micro_batches: Sequence[CellBatch | PackedBatch], unfinite: list[Tensor], spike: float | None
@@ -305,15 +361,15 @@ class Trainer:
         for chunk in list(self.stage.damage())[len(self._damage_told) :]:
             self._damage_told.append(chunk)
             problem = self.stage.damage()[chunk]
-            print(f"warning: rank {self.world.rank}: chunk {chunk} is skipped: {problem}", file=sys.stderr, flush=True)
+            warn(f"rank {self.world.rank}: chunk {chunk} is skipped: {problem}")
             self._event("damaged chunk", {"chunk": chunk, "rank": self.world.rank, "problem": problem})
         return self.stage.damaged_cells()
 
     def _waiting_for_data(self, problem: str | None) -> None:
         if problem is not None:
             self._event("data outage", {"problem": problem})
-            print(f"warning: rank {self.world.rank}: {problem}", file=sys.stderr, flush=True)
-        self._watchdog.beat(self.config.train.step_timeout)
+            warn(f"rank {self.world.rank}: {problem}")
+        self._beat()
 
     def _log(self) -> None:
         means = self.state.take_means()
@@ -341,7 +397,7 @@ class Trainer:
         state.evaluating = True
 
         def stopped() -> bool:
-            self._watchdog.beat(train.step_timeout)
+            self._beat()
             return bool(ranks.agree_max(self._signals.received is not None))
 
         with self.engine.swapped_in(self.weights.judged):
@@ -365,16 +421,16 @@ class Trainer:
         due = self.state.step % self.config.train.checkpoint_every == 0
         if not (due or self._complete or asked_to_stop):
             return
-        self.output.sync()
         if asked_to_stop and not self._complete:
             self.saver.save_now(self.weights, self.state)
         else:
             self.saver.begin(self.weights, self.state)
-        self._watchdog.beat(self.config.train.step_timeout)
+        self._beat()
 
     def _finish(self, interrupted: bool) -> None:
         """Leave the module with the weights to export, and let the stage do what it does at the end."""
         self.saver.finish()
+        self._allow(self.config.train.save_timeout)  # what comes now is done once, and no step
         if (communication := self.engine.communication()) is not None:
             self._event("communication", communication)
         module = self.stage.module = self.weights.release()

@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from bgen.distributed import world as ranks
+from bgen.errors import UserError
 
 # The ranks that wait for a hanging one fail after the time-out of the collective; the hanging one is given so many
 # seconds more, so that it is the others who speak first. Launchers kill it 30 s after them.
@@ -36,12 +37,15 @@ class Watchdog:
 
     def __init__(self, folder: Path) -> None:
         here = ranks.current()
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"rank_{here.rank}.txt"
-        self._stream = self.path.open("w", encoding="utf-8")
         self._head = f"rank {here.rank} of {here.size}, host {socket.gethostname()}, process {os.getpid()}\n"
-        self._stream.write(self._head)
-        self._stream.flush()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._stream = self.path.open("w", encoding="utf-8")
+            self._stream.write(self._head)
+            self._stream.flush()
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror}.") from error
         self._armed = -1e9
         self._seconds = 0.0
 
@@ -59,17 +63,18 @@ class Watchdog:
         kind = "Timeout" if "timed out" in message.lower() else type(error).__name__
         frames = reversed(traceback.extract_tb(error.__traceback__))
         stack = "".join(f'  File "{frame.filename}", line {frame.lineno} in {frame.name}\n' for frame in frames)
-        self._stream.write(f"{kind}: {message.strip()}\n{stack}")
-        self._stream.flush()
+        with contextlib.suppress(OSError):  # what ended the rank is raised after this, also where the disk is full
+            self._stream.write(f"{kind}: {message.strip()}\n{stack}")
+            self._stream.flush()
         faulthandler.dump_traceback(file=self._stream)
 
     def close(self) -> None:
         """Stop to watch."""
         faulthandler.cancel_dump_traceback_later()
-        self._stream.close()
-        if self.path.read_text(encoding="utf-8") == self._head:
-            self.path.unlink()
-            with contextlib.suppress(OSError):  # other ranks may have theirs in it
+        with contextlib.suppress(OSError):  # a full disk; or other ranks have their files in the folder
+            self._stream.close()
+            if self.path.read_text(encoding="utf-8") == self._head:
+                self.path.unlink()
                 self.path.parent.rmdir()
 
 

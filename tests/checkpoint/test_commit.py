@@ -40,7 +40,7 @@ def test_layout_and_manifest(tmp_path: Path) -> None:
         "COMMITTED",
     }
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert (manifest["step"], manifest["ranks"], manifest["zero"], manifest["format"]) == (7, 1, 0, 2)
+    assert (manifest["step"], manifest["ranks"], manifest["zero"], manifest["format"]) == (7, 1, 0, 3)
     assert manifest["files"]["state.json"] == {"bytes": 1000, "sha256": files.sha256(folder / "state.json")}
     assert manifest["versions"]["torch"]
 
@@ -82,6 +82,34 @@ def test_half_deleted_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.Monke
         files.remove(folder)
     assert (folder / files.STATE).exists()
     assert files.committed(tmp_path) == []
+
+
+def test_what_a_crash_left_is_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half-deleted checkpoints, and folders of checkpoints that were never committed."""
+    checkpoints = Checkpoints(tmp_path, 2)
+    folder = save(checkpoints, 1)
+    (folder / files.MARKER).unlink()
+    for name in ("step_00000002.tmp", "step_00000003.tmp-0123456789ab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard_00000.safetensors").write_bytes(b"half")
+    (tmp_path / "mine").mkdir()
+    save(checkpoints, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "step_00000004"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_spoil_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path, 2)
+    for step in (1, 2):
+        save(checkpoints, step)
+
+    def refused(folder: Path) -> None:
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr(files, "remove", refused)
+    save(checkpoints, 3)
+    assert [files.step_of(folder) for folder in files.committed(tmp_path)] == [3, 2, 1]
 
 
 def test_retention_keeps_the_newest_that_verify(tmp_path: Path) -> None:

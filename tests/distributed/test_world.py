@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +64,26 @@ def test_an_environment_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, RANK="2", LOCAL_RANK="0", MASTER_ADDR="h", MASTER_PORT="1")
     with pytest.raises(UserError, match="RANK is 2, but WORLD_SIZE is 2"):
         ranks.read_world()
+
+
+def test_a_variable_that_is_no_number_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched(monkeypatch, RANK="x", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="h", MASTER_PORT="1")
+    with pytest.raises(UserError, match="the environment variable RANK is 'x', not a number"):
+        ranks.read_world()
+    assert report_user_error(UserError("bad")) == 2
+    assert capsys.readouterr().err == "error: bad\n"
+
+
+def test_as_many_files_may_be_open_as_the_system_allows() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, before[1]), before[1]))
+        ranks.start(10)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_ranks_that_do_not_meet_are_told_where_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,3 +165,51 @@ def test_rank_0_speaks_for_all(capsys: pytest.CaptureFixture[str], monkeypatch: 
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert capsys.readouterr().err == "error (rank 3): only here\n"
+
+
+def test_rank_0_waits_until_its_neighbours_have_found_the_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    launched(monkeypatch, RANK="0", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
+    done: list[int] = []
+    thread = threading.Thread(target=lambda: done.append(report_user_error(UserError("bad"))))
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "0" / "mistake").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    thread.join(0.2)
+    assert thread.is_alive()
+    (tmp_path / "1" / "mistake").touch()
+    thread.join(30)
+    assert done == [2]
+    assert capsys.readouterr().err == "error: bad\n"
+
+
+MISTAKE = """
+import os, sys
+from pathlib import Path
+from bgen.distributed.report import report_user_error
+from bgen.errors import UserError
+class Failure(UserError):
+    exit_code = int(sys.argv[2])
+Path(sys.argv[1], f"life_{os.environ['TORCHELASTIC_RESTART_COUNT']}").touch()
+sys.exit(report_user_error(Failure("bad")))
+"""
+
+
+@pytest.mark.parametrize(("code", "lives"), [(2, 1), (75, 2)])
+def test_a_mistake_ends_torchrun_and_a_full_disk_does_not(tmp_path: Path, code: int, lives: int) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(MISTAKE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1", str(script)]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [*command, str(tmp_path), str(code)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: bad") == lives, done.stderr
+    assert len(list(tmp_path.glob("life_*"))) == lives

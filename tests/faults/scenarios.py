@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from toy import ToyStage, toy_config
 
-from bgen.checkpoint import shards
+from bgen.checkpoint import ownership, shards
 from bgen.data.batch import CellBatch
 from bgen.distributed import world as ranks
 from bgen.distributed.report import report_user_error
 from bgen.errors import UserError
+from bgen.train import watch
 from bgen.train.trainer import Trainer, TrainResult
 
 SETTINGS: dict[str, Any] = {"steps": 30, "checkpoint_every": 5, "zero": 1, "ema": 0.9, "step_timeout": 60}
@@ -37,8 +39,13 @@ def once(folder: Path, name: str) -> bool:
     return True
 
 
-def train(folder: Path, settings: dict[str, Any], at_step: Callable[[int], None]) -> TrainResult:
-    """Train with resume, calling ``at_step`` before each step's batches are drawn."""
+def train(
+    folder: Path,
+    settings: dict[str, Any],
+    at_step: Callable[[int], None],
+    finish: Callable[[nn.Module], None] | None = None,
+) -> TrainResult:
+    """Train with resume, calling ``at_step`` before each step's batches are drawn, and ``finish`` at the end."""
     stage = ToyStage(toy_config(folder / "run", SETTINGS | settings))
     drawn = stage.train_batches
 
@@ -48,6 +55,8 @@ def train(folder: Path, settings: dict[str, Any], at_step: Callable[[int], None]
             yield found
 
     stage.train_batches = batches  # type: ignore[method-assign]
+    if finish is not None:
+        stage.finish = finish  # type: ignore[method-assign]
     return Trainer(stage.config, stage).fit(resume=True)
 
 
@@ -82,6 +91,52 @@ def slow_then_hung(folder: Path) -> TrainResult:
             time.sleep(1000 if step == 10 else 0.05)
 
     return train(folder, {"report_every": 5, "step_timeout": 5, "checkpoint_every": 100}, at_step)
+
+
+def slow_disk(folder: Path) -> TrainResult:
+    """On rank 0 a checkpoint, the record's fsync and the stage's last work each take longer than a step may."""
+    written, synchronised = shards.write, os.fsync
+    main = os.environ["RANK"] == "0"
+    watch.GRACE = 0.5
+
+    def pause(name: str) -> None:
+        if main and once(folder, name):
+            time.sleep(5)
+
+    def write(path: Path, *arguments: Any) -> dict[str, Any]:
+        pause("shards")
+        return written(path, *arguments)
+
+    def fsync(descriptor: int) -> None:
+        if "record.jsonl" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            pause("record")
+        synchronised(descriptor)
+
+    shards.write, os.fsync = write, fsync
+    settings = {"steps": 8, "checkpoint_every": 4, "step_timeout": 3}
+    return train(folder, settings, lambda step: None, finish=lambda module: pause("finish"))
+
+
+def own_disk(folder: Path) -> TrainResult:
+    """Every rank has a run folder of its own."""
+    ownership.SHARING = 0.5
+    return train(folder / f"node_{os.environ['RANK']}", {}, lambda step: None)
+
+
+def away(folder: Path) -> TrainResult:
+    """The data of rank 1 cannot be read any more from step 25 on, and nobody loses patience."""
+    stage = ToyStage(toy_config(folder / "run", SETTINGS | {"steps": 10**6, "checkpoint_every": 10**6}))
+    drawn = stage.train_batches
+
+    def batches(start: int) -> Iterator[Sequence[CellBatch]]:
+        for step, found in enumerate(drawn(start), start):
+            if step == 25 and ranks.current().rank == 1:
+                (folder / "away").touch()
+                raise OSError(116, "Stale file handle")
+            yield found
+
+    stage.train_batches = batches  # type: ignore[method-assign]
+    return Trainer(stage.config, stage).fit(resume=True)
 
 
 def endless(folder: Path) -> TrainResult:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from launching import environment
 from torch import Tensor
 from toy import ToyStage, run, toy_config
 
-from bgen.checkpoint import commit, files
+from bgen.checkpoint import commit, files, shards
 from bgen.data.batch import CellBatch
 from bgen.errors import UserError
 from bgen.track import record
@@ -44,9 +46,17 @@ def fill(folder: Path, leave: int) -> None:
     (folder / "filler").write_bytes(b"\0" * (shutil.disk_usage(folder).free - leave))
 
 
+def fill_to_the_last_byte(folder: Path) -> None:
+    with (folder / "filler").open("wb", 0) as filler:
+        for size in (1 << 16, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    filler.write(b"x" * size)
+
+
 def test_full_disk(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fault 6: training goes on without the checkpoint; where it must save and cannot, it exits with 75."""
-    fill(small_disk, 150_000)
+    fill(small_disk, 170_000)
     settings = {"steps": 6, "checkpoint_every": 2, "zero": 1}
     result, _ = run(toy_config(small_disk / "run", settings))
     assert result.step == 6
@@ -71,6 +81,61 @@ def test_disk_that_fills_up_while_a_checkpoint_is_written(
     assert said.count("warning: no checkpoint: rank 0 could not write") == 2
     assert "No space left on device" in said
     assert list((small_disk / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_disk_that_is_full_to_the_last_byte_costs_a_warning_and_an_interval(
+    small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Something else fills the disk in step 12 and leaves it in step 22; the record has every row in the end."""
+    settings = {"steps": 30, "checkpoint_every": 5, "eval_every": 0, "zero": 1}
+    straight, _ = run(toy_config(small_disk / "straight", settings))
+    shutil.rmtree(small_disk / "straight")
+    config = toy_config(small_disk / "run", settings)
+    stage = ToyStage(config)
+    drawn = stage.train_batches
+
+    def batches(start: int) -> Iterator[Sequence[CellBatch]]:
+        for step, found in enumerate(drawn(start), start):
+            if step == 12:
+                fill_to_the_last_byte(small_disk)
+            if step == 22:
+                (small_disk / "filler").unlink()
+            yield found
+
+    stage.train_batches = batches  # type: ignore[method-assign]
+    result = Trainer(config, stage).fit()
+    assert result.losses == straight.losses
+    said = capsys.readouterr().err
+    assert said.count("record.jsonl cannot be written (No space left on device): training goes on, rows are kept") == 1
+    assert said.count("warning: no checkpoint: no space: need ") == 2
+    rows = [row["step"] for row in record.read(result.record) if row["kind"] == "train"]
+    assert rows == list(range(1, 31))
+    assert [files.step_of(folder) for folder in files.committed(small_disk / "run" / "checkpoints")] == [30, 25]
+
+
+def test_a_disk_that_never_takes_a_checkpoint_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(shards, "write", full)
+    settings = {"steps": 50, "checkpoint_every": 2, "max_failed_saves": 3}
+    with pytest.raises(SaveFailed, match=r"3 checkpoints in a row could not be written, .* Disk quota exceeded"):
+        run(toy_config(tmp_path / "run", settings))
+    failed = [
+        row["step"] for row in record.read(tmp_path / "run" / "record.jsonl") if row.get("event") == "save failed"
+    ]
+    assert len(failed) == 3
+
+
+def test_a_checkpoint_that_never_ends_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs = threading.Event()
+    monkeypatch.setattr(shards, "write", lambda *arguments: hangs.wait(60))
+    settings = {"steps": 50, "checkpoint_every": 2, "save_timeout": 0.5}
+    try:
+        with pytest.raises(SaveFailed, match=r"was not written within 0\.5 s \(train\.save_timeout\)"):
+            run(toy_config(tmp_path / "run", settings))
+    finally:
+        hangs.set()
 
 
 def test_read_only_folder(tmp_path: Path) -> None:
@@ -153,8 +218,31 @@ def test_a_store_that_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [row["step"] for row in record.read(result.record) if row.get("event") == "data outage"] == [5]
 
 
+def test_a_signal_while_the_store_is_away(tmp_path: Path) -> None:
+    settings = {"steps": 10, "data_patience": 1000, "checkpoint_every": 100}
+    straight, _ = run(toy_config(tmp_path / "straight", settings))
+    stage = AwayStage(toy_config(tmp_path / "run", settings))
+    stage.seconds = 1000.0
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+    away = stage.train_batches
+
+    def batches(start: int) -> Iterator[Sequence[CellBatch]]:
+        try:
+            yield from away(start)
+        except OSError:
+            if start == 0:
+                timer.start()
+            raise
+
+    stage.train_batches = batches  # type: ignore[method-assign]
+    first = Trainer(stage.config, stage).fit()
+    assert (first.interrupted, first.step) == (True, 5)
+    second, _ = run(toy_config(tmp_path / "run", settings), resume=True)
+    assert first.losses + second.losses == straight.losses
+
+
 def test_a_store_that_stays_away(tmp_path: Path) -> None:
-    stage = AwayStage(toy_config(tmp_path / "run", {"steps": 10, "data_patience": 1, "checkpoint_every": 5}))
+    stage = AwayStage(toy_config(tmp_path / "run", {"steps": 10, "data_patience": 1, "checkpoint_every": 100}))
     stage.seconds = 1000.0
     with pytest.raises(UserError, match=r"could not be read for 1 s .*Stale file handle\. When the store is back"):
         Trainer(stage.config, stage).fit()

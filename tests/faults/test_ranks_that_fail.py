@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from launching import LIMIT, launch, result, rows, start, torchrun
+from prefork import python
 from scenarios import SETTINGS
 from toy import run, toy_config
 
-from bgen.checkpoint import files
+from bgen.checkpoint import files, ownership
+from bgen.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,41 @@ def test_killed_in_a_step_and_in_a_save_the_job_finishes_by_itself(tmp_path: Pat
     assert resumed[-1] == 15  # the save of step 20 was cut off: one interval is lost
     losses = {row["step"]: row["loss"] for row in rows(tmp_path)}
     np.testing.assert_allclose([losses[step] for step in range(1, 31)], undisturbed, rtol=1e-5)
-    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp*"))
+
+
+def test_what_is_slow_at_the_disk_is_no_hang(tmp_path: Path) -> None:
+    """Checkpoint, record and last work of one rank each take longer than a step may: the others wait for it."""
+    code, said = launch(torchrun(2), "slow_disk", tmp_path)
+    assert code == 0, said[-4000:]
+    assert {path.name for path in tmp_path.glob("once_*")} == {"once_shards", "once_record", "once_finish"}
+    assert [files.step_of(folder) for folder in files.committed(tmp_path / "run" / "checkpoints")] == [8, 4]
+    assert not (tmp_path / "run" / "stacks").exists()
+
+
+def test_a_folder_that_the_ranks_do_not_share_is_found_before_the_first_step(tmp_path: Path) -> None:
+    code, said = launch(torchrun(2), "own_disk", tmp_path)
+    assert code != 0
+    assert said.count("is not one folder for all ranks: rank 1 on ") == 1
+    assert "does not see what rank 0 wrote there" in said
+    assert list(tmp_path.glob("*/run/record.jsonl")) == []
+
+
+def test_a_second_job_is_refused_while_the_first_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "DYING", 0.1)
+    config = toy_config(tmp_path / "run", SETTINGS | {"steps": 10**6})
+    with start([python()], "endless", tmp_path, stdout=subprocess.DEVNULL) as process:
+        wait_for_steps(tmp_path, process)
+        with pytest.raises(UserError, match=r"Another job is at work on .*: process "):
+            run(config, resume=True)
+        seen = len(rows(tmp_path))
+        deadline = time.monotonic() + LIMIT
+        while len(rows(tmp_path)) == seen and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert process.poll() is None
+        process.kill()
+    first, _ = run(toy_config(tmp_path / "run", SETTINGS | {"steps": 3}), resume=True)
+    assert first.step == 3  # a dead job is no obstacle
 
 
 @pytest.mark.slow  # waits for time-outs, and compares the step times of ranks: wants a machine of its own
@@ -87,7 +123,23 @@ def test_sigterm_to_the_launcher_saves_on_all_ranks(tmp_path: Path) -> None:
     (folder,) = files.committed(tmp_path / "run" / "checkpoints")
     assert files.step_of(folder) == found[0]["step"]
     assert files.damage(folder) is None
-    assert "saved; go on with --resume" in said
+    assert ": saved" in said
+
+
+def test_sigterm_while_the_data_of_one_rank_cannot_be_read(tmp_path: Path, undisturbed: list[float]) -> None:
+    """The other rank waits for it in the middle of a step; both save what they have before that step."""
+    with start(torchrun(2), "away", tmp_path, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + LIMIT
+        while not (tmp_path / "away").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=LIMIT)
+    found = [result(tmp_path, rank) for rank in (0, 1)]
+    assert [(each["interrupted"], each["step"]) for each in found] == [(True, 25)] * 2, said[-4000:]
+    (folder,) = files.committed(tmp_path / "run" / "checkpoints")
+    assert (files.step_of(folder), files.damage(folder)) == (25, None)
+    resumed, _ = run(toy_config(tmp_path / "run", SETTINGS), resume=True)
+    np.testing.assert_allclose(resumed.losses, undisturbed[25:], rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -71,9 +71,7 @@ def test_a_mistake_ends_both_with_one_message(demo: Any, tmp_path: Path) -> None
     logs = ["--redirects", "3", "--tee", "3", "--log-dir", tmp_path / "log"]
     done = torchrun(*logs, "-m", "bgen", *asked)
     said = "".join(path.read_text() for path in (tmp_path / "log").glob("*/attempt_0/*/stderr.log"))
-    # The launcher ends the other rank once one has ended: with the code of its own mistake if it had found it by then.
-    assert done.stderr.count("exitcode  : 2 ") + done.stderr.count("exitcode  : -15 ") == 2
-    assert "exitcode  : 2 " in done.stderr.split("Root Cause")[1]
+    assert done.stderr.count("exitcode  : 2 ") == 2, done.stderr[-2500:]
     assert said.count("error:") == 1
     assert "no column 'typ'" in said
     assert "Traceback" not in said

@@ -179,7 +179,7 @@ def test_sigterm_saves_and_exits_with_0(tmp_path: Path) -> None:
     (folder,) = files.committed(tmp_path / "run" / "checkpoints")
     assert files.step_of(folder) == result(tmp_path)["step"]
     assert files.damage(folder) is None
-    assert "go on with --resume" in said
+    assert "stopped by a signal at step" in said
 
 
 def test_killed_between_save_and_commit(tmp_path: Path, one_rank: dict[int, list[float]]) -> None:

@@ -93,14 +93,15 @@ def test_torchrun_on_two_hosts() -> None:
     assert options["nproc-per-node"] == "4"
     assert options["rdzv-backend"] == "c10d"
     assert options["rdzv-endpoint"] == "n0:29400"
-    assert options["max-restarts"] == "3"
+    assert options["max-restarts"] == "100"
+    assert "train.max_restarts=3 --resume" in render("torchrun", out=Path("again")).script.read_text()
 
 
 def test_torchrun_that_goes_on_with_fewer_hosts() -> None:
     made = render("torchrun", min_nodes=1, settings=["hosts=n0,n1", "restarts=7", "join_timeout=60"])
     options = torchrun_options(made.script.read_text().split("exec ")[1])
     assert options["nnodes"] == "1:2"
-    assert options["max-restarts"] == "7"
+    assert "train.max_restarts=7 --resume" in made.script.read_text()
     assert "join_timeout=60" in options["rdzv-conf"]
 
 
@@ -228,6 +229,121 @@ def test_variables_are_handed_on_and_keys_are_not_written(monkeypatch: pytest.Mo
             assert task["secrets"] == {"AWS_SECRET_ACCESS_KEY": None}
             assert task["envs"]["NCCL_DEBUG"] == 'IN"FO'
             assert made.command[:6] == ["sky", "jobs", "launch", "--yes", "--secret", "AWS_SECRET_ACCESS_KEY"]
+
+
+@pytest.mark.parametrize("target", ["k8s", "jobset", "sky"])
+def test_no_password_and_no_secret_is_written(target: str, monkeypatch: pytest.MonkeyPatch, bgen: Any) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:hush-hush@mlflow.example/x")
+    monkeypatch.setenv("BGEN_TOKEN", "hush-hush")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    made = render(target, overrides=["track.uri=https://bob:hush-hush@other.example"])
+    everything = "".join(file.read_text() for file in made.files)
+    assert "hush-hush" not in everything
+    assert "https://mlflow.example/x" in everything
+    assert "https://other.example" in everything
+    assert "INFO" in everything
+    assert [note.split(" is not written")[0] for note in made.notes] == [
+        "The password in track.uri",
+        "The password in MLFLOW_TRACKING_URI",
+        "BGEN_TOKEN",
+    ]
+    with pytest.raises(UserError, match=r"data\.store=https://h/store was given with a password"):
+        render(target, out=Path("other"), overrides=["data.store=https://ann:hush-hush@h/store"])
+    said = bgen("launch", "vae", "out=/data/x", "data.store=/data/s", "--target", "jobset", "--set", "image=i")
+    assert said.code == 0
+    assert "BGEN_TOKEN is not written" in said.err
+
+
+def test_what_sky_installs_travels_with_the_job(tmp_path: Path) -> None:
+    (task,) = documents(render("sky"))
+    assert task["file_mounts"]["/tmp/bgen/source"] == str(ROOT)
+    assert task["setup"].strip() == 'pip install "/tmp/bgen/source[gpu]"'
+    wheel = tmp_path / "bgen_flow-1.0-py3-none-any.whl"
+    wheel.write_bytes(b"")
+    (task,) = documents(render("sky", settings=[f"package={wheel}"], device="cpu", out=Path("cpu")))
+    assert task["file_mounts"][f"/tmp/bgen/{wheel.name}"] == str(wheel)
+    assert task["setup"].strip() == f'pip install "/tmp/bgen/{wheel.name}"'
+    with pytest.raises(UserError, match="is neither a wheel nor a checkout"):
+        render("sky", settings=[f"package={tmp_path}"], out=Path("none"))
+
+
+def test_a_host_gets_cpus_and_memory_for_all_its_ranks() -> None:
+    limits = documents(render("jobset", ranks_per_node=8))[1]["spec"]["replicatedJobs"][0]["template"]["spec"]
+    limits = limits["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits == {"cpu": "64", "memory": "320Gi", "nvidia.com/gpu": "8"}
+    limits = documents(render("k8s", ranks_per_node=1))[1]["spec"]["trainer"]["resourcesPerNode"]["limits"]
+    assert (limits["cpu"], limits["memory"]) == ("8", "64Gi")
+    given = render("k8s", settings=[*NEEDED["k8s"], "cpus=3", "memory=9Gi"], out=Path("given"))
+    limits = documents(given)[1]["spec"]["trainer"]["resourcesPerNode"]["limits"]
+    assert (limits["cpu"], limits["memory"]) == ("3", "9Gi")
+    assert "--cpus-per-task=64\n" in render("slurm", ranks_per_node=8).script.read_text()
+    (task,) = documents(render("sky", ranks_per_node=8))
+    assert (task["resources"]["cpus"], task["resources"]["memory"]) == ("64+", "320+")
+
+
+def test_a_disk_that_is_full_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, *arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+        render("slurm", out=Path("full"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_that_render_into_one_folder_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    renamed = Path.rename
+
+    def overtaken(self: Path, target: Path) -> Path:
+        (target / "logs").mkdir(parents=True)
+        return renamed(self, target)
+
+    monkeypatch.setattr(Path, "rename", overtaken)
+    with pytest.raises(UserError, match="cannot be written: Directory not empty"):
+        render("slurm", out=Path("one"))
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_slurm_queues_again_after_progress_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the rendered script with programs in place of Slurm's; the step fails each time."""
+    tools, run = tmp_path / "bin", tmp_path / "run"
+    tools.mkdir()
+    run.mkdir()
+    (run / "record.jsonl").write_text("{}\n")
+    new = "run/checkpoints/step_$(cat saves)"
+    fail = f"#!/bin/sh\n[ -e saves ] && mkdir -p {new} && touch {new}/COMMITTED\nexit 1\n"
+    for name, text in {"srun": fail, "scontrol": '#!/bin/sh\n[ "$1" = requeue ] && touch requeued\necho h0\n'}.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "h0")
+    made = launch("vae", "slurm", nodes=1, overrides=["out=run", "data.store=store"])
+
+    def start() -> tuple[int, bool]:
+        (tmp_path / "requeued").unlink(missing_ok=True)
+        code = subprocess.run(["bash", made.script], capture_output=True, check=False).returncode
+        return code, (tmp_path / "requeued").exists()
+
+    assert start() == (1, False)
+    (tmp_path / "saves").write_text("00000005")
+    assert start() == (0, True)
+    assert start() == (1, False), "no newer checkpoint than before"
+    (tmp_path / "saves").write_text("00000010")
+    assert start() == (0, True)
+
+
+def test_jobset_does_not_count_disruptions() -> None:
+    _, job = documents(render("jobset", settings=[*NEEDED["jobset"], "restarts=5"]))
+    policy = job["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 5
+    (rule,) = policy["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == (
+        "RestartJobSetAndIgnoreMaxRestarts",
+        ["PodFailurePolicy"],
+    )
+    (pods,) = job["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert pods == {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
 
 
 def test_deepspeed_is_told_the_variables_in_a_private_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

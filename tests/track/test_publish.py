@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,10 @@ from bgen.config.load import validate
 from bgen.config.run import Config
 from bgen.distributed.world import World
 from bgen.errors import UserError
-from bgen.track.environment import environment
+from bgen.track import output
+from bgen.track.environment import environment, git_state
+from bgen.track.mirror import Mirror
+from bgen.track.mlflow import prepare
 from bgen.track.output import RunOutput
 from bgen.track.publish import log_evaluation, log_model, sync
 
@@ -98,11 +104,87 @@ def test_what_a_run_is_made_of(tmp_path: Path, world: World, empty_mlflow: Path)
     assert [entry.path for entry in client.list_artifacts(identifier, "model")] == ["model/config.json"]
 
 
-def test_environment_knows_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_tells_what_decides_a_run_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("NCCL_NTHREADS", "256")
+    for name in ("AWS_SECRET_ACCESS_KEY", "BGEN_ANYTHING", "TORCH_HUB_LOGIN", "NCCL_PLUGIN_ARGS", "DS_REMOTE"):
+        monkeypatch.setenv(name, "hush-hush")
+    monkeypatch.setattr("sys.argv", ["bgen", "train", "x", "track.uri=https://ann:hush-hush@mlflow.example"])
     found = environment()
     assert found["packages"] == sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions()})
-    assert found["variables"]["NCCL_DEBUG"] == "INFO"
-    assert "secret" not in json.dumps(found)
-    assert found["git"] is None or len(found["git"]["commit"]) == 40
+    shown = {name: found["variables"][name] for name in ("NCCL_DEBUG", "NCCL_NTHREADS", "BGEN_ANYTHING")}
+    assert shown == {"NCCL_DEBUG": "INFO", "NCCL_NTHREADS": "256", "BGEN_ANYTHING": "(set)"}
+    assert "hush-hush" not in json.dumps(found)
+    assert found["command"][-1] == "track.uri=https://mlflow.example"
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A person's repository with a change that is not committed."""
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+    folder = tmp_path / "project"
+    (folder / "venv" / "bgen").mkdir(parents=True)
+    (folder / "bgen").mkdir()
+    (folder / "notes.txt").write_text("old\n")
+    who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for arguments in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", "-C", str(folder), *arguments], check=True)
+    (folder / "notes.txt").write_text("hush-hush\n")
+    return folder
+
+
+def test_a_repository_that_bgen_only_lies_in_is_nobodys_business(repository: Path) -> None:
+    assert git_state(repository / "venv" / "bgen") is None
+    assert git_state(repository / "bgen") is None
+    (repository / "venv" / "pyproject.toml").write_text('[project]\nname = "bgen-flow"\n')
+    assert git_state(repository / "venv" / "bgen") is None, "its top is another folder"
+
+
+def test_of_a_checkout_of_bgen_the_commit_is_told_and_not_the_changes(repository: Path) -> None:
+    (repository / "pyproject.toml").write_text('[project]\nname = "bgen-flow"\n')
+    found = git_state(repository / "bgen")
+    assert found is not None
+    assert (len(found["commit"]), found["dirty"], len(found["changes_sha256"])) == (40, True, 64)
+    assert "hush-hush" not in json.dumps(found)
+    (repository / "notes.txt").write_text("old\n")
+    again = git_state(repository / "bgen")
+    assert again == found | {"dirty": False, "changes_sha256": None}
+
+
+def test_a_password_reaches_the_connection_and_no_file(
+    tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        away = f"127.0.0.1:{free.getsockname()[1]}"
+    uri = f"http://ann:hush-hush@{away}"
+    run = tmp_path / "run"
+    targets = []
+    monkeypatch.setattr(output, "Mirror", lambda target: targets.append(target) or Mirror(target))
+    train(run, uri, world)
+    said = capsys.readouterr().err
+    assert targets[0].uri == uri
+    assert "hush-hush" not in json.dumps(targets[0].params)
+    assert f"MLflow at http://{away} did not receive everything" in said
+    assert "hush-hush" not in said
+    for path in run.rglob("*"):
+        assert path.is_dir() or b"hush-hush" not in path.read_bytes(), path
+    with pytest.raises(UserError, match=f"MLflow at http://{away} does not answer") as raised:
+        sync(run, uri)
+    assert "hush-hush" not in str(raised.value)
+    assert config(run, uri).track.uri == uri
+
+
+def test_mlflow_tells_its_makers_nothing_unless_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
+    prepare()
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "false"
+    code = (
+        "from bgen.track.mlflow import MlflowRun, Target\n"
+        "MlflowRun(Target('r', 'sqlite://', '', '', '', {}, [])).client()\n"
+        "from mlflow.telemetry.utils import is_telemetry_disabled as off; print(off())"
+    )
+    others = ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "CI", "PYTEST_CURRENT_TEST", "GITHUB_ACTIONS")
+    variables = {name: value for name, value in os.environ.items() if name not in others}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "True"

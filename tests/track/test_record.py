@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,31 @@ def test_rows_are_lines_of_json(tmp_path: Path) -> None:
     assert (first["kind"], first["step"], first["loss"]) == ("train", 1, 0.1)
     assert abs(first["time"] - time.time()) < 60
     assert second["nll"] is None
+
+
+def test_rows_that_the_disk_does_not_take_come_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = record.Record(tmp_path / "record.jsonl")
+    written, room = os.write, 10
+
+    def write(descriptor: int, text: bytes) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(28, "No space left on device")
+        taken = written(descriptor, text[:room])
+        room -= taken
+        return taken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        for step in (1, 2, 3):
+            writer.append("train", step, {"loss": 0.5})
+            assert writer.trouble is not None
+    assert writer.kept == 3
+    assert (tmp_path / "record.jsonl").stat().st_size == 10
+    writer.append("train", 4, {"loss": 0.5})
+    assert (writer.trouble, writer.kept) == (None, 0)
+    writer.close()
+    assert [row["step"] for row in record.read(tmp_path / "record.jsonl")] == [1, 2, 3, 4]
 
 
 def test_truncation_drops_later_steps_and_a_line_cut_off(tmp_path: Path) -> None:

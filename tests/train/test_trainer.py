@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from toy import ToyModel, ToyStage, run, toy_config
 
@@ -15,7 +20,8 @@ from bgen.checkpoint.weights import export_weights
 from bgen.data.batch import CellBatch
 from bgen.errors import UserError
 from bgen.track import record
-from bgen.train.trainer import Trainer
+from bgen.train.engine.engine import Engine
+from bgen.train.trainer import Trainer, TrainResult
 
 FULL = {"ema": 0.9, "patience": 30, "eval_every": 4, "schedule": "cosine", "log_every": 10}
 
@@ -24,6 +30,32 @@ def rows_of(path: Path, kind: str) -> list[dict[str, Any]]:
     """Rows without what depends on the clock and the machine."""
     varying = {"time", "cells_per_s", "nonzeros_per_s", "data_wait", "memory_gb"}
     return [{k: v for k, v in row.items() if k not in varying} for row in record.read(path) if row["kind"] == kind]
+
+
+def failing(stage: ToyStage, at: int) -> Callable[[int], Iterator[Sequence[CellBatch]]]:
+    """The stage's batches, with a fault in one step."""
+    drawn = stage.train_batches
+
+    def batches(start: int) -> Iterator[Sequence[CellBatch]]:
+        for step, found in enumerate(drawn(start), start):
+            if step == at:
+                raise RuntimeError("a fault")
+            yield found
+
+    return batches
+
+
+def stopping(stage: ToyStage, after: int) -> Callable[[int], Iterator[Sequence[CellBatch]]]:
+    """The stage's batches, with a SIGTERM to this process when so many steps' have been drawn."""
+    drawn = stage.train_batches
+
+    def batches(start: int) -> Iterator[Sequence[CellBatch]]:
+        for step, found in enumerate(drawn(start), start):
+            if step == after - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield found
+
+    return batches
 
 
 def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
@@ -202,6 +234,115 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     assert result.step == 4
     assert "warning: no checkpoint: rank 0 could not write" in capsys.readouterr().err
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_metric_that_is_not_finite_beside_a_finite_loss_changes_nothing(tmp_path: Path) -> None:
+    class Metric(ToyModel):
+        def forward(self, batch: CellBatch) -> dict[str, Tensor]:
+            found = super().forward(batch)
+            return found | {"nll": found["nll"] * (torch.nan if batch.step == 3 else 1.0)}
+
+    def train(out: Path, resume: bool, stop_after: int = 0) -> TrainResult:
+        config = toy_config(out, {"steps": 12, "checkpoint_every": 5, "log_every": 10, "eval_every": 0})
+        stage = ToyStage(config)
+        torch.manual_seed(config.seed)
+        stage.module = Metric(0.0)
+        if stop_after:
+            stage.train_batches = stopping(stage, stop_after)  # type: ignore[method-assign]
+        return Trainer(config, stage).fit(resume)
+
+    straight = train(tmp_path / "straight", resume=False)
+    first = train(tmp_path / "halves", resume=False, stop_after=6)
+    second = train(tmp_path / "halves", resume=True)
+    assert first.losses + second.losses == straight.losses
+    rows = [rows_of(result.record, "train") for result in (straight, second)]
+    assert rows[0] == rows[1]
+    assert [row["nll"] is None for row in rows[0]] == [True, False]
+
+
+@pytest.mark.parametrize(("zero", "copies"), [(0, False), (1, False), (3, True)])
+def test_frozen_parameters_are_copied_only_where_they_do_not_stay_whole(
+    tmp_path: Path, zero: int, copies: bool
+) -> None:
+    """A copy would cost every rank of a host as much memory again."""
+    config = toy_config(tmp_path / "run", {"zero": zero})
+    stage = ToyStage(config)
+    frozen = stage.module.frozen = torch.nn.Linear(3, 5).requires_grad_(False)
+    weight = frozen.weight.clone()
+    engine = Engine(stage.module, config.train, stage.world)
+    held = engine.frozen()
+    assert held.keys() == {"frozen.weight", "frozen.bias"}
+    assert torch.equal(held["frozen.weight"], weight)
+    assert (
+        held["frozen.weight"].data_ptr() != dict(engine.module.named_parameters())["frozen.weight"].data_ptr()
+    ) == copies
+    engine.release()
+
+
+def test_frozen_parameters_are_saved_once(tmp_path: Path) -> None:
+    def train(steps: int, resume: bool = False) -> tuple[TrainResult, ToyStage]:
+        stage = ToyStage(toy_config(tmp_path / "run", {"steps": steps, "checkpoint_every": 2, "keep": 3}))
+        stage.module.frozen = torch.nn.Linear(300, 50).requires_grad_(False)
+        torch.nn.init.ones_(stage.module.frozen.weight)
+        torch.nn.init.zeros_(stage.module.frozen.bias)
+        return Trainer(stage.config, stage).fit(resume), stage
+
+    root = tmp_path / "run" / "checkpoints"
+    train(6)
+    train(8, resume=True)
+    kept = files.committed(root)
+    assert [files.step_of(folder) for folder in kept] == [8, 6, 4]
+    assert len({(folder / shards.FROZEN).stat().st_ino for folder in kept}) == 1
+    assert all((folder / "shard_00000.safetensors").stat().st_size < 40_000 for folder in kept)
+    assert all(files.damage(folder) is None for folder in kept)
+    exported, _ = export_weights(root)
+    assert torch.equal(exported["frozen.weight"], torch.ones(50, 300))
+    # As before format 3: all in the share of rank 0.
+    (kept[0] / shards.FROZEN).write_bytes(b"damaged")  # the file of all three
+    assert all(files.damage(folder) is not None for folder in kept)
+
+
+def test_checkpoints_with_frozen_parameters_in_rank_0s_share_are_resumed(tmp_path: Path) -> None:
+    """Format 2, which had no file for them."""
+
+    def train(out: Path, steps: int, resume: bool = False) -> tuple[TrainResult, ToyStage]:
+        stage = ToyStage(toy_config(out, {"steps": steps, "checkpoint_every": 100}))
+        stage.module.frozen = torch.nn.Linear(3, 5).requires_grad_(False)
+        if resume:  # what the checkpoint has is what counts
+            torch.nn.init.zeros_(stage.module.frozen.weight)
+        return Trainer(stage.config, stage).fit(resume), stage
+
+    straight, whole = train(tmp_path / "straight", 6)
+    train(tmp_path / "run", 4)
+    (folder,) = files.committed(tmp_path / "run" / "checkpoints")
+    saved, manifest = shards.Shards(folder), files.read_manifest(folder)
+    parts = [load_file(folder / name) for name in ("shard_00000.safetensors", shards.FROZEN)]
+    share = {name: tensor.clone() for part in parts for name, tensor in part.items()}
+    (folder / shards.FROZEN).unlink()
+    del manifest["files"][shards.FROZEN]
+    manifest["files"]["shard_00000.safetensors"] = shards.write(
+        folder / "shard_00000.safetensors", share, dict(saved.shapes)
+    )
+    files.write_synced(folder / files.MANIFEST, json.dumps(manifest | {"format": 2}))
+    files.write_synced(folder / files.MARKER, files.sha256(folder / files.MANIFEST))
+    second, halves = train(tmp_path / "run", 6, resume=True)
+    assert second.losses == straight.losses[4:]
+    assert same(whole.module, halves.module)
+    assert (files.committed(tmp_path / "run" / "checkpoints")[0] / shards.FROZEN).exists()
+
+
+def test_restarts_without_a_new_checkpoint_come_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = toy_config(tmp_path / "run", {"steps": 10, "checkpoint_every": 100, "max_restarts": 2})
+    said = []
+    for attempt in range(4):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        stage = ToyStage(config)
+        stage.train_batches = failing(stage, 3)  # type: ignore[method-assign]
+        with pytest.raises((RuntimeError, UserError)) as raised:
+            Trainer(config, stage).fit(resume=True)
+        said.append(str(raised.value))
+    assert said[:3] == ["a fault"] * 3
+    assert "was restarted 3 times in a row without a new checkpoint (train.max_restarts=2)" in said[3]
 
 
 def test_settings_that_contradict_each_other(tmp_path: Path) -> None:

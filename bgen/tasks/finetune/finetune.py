@@ -12,7 +12,6 @@ Under a launcher every rank reads the data and trains its share of each batch; r
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,9 +138,7 @@ def finetune(
         )
         facts = {"parent": parent.about.name, "cells trained on": len(cells), "bgen": __version__}
         find_protocol(PerturbationProtocol).report(out / "report.html", scores, provenance=facts)
-    if (out / MODEL).exists():  # of fewer steps: the run was resumed
-        shutil.rmtree(out / MODEL)
-    save_model(made, out / MODEL)
+    save_model(made, out / MODEL, replace=True)  # one that is there is of fewer steps: the run was resumed
     return Tuned(made, scores)
 
 

@@ -66,7 +66,13 @@ class Engine:
         if saved is not None:
             fixed = {name: saved.whole(FIXED, name) for name in saved.names(FIXED)}
             module.load_state_dict(fixed, strict=False)
-        frozen = {name: p.detach().cpu().clone() for name, p in module.named_parameters() if not p.requires_grad}
+        # ZeRO 3 leaves frozen parameters in parts, pure_bf16 rounds them; they never change: a copy from before serves.
+        # Elsewhere they stay whole where they are: a copy would cost every rank of a host as much memory again.
+        changes = config.zero == 3 or config.precision == "pure_bf16"
+        frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+        self._frozen = {name: p.detach().cpu().clone() for name, p in frozen.items()} if changes else {}
+        self._frozen_names = tuple(frozen)
+        self.frozen_bytes = sum(p.numel() * p.element_size() for p in frozen.values())
         deepspeed = _import_deepspeed(world)
         self._gathered = deepspeed.zero.GatheredParameters
         self._log_summary = deepspeed.comm.log_summary
@@ -87,8 +93,6 @@ class Engine:
             if saved is not None:
                 self.partition.restore(saved)
                 self.put(self.partition.weights())
-        # ZeRO 3 leaves frozen parameters in parts, pure_bf16 rounds them; they never change: a copy from before serves.
-        self._frozen = frozen if config.zero == 3 or config.precision == "pure_bf16" else {}
 
     def forward(self, batch: CellBatch) -> dict[str, Tensor]:
         """The module's per-cell losses ``{name: [B]}``, in the configured precision."""
@@ -144,11 +148,11 @@ class Engine:
         names = {name for name, _ in self.module.named_buffers()}
         return {name: t.detach().to("cpu", copy=True) for name, t in self.module.state_dict().items() if name in names}
 
-    def fixed(self) -> dict[str, Tensor]:
-        """Copies, on the CPU, of what is not trained: the state's buffers, and frozen parameters."""
-        trained = self.partition.shapes
-        state = {name: t for name, t in self.module.state_dict().items() if name not in trained} | self._frozen
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+    def frozen(self) -> dict[str, Tensor]:
+        """Return the frozen parameters on the CPU, as they came; the same tensors, where they lie there."""
+        if self._frozen:
+            return dict(self._frozen)
+        return {name: p.detach().cpu() for name, p in self.module.named_parameters() if name in self._frozen_names}
 
     @torch.no_grad()
     def put(self, pieces: Pieces) -> None:

@@ -177,9 +177,14 @@ class Partition:
                         self._fill(saved, kind, state[name], pieces)
                 steps = max((saved.step(name) for name in named), default=0.0)
                 if steps:
-                    state["step"] = torch.tensor(steps)
+                    state["step"] = self._step_counter(flat, steps)
                 if state:
                     self._put_state(flat.tensor, state)
+
+    def _step_counter(self, flat: Flat, steps: float) -> Tensor:
+        """Return the optimiser's counter, where it looks for it: beside the weights, if its kernels read it there."""
+        beside = any(group.get("fused") or group.get("capturable") for group in self._inner.param_groups)
+        return torch.tensor(steps, dtype=torch.float32, device=flat.tensor.device if beside else "cpu")
 
     def _put_state(self, tensor: Tensor, state: dict[str, Any]) -> None:
         existing = self._inner.state[tensor]
