@@ -17,9 +17,9 @@ from bgen.arrays import I64
 from bgen.genes.table import hash_genes, write_genes
 from bgen.order.keys import hash_keys
 from bgen.progress import Count
-from bgen.store.format.columns import encode_column
+from bgen.store.format.columns import column_metadata, encode_column, obs_path
 from bgen.store.format.manifest import Column, Manifest, Source, hash_folder
-from bgen.store.store import array_spec, column_metadata, obs_path
+from bgen.store.store import array_spec
 from data_tools.building.partial import WORK, all_or_nothing, save_array
 from data_tools.building.pieces import CountRows, Piece, cut_rows
 from data_tools.building.run_tasks import InProcess, Runner
