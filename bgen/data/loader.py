@@ -25,7 +25,7 @@ from bgen.data.run_ahead import run_ahead
 from bgen.order.cells import Order
 from bgen.order.keys import hash_keys
 from bgen.store.arena import Arena
-from bgen.store.format.codec import copy_rows
+from bgen.store.format.codec import copy_rows, find_bad_row
 from bgen.store.store import Store
 
 Key = tuple[int, int, int]
@@ -95,7 +95,7 @@ class CountReader:
         Raises
         ------
         UserError
-            If bytes cannot be read, or are not what was written.
+            If bytes are not what was written, or no cells; :class:`bgen.errors.Unreachable` if they cannot be read now.
         """
         cells = np.concatenate([piece.cells[start:stop] for piece, start, stop in pieces])
         sizes = np.concatenate([piece.rows[start:stop, 1::2] for piece, start, stop in pieces])
@@ -110,9 +110,12 @@ class CountReader:
                 for future in piece.futures:
                     future.result()
             except (ValueError, OSError) as error:
-                raise self.store.damaged(error) from None
+                raise self.store.unread(error) from None
             flat = piece.arena.gaps.reshape(-1), piece.arena.counts.reshape(-1)
-            copy_rows(*flat, piece.rows[start:stop], gaps, counts, overflow, filled)
+            rows = piece.rows[start:stop]
+            if (bad := find_bad_row(*flat, rows, self.store.manifest.n_genes)) >= 0:
+                raise self.store.damaged(ValueError(f"cell {piece.cells[start + bad]} does not decode into counts"))
+            copy_rows(*flat, rows, gaps, counts, overflow, filled)
         return PackedBatch(
             gaps=torch.from_numpy(gaps),
             counts=torch.from_numpy(counts),

@@ -260,7 +260,7 @@ class CsrStore(Store):
 
     def damaged(self, error: Exception) -> UserError:
         """See :class:`bgen.store.store.Store`."""
-        return UserError(f"{self.folder} cannot be read: {error}")
+        return UserError(f"{self._where} cannot be read: {error}")
 
     def _read(self, chunk: int, arena: Arena, slot: int) -> None:
         """Read and encode a chunk.
@@ -361,7 +361,7 @@ class LateRows:
             try:
                 self._futures[chunk].result()
             except (ValueError, OSError) as error:
-                raise self._store.damaged(error) from None
+                raise self._store.unread(error) from None
         slots = self._slots[[int(np.flatnonzero(self._chunks == chunk)[0]) for chunk in needed]]
         rows = self._store.find(self._cells[which], needed, slots)
         return rows[(slice(None), *column)] if column else rows

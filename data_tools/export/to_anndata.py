@@ -18,7 +18,7 @@ from bgen.arrays import I64
 from bgen.errors import UserError
 from bgen.files import slashes_in_names
 from bgen.progress import Count
-from bgen.store.format.codec import unpack_rows
+from bgen.store.format.codec import find_bad_row, unpack_rows
 from bgen.store.format.recode import gather
 from bgen.store.store import Store
 
@@ -159,7 +159,9 @@ def _read(store: Store, cells: I64, dtype: np.dtype) -> Iterator[tuple[NDArray[n
             for future in futures:
                 future.result()
         except (ValueError, OSError) as error:
-            raise store.damaged(error) from None
+            raise store.unread(error) from None
+        if (bad := find_bad_row(arena.gaps.reshape(-1), arena.counts.reshape(-1), rows[:], store.manifest.n_genes)) >= 0:
+            raise store.damaged(ValueError(f"cell {wanted[bad]} does not decode into counts"))
         n_gaps, n_counts, n_overflow = rows[:, 1::2].sum(0).tolist()
         gaps, counts, spilt = np.empty(n_gaps, "u1"), np.empty(n_counts, "u1"), np.empty(4 * n_overflow, "u1")
         flat = arena.counts.reshape(-1)
