@@ -29,7 +29,8 @@ from bgen.store.format.codec import ESCAPE, locate_rows
 from bgen.store.format.columns import encode_column
 from bgen.store.format.manifest import Column, Manifest, Source
 from bgen.store.format.recode import encode_rows
-from bgen.store.format.zarr_metadata import chunk_length, read_metadata, require_whole
+from bgen.store.format.sparse import read_pointer
+from bgen.store.format.zarr_metadata import chunk_length, read_metadata, require_safe, require_whole
 from bgen.store.splits import DEFAULT, assign, assign_groups, group_names
 from bgen.store.store import Store
 
@@ -65,12 +66,14 @@ class CsrPart:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # anndata's and zarr's remarks about files of older versions
+                require_safe(path)
                 group: Any = zarr.open_group(path, mode="r")
                 attributes = dict(group[matrix].attrs)
                 self.obs = anndata.io.read_elem(group["obs"])
                 self.var = anndata.io.read_elem(group["var"])
-                self.indptr: I64 = np.asarray(group[matrix]["indptr"][:]).astype(np.int64)
-        except (OSError, KeyError, ValueError, TypeError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # whatever the libraries say of a damaged file
             raise UserError(f"{path} cannot be read as AnnData in zarr with a matrix {matrix} ({error}).") from None
         if attributes.get("encoding-type") != "csr_matrix":
             raise UserError(
@@ -78,13 +81,20 @@ class CsrPart:
                 " rows. `bgen data build` makes a store of it."
             )
         require_whole(self.matrix)
-        if len(self.indptr) != len(self.obs) + 1:
-            raise UserError(f"{path}: {matrix} has {len(self.indptr) - 1} rows and obs {len(self.obs)}.")
+        if (rows := group[matrix]["indptr"].shape[0] - 1) != len(self.obs):
+            raise UserError(f"{path}: {matrix} has {rows} rows and obs {len(self.obs)}.")
+        try:
+            self.indptr: I64 = read_pointer(group[matrix], len(self.obs))
+            if int(np.diff(self.indptr).max()) > 2 * len(self.var):
+                raise ValueError(f"a row of it has more values than there are genes, {len(self.var):,}")
+        except Exception as error:  # whatever the libraries say of a damaged file
+            raise UserError(f"{path}: {matrix} cannot be read ({error}). Is it damaged?") from None
         self.metadata = {name: read_metadata(self.matrix / name) for name in ("data", "indices")}
         self._arrays = {}
         for name, about in self.metadata.items():
             driver = "zarr" if about["zarr_format"] == 2 else "zarr3"
-            spec = {"driver": driver, "kvstore": {"driver": "file", "path": str(self.matrix / name)}}
+            spec: dict[str, Any] = {"driver": driver, "kvstore": {"driver": "file", "path": str(self.matrix / name)}}
+            spec["fill_missing_data_reads"] = False  # a chunk that vanishes is not zeros
             try:
                 self._arrays[name] = ts.open(spec, context=context, open=True, read=True).result()
             except ValueError as error:

@@ -14,6 +14,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from bgen.errors import UserError
+from bgen.store.format.sparse import plain, require_columns, require_pointer
 from data_tools.inputs.source import Matrix, Source
 
 NAME = Path("AnnData in memory")
@@ -56,11 +57,20 @@ class MemorySource(Source):
     def _rows(self, name: str, step: int, start: int, stop: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         values = self._values(name)
         layout = getattr(values, "format", "csr")  # of sparse ones
+        if sp.issparse(values) and layout in ("csr", "csc"):
+            require_pointer(values.indptr, min(len(values.indices), len(values.data)))
+            require_columns(values.indices, values.shape[1 if layout == "csr" else 0])
         if layout != "csr":
             values = values.tocsr()  # rows of other layouts are spread over all of it
         for first in range(start, stop, step):
             rows: Any = values[first : min(first + step, stop)]
-            block = sp.csr_matrix(rows.compute() if hasattr(rows, "compute") else rows)
+            rows = rows.compute() if hasattr(rows, "compute") else rows
+            if sp.issparse(rows) and rows.dtype.isnative:
+                block = sp.csr_matrix(rows)
+            elif sp.issparse(rows):
+                block = sp.csr_matrix((plain(rows.data), rows.indices, rows.indptr), shape=rows.shape)
+            else:
+                block = sp.csr_matrix(plain(rows))
             # A matrix in order may share memory with the user's; any other is put in order, in a copy.
             yield first, block if block.has_canonical_format else block.copy()
 
