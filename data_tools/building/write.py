@@ -152,7 +152,10 @@ def fill(
     layout, first_cell = _lay_out(sizes, profile)
     save_array(work / "first_cell.npy", first_cell)
     for name, room in layout.rooms().items():
-        ts.open({**array_spec(folder / name, layout.metadata(room)), "open": True}).result()
+        try:
+            ts.open({**array_spec(folder / name, layout.metadata(room)), "open": True}).result()
+        except ValueError as error:  # how tensorstore says that a disk is full
+            raise OSError(str(error)) from None
     edges = first_cell[np.minimum(np.arange(layout.n_shards + 1) * layout.shard_chunks, layout.n_chunks)]
     runner.run(
         write_shard,
