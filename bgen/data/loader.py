@@ -22,6 +22,7 @@ from bgen.data.batch import CellBatch
 from bgen.data.buffers import Pool
 from bgen.data.packed import PackedBatch
 from bgen.data.run_ahead import run_ahead
+from bgen.errors import UserError
 from bgen.order.cells import Order
 from bgen.order.keys import hash_keys
 from bgen.store.arena import Arena
@@ -234,8 +235,15 @@ def valid_batches(
     -------
     list
         Pairs of a batch and a weight ``[B]``: as many on each rank, all of the same size. Padding has weight 0.
+
+    Raises
+    ------
+    UserError
+        If the split holds no cells.
     """
     members = reader.store.cells_of_split(split)
+    if len(members) == 0:
+        raise UserError(f"The split '{split}' of {reader.store.folder} holds no cells. Choose another data.valid.")
     if len(members) > cells:
         members = np.sort(members[np.argsort(hash_keys(seed, _VALID, members))[:cells]])
     per_step = min(micro_batch, -(-len(members) // world)) * world

@@ -31,7 +31,7 @@ from bgen.store.format.manifest import Column, Manifest, Source
 from bgen.store.format.recode import encode_rows
 from bgen.store.format.sparse import read_pointer
 from bgen.store.format.zarr_metadata import chunk_length, read_metadata, require_safe, require_whole
-from bgen.store.splits import DEFAULT, assign, assign_groups, group_names
+from bgen.store.splits import DEFAULT, assign, assign_groups, group_names, require_cells
 from bgen.store.store import Store
 
 ROWS = 256
@@ -187,6 +187,7 @@ class CsrStore(Store):
             spread = control if split_by == roles.get("perturbation") else None
             groups = group_names(obs[split_by])
             self._split = assign_groups(splits, groups, seed, held_out=held_out or {}, spread=spread)
+        require_cells(splits, self._split)
         symbols = self._parts[0].var.get("symbol", pd.Series(ids))
         self._genes = pd.DataFrame({"id": ids, "symbol": symbols.astype(str).to_numpy(), "cells": -1})
         largest = int(np.add.reduceat(self.nonzeros, self.first_cell[:-1], dtype=np.int64).max())

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bgen.errors import UserError
-from bgen.store.splits import DEFAULT, Codes, assign, assign_groups, group_names
+from bgen.store.splits import DEFAULT, Codes, assign, assign_groups, group_names, require_cells
 
-__all__ = ["DEFAULT", "Codes", "assign", "assign_groups", "group_names", "parse_held_out", "parse_splits"]
+__all__ = ["DEFAULT", "Codes", "assign", "assign_groups", "group_names", "parse_held_out", "parse_splits", "require_cells"]
 
 
 def parse_splits(text: str) -> dict[str, float]:

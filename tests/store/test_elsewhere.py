@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -282,3 +286,28 @@ def test_damaged_chunks_can_be_skipped_and_are_counted(store: Store, tmp_path: P
     shutil.rmtree(copy / "counts/c")
     with pytest.raises(UserError, match="counts/c/0/0"):
         TrainLoader(SkippingReader(damaged), order, seed=5).read(0)
+
+
+@pytest.mark.parametrize("store", ["small"], indirect=True)
+def test_a_connection_that_stalls_is_given_up(store: Store, tmp_path: Path) -> None:
+    """The server takes the connection and never answers: the request is made again. The limit is read on loading."""
+    script = """
+        import sys
+        from pathlib import Path
+        from bgen.config.data import Access
+        from bgen.store.open import open_store
+        opened = open_store(sys.argv[1], access=Access(cache=Path(sys.argv[2]), retries=2, first_pause=0.01))
+        print(len(opened))
+    """
+    environment = {**os.environ, "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "1"}
+    with serve(store.folder) as server:
+        server.silent |= {"/rows/genes/c/0", "/genes.csv"}
+        command = [sys.executable, "-c", textwrap.dedent(script), server.url, str(tmp_path / "cache")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=True)
+    assert int(done.stdout) == len(store)
+    assert not server.silent
+
+
+def test_stalled_connections_are_noticed_within_a_minute_unless_the_user_says_otherwise() -> None:
+    assert int(os.environ["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"]) <= 60
+    assert int(os.environ["TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES"]) >= 1
