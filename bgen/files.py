@@ -94,6 +94,20 @@ def write_whole(path: Path, data: bytes) -> None:
         half.write_bytes(data)
 
 
+def write_result(path: Path, text: str) -> None:
+    """Write a file of text, whole or not at all, over one that is there.
+
+    Raises
+    ------
+    UserError
+        If it cannot be written; what was there before is there still.
+    """
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}. Is the disk full?") from None
+
+
 @contextmanager
 def slashes_in_names() -> Iterator[None]:
     """Let anndata write names of columns that hold a '/' into an .h5ad; every version reads them back.

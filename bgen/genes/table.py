@@ -33,9 +33,7 @@ def read_genes(folder: Path) -> pd.DataFrame:
 
 def parse_genes(text: bytes) -> pd.DataFrame:
     """Return the gene table that the bytes of its file describe (see :func:`read_genes`)."""
-    return pd.read_csv(
-        io.BytesIO(text), dtype={"id": str, "symbol": str, "cells": np.int64}, keep_default_na=False
-    )
+    return pd.read_csv(io.BytesIO(text), dtype={"id": str, "symbol": str, "cells": np.int64}, keep_default_na=False)
 
 
 def hash_genes(ids: Sequence[str]) -> str:

@@ -79,7 +79,8 @@ class RemoteFiles:
             byte_range = None if start is None else slice(start, stop)
             result = self._kvstore.read(name, byte_range=byte_range).result()
         except ValueError as error:
-            raise OSError(f"{self.url}/{name} cannot be read, after {self.access.retries} retries: {error}") from None
+            said = f"{self.url}/{name} cannot be read, after {self.access.retries} retries: {error}"
+            raise OSError(said + self._credentials_missing(str(error))) from None
         if result.state != "value":
             raise ValueError(f"{self.url}/{name} is missing")
         if start is not None and stop is not None and len(result.value) != stop - start:
@@ -103,6 +104,16 @@ class RemoteFiles:
                 return False
             raise Unreachable(str(error)) from None
         return True
+
+    def _credentials_missing(self, said: str) -> str:
+        """Say what to do where S3 answers that one may not read, which is all that it says to those without a key."""
+        words = ("PERMISSION_DENIED", "UNAUTHENTICATED", "credentials")
+        if not self.url.startswith("s3://") or self.access.anonymous or not any(word in said for word in words):
+            return ""
+        return (
+            " Are credentials there (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)? A public bucket needs"
+            " none: data.access.anonymous=true."
+        )
 
     def _spec(self, driver: str) -> dict[str, Any]:
         place = self.url.split("://", 1)[1]

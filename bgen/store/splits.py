@@ -136,8 +136,8 @@ def require_cells(splits: Mapping[str, float], codes: Codes) -> None:
     for code, (name, fraction) in enumerate(splits.items()):
         if fraction > 0 and not (codes == code).any():
             raise UserError(
-                f"The split '{name}' would hold no cell: it is to have {fraction:.3g} of {len(codes):,} cells. Give it a"
-                " larger share, or leave it out."
+                f"The split '{name}' would hold no cell: it is to have {fraction:.3g} of {len(codes):,} cells. Give it"
+                " a larger share, or leave it out."
             )
 
 

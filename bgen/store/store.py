@@ -237,7 +237,9 @@ class Store:
         n_files = count_chunks("rows/genes", about.files)
         if not (0 < about.n_chunks <= about.n_cells and n_files == -(-about.n_cells // ROWS_CHUNK)):
             raise self.damaged(ValueError("rows/genes does not hold the cells of the manifest"))
-        self.nonzeros, self._gap_bytes, self._overflow = (self.rows(name) for name in ("genes", "gap_bytes", "overflow"))
+        self.nonzeros, self._gap_bytes, self._overflow = (
+            self.rows(name) for name in ("genes", "gap_bytes", "overflow")
+        )
         self.first_cell: I64 = self._read_array("rows/first_cell", about.n_chunks + 1)
         problem = "rows/first_cell is of another type than bgen writes"
         if self.first_cell.dtype == np.int64 and self.first_cell.ndim == 1:

@@ -1,8 +1,8 @@
 """The folder that a store is written in: it becomes the store, or vanishes, or waits for the build to go on.
 
-A build that can go on after it was stopped writes in ``.<name>.partial`` and keeps a **plan** there: what it builds, and
-from what. The folder stays whatever stops the build, a signal, a full disk or a file that cannot be read for a moment,
-unless its input is wrong; the same build goes on with it, and another one refuses it.
+A build that can go on after it was stopped writes in ``.<name>.partial`` and keeps a **plan** there: what it builds,
+and from what. The folder stays whatever stops the build, a signal, a full disk or a file that cannot be read for a
+moment, unless its input is wrong; the same build goes on with it, and another one refuses it.
 """
 
 from __future__ import annotations

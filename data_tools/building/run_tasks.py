@@ -93,7 +93,8 @@ class InProcesses:
                 deaths += 1
                 if deaths == DEATHS and failure is None:
                     failure = Interrupted(
-                        "A worker of the build died again and again. It may have run out of memory: use fewer --workers."
+                        "A worker of the build died again and again. It may have run out of memory: use fewer"
+                        " --workers."
                     )
                 self.close()
                 self._pool = self._start()

@@ -69,6 +69,6 @@ def _is_text(kind: h5py.h5t.TypeID) -> bool:
 
 def _elsewhere(path: Path, name: str) -> UserError:
     return UserError(
-        f"{path}: the values of '{name}' lie in another file. bgen reads only what is in the file itself: write it again,"
-        " without external links, external or virtual storage."
+        f"{path}: the values of '{name}' lie in another file. bgen reads only what is in the file itself: write it"
+        " again, without external links, external or virtual storage."
     )

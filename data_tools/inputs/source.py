@@ -180,10 +180,10 @@ class Source(abc.ABC):
         """Yield the blocks of rows of a matrix that is there."""
 
 
-def csr_rows(group: Any, n_columns: int, step: int, start: int, stop: int, n_rows: int) -> Iterator[
-    tuple[int, sp.csr_matrix]
-]:
-    """Yield blocks of at most ``step`` rows of a stored CSR matrix; of fewer, where these hold unusually many values."""
+def csr_rows(
+    group: Any, n_columns: int, step: int, start: int, stop: int, n_rows: int
+) -> Iterator[tuple[int, sp.csr_matrix]]:
+    """Yield blocks of at most ``step`` rows of a stored CSR matrix; of fewer, where these hold very many values."""
     indptr = read_pointer(group, n_rows)
     first = start
     while first < stop:

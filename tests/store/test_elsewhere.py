@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numcodecs
 import numpy as np
@@ -21,7 +23,7 @@ from bgen.data.skip_damage import SkippingReader
 from bgen.errors import UserError
 from bgen.store.cache import DiskCache
 from bgen.store.open import open_store
-from bgen.store.remote import Access, RemoteStore
+from bgen.store.remote import Access, RemoteFiles, RemoteStore
 from bgen.store.store import Store
 from bgen.store.webdataset_store import TarStore
 from data_tools.export.to_webdataset import to_webdataset
@@ -250,6 +252,41 @@ def test_the_cache_keeps_to_its_limit_and_forgets_what_is_damaged(tmp_path: Path
     flip(tmp_path / "cache/chunk49", 5)
     assert cache.get("chunk49") is None
     assert DiskCache(tmp_path / "cache", 10_000).get("chunk0") == bytes(996)
+
+
+def test_the_limit_of_the_cache_holds_for_all_processes_of_a_machine(tmp_path: Path) -> None:
+    caches = [DiskCache(tmp_path / "cache", 10_000) for _ in range(8)]  # as eight ranks open it
+    for i in range(200):
+        caches[i % 8].put(f"chunk{i}", bytes(996))
+        assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 10_000
+    assert caches[0].get("chunk199") == bytes(996)
+
+
+def test_s3_without_credentials_says_what_to_do(tmp_path: Path) -> None:
+    refused = "PERMISSION_DENIED: Unknown"
+    assert "data.access.anonymous=true" in RemoteFiles("s3://b/s", access(tmp_path))._credentials_missing(refused)
+    assert not RemoteFiles("s3://b/s", access(tmp_path, anonymous=True))._credentials_missing(refused)
+    assert not RemoteFiles("http://127.0.0.1/s", access(tmp_path))._credentials_missing(refused)
+
+
+@pytest.mark.parametrize("place", ["atlas", "deep/tars"])
+def test_verbs_take_addresses(
+    place: str, store: Store, server: RangeServer, bgen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    url = f"{server.url}/{place}"
+    told = bgen("data", "info", url, "--json")
+    assert json.loads(told.out)["fingerprint"] == store.fingerprint
+    assert url in bgen("data", "info", url).out
+    assert "every file is as it was written" in bgen("data", "verify", url).out
+    assert bgen("data", "to-anndata", url, "--out", tmp_path / "out.h5ad").code == 0
+    refused = bgen("data", "to-webdataset", url, "--out", tmp_path / "tars")
+    assert (refused.code, "copy the store to this machine" in " ".join(refused.err.split())) == (2, True)
+    shard = next((tmp_path / "www" / place).rglob("0" if place == "atlas" else "*.tar"))
+    flip(shard, 300)
+    damaged = bgen("data", "verify", url)
+    assert damaged.code == 2
+    assert "does not have the bytes" in " ".join(damaged.err.split())
 
 
 def test_training_goes_on_with_a_full_or_tiny_cache(store: Store, server: RangeServer, tmp_path: Path) -> None:

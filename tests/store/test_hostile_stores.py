@@ -144,7 +144,7 @@ def lead_out_of_the_shard(folder: Path) -> None:
         lambda f: (f / "counts/zarr.json").write_text("[" * 100_000),
         lambda f: (f / "genes.csv").write_text("id,symbol,cells\nA,A,1\n"),
         lambda f: (f / "genes.csv").write_bytes(b"\xff\xfe"),
-        lambda f: (f / "genes.csv").write_text("id,symbol,cells\n\"A"),
+        lambda f: (f / "genes.csv").write_text('id,symbol,cells\n"A'),
     ],
 )
 def test_what_does_not_fit_together_is_refused(harm: Callable[[Path], None], copy: Path) -> None:
@@ -253,7 +253,9 @@ def test_to_anndata_refuses_cells_that_do_not_decode(copy: Path, tmp_path: Path)
     assert not (tmp_path / "x.h5ad").exists()
 
 
-@pytest.mark.parametrize("name", ["genes.csv", "gaps/zarr.json", "rows/split/c/0", "obs/dose/zarr.json", "obs/dose/c/0"])
+@pytest.mark.parametrize(
+    "name", ["genes.csv", "gaps/zarr.json", "rows/split/c/0", "obs/dose/zarr.json", "obs/dose/c/0"]
+)
 def test_a_flipped_bit_anywhere_is_found_when_it_is_read(name: str, copy: Path) -> None:
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1

@@ -21,7 +21,7 @@ from bgen.train.data_outage import Batches
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "store"))
 
-from servers import serve  # noqa: E402
+from servers import serve
 
 
 class Reading:

@@ -180,7 +180,7 @@ def find_wrong_sizes(
     The loops of this module check nothing: they rely on sizes for which this returns an empty string, and on rows for
     which :func:`find_bad_row` returns -1. The parameters are those of :func:`locate_rows`.
     """
-    if not (0 == first_cell[0] and first_cell[-1] == len(nonzeros) and (np.diff(first_cell) > 0).all()):
+    if not (first_cell[0] == 0 and first_cell[-1] == len(nonzeros) and (np.diff(first_cell) > 0).all()):
         return "the chunks do not hold the cells one after the other"
     if int(nonzeros.max()) > n_genes or (overflow > nonzeros).any():
         return "a cell has more counts than genes"

@@ -208,7 +208,12 @@ class Stream:
         offset, n_bytes = index[index[:, 0] != -1].T
         # compressed bytes are never many more than those that they stand for
         most = min(size - length, self.room + self.room // 64 + 4096)
-        if (n_bytes < 0).any() or (n_bytes > most).any() or (offset < 0).any() or (offset > size - length - n_bytes).any():
+        if (
+            (n_bytes < 0).any()
+            or (n_bytes > most).any()
+            or (offset < 0).any()
+            or (offset > size - length - n_bytes).any()
+        ):
             raise ValueError(f"the index of {self._name(number)} leads out of the shard")
         return index
 

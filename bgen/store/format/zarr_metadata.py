@@ -176,7 +176,7 @@ def _describe(tree: dict[str, Any], name: str) -> _Array:
         codecs = [*(tree.get("filters") or ()), *([tree["compressor"]] if tree["compressor"] else [])]
         names = [codec["id"] for codec in codecs]
         objects = tree["dtype"] == "|O"
-        if objects and not names[:1] in (["vlen-utf8"], ["vlen-bytes"]):
+        if objects and names[:1] not in (["vlen-utf8"], ["vlen-bytes"]):
             raise ValueError("objects are no texts")
     else:
         chunk = _sizes(tree["chunk_grid"]["configuration"]["chunk_shape"])

@@ -119,8 +119,8 @@ class StoreStage:
         if data.trajectories is None and self.world.size > data.lanes and self.world.is_main:
             factor = self.world.size / data.lanes
             print(
-                f"warning: {self.world.size} ranks share data.lanes={data.lanes} lanes, so that each chunk is read about"
-                f" {factor:.2g} times. Begin the run with data.lanes={self.world.size} or more.",
+                f"warning: {self.world.size} ranks share data.lanes={data.lanes} lanes, so that each chunk is read"
+                f" about {factor:.2g} times. Begin the run with data.lanes={self.world.size} or more.",
                 file=sys.stderr,
                 flush=True,
             )

@@ -382,7 +382,8 @@ def test_workers_open_no_port_and_end_with_the_build(files: list[Path], tmp_path
                 sys.stdin.read()
 
         if __name__ == "__main__":
-            build(check([Path(path) for path in sys.argv[2:]]), Path(sys.argv[1]), created_by="test", workers=2, progress=show)
+            report = check([Path(path) for path in sys.argv[2:]])
+            build(report, Path(sys.argv[1]), created_by="test", workers=2, progress=show)
     """
     (tmp_path / "main.py").write_text(textwrap.dedent(script))
     command = [sys.executable, str(tmp_path / "main.py"), str(tmp_path / "store"), *map(str, files)]
