@@ -31,6 +31,9 @@ from bgen.store.store import Store
 
 Key = tuple[int, int, int]
 
+TOGETHER = 64
+"""Chunks that are in memory at once where scattered cells are read."""
+
 AHEAD = 2
 """Windows that a rank reads ahead."""
 
@@ -75,10 +78,23 @@ class CountReader:
             self._columns[store.column_name(name)] = store.column(name)[1]
 
     def read_cells(self, cells: I64, keys: NDArray[np.integer[Any]] | None = None, step: int = 0) -> CellBatch:
-        """Read any cells, in the order given (ascending ones touch each chunk once)."""
+        """Read any cells, in the order given (ascending ones touch each chunk once).
+
+        Cells of many chunks are read a few chunks at a time, so that memory holds the cells and not their chunks.
+        """
+        keys = hash_keys(0, cells) if keys is None else keys
         at = np.searchsorted(self.store.first_cell, cells, side="right") - 1
-        loaded = self.start(np.unique(at), cells)
-        return self.pack([(loaded, 0, len(cells))], hash_keys(0, cells) if keys is None else keys, step).to_csr()
+        chunks = np.unique(at)
+        if len(chunks) <= TOGETHER:
+            return self.pack([(self.start(chunks, cells), 0, len(cells))], keys, step).to_csr()
+        parts, order = [], []
+        for first in range(0, len(chunks), TOGETHER):
+            some = chunks[first : first + TOGETHER]
+            places = np.flatnonzero((at >= some[0]) & (at <= some[-1]))
+            parts.append(self.pack([(self.start(some, cells[places]), 0, len(places))], keys[places], step).to_csr())
+            order.append(places)
+        joined = CellBatch.join(parts)
+        return joined.take(torch.from_numpy(np.argsort(np.concatenate(order))))
 
     def start(self, chunks: I64, cells: I64, arena: Arena | None = None) -> Chunks:
         """Start to read ``chunks`` for the sake of ``cells``: into the arena if it has room, else into a new one."""

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bool) -> None:
         asked = f"{self.path} {self.headers.get('Range', '')}"
         self.server.seen[asked] += 1
-        path = self.server.folder / self.path.lstrip("/")
+        path = self.server.folder / urllib.parse.unquote(self.path).lstrip("/")
         if self.path in self.server.silent:
             self.server.silent.remove(self.path)
             self.server.closing.wait()
