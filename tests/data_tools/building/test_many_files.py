@@ -40,12 +40,12 @@ def write_files(folder: Path) -> list[Path]:
     rng = np.random.default_rng(0)
     files = []
     for number in range(FILES):
-        counts = sp.csr_matrix(rng.poisson(0.3, (12, 300)).astype(np.float32))
-        counts[:, 0] = 1
+        counts = rng.poisson(0.3, (12, 300)).astype(np.float32)
+        counts[:, 0] = 1  # no cell is empty
         obs = pd.DataFrame(index=[f"{number}-{i}" for i in range(12)])
         var = pd.DataFrame(index=[f"GENE{i:05d}" for i in range(300)])
         files.append(folder / f"{number:04d}.h5ad")
-        anndata.AnnData(counts, obs=obs, var=var, uns={"organism": "synthetic"}).write_h5ad(files[-1])
+        anndata.AnnData(sp.csr_matrix(counts), obs=obs, var=var, uns={"organism": "synthetic"}).write_h5ad(files[-1])
     return files
 
 
