@@ -16,6 +16,13 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class Unreachable(UserError, OSError):
+    """What cannot be read now, and may be later: a disk, a file system or a server that does not answer.
+
+    Training waits for it (``train.data_patience``), and a build keeps what it has done.
+    """
+
+
 def nearest(name: str, choices: Iterable[object]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest of ``choices``, or their list, or an empty string."""
     names = [str(choice) for choice in choices]

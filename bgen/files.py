@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +32,83 @@ def require_new_folder(path: Path) -> None:
 
 
 @contextmanager
+def whole(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Give a place to write a file or folder, which is moved to ``path`` when all went well, and else vanishes.
+
+    The place lies beside ``path``, in a folder of a name that nobody can foresee and that only this user may enter: in
+    a folder that others write in, they can plant nothing there, neither a file nor a link to one.
+
+    Parameters
+    ----------
+    path
+        The final place.
+    replace
+        Whether a file that is there by then is replaced; a folder never is.
+
+    Raises
+    ------
+    UserError
+        If it is there and must not be replaced.
+    OSError
+        If it cannot be written.
+    """
+    private = Path(tempfile.mkdtemp(prefix=".bgen-", dir=path.parent))
+    try:
+        half = private / path.name
+        yield half
+        if replace:
+            half.replace(path)
+        else:
+            _move_new(half, path)
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+
+
+def _move_new(half: Path, path: Path) -> None:
+    """Move a file or folder to where nothing is; two programs that do so at once cannot both succeed."""
+    try:
+        if half.is_dir():
+            if path.exists() or path.is_symlink():
+                raise FileExistsError
+            half.rename(path)
+        else:
+            os.link(half, path, follow_symlinks=False)
+    except FileExistsError:
+        raise UserError(f"{path} is there already. Choose another --out, or remove it first.") from None
+    except OSError:  # a file system without links
+        if path.exists():
+            raise UserError(f"{path} is there already. Choose another --out, or remove it first.") from None
+        half.rename(path)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all; its folder is made. Several processes may do so at once.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; what was there before is there still.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as half:
+        half.write_bytes(data)
+
+
+def write_result(path: Path, text: str) -> None:
+    """Write a file of text, whole or not at all, over one that is there.
+
+    Raises
+    ------
+    UserError
+        If it cannot be written; what was there before is there still.
+    """
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}. Is the disk full?") from None
+
+
+@contextmanager
 def slashes_in_names() -> Iterator[None]:
     """Let anndata write names of columns that hold a '/' into an .h5ad; every version reads them back.
 
@@ -42,13 +122,15 @@ def slashes_in_names() -> Iterator[None]:
 
 
 def write_h5ad(adata: AnnData, path: Path) -> None:
-    """Write an .h5ad, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Write an .h5ad, whole or not at all, where no file is yet.
+
+    Raises
+    ------
+    UserError
+        If one is there, or it cannot be written.
+    """
     try:
-        with slashes_in_names():
-            adata.write_h5ad(partial, compression="gzip")
-        partial.replace(path)
+        with whole(path, replace=False) as half, slashes_in_names():
+            adata.write_h5ad(half, compression="gzip")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}. Is the disk full?") from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -24,6 +24,12 @@ Files = Annotated[
 Role = Annotated[str | None, typer.Option(help="obs column with this role; default: detected; none: no column.")]
 
 
+Where = Annotated[
+    str,
+    typer.Argument(help="Folder or address (s3://, gs://, https://) of a store, or AnnData in zarr.", metavar="STORE"),
+]
+
+
 def check_options(
     rounding: Annotated[
         str, typer.Option("--round", help="How to round values that are no integers: none, nearest, stochastic.")
@@ -146,7 +152,7 @@ def build(
     Example: `bgen data build cells.h5ad --out store --split-by time --hold-out test=48`
     """
     from data_tools.building.build import build as write
-    from data_tools.building.splits import parse_held_out, parse_splits
+    from data_tools.building.splits import describe_shares, parse_held_out, parse_splits
 
     fractions = parse_splits(splits)
     if profile not in ("small", "fast"):
@@ -174,34 +180,31 @@ def build(
             progress=progress,
         )
     _print_manifest(out, manifest, as_json)
+    if split_by is not None and not hold_out:
+        for sentence in describe_shares(fractions, manifest.splits, split_by):
+            notes.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
-def info(store: Path, as_json: Json = False) -> None:
+def info(store: Where, as_json: Json = False) -> None:
     """Say what a store holds.
 
     Example: `bgen data info store`
     """
-    from bgen.store.format.manifest import read_manifest
+    from bgen.store.open import open_manifest
 
-    _print_manifest(store, read_manifest(store), as_json)
+    _print_manifest(store, open_manifest(store), as_json)
 
 
 @app.command()
-def verify(store: Path) -> None:
+def verify(store: Where) -> None:
     """Read every byte of a store and compare it with the manifest; exit code 2 if one differs.
 
     Example: `bgen data verify store`
     """
-    from bgen.store.format.manifest import check_files, read_manifest
-    from bgen.store.webdataset_store import INDEX, TarStore
+    from bgen.store.open import find_damaged_files
 
-    manifest = read_manifest(store)
-    if (store / INDEX).is_file():
-        problems = TarStore(store).find_damaged_files()
-    else:
-        problems = check_files(store, manifest, checksums=True)
-    if problems:
+    if problems := find_damaged_files(store):
         listed = "\n  ".join(problems)
         raise UserError(f"The store {store} is damaged:\n  {listed}\nRestore these files or build it again.")
     results.print(f"{store}: every file is as it was written.")
@@ -209,7 +212,7 @@ def verify(store: Path) -> None:
 
 @app.command("to-anndata")
 def to_anndata(
-    store: Annotated[Path, typer.Argument(help="Folder of a store, or AnnData in zarr.")],
+    store: Where,
     out: Annotated[Path, typer.Option(help="A new file .h5ad, or a new folder .zarr.")],
     split: Annotated[str | None, typer.Option(help="Only the cells of this split.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the counts: float32 or uint32.")] = "float32",
@@ -229,7 +232,7 @@ def to_anndata(
 
 @app.command("to-webdataset")
 def to_webdataset(
-    store: Annotated[Path, typer.Argument(help="Folder of a store.")],
+    store: Annotated[str, typer.Argument(help="Folder of a store.")],
     out: Annotated[Path, typer.Option(help="A new folder for the tar shards and their index.")],
     blocks_per_shard: Annotated[int, typer.Option(min=1, help="Blocks of about 256 cells in a shard.")] = 256,
 ) -> None:
@@ -237,9 +240,12 @@ def to_webdataset(
 
     Example: `bgen data to-webdataset store --out shards`
     """
+    from bgen.store.remote import is_remote
     from bgen.store.store import Store
     from data_tools.export.to_webdataset import to_webdataset as write
 
+    if is_remote(store):
+        raise UserError(f"{store}: copy the store to this machine first. to-webdataset reads all of it, from a folder.")
     opened = Store(store)
     with progress_bar() as progress:
         shards = write(opened, out, blocks_per_shard=blocks_per_shard, progress=functools.partial(progress, "writing"))
@@ -261,14 +267,14 @@ def _check(files: list[Path], options: Any, reading: dict[str, Any]) -> Any:
         return look(files, options)
 
 
-def _print_manifest(folder: Path, manifest: Any, as_json: bool) -> None:
+def _print_manifest(where: Path | str, manifest: Any, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(manifest.model_dump(exclude={"files"})))
         return
     size = sum(file.bytes for file in manifest.files.values())
     density = manifest.n_nonzeros / (manifest.n_cells * manifest.n_genes)
     lines = {
-        "store": f"{folder} ({size / 1e6:,.1f} MB, {size / manifest.n_cells:,.0f} bytes a cell, {manifest.profile})",
+        "store": f"{where} ({size / 1e6:,.1f} MB, {size / manifest.n_cells:,.0f} bytes a cell, {manifest.profile})",
         "cells": f"{manifest.n_cells:,}: " + ", ".join(f"{name} {n:,}" for name, n in manifest.splits.items()),
         "genes": f"{manifest.n_genes:,} ({manifest.organism}), {1 - density:.1%} of the counts are zero",
         "columns": ", ".join(manifest.columns) or "none",

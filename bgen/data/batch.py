@@ -5,6 +5,7 @@ Axes: B cells of the batch, G genes of the store, NNZ stored counts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Self
@@ -68,6 +69,33 @@ class CellBatch:
     def rows(self) -> Tensor:
         """int64 ``[NNZ]``: the cell that each entry belongs to."""
         return torch.repeat_interleave(torch.arange(len(self), device=self.indptr.device), self.indptr.diff())
+
+    @classmethod
+    def join(cls, parts: Sequence[CellBatch]) -> CellBatch:
+        """Return batches of one step as one, their cells one after the other."""
+        sizes = torch.cat([part.indptr.diff() for part in parts])
+        names = ("indices", "counts", "keys", "cells")
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        obs = {name: torch.cat([part.obs[name] for part in parts]) for name in parts[0].obs}
+        indptr = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        return replace(parts[0], indptr=indptr, **joined, obs=obs)
+
+    def take(self, place: Tensor) -> CellBatch:
+        """Return the cells at places int64 ``[B]`` of the batch; a place may come more than once."""
+        size = self.indptr.diff()[place]
+        indptr = torch.cat([size.new_zeros(1), size.cumsum(0)])
+        shift = torch.repeat_interleave(self.indptr[place] - indptr[:-1], size)
+        entry = torch.arange(int(indptr[-1])) + shift
+        obs = {name: column[place] for name, column in self.obs.items()}
+        return replace(
+            self,
+            indptr=indptr,
+            indices=self.indices[entry],
+            counts=self.counts[entry],
+            keys=self.keys[place],
+            cells=self.cells[place],
+            obs=obs,
+        )
 
     def to(self, device: torch.device | str) -> Self:
         """Copy to a device (no copy where it is there already)."""

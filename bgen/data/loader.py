@@ -22,13 +22,17 @@ from bgen.data.batch import CellBatch
 from bgen.data.buffers import Pool
 from bgen.data.packed import PackedBatch
 from bgen.data.run_ahead import run_ahead
+from bgen.errors import UserError
 from bgen.order.cells import Order
 from bgen.order.keys import hash_keys
 from bgen.store.arena import Arena
-from bgen.store.format.codec import copy_rows
+from bgen.store.format.codec import copy_rows, find_bad_row
 from bgen.store.store import Store
 
 Key = tuple[int, int, int]
+
+TOGETHER = 64
+"""Chunks that are in memory at once where scattered cells are read."""
 
 AHEAD = 2
 """Windows that a rank reads ahead."""
@@ -74,10 +78,23 @@ class CountReader:
             self._columns[store.column_name(name)] = store.column(name)[1]
 
     def read_cells(self, cells: I64, keys: NDArray[np.integer[Any]] | None = None, step: int = 0) -> CellBatch:
-        """Read any cells, in the order given (ascending ones touch each chunk once)."""
+        """Read any cells, in the order given (ascending ones touch each chunk once).
+
+        Cells of many chunks are read a few chunks at a time, so that memory holds the cells and not their chunks.
+        """
+        keys = hash_keys(0, cells) if keys is None else keys
         at = np.searchsorted(self.store.first_cell, cells, side="right") - 1
-        loaded = self.start(np.unique(at), cells)
-        return self.pack([(loaded, 0, len(cells))], hash_keys(0, cells) if keys is None else keys, step).to_csr()
+        chunks = np.unique(at)
+        if len(chunks) <= TOGETHER:
+            return self.pack([(self.start(chunks, cells), 0, len(cells))], keys, step).to_csr()
+        parts, order = [], []
+        for first in range(0, len(chunks), TOGETHER):
+            some = chunks[first : first + TOGETHER]
+            places = np.flatnonzero((at >= some[0]) & (at <= some[-1]))
+            parts.append(self.pack([(self.start(some, cells[places]), 0, len(places))], keys[places], step).to_csr())
+            order.append(places)
+        joined = CellBatch.join(parts)
+        return joined.take(torch.from_numpy(np.argsort(np.concatenate(order))))
 
     def start(self, chunks: I64, cells: I64, arena: Arena | None = None) -> Chunks:
         """Start to read ``chunks`` for the sake of ``cells``: into the arena if it has room, else into a new one."""
@@ -95,7 +112,7 @@ class CountReader:
         Raises
         ------
         UserError
-            If bytes cannot be read, or are not what was written.
+            If bytes are not what was written, or no cells; :class:`bgen.errors.Unreachable` if they cannot be read now.
         """
         cells = np.concatenate([piece.cells[start:stop] for piece, start, stop in pieces])
         sizes = np.concatenate([piece.rows[start:stop, 1::2] for piece, start, stop in pieces])
@@ -110,9 +127,12 @@ class CountReader:
                 for future in piece.futures:
                     future.result()
             except (ValueError, OSError) as error:
-                raise self.store.damaged(error) from None
+                raise self.store.unread(error) from None
             flat = piece.arena.gaps.reshape(-1), piece.arena.counts.reshape(-1)
-            copy_rows(*flat, piece.rows[start:stop], gaps, counts, overflow, filled)
+            rows = piece.rows[start:stop]
+            if (bad := find_bad_row(*flat, rows, self.store.manifest.n_genes)) >= 0:
+                raise self.store.damaged(ValueError(f"cell {piece.cells[start + bad]} does not decode into counts"))
+            copy_rows(*flat, rows, gaps, counts, overflow, filled)
         return PackedBatch(
             gaps=torch.from_numpy(gaps),
             counts=torch.from_numpy(counts),
@@ -231,8 +251,15 @@ def valid_batches(
     -------
     list
         Pairs of a batch and a weight ``[B]``: as many on each rank, all of the same size. Padding has weight 0.
+
+    Raises
+    ------
+    UserError
+        If the split holds no cells.
     """
     members = reader.store.cells_of_split(split)
+    if len(members) == 0:
+        raise UserError(f"The split '{split}' of {reader.store.folder} holds no cells. Choose another data.valid.")
     if len(members) > cells:
         members = np.sort(members[np.argsort(hash_keys(seed, _VALID, members))[:cells]])
     per_step = min(micro_batch, -(-len(members) // world)) * world

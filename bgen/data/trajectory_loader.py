@@ -71,22 +71,10 @@ def read_batch(
     numbers = np.stack([grid.cells for grid in grids]).reshape(-1)
     # Each cell is read once, in ascending order, which touches each chunk once.
     distinct, place = np.unique(numbers, return_inverse=True)
-    cells = take(reader.read_cells(distinct), torch.from_numpy(place))
+    cells = reader.read_cells(distinct).take(torch.from_numpy(place))
     cells.keys = torch.from_numpy(keys.view(np.int64))
     cells.step, cells.first_slot = step, first_slot
     return TrajectoryBatch.of_grids(cells, grids)
-
-
-def take(batch: CellBatch, place: Tensor) -> CellBatch:
-    """Return the cells at places int64 ``[B]`` of a batch; a place may come more than once."""
-    size = batch.indptr.diff()[place]
-    indptr = torch.cat([size.new_zeros(1), size.cumsum(0)])
-    shift = torch.repeat_interleave(batch.indptr[place] - indptr[:-1], size)
-    entry = torch.arange(int(indptr[-1])) + shift
-    obs = {name: column[place] for name, column in batch.obs.items()}
-    return CellBatch(
-        indptr, batch.indices[entry], batch.counts[entry], batch.n_genes, batch.keys[place], batch.cells[place], obs=obs
-    )
 
 
 class TrajectoryLoader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,12 @@ def write_genes(genes: pd.DataFrame, folder: Path) -> None:
 
 def read_genes(folder: Path) -> pd.DataFrame:
     """Read the gene table of a store or model: :data:`COLUMNS`, and ``source``, its place in the inputs, if known."""
-    return pd.read_csv(folder / NAME, dtype={"id": str, "symbol": str, "cells": np.int64}, keep_default_na=False)
+    return parse_genes((folder / NAME).read_bytes())
+
+
+def parse_genes(text: bytes) -> pd.DataFrame:
+    """Return the gene table that the bytes of its file describe (see :func:`read_genes`)."""
+    return pd.read_csv(io.BytesIO(text), dtype={"id": str, "symbol": str, "cells": np.int64}, keep_default_na=False)
 
 
 def hash_genes(ids: Sequence[str]) -> str:

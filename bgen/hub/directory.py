@@ -36,6 +36,7 @@ from bgen.config.flow import FlowConfig, SampleConfig
 from bgen.config.perturb import PerturbConfig
 from bgen.config.vae import VAEConfig
 from bgen.errors import UserError, nearest
+from bgen.files import write_result
 from bgen.genes.table import hash_genes, read_genes, write_genes
 from bgen.hub.about import About, read_about
 from bgen.hub.card import model_card
@@ -215,7 +216,7 @@ def add_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     _write_json(folder / "metrics.json", metrics)
     config, preprocessing = _read_json(folder / "config.json"), _read_json(folder / "preprocessing.json")
     about = read_about(config["about"], folder / "config.json")
-    (folder / "README.md").write_text(model_card(config, about, preprocessing, metrics), encoding="utf-8")
+    write_result(folder / "README.md", model_card(config, about, preprocessing, metrics))
 
 
 def load_directory(folder: str | Path, device: str = "cpu") -> SavedModel:
@@ -323,4 +324,4 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_json(path: Path, tree: Any) -> None:
-    path.write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_result(path, json.dumps(tree, indent=1, allow_nan=False) + "\n")

@@ -29,8 +29,9 @@ from bgen.store.format.codec import ESCAPE, locate_rows
 from bgen.store.format.columns import encode_column
 from bgen.store.format.manifest import Column, Manifest, Source
 from bgen.store.format.recode import encode_rows
-from bgen.store.format.zarr_metadata import chunk_length, read_metadata, require_whole
-from bgen.store.splits import DEFAULT, assign, assign_groups, group_names
+from bgen.store.format.sparse import read_pointer
+from bgen.store.format.zarr_metadata import chunk_length, read_metadata, require_safe, require_whole
+from bgen.store.splits import DEFAULT, assign, assign_groups, group_names, require_cells
 from bgen.store.store import Store
 
 ROWS = 256
@@ -65,12 +66,14 @@ class CsrPart:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # anndata's and zarr's remarks about files of older versions
+                require_safe(path)
                 group: Any = zarr.open_group(path, mode="r")
                 attributes = dict(group[matrix].attrs)
                 self.obs = anndata.io.read_elem(group["obs"])
                 self.var = anndata.io.read_elem(group["var"])
-                self.indptr: I64 = np.asarray(group[matrix]["indptr"][:]).astype(np.int64)
-        except (OSError, KeyError, ValueError, TypeError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # whatever the libraries say of a damaged file
             raise UserError(f"{path} cannot be read as AnnData in zarr with a matrix {matrix} ({error}).") from None
         if attributes.get("encoding-type") != "csr_matrix":
             raise UserError(
@@ -78,13 +81,20 @@ class CsrPart:
                 " rows. `bgen data build` makes a store of it."
             )
         require_whole(self.matrix)
-        if len(self.indptr) != len(self.obs) + 1:
-            raise UserError(f"{path}: {matrix} has {len(self.indptr) - 1} rows and obs {len(self.obs)}.")
+        if (rows := group[matrix]["indptr"].shape[0] - 1) != len(self.obs):
+            raise UserError(f"{path}: {matrix} has {rows} rows and obs {len(self.obs)}.")
+        try:
+            self.indptr: I64 = read_pointer(group[matrix], len(self.obs))
+            if int(np.diff(self.indptr).max()) > 2 * len(self.var):
+                raise ValueError(f"a row of it has more values than there are genes, {len(self.var):,}")
+        except Exception as error:  # whatever the libraries say of a damaged file
+            raise UserError(f"{path}: {matrix} cannot be read ({error}). Is it damaged?") from None
         self.metadata = {name: read_metadata(self.matrix / name) for name in ("data", "indices")}
         self._arrays = {}
         for name, about in self.metadata.items():
             driver = "zarr" if about["zarr_format"] == 2 else "zarr3"
-            spec = {"driver": driver, "kvstore": {"driver": "file", "path": str(self.matrix / name)}}
+            spec: dict[str, Any] = {"driver": driver, "kvstore": {"driver": "file", "path": str(self.matrix / name)}}
+            spec["fill_missing_data_reads"] = False  # a chunk that vanishes is not zeros
             try:
                 self._arrays[name] = ts.open(spec, context=context, open=True, read=True).result()
             except ValueError as error:
@@ -177,6 +187,7 @@ class CsrStore(Store):
             spread = control if split_by == roles.get("perturbation") else None
             groups = group_names(obs[split_by])
             self._split = assign_groups(splits, groups, seed, held_out=held_out or {}, spread=spread)
+        require_cells(splits, self._split)
         symbols = self._parts[0].var.get("symbol", pd.Series(ids))
         self._genes = pd.DataFrame({"id": ids, "symbol": symbols.astype(str).to_numpy(), "cells": -1})
         largest = int(np.add.reduceat(self.nonzeros, self.first_cell[:-1], dtype=np.int64).max())
@@ -260,7 +271,7 @@ class CsrStore(Store):
 
     def damaged(self, error: Exception) -> UserError:
         """See :class:`bgen.store.store.Store`."""
-        return UserError(f"{self.folder} cannot be read: {error}")
+        return UserError(f"{self._where} cannot be read: {error}")
 
     def _read(self, chunk: int, arena: Arena, slot: int) -> None:
         """Read and encode a chunk.
@@ -361,7 +372,7 @@ class LateRows:
             try:
                 self._futures[chunk].result()
             except (ValueError, OSError) as error:
-                raise self._store.damaged(error) from None
+                raise self._store.unread(error) from None
         slots = self._slots[[int(np.flatnonzero(self._chunks == chunk)[0]) for chunk in needed]]
         rows = self._store.find(self._cells[which], needed, slots)
         return rows[(slice(None), *column)] if column else rows

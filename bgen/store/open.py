@@ -7,8 +7,8 @@ from pathlib import Path
 
 from bgen.config.data import Access, DataConfig
 from bgen.store.anndata_store import CsrStore, members
-from bgen.store.format.manifest import NAME
-from bgen.store.remote import RemoteFiles, RemoteStore, is_remote
+from bgen.store.format.manifest import NAME, Manifest, check_files, read_manifest
+from bgen.store.remote import Mirror, RemoteFiles, RemoteStore, is_remote
 from bgen.store.store import Store
 from bgen.store.webdataset_store import INDEX, TarStore
 
@@ -65,6 +65,37 @@ def open_store(
             threads=threads,
         )
     return Store(folder, threads=threads)
+
+
+def open_manifest(where: str | Path, access: Access | None = None) -> Manifest:
+    """Return the manifest of a store in a folder or at an address; nothing else of it is read.
+
+    Raises
+    ------
+    UserError
+        If there is none, or it cannot be read.
+    """
+    if is_remote(where):
+        return Mirror(RemoteFiles(str(where), access or Access())).manifest
+    return read_manifest(Path(where))
+
+
+def find_damaged_files(where: str | Path, access: Access | None = None) -> list[str]:
+    """Read every byte of a store, also at an address, and describe the files that are not as they were written.
+
+    Raises
+    ------
+    UserError
+        If there is no store, or its manifest cannot be read.
+    """
+    if is_remote(where):
+        files = RemoteFiles(str(where), access or Access())
+        store = TarStore(str(where), access) if files.exists(INDEX) else RemoteStore(str(where), access)
+        return store.find_damaged_files()
+    manifest = read_manifest(Path(where))
+    if (Path(where) / INDEX).is_file():
+        return TarStore(where).find_damaged_files()
+    return check_files(Path(where), manifest, checksums=True)
 
 
 def open_data(config: DataConfig) -> Store:

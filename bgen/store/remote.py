@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
-import numpy as np
 import tensorstore as ts
-from numpy.typing import NDArray
 
 from bgen.arrays import I64
 from bgen.config.data import Access
-from bgen.errors import UserError
+from bgen.errors import Unreachable, UserError
+from bgen.files import write_whole
 from bgen.store.cache import DiskCache
-from bgen.store.format.manifest import NAME, check_files, read_manifest
+from bgen.store.format.manifest import NAME, Manifest, hash_bytes, read_checked, read_manifest, require_written
 from bgen.store.format.shards import WHOLE, Stream
 from bgen.store.store import Store
 
 SCHEMES = ("s3://", "gs://", "http://", "https://")
-STREAMS = ("gaps", "counts")
 
 
 def is_remote(where: str | Path) -> bool:
@@ -82,7 +79,8 @@ class RemoteFiles:
             byte_range = None if start is None else slice(start, stop)
             result = self._kvstore.read(name, byte_range=byte_range).result()
         except ValueError as error:
-            raise OSError(f"{self.url}/{name} cannot be read, after {self.access.retries} retries: {error}") from None
+            said = f"{self.url}/{name} cannot be read, after {self.access.retries} retries: {error}"
+            raise OSError(said + self._credentials_missing(str(error))) from None
         if result.state != "value":
             raise ValueError(f"{self.url}/{name} is missing")
         if start is not None and stop is not None and len(result.value) != stop - start:
@@ -104,8 +102,18 @@ class RemoteFiles:
         except OSError as error:
             if "PERMISSION_DENIED" in str(error):  # S3's answer for a missing file to those who may not list the bucket
                 return False
-            raise UserError(str(error)) from None
+            raise Unreachable(str(error)) from None
         return True
+
+    def _credentials_missing(self, said: str) -> str:
+        """Say what to do where S3 answers that one may not read, which is all that it says to those without a key."""
+        words = ("PERMISSION_DENIED", "UNAUTHENTICATED", "credentials")
+        if not self.url.startswith("s3://") or self.access.anonymous or not any(word in said for word in words):
+            return ""
+        return (
+            " Are credentials there (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)? A public bucket needs"
+            " none: data.access.anonymous=true."
+        )
 
     def _spec(self, driver: str) -> dict[str, Any]:
         place = self.url.split("://", 1)[1]
@@ -150,7 +158,7 @@ class Mirror:
         except ValueError:
             raise UserError(f"There is no store at {files.url}: it has no {NAME}.") from None
         except OSError as error:
-            raise UserError(str(error)) from None
+            raise Unreachable(str(error)) from None
         # one folder for each manifest: a store that was built again is not mixed up with the one before
         place = files.access.folder() / hashlib.sha256(text).hexdigest()[:32]
         self.folder = place / "files"
@@ -159,27 +167,34 @@ class Mirror:
         self.manifest = read_manifest(self.folder)
         self.cache = DiskCache(place / "chunks", files.access.cache_bytes)
 
-    def copy(self, below: str) -> None:
-        """Copy the files of the manifest whose path begins so, unless they are there already.
+    def load(self, name: str) -> bytes:
+        """Return the bytes of a file of the manifest: those of the local copy, if they are what was written.
 
         Raises
         ------
-        UserError
-            If one cannot be read, or is not what was written.
+        ValueError
+            If it is missing, or not what was written.
+        OSError
+            If it cannot be reached.
         """
-        for name, file in self.manifest.files.items():
-            path = self.folder / name
-            if not name.startswith(below) or (path.is_file() and path.stat().st_size == file.bytes):
-                continue
+        file = self.manifest.files[name]
+        try:
+            return read_checked(self.folder, name, file)
+        except (ValueError, OSError):  # not there yet, or damaged
+            data = require_written(self.files.read(name, 0, file.bytes) if file.bytes else b"", name, file)
+        write_whole(self.folder / name, data)
+        return data
+
+    def find_damaged_files(self, manifest: Manifest) -> list[str]:
+        """Read every byte at the address and describe the files that are not as the manifest says."""
+        problems = []
+        for name, file in manifest.files.items():
             try:
-                data = self.files.read(name)
+                if hash_bytes(self.files.read(name)) != file:
+                    problems.append(f"{name} does not have the bytes that were written (its checksum differs)")
             except (ValueError, OSError) as error:
-                raise UserError(f"The store {self.files.url} cannot be read: {error}") from None
-            if hashlib.sha256(data).hexdigest() != file.sha256:
-                raise UserError(
-                    f"The store {self.files.url} is damaged: {name} does not have the bytes that were written."
-                )
-            write_whole(path, data)
+                problems.append(str(error))
+        return problems
 
     def read(self, name: str, start: int, stop: int, checksum: int | None = None) -> bytes:
         """Return bytes ``start:stop`` of a file, from the cache if they are there.
@@ -210,9 +225,7 @@ class RemoteStream(Stream):
         if number not in self._indices:
             size, length = self._size(number), 16 * self._slots + 4
             data = self._read_range(number, size - length, length)
-            if google_crc32c.value(data) != WHOLE:
-                raise ValueError(f"the index of {self._name(number)} does not have the bytes that were written")
-            index = np.frombuffer(data[:-4], "<i8").reshape(-1, 2)
+            index = self._parse_index(number, data, size)
             if int(index.sum(1).max()) + length != size:
                 raise ValueError(f"{self._name(number)} is not the file that the manifest describes")
             self._indices[number] = index
@@ -244,33 +257,21 @@ class RemoteStore(Store):
         access = access or Access()
         self._mirror = Mirror(RemoteFiles(url, access))
         self.url = self._mirror.files.url
-        for below in ("genes.csv", "rows/", *(f"{name}/zarr.json" for name in STREAMS)):
-            self._mirror.copy(below)
         super().__init__(self._mirror.folder, threads=access.threads)
 
-    def damaged(self, error: Exception) -> UserError:
+    def find_damaged_files(self) -> list[str]:
         """See :class:`bgen.store.store.Store`."""
-        return UserError(f"The store {self.url} cannot be read: {error}")
+        return self._mirror.find_damaged_files(self.manifest)
 
     def _find_damage(self) -> list[str]:
-        return [
-            problem
-            for below in ("genes.csv", "rows/")
-            for problem in check_files(self.folder, self.manifest, checksums=True, below=below)
-        ]
+        return []  # nothing is known of files before they are read
 
-    def _open_streams(self) -> list[Stream]:
-        return [RemoteStream(self._mirror, name) for name in STREAMS]
+    @property
+    def _where(self) -> str:
+        return self.url
 
-    def _read_array(self, name: str) -> NDArray[Any]:
-        self._mirror.copy(f"{name}/")
-        return super()._read_array(name)
+    def _stream(self, name: str) -> Stream:
+        return RemoteStream(self._mirror, name)
 
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all: several ranks may do so at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, half = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(data)
-    Path(half).rename(path)
+    def _read_file(self, name: str) -> bytes:
+        return self._mirror.load(name)

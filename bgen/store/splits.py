@@ -39,6 +39,12 @@ def assign(splits: Mapping[str, float], groups: NDArray[Any] | None, n_cells: in
     seed
         Seed of the draw.
 
+    Returns
+    -------
+    Codes
+        Every split with a fraction above 0 has a group: where the draw leaves one without, since the groups are larger
+        than its fraction, it gets the smallest group of a split that has several.
+
     Raises
     ------
     UserError
@@ -58,9 +64,14 @@ def assign(splits: Mapping[str, float], groups: NDArray[Any] | None, n_cells: in
     sizes = np.bincount(group).astype(np.float64)
     room = fractions * n_cells
     chosen = np.zeros(len(names), np.uint8)
-    for number in permutation(len(names), seed):  # each group goes where most room is left, in a random order
+    drawn = permutation(len(names), seed)
+    for number in drawn:  # each group goes where most room is left, in a random order
         chosen[number] = int(np.argmax(room))
         room[chosen[number]] -= sizes[number]
+    for code in np.flatnonzero(fractions > 0):
+        if not (chosen == code).any():
+            several = drawn[np.bincount(chosen, minlength=len(splits))[chosen[drawn]] > 1]
+            chosen[several[np.argmin(sizes[several])]] = code
     return chosen[group]
 
 
@@ -112,6 +123,22 @@ def assign_groups(
     if alone.any():
         codes[alone] = assign(splits, None, int(alone.sum()), seed + 1)
     return codes
+
+
+def require_cells(splits: Mapping[str, float], codes: Codes) -> None:
+    """Check that every split that is to have cells has some.
+
+    Raises
+    ------
+    UserError
+        Naming one that has none.
+    """
+    for code, (name, fraction) in enumerate(splits.items()):
+        if fraction > 0 and not (codes == code).any():
+            raise UserError(
+                f"The split '{name}' would hold no cell: it is to have {fraction:.3g} of {len(codes):,} cells. Give it"
+                " a larger share, or leave it out."
+            )
 
 
 def _check_held_out(

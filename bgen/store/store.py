@@ -22,35 +22,29 @@ import functools
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
-import tensorstore as ts
 from numpy.typing import NDArray
 
 from bgen.arrays import I64
-from bgen.errors import UserError, nearest
-from bgen.genes.table import read_genes
+from bgen.errors import Unreachable, UserError, nearest
+from bgen.genes.table import NAME as GENES
+from bgen.genes.table import hash_genes, parse_genes
 from bgen.order.cells import Members, Order
 from bgen.store.arena import Arena
-from bgen.store.format.codec import PROFILES, locate_rows
-from bgen.store.format.manifest import Column, Manifest, check_files, read_manifest
+from bgen.store.format.codec import PROFILES, find_wrong_sizes, locate_rows
+from bgen.store.format.columns import ROWS_CHUNK, count_chunks, obs_path, read_array
+from bgen.store.format.manifest import Column, Manifest, check_files, read_checked, read_manifest
 from bgen.store.format.shards import Stream, read_ahead
 
 SHARD_CHUNKS = 256
-ROWS_CHUNK = 65_536
 
 
 def array_spec(path: Path, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return the tensorstore spec of a zarr v3 array on this machine's file system."""
     spec: dict[str, Any] = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
     return spec if metadata is None else {**spec, "metadata": metadata, "create": True}
-
-
-def obs_path(column: str) -> str:
-    """Return where a column of obs lies in the store; its name may hold any character."""
-    return f"obs/{quote(column, safe='')}"
 
 
 def stream_metadata(n_chunks: int, chunk_bytes: int, profile: str) -> dict[str, Any]:
@@ -67,26 +61,13 @@ def stream_metadata(n_chunks: int, chunk_bytes: int, profile: str) -> dict[str, 
     }
 
 
-def column_metadata(values: NDArray[Any]) -> dict[str, Any]:
-    """Return the zarr v3 metadata of an array with one entry (or row) a cell."""
-    return {
-        "shape": list(values.shape),
-        "data_type": values.dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [ROWS_CHUNK, *values.shape[1:]]}},
-        "codecs": [
-            {"name": "bytes", "configuration": {"endian": "little"}} if values.itemsize > 1 else {"name": "bytes"},
-            {"name": "zstd", "configuration": {"level": 1, "checksum": False}},
-            {"name": "crc32c"},
-        ],
-        "fill_value": 0,
-    }
-
-
 class Store:
     """A store, opened for reading.
 
-    Opening reads the manifest, compares the size of every file with it, and reads the few numbers per cell that say
-    where it lies; counts are read when they are asked for.
+    Opening reads the manifest, compares the size of every file with it, and reads the gene table and the few numbers
+    per cell that say where it lies; counts are read when they are asked for. Whatever is read is what was written: the
+    CRC-32C of a chunk of counts and the SHA-256 of any other file are compared each time. What the numbers per cell say
+    is compared with one another, so that no store leads the compiled loops astray, whoever wrote it.
 
     Parameters
     ----------
@@ -98,7 +79,7 @@ class Store:
     Raises
     ------
     UserError
-        If there is no store, or files are missing or have another size than was written.
+        If there is no store, files are missing or have another size than was written, or they do not fit together.
     """
 
     def __init__(self, folder: str | Path, *, threads: int = 2) -> None:
@@ -107,10 +88,8 @@ class Store:
         if problems := self._find_damage():
             listed = "\n  ".join(problems[:10])
             raise UserError(f"The store {self.folder} is damaged:\n  {listed}\nRestore these files or build it again.")
-        self.nonzeros = self._read_array("rows/genes")
-        self._gap_bytes = self._read_array("rows/gap_bytes")
-        self._overflow = self._read_array("rows/overflow")
-        self.first_cell: I64 = self._read_array("rows/first_cell")
+        self._genes_csv = self._load(GENES)
+        self._read_rows()
         self._streams = self._open_streams()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="bgen-decode")
 
@@ -119,8 +98,20 @@ class Store:
 
     @functools.cached_property
     def genes(self) -> pd.DataFrame:
-        """The gene table in the store's order (see :mod:`bgen.genes.table`)."""
-        return read_genes(self.folder)
+        """The gene table in the store's order (see :mod:`bgen.genes.table`).
+
+        Raises
+        ------
+        UserError
+            If it is not the one of the manifest.
+        """
+        try:
+            genes = parse_genes(self._genes_csv)
+            if hash_genes(genes["id"].tolist()) != self.manifest.genes_sha256 or len(genes) != self.manifest.n_genes:
+                raise ValueError("its genes are not those of the manifest")
+        except (ValueError, KeyError) as error:
+            raise self.damaged(ValueError(f"{GENES}: {error}")) from None
+        return genes
 
     @property
     def fingerprint(self) -> str:
@@ -144,14 +135,20 @@ class Store:
     def column(self, name: str) -> tuple[Column, NDArray[Any]]:
         """Return what a column (or role) is and its values ``[n_cells]``: int32 codes (-1 = missing) or numbers."""
         column = self.column_name(name)
-        return self.manifest.columns[column], self._read_array(obs_path(column))
+        about, values = self.manifest.columns[column], self._read_array(obs_path(column))
+        kind = "i4" if about.kind == "category" else "f4" if values.itemsize == 4 else "f8"
+        if values.dtype != np.dtype(kind) or (
+            kind == "i4" and not -1 <= values.min() <= values.max() < len(about.categories)
+        ):
+            raise self.damaged(ValueError(f"{obs_path(column)} holds values that the manifest does not know"))
+        return about, values
 
     def cells_of_split(self, split: str) -> I64:
         """Return the numbers of the cells of a split, ascending."""
         if split not in self.manifest.splits:
             raise UserError(f"The store {self.folder} has no split '{split}'.{nearest(split, self.manifest.splits)}")
         code = list(self.manifest.splits).index(split)
-        return np.flatnonzero(self._read_array("rows/split") == code)
+        return np.flatnonzero(self.rows("split") == code)
 
     def order(self, split: str, *, batch: int, lanes: int, window: int, seed: int) -> Order:
         """Return the order of the cells of a split (see :class:`bgen.order.cells.Order`)."""
@@ -167,7 +164,7 @@ class Store:
         try:
             return read_ahead(self._pool, pairs, chunks, slots)
         except (ValueError, OSError) as error:
-            raise self.damaged(error) from None
+            raise self.unread(error) from None
 
     def arena(self, slots: int) -> Arena:
         """Return room for so many chunks."""
@@ -183,33 +180,116 @@ class Store:
     def damaged(self, error: Exception) -> UserError:
         """Turn an error of the read engine into a message that names the file."""
         return UserError(
-            f"The store {self.folder} cannot be read: {error}\n`bgen data verify {self.folder}` checks every file."
+            f"The store {self._where} cannot be read: {error}\n`bgen data verify {self.folder}` checks every file."
         )
+
+    def unread(self, error: Exception) -> UserError:
+        """Turn an error of the read engine into the one for users: what may go over is :class:`Unreachable`."""
+        if isinstance(error, OSError):
+            return Unreachable(f"The store {self._where} cannot be reached: {error}")
+        return self.damaged(error)
 
     def source_of(self, cells: I64) -> tuple[NDArray[np.int32], I64]:
         """Return the input file (its place in the manifest) and the row in it of each cell."""
-        return self._read_array("origin/source")[cells], self._read_array("origin/row")[cells]
+        source, row = self._read_array("origin/source"), self._read_array("origin/row")
+        if (source.dtype, row.dtype) != (np.int32, np.int64) or not 0 <= source.min() <= source.max() < len(
+            self.manifest.sources
+        ):
+            raise self.damaged(ValueError("origin/source names inputs that the manifest does not know"))
+        return source[cells], row[cells]
 
     def rows(self, name: str) -> NDArray[np.unsignedinteger[Any]]:
         """Return a number of every cell: "genes", "gap_bytes", "overflow", or "split", its split's code."""
-        return self._read_array(f"rows/{name}")
+        values = self._read_array(f"rows/{name}")
+        if values.dtype.kind != "u" or values.ndim != 1:
+            raise self.damaged(ValueError(f"rows/{name} is of another type than bgen writes"))
+        if name == "split" and values.max() >= len(self.manifest.splits):
+            raise self.damaged(ValueError("rows/split names splits that the manifest does not know"))
+        return values
 
     def names(self) -> NDArray[np.str_]:
         """Return the barcodes ``[n_cells]``."""
         raw = self._read_array("origin/name")
-        return np.char.decode(np.ascontiguousarray(raw).view(f"S{raw.shape[1]}")[:, 0], "utf-8")
+        if raw.dtype != np.uint8 or raw.ndim != 2:
+            raise self.damaged(ValueError("origin/name holds no texts"))
+        try:
+            return np.char.decode(np.ascontiguousarray(raw).view(f"S{raw.shape[1]}")[:, 0], "utf-8")
+        except UnicodeDecodeError as error:
+            raise self.damaged(error) from None
+
+    def find_damaged_files(self) -> list[str]:
+        """Read every byte and describe the files that are not as they were written."""
+        return check_files(self.folder, self.manifest, checksums=True)
 
     def _find_damage(self) -> list[str]:
         """Describe the files that are not as they were written, as far as a quick look tells."""
-        problems = check_files(self.folder, self.manifest, checksums=False)
-        return problems or check_files(self.folder, self.manifest, checksums=True, below="rows/")
+        return check_files(self.folder, self.manifest, checksums=False)
+
+    def _read_rows(self) -> None:
+        """Read the numbers per cell that say where it lies.
+
+        Raises
+        ------
+        UserError
+            If they do not fit together.
+        """
+        about = self.manifest
+        n_files = count_chunks("rows/genes", about.files)
+        if not (0 < about.n_chunks <= about.n_cells and n_files == -(-about.n_cells // ROWS_CHUNK)):
+            raise self.damaged(ValueError("rows/genes does not hold the cells of the manifest"))
+        self.nonzeros, self._gap_bytes, self._overflow = (
+            self.rows(name) for name in ("genes", "gap_bytes", "overflow")
+        )
+        self.first_cell: I64 = self._read_array("rows/first_cell", about.n_chunks + 1)
+        problem = "rows/first_cell is of another type than bgen writes"
+        if self.first_cell.dtype == np.int64 and self.first_cell.ndim == 1:
+            sizes = self.first_cell, self.nonzeros, self._gap_bytes, self._overflow
+            problem = find_wrong_sizes(*sizes, about.n_genes, about.gap_bytes, about.count_bytes)
+        if problem:
+            raise self.damaged(ValueError(f"rows: {problem}"))
 
     def _open_streams(self) -> list[Stream]:
         """Return what reads the chunks of gaps and of counts."""
-        return [Stream(self.folder / name, self.manifest.profile) for name in ("gaps", "counts")]
-
-    def _read_array(self, name: str) -> NDArray[Any]:
         try:
-            return ts.open(array_spec(self.folder / name), open=True, read=True).result().read().result()
-        except ValueError as error:
-            raise self.damaged(error) from None
+            return [self._open_stream(name) for name in ("gaps", "counts")]
+        except (ValueError, OSError) as error:
+            raise self.unread(error) from None
+
+    def _open_stream(self, name: str) -> Stream:
+        self._load(f"{name}/zarr.json")
+        stream = self._stream(name)
+        if stream.room != (self.manifest.gap_bytes if name == "gaps" else self.manifest.count_bytes):
+            raise ValueError(f"{name}/zarr.json does not describe what the manifest says")
+        return stream
+
+    def _stream(self, name: str) -> Stream:
+        return Stream(self.folder / name, self.manifest.profile)
+
+    @property
+    def _where(self) -> str:
+        """What messages call this store."""
+        return str(self.folder)
+
+    def _load(self, name: str) -> bytes:
+        """Return the bytes of a file of the manifest, which are those that were written.
+
+        Raises
+        ------
+        UserError
+            If they are not, or cannot be read.
+        """
+        if name not in self.manifest.files:
+            raise self.damaged(ValueError(f"{name} is not in its manifest"))
+        try:
+            return self._read_file(name)
+        except (ValueError, OSError) as error:
+            raise error if isinstance(error, UserError) else self.unread(error) from None
+
+    def _read_file(self, name: str) -> bytes:
+        return read_checked(self.folder, name, self.manifest.files[name])
+
+    def _read_array(self, name: str, n: int | None = None) -> NDArray[Any]:
+        try:
+            return read_array(name, self.manifest.n_cells if n is None else n, self.manifest.files, self._load)
+        except (ValueError, OSError) as error:
+            raise error if isinstance(error, UserError) else self.unread(error) from None

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bgen.arrays import I64
-from bgen.errors import UserError
-from bgen.store.format.manifest import File, check_files, hash_file
-from bgen.store.format.shards import CODECS, Stream
-from bgen.store.remote import Access, Mirror, RemoteFiles, is_remote, write_whole
+from bgen.errors import Unreachable, UserError
+from bgen.files import write_whole
+from bgen.store.format.manifest import File, check_files, hash_file, require_inside
+from bgen.store.format.shards import Stream
+from bgen.store.remote import Access, Mirror, RemoteFiles, is_remote
 from bgen.store.store import Store
 
 INDEX = "webdataset.json"
@@ -44,7 +44,7 @@ class TarStream(Stream):
 
     def __init__(self, folder: Path, mirror: Mirror | None, shards: list[str], blocks: I64) -> None:
         self.folder, self._mirror, self._shards, self._blocks = folder, mirror, shards, blocks
-        self._codec = CODECS["small"]
+        self.profile = "small"
 
     def announce(self, chunks: I64) -> None:
         """See :class:`Stream`."""
@@ -92,16 +92,14 @@ class TarStore(Store):
             threads = access.threads
             self._mirror = Mirror(RemoteFiles(str(where), access))
             folder = self._mirror.folder
-            for below in ("genes.csv", "rows/"):
-                self._mirror.copy(below)
         self._index = self._read_index(folder)
         super().__init__(folder, threads=threads)
         if self._index["store"] != self.fingerprint:
             raise UserError(f"{self.where}: {INDEX} and manifest.json are of different stores. Write them again.")
 
-    def damaged(self, error: Exception) -> UserError:
-        """See :class:`bgen.store.store.Store`."""
-        return UserError(f"The store {self.where} cannot be read: {error}")
+    @property
+    def _where(self) -> str:
+        return self.where
 
     def _read_index(self, folder: Path) -> dict[str, Any]:
         """Return webdataset.json, and have blocks.npy in the folder."""
@@ -109,41 +107,67 @@ class TarStore(Store):
             text = (folder / INDEX).read_bytes() if self._mirror is None else self._mirror.files.read(INDEX)
             index = json.loads(text)
             fingerprint = index.pop("fingerprint")
+            for name in index["shards"]:
+                require_inside(name)
             if hashlib.sha256(json.dumps(index, indent=1).encode()).hexdigest() != fingerprint:
                 raise ValueError("it was changed after it was written")
             if self._mirror is not None:
                 write_whole(folder / BLOCKS, self._mirror.files.read(BLOCKS))
             if not (folder / BLOCKS).is_file() or hash_file(folder / BLOCKS) != File.model_validate(index["blocks"]):
                 raise ValueError(f"{BLOCKS} does not have the bytes that were written")
-        except (OSError, ValueError, KeyError) as error:
+            index["shards"] = {name: File.model_validate(file) for name, file in index["shards"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{self.where} cannot be read as WebDataset: {INDEX}: {error}") from None
+        except OSError as error:
+            raise Unreachable(f"{self.where} cannot be reached: {error}") from None
         return index
 
     def _find_damage(self) -> list[str]:
-        problems = [
-            problem
-            for below in ("genes.csv", "rows/")
-            for problem in check_files(self.folder, self.manifest, checksums=True, below=below)
-        ]
-        if self._mirror is None:
-            shards = {name: File.model_validate(file) for name, file in self._index["shards"].items()}
-            manifest = self.manifest.model_copy(update={"files": shards})
-            problems += check_files(self.folder, manifest, checksums=False)
-        return problems
+        if self._mirror is not None:
+            return []
+        manifest = self.manifest.model_copy(update={"files": self._index["shards"]})
+        return check_files(self.folder, manifest, checksums=False)
 
     def find_damaged_files(self) -> list[str]:
-        """Read every byte on this machine and describe the files that are not as they were written."""
+        """See :class:`bgen.store.store.Store`."""
         streams = ("gaps/", "counts/")  # which the shards hold
         files = {name: file for name, file in self.manifest.files.items() if not name.startswith(streams)}
-        files |= {name: File.model_validate(file) for name, file in self._index["shards"].items()}
-        return check_files(self.folder, self.manifest.model_copy(update={"files": files}), checksums=True)
+        manifest = self.manifest.model_copy(update={"files": files | self._index["shards"]})
+        if self._mirror is not None:
+            return self._mirror.find_damaged_files(manifest)
+        return check_files(self.folder, manifest, checksums=True)
 
     def _open_streams(self) -> list[Stream]:
-        blocks = np.load(self.folder / BLOCKS)
-        shards = list(self._index["shards"])
+        blocks, shards = self._read_blocks(), list(self._index["shards"])
         return [TarStream(self.folder, self._mirror, shards, blocks[:, [0, at, at + 1, at + 2]]) for at in (1, 4)]
 
-    def _read_array(self, name: str) -> NDArray[Any]:
-        if self._mirror is not None:
-            self._mirror.copy(f"{name}/")
-        return super()._read_array(name)
+    def _read_blocks(self) -> I64:
+        """Return blocks.npy, int64 ``[n_chunks, 7]``, once it is known that it stays within the shards.
+
+        Raises
+        ------
+        UserError
+            If it does not.
+        """
+        sizes = np.array([file.bytes for file in self._index["shards"].values()], np.int64)
+        try:
+            blocks = np.load(self.folder / BLOCKS, mmap_mode="r")  # its header may promise any size
+            if blocks.shape != (self.manifest.n_chunks, 7) or blocks.dtype != np.int64:
+                raise ValueError("it does not describe the chunks of the manifest")
+            if not 0 <= blocks[:, 0].min() <= blocks[:, 0].max() < len(sizes):
+                raise ValueError("it names shards that are not there")
+            for at, room in ((1, self.manifest.gap_bytes), (4, self.manifest.count_bytes)):
+                begin, size = blocks[:, at], blocks[:, at + 1]
+                most = np.minimum(sizes[blocks[:, 0]], room + room // 64 + 4096)
+                if (begin < 0).any() or (size < 0).any() or (size > most).any():
+                    raise ValueError("it leads out of the shards")
+                if (begin > sizes[blocks[:, 0]] - size).any():
+                    raise ValueError("it leads out of the shards")
+            if not 0 <= blocks[:, [3, 6]].min() <= blocks[:, [3, 6]].max() < 1 << 32:
+                raise ValueError("it holds no checksums")
+        except (ValueError, OSError, EOFError) as error:
+            raise self.damaged(ValueError(f"{BLOCKS}: {error}")) from None
+        return np.array(blocks)
+
+    def _read_file(self, name: str) -> bytes:
+        return super()._read_file(name) if self._mirror is None else self._mirror.load(name)

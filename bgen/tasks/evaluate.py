@@ -10,6 +10,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from bgen.data.as_anndata import read_anndata
+from bgen.errors import UserError
 from bgen.evaluate.metrics.memorisation import memorisation
 from bgen.evaluate.protocols.scores import Scores
 from bgen.evaluate.registry import CellsProtocol, find_protocol
@@ -99,6 +100,8 @@ def score(
 
 def _read_sample(store: Store, split: str, seed: int) -> AnnData:
     cells = store.cells_of_split(split)
+    if len(cells) == 0:
+        raise UserError(f"The split '{split}' of {store.folder} holds no cells to judge by.")
     if len(cells) > MOST_CELLS:
         cells = np.sort(np.random.default_rng(seed).choice(cells, MOST_CELLS, replace=False))
     return read_anndata(store, cells)

@@ -19,7 +19,7 @@ from bgen.store.format.manifest import Source as ManifestSource
 from data_tools.building.partial import WORK, Plan, all_or_nothing, save_array
 from data_tools.building.pieces import Piece, cut_file
 from data_tools.building.run_tasks import open_runner
-from data_tools.building.splits import DEFAULT, Codes, assign, assign_groups, group_names
+from data_tools.building.splits import DEFAULT, Codes, assign, assign_groups, group_names, require_cells
 from data_tools.building.write import Contents, fill
 from data_tools.check.findings import FileReport, Report, Roles
 from data_tools.check.vocabulary import take_reference
@@ -169,12 +169,16 @@ def _split(
     if split_by is None:
         if held_out:
             raise UserError("To hold out values, say of which column: split_by.")
-        return None, assign(splits, None, len(obs), seed)
+        codes = assign(splits, None, len(obs), seed)
+        require_cells(splits, codes)
+        return None, codes
     column = roles.get(split_by, split_by)
     if column not in obs:
         raise UserError(f"There is no column or role '{split_by}' to split by.{nearest(split_by, obs.columns)}")
     spread = control if column == roles.get("perturbation") else None
-    return column, assign_groups(splits, group_names(obs[column]), seed, held_out=held_out, spread=spread)
+    codes = assign_groups(splits, group_names(obs[column]), seed, held_out=held_out, spread=spread)
+    require_cells(splits, codes)
+    return column, codes
 
 
 def _plan(

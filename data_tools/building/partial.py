@@ -1,7 +1,8 @@
 """The folder that a store is written in: it becomes the store, or vanishes, or waits for the build to go on.
 
-A build that can go on after it was killed writes in ``.<name>.partial`` and keeps a **plan** there: what it builds, and
-from what. When it is killed the folder stays; the same build goes on with it, and another one refuses it.
+A build that can go on after it was stopped writes in ``.<name>.partial`` and keeps a **plan** there: what it builds,
+and from what. The folder stays whatever stops the build, a signal, a full disk or a file that cannot be read for a
+moment, unless its input is wrong; the same build goes on with it, and another one refuses it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import io
 import json
 import os
 import shutil
+import stat
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +32,9 @@ Plan = Mapping[str, str]
 """What a build depends on (inputs, options), each under a name for people."""
 
 
+KEPT = "What is done so far is kept in {}: the same command goes on with it."
+
+
 class Interrupted(UserError):
     """A build that stopped through no fault of its input; what it has done so far is kept."""
 
@@ -42,7 +48,7 @@ def all_or_nothing(folder: Path, plan: Plan | None = None, *, restart: bool = Fa
     folder
         The final folder; must not be there, or be empty.
     plan
-        Lets a build of the same plan go on where one was killed; None: nothing stays in any case.
+        Lets a build of the same plan go on where one was stopped; None: nothing stays in any case.
     restart
         Throw away what another build left.
 
@@ -50,16 +56,12 @@ def all_or_nothing(folder: Path, plan: Plan | None = None, *, restart: bool = Fa
     ------
     UserError
         If ``folder`` is not empty or cannot be written, the disk is full, another build is writing there, or one of
-        another plan left something there.
+        another plan left something there. It is :class:`Interrupted` where the work is kept.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already and not empty. Choose another --out, or remove it first.")
-    partial = folder.with_name(f".{folder.name}.partial" + (f"-{os.getpid()}" if plan is None else ""))
-    try:
-        (partial / WORK).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error}). Choose another --out.") from None
-    with (partial / WORK / "lock").open("w") as lock:
+    partial, lost = _place(folder, kept=plan is not None)
+    with _open_lock(partial) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -68,23 +70,58 @@ def all_or_nothing(folder: Path, plan: Plan | None = None, *, restart: bool = Fa
             _take_up(partial, plan, folder, restart)
         try:
             yield partial
-            shutil.rmtree(partial / WORK)
             _sync(partial)
+            shutil.rmtree(partial / WORK)
             if folder.exists():
                 folder.rmdir()
             partial.rename(folder)
-        except Interrupted:
+        except (Interrupted, OSError) as error:
+            said = str(error) if isinstance(error, UserError) else _explain(error, folder)
+            raise Interrupted(f"{said} {'Nothing was kept.' if plan is None else KEPT.format(partial)}") from None
+        except UserError:  # the input is wrong, and will not build another time either
+            lost = lost or partial
             raise
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise _explain(error, folder) from None
-        except Exception:
-            shutil.rmtree(partial, ignore_errors=True)
+        except Exception as error:  # a fault of the program or its libraries
+            if plan is not None:
+                error.add_note(KEPT.format(partial))
             raise
-        except BaseException:  # stopped by the user or the system
-            if plan is None:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
+        finally:
+            if lost is not None:
+                shutil.rmtree(lost, ignore_errors=True)
+
+
+def _place(folder: Path, *, kept: bool) -> tuple[Path, Path | None]:
+    """Return a folder to write in, and what of it has to vanish at the end.
+
+    Raises
+    ------
+    UserError
+        If it cannot be made, or is not this user's own: somebody may have planted it.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    lost = None
+    try:
+        if not kept:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lost = Path(tempfile.mkdtemp(prefix=".bgen-", dir=folder.parent))
+            partial = lost / folder.name
+        partial.mkdir(parents=True, exist_ok=True)
+        about = partial.lstat()
+        if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid():
+            raise UserError(f"{partial} is a link, or another user's. Remove it, or choose another --out.")
+        (partial / WORK).mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error}). Choose another --out.") from None
+    return partial, lost
+
+
+@contextmanager
+def _open_lock(partial: Path) -> Iterator[int]:
+    handle = os.open(partial / WORK / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def save_array(path: Path, array: ArrayLike) -> None:
@@ -134,21 +171,20 @@ def _take_up(partial: Path, plan: Plan, folder: Path, restart: bool) -> None:
         commit(path, json.dumps(dict(plan), indent=1).encode())
 
 
-def _explain(error: OSError, folder: Path) -> UserError:
+def _explain(error: OSError, folder: Path) -> str:
     # numpy reports a write that was cut short without the system's error number
     said = str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in said or "requested and" in said:
         free = shutil.disk_usage(folder.parent).free
-        return UserError(
-            f"The disk of {folder.parent} is full: {free / 1e6:,.1f} MB are free without the unfinished store."
-            " Nothing was kept. Make room, or choose an --out on another disk."
-        )
-    return UserError(f"{folder} cannot be written ({error}). Nothing was kept.")
+        return f"The disk of {folder.parent} is full ({free / 1e6:,.1f} MB are free). Make room there."
+    return f"{folder} cannot be written ({error})."
 
 
 def _sync(folder: Path) -> None:
-    """Ask the system to put every file and folder on the disk."""
+    """Ask the system to put every file and folder of a store on the disk."""
     for path in [*folder.rglob("*"), folder]:
+        if path.relative_to(folder).parts[:1] == (WORK,):
+            continue
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

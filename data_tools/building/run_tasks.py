@@ -1,10 +1,16 @@
-"""What runs the tasks of a build: this process, or the workers of a Dask cluster."""
+"""What runs the tasks of a build: this process, other processes of this machine, or the workers of a Dask cluster."""
 
 from __future__ import annotations
 
-import tempfile
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +21,9 @@ from data_tools.building.partial import Interrupted
 Task = Callable[..., object]
 Done = Callable[[int, int], None]
 """Called with the work done and the work in all."""
+
+DEATHS = 3
+"""How often processes may die before a build stops."""
 
 START_SECONDS = 60
 """How long workers may take to start."""
@@ -42,6 +51,84 @@ class InProcess:
             done(finished, sum(work))
 
 
+class InProcesses:
+    """In other processes of this machine, which are reached through pipes: no port is opened.
+
+    Tasks of a process that died are done again, by new processes, unless that happens :data:`DEATHS` times without one
+    task done in between.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._pool = self._start()
+
+    def run(self, task: Task, arguments: Sequence[tuple[Any, ...]], work: Sequence[int], done: Done) -> None:
+        """See :class:`Runner`."""
+        waiting = deque(zip(arguments, work, strict=True))
+        running: dict[Future[object], tuple[tuple[Any, ...], int]] = {}
+        finished = deaths = 0
+        failure: BaseException | None = None
+        while running or (waiting and failure is None):
+            broken = False
+            while waiting and len(running) < 2 * self.workers and failure is None and not broken:
+                try:
+                    running[self._pool.submit(task, *waiting[0][0])] = waiting[0]
+                    waiting.popleft()
+                except BrokenProcessPool:
+                    broken = True
+            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                one = running.pop(future)
+                error = future.exception()
+                if error is None:
+                    finished, deaths = finished + one[1], 0
+                    done(finished, sum(work))
+                elif isinstance(error, BrokenProcessPool):
+                    waiting.appendleft(one)
+                    broken = True
+                else:
+                    failure = failure or error
+            if broken:
+                waiting.extendleft(one for one in running.values())  # the pool is lost as a whole
+                running.clear()
+                deaths += 1
+                if deaths == DEATHS and failure is None:
+                    failure = Interrupted(
+                        "A worker of the build died again and again. It may have run out of memory: use fewer"
+                        " --workers."
+                    )
+                self.close()
+                self._pool = self._start()
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """End the processes; a task that is under way is ended too."""
+        processes = list((self._pool._processes or {}).values())
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+
+    def _start(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            self.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare_worker
+        )
+
+
+def _prepare_worker() -> None:
+    """Leave Ctrl-C to the build, and end when the build has ended, however that was."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="bgen-parent", daemon=True).start()
+
+
 class OnDask:
     """On the workers of a Dask cluster, with a few tasks waiting at a time."""
 
@@ -50,7 +137,23 @@ class OnDask:
 
     def run(self, task: Task, arguments: Sequence[tuple[Any, ...]], work: Sequence[int], done: Done) -> None:
         """See :class:`Runner`."""
-        from distributed import KilledWorker, as_completed
+        from distributed import KilledWorker
+
+        failure = self._run(task, arguments, work, done)
+        if isinstance(failure, KilledWorker):
+            raise Interrupted(
+                f"A worker of the build died again and again ({failure}). It may have run out of memory: use fewer."
+            )
+        if isinstance(failure, CancelledError) or (failure is not None and self.client.status != "running"):
+            raise Interrupted(f"The Dask cluster was lost ({type(failure).__name__}: {failure}).")
+        if failure is not None:
+            raise failure
+
+    def _run(
+        self, task: Task, arguments: Sequence[tuple[Any, ...]], work: Sequence[int], done: Done
+    ) -> BaseException | None:
+        """Run tasks and return the first error."""
+        from distributed import as_completed
 
         waiting = deque(zip(arguments, work, strict=True))
         sizes: dict[Any, int] = {}
@@ -67,7 +170,10 @@ class OnDask:
             start()
         failure: BaseException | None = None
         for future in running:
-            error = future.exception()
+            try:
+                error = future.exception()
+            except CancelledError as cancelled:
+                error = cancelled
             if error is None:
                 finished += sizes[future.key]
                 done(finished, sum(work))
@@ -75,13 +181,7 @@ class OnDask:
                 failure = error
             if waiting and failure is None:
                 start()
-        if isinstance(failure, KilledWorker):
-            raise Interrupted(
-                f"A worker of the build died again and again ({failure}). It may have run out of memory: use fewer"
-                " --workers. The same command goes on where this one stopped."
-            )
-        if failure is not None:
-            raise failure
+        return failure
 
 
 @contextmanager
@@ -91,7 +191,7 @@ def open_runner(workers: int, scheduler: str | None, folder: Path) -> Iterator[R
     Parameters
     ----------
     workers
-        Processes of a cluster on this machine; 0: this process.
+        Processes on this machine; 0: this process.
     scheduler
         Address of a running Dask scheduler to use instead, ``tcp://host:port``; its workers must see ``folder``.
 
@@ -103,30 +203,21 @@ def open_runner(workers: int, scheduler: str | None, folder: Path) -> Iterator[R
     if scheduler is None and workers == 0:
         yield InProcess()
         return
-    from distributed import Client, LocalCluster
-
-    if scheduler is not None:
+    if scheduler is None:
+        processes = InProcesses(workers)
         try:
-            client = Client(scheduler, timeout=START_SECONDS)
-        except (OSError, ValueError) as error:
-            raise UserError(f"There is no Dask scheduler at {scheduler} ({error}).") from None
-        with client:
-            _check_workers(client, scheduler, folder)
-            yield OnDask(client)
+            yield processes
+        finally:
+            processes.close()
         return
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            memory_limit=0,  # what a task needs is bounded; a limit would stop workers for the page cache
-            dashboard_address="127.0.0.1:0",  # any free port: two builds at once must not meet
-            local_directory=scratch,
-            silence_logs="ERROR",
-        ) as cluster,
-        Client(cluster) as client,
-    ):
+    from distributed import Client
+
+    try:
+        client = Client(scheduler, timeout=START_SECONDS)
+    except (OSError, ValueError) as error:
+        raise UserError(f"There is no Dask scheduler at {scheduler} ({error}).") from None
+    with client:
+        _check_workers(client, scheduler, folder)
         yield OnDask(client)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bgen.errors import UserError
-from bgen.store.splits import DEFAULT, Codes, assign, assign_groups, group_names
+from bgen.store.splits import DEFAULT, Codes, assign, assign_groups, group_names, require_cells
 
-__all__ = ["DEFAULT", "Codes", "assign", "assign_groups", "group_names", "parse_held_out", "parse_splits"]
+__all__ = ["DEFAULT", "Codes", "assign", "assign_groups", "describe_shares", "group_names", "parse_held_out"]
+__all__ += ["parse_splits", "require_cells"]
 
 
 def parse_splits(text: str) -> dict[str, float]:
@@ -30,6 +31,26 @@ def parse_splits(text: str) -> dict[str, float]:
     if abs(sum(splits.values()) - 1) > 1e-6:
         raise UserError(f"The fractions of the splits '{text}' add up to {sum(splits.values()):g}, not to 1.")
     return splits
+
+
+def describe_shares(wanted: Mapping[str, float], cells: Mapping[str, int], column: str) -> list[str]:
+    """Return a sentence for each split whose share of the cells is far from what was asked for.
+
+    Parameters
+    ----------
+    wanted
+        Split to fraction.
+    cells
+        Split to its cells.
+    column
+        Whose values are kept together.
+    """
+    total = sum(cells.values())
+    far = {name: cells[name] / total for name in wanted if abs(cells[name] / total - wanted[name]) > 0.05}
+    return [
+        f"The split '{name}' has {share:.1%} of the cells, not {wanted[name]:.1%}: values of {column} are kept whole."
+        for name, share in far.items()
+    ]
 
 
 def parse_held_out(texts: Sequence[str]) -> dict[str, list[str]]:

@@ -14,12 +14,13 @@ import tensorstore as ts
 from numpy.typing import NDArray
 
 from bgen.arrays import I64
+from bgen.errors import UserError
 from bgen.genes.table import hash_genes, write_genes
 from bgen.order.keys import hash_keys
 from bgen.progress import Count
-from bgen.store.format.columns import encode_column
+from bgen.store.format.columns import MAX_CATEGORIES, MOST_WIDTH, column_metadata, encode_column, obs_path
 from bgen.store.format.manifest import Column, Manifest, Source, hash_folder
-from bgen.store.store import array_spec, column_metadata, obs_path
+from bgen.store.store import array_spec
 from data_tools.building.partial import WORK, all_or_nothing, save_array
 from data_tools.building.pieces import CountRows, Piece, cut_rows
 from data_tools.building.run_tasks import InProcess, Runner
@@ -152,7 +153,10 @@ def fill(
     layout, first_cell = _lay_out(sizes, profile)
     save_array(work / "first_cell.npy", first_cell)
     for name, room in layout.rooms().items():
-        ts.open({**array_spec(folder / name, layout.metadata(room)), "open": True}).result()
+        try:
+            ts.open({**array_spec(folder / name, layout.metadata(room)), "open": True}).result()
+        except ValueError as error:  # how tensorstore says that a disk is full
+            raise OSError(str(error)) from None
     edges = first_cell[np.minimum(np.arange(layout.n_shards + 1) * layout.shard_chunks, layout.n_chunks)]
     runner.run(
         write_shard,
@@ -169,8 +173,14 @@ def fill(
     write_array(folder / "origin/source", contents.source[order].astype(np.int32))
     write_array(folder / "origin/row", contents.row[order].astype(np.int64))
     names = np.char.encode(contents.obs.index.to_numpy(dtype=str), "utf-8")[order]
+    if names.itemsize > MOST_WIDTH:
+        raise UserError(f"A barcode has {names.itemsize:,} bytes; a store keeps at most {MOST_WIDTH:,} of each.")
     write_array(folder / "origin/name", names.view(np.uint8).reshape(len(names), -1))
     columns, left_out = _write_obs(folder, contents.obs.iloc[order])
+    if lost := [f"{role} ({column})" for role, column in contents.roles.items() if column not in columns]:
+        raise UserError(
+            f"A store keeps at most {MAX_CATEGORIES:,} different texts of a column; more would lose {', '.join(lost)}."
+        )
     genes = contents.genes.iloc[gene_order].assign(cells=expressed[gene_order])
     write_genes(genes, folder)
 
@@ -189,7 +199,7 @@ def fill(
         count_bytes=layout.count_room,
         genes_sha256=hash_genes(genes["id"].tolist()),
         columns=columns,
-        roles={role: column for role, column in contents.roles.items() if column in columns},
+        roles=dict(contents.roles),
         left_out=left_out,
         units=dict(contents.units),
         control=contents.control,

@@ -19,6 +19,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from bgen.errors import UserError
+from bgen.store.format.columns import MAX_CATEGORIES
 from data_tools.check.counts import MatrixStatistics, advice, describe, duplicate_groups, saturated
 from data_tools.check.findings import FileReport, Report, Roles, Rounding, listed, plural
 from data_tools.check.genes import Genes, MergeDuplicates, resolve_organism
@@ -130,6 +131,7 @@ def check(
     uns = {key: value for one in reversed(checked) for key, value in one.source.uns.items()}
     report.roles = resolve_roles(options.roles, obs, uns, report.genes, report.add, len(checked))
     _check_common_units(checked, options.roles, report)
+    _check_categories(obs, report)
     return report
 
 
@@ -355,6 +357,29 @@ def _join_organisms(checked: list[_Checked], report: Report) -> None:
         each = ", ".join(f"{one.source.path.name}: {one.organism}" for one in checked)
         report.add("G03", "error", f"the files are of several organisms ({each}). Build one store per organism.")
     report.organism = known[0] if known else "unknown"
+
+
+def _check_categories(obs: pd.DataFrame, report: Report) -> None:
+    """O01: a column with more texts than a store keeps as categories would lose its role without a word."""
+    roles = report.roles
+    for column, role in roles.columns().items():
+        values = obs[column]
+        if pd.api.types.is_numeric_dtype(values) or (n := values.nunique()) <= MAX_CATEGORIES:
+            continue
+        said = (
+            f"obs['{column}'] has {n:,} different texts, and a store keeps at most {MAX_CATEGORIES:,} of a column: it"
+            f" cannot be the {role.replace('_', ' ')}."
+        )
+        if role not in roles.detected:
+            report.add("O01", "error", f"{said} Name another column, or --{role.replace('_', '-')} none.")
+            continue
+        report.add("O01", "warning", f"{said} It is left unused.")
+        if role == "condition":
+            roles.condition = tuple(one for one in roles.condition if one != column)
+        else:
+            setattr(roles, role, None)
+        if role == "perturbation":
+            roles.control = None
 
 
 def _check_common_units(checked: list[_Checked], given: Roles, report: Report) -> None:

@@ -212,14 +212,22 @@ class Report:
             table.add_column("finding", overflow="fold", ratio=1)
             order = list(LEVELS)
             several = len(({f.where for f in self.findings} | {str(file.path) for file in self.files}) - {""}) > 1
-            for finding in sorted(self.findings, key=lambda f: order.index(f.level)):
+            for finding, files_of in sorted(self._once(), key=lambda pair: order.index(pair[0].level)):
                 named = finding.where and (several or not self.files)
-                where = f"{Path(finding.where).name}: " if named else ""
+                where = f"{Path(finding.where).name}{_and_more(len(files_of) - 1)}: " if named else ""
                 table.add_row(
                     finding.id, Text(finding.level, style=LEVELS[finding.level]), escape(where + finding.message)
                 )
             yield table
         yield self._verdict()
+
+    def _once(self) -> list[tuple[Finding, list[str]]]:
+        """Return each finding once, with the files that it was found of."""
+        found: dict[tuple[str, str, str], tuple[Finding, list[str]]] = {}
+        for finding in self.findings:
+            key = finding.id, finding.level, finding.message
+            found.setdefault(key, (finding, []))[1].append(finding.where)
+        return list(found.values())
 
     def _roles(self) -> RenderableType:
         roles = self.roles
@@ -247,6 +255,10 @@ class Report:
         rest += [plural(number["fix"], "fix", "fixes")] if number["fix"] else []
         text = f"Good to build: {kept:,} cells x {len(self.genes):,} genes, organism {self.organism}"
         return Text(text + (f" ({', '.join(rest)})." if rest else "."), style="bold green")
+
+
+def _and_more(files: int) -> str:
+    return f" and {plural(files, 'more file', 'more files')}" if files else ""
 
 
 def plural(n: int, one: str, many: str = "") -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from numpy.typing import NDArray
 
 from bgen.arrays import I64
 from bgen.errors import UserError
-from bgen.files import slashes_in_names
+from bgen.files import slashes_in_names, whole
 from bgen.progress import Count
-from bgen.store.format.codec import unpack_rows
+from bgen.store.format.codec import find_bad_row, unpack_rows
 from bgen.store.format.recode import gather
 from bgen.store.store import Store
 
@@ -64,33 +63,22 @@ def to_anndata(
     if out.suffix == ".zarr" and (slashed := [name for name in store.manifest.columns if "/" in name]):
         raise UserError(f"AnnData in zarr cannot hold obs columns with a '/' in their name ({slashed[0]}): use .h5ad.")
     cells = np.arange(len(store)) if split is None else store.cells_of_split(split)
-    partial = out.with_name(f".{out.stem}.partial{out.suffix}")
-    _remove(partial)
+    bare = _annotation(store, cells)
     try:
-        bare = _annotation(store, cells)
-        if out.suffix == ".h5ad":
-            with slashes_in_names():
-                bare.write_h5ad(partial)
-            with h5py.File(partial, "a") as file:
-                _write_counts(file, store, cells, np.dtype(dtype), progress)
-        else:
-            group = zarr.open_group(partial, mode="w", zarr_format=2)  # every version of anndata reads it
-            anndata.io.write_elem(group, "/", bare)
-            _write_counts(group, store, cells, np.dtype(dtype), progress)
-            zarr.consolidate_metadata(partial)
-        partial.rename(out)
+        with whole(out, replace=False) as half:
+            if out.suffix == ".h5ad":
+                with slashes_in_names():
+                    bare.write_h5ad(half)
+                with h5py.File(half, "a") as file:
+                    _write_counts(file, store, cells, np.dtype(dtype), progress)
+            else:
+                group = zarr.open_group(half, mode="w", zarr_format=2)  # every version of anndata reads it
+                anndata.io.write_elem(group, "/", bare)
+                _write_counts(group, store, cells, np.dtype(dtype), progress)
+                zarr.consolidate_metadata(half)
     except OSError as error:
-        raise UserError(f"{out} cannot be written ({error}).") from None
-    finally:
-        _remove(partial)
+        raise error if isinstance(error, UserError) else UserError(f"{out} cannot be written ({error}).") from None
     return len(cells)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _annotation(store: Store, cells: I64) -> anndata.AnnData:
@@ -154,18 +142,21 @@ def _read(store: Store, cells: I64, dtype: np.dtype) -> Iterator[tuple[NDArray[n
         slots, arena = np.arange(len(part)), store.arena(len(part))
         futures = store.read_chunks(part, arena, slots)
         wanted = cells[np.searchsorted(at, part[0]) : np.searchsorted(at, part[-1], side="right")]
-        rows = store.locate(wanted, part, slots)
+        located = store.locate(wanted, part, slots)
         try:
             for future in futures:
                 future.result()
         except (ValueError, OSError) as error:
-            raise store.damaged(error) from None
+            raise store.unread(error) from None
+        rows = located[:]  # known once the chunks are read
+        flat = arena.gaps.reshape(-1), arena.counts.reshape(-1)
+        if (bad := find_bad_row(*flat, rows, store.manifest.n_genes)) >= 0:
+            raise store.damaged(ValueError(f"cell {wanted[bad]} does not decode into counts"))
         n_gaps, n_counts, n_overflow = rows[:, 1::2].sum(0).tolist()
         gaps, counts, spilt = np.empty(n_gaps, "u1"), np.empty(n_counts, "u1"), np.empty(4 * n_overflow, "u1")
-        flat = arena.counts.reshape(-1)
-        gather(arena.gaps.reshape(-1), rows[:, 0].copy(), rows[:, 1].copy(), gaps)
-        gather(flat, rows[:, 2].copy(), rows[:, 3].copy(), counts)
-        gather(flat, rows[:, 4].copy(), 4 * rows[:, 5], spilt)
+        gather(flat[0], rows[:, 0].copy(), rows[:, 1].copy(), gaps)
+        gather(flat[1], rows[:, 2].copy(), rows[:, 3].copy(), counts)
+        gather(flat[1], rows[:, 4].copy(), 4 * rows[:, 5], spilt)
         large = spilt.view("<u4")
         if dtype == np.float32 and len(large) and int(large.max()) > EXACT:
             raise UserError(f"A count of {int(large.max()):,} is not exact in float32: choose --dtype uint32.")

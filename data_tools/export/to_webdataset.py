@@ -111,7 +111,7 @@ class _Samples:
             try:
                 future.result()
             except (ValueError, OSError) as error:
-                raise store.damaged(error) from None
+                raise store.unread(error) from None
         found = []
         for name, row in (("gaps", arena.gaps[0]), ("counts", arena.counts[0])):
             packed = compress(row, "small")[:-4]

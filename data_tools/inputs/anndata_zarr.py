@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anndata
 import numpy as np
@@ -16,8 +16,9 @@ import zarr
 from anndata import AnnData
 
 from bgen.errors import UserError
-from bgen.store.format.zarr_metadata import require_whole
-from data_tools.inputs.source import Matrix, Source, csc_rows
+from bgen.store.format.sparse import plain
+from bgen.store.format.zarr_metadata import require_safe, require_whole
+from data_tools.inputs.source import Matrix, Source, csc_rows, csr_rows
 
 
 @dataclass
@@ -26,17 +27,19 @@ class AnnDataZarrSource(Source):
 
     def _rows(self, name: str, step: int, start: int, stop: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         try:
-            item: Any = zarr.open_group(self.path, mode="r")[name]
+            item, about = cast("Any", zarr.open_group(self.path, mode="r"))[name], self.matrices[name]
             if per_pass := self.rows_per_pass(name):
-                yield from csc_rows(item, self.matrices[name], per_pass, step, start, stop)
-                return
-            values: Any = item if isinstance(item, zarr.Array) else anndata.io.sparse_dataset(item)
-            for first in range(start, stop, step):
-                yield first, sp.csr_matrix(values[first : min(first + step, stop)])
+                yield from csc_rows(item, about, per_pass, step, start, stop)
+            elif isinstance(item, zarr.Group):
+                yield from csr_rows(item, about.shape[1], step, start, stop, about.shape[0])
+            else:
+                for first in range(start, stop, step):
+                    yield first, sp.csr_matrix(plain(item[first : min(first + step, stop)]))
         except (ValueError, KeyError) as error:  # how zarr says that a chunk is damaged
             raise UserError(f"{self.path}: '{name}' cannot be read ({error}). Is it damaged?") from error
 
     def _everything(self) -> AnnData:
+        require_safe(self.path, ("",))
         return anndata.read_zarr(self.path)
 
 
@@ -65,6 +68,7 @@ def open_zarr(path: Path) -> AnnDataZarrSource:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # anndata's and zarr's remarks about stores that older versions wrote
+            require_safe(path)
             group: Any = zarr.open_group(path, mode="r")
             if "obs" not in group or "var" not in group:
                 raise UserError(f"{path}: a zarr group, but not AnnData: it has no obs and var.")

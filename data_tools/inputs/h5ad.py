@@ -18,8 +18,13 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from bgen.errors import UserError
+from bgen.store.format.sparse import plain
+from data_tools.inputs.hdf5 import open_hdf5
 from data_tools.inputs.in_memory import MemorySource, open_memory
-from data_tools.inputs.source import Matrix, Source, csc_rows
+from data_tools.inputs.source import Matrix, Source, csc_rows, csr_rows
+
+ANNOTATION = ("obs/", "var/", "raw/var/")
+"""What is read whole when a file is opened."""
 
 MODALITY = "rna"
 """The modality of an .h5mu that is read."""
@@ -32,20 +37,19 @@ class H5adSource(Source):
     group: str = "/"
 
     def _rows(self, name: str, step: int, start: int, stop: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        with h5py.File(self.path, "r") as file:
-            item = file[self.group][name]
+        with open_hdf5(self.path) as file:
+            item, about = file[self.group][name], self.matrices[name]
             if per_pass := self.rows_per_pass(name):
-                yield from csc_rows(item, self.matrices[name], per_pass, step, start, stop)
-                return
-            values: Any = item if isinstance(item, h5py.Dataset) else anndata.io.sparse_dataset(item)
-            for first in range(start, stop, step):
-                yield first, sp.csr_matrix(values[first : min(first + step, stop)])
+                yield from csc_rows(item, about, per_pass, step, start, stop)
+            elif isinstance(item, h5py.Group):
+                yield from csr_rows(item, about.shape[1], step, start, stop, about.shape[0])
+            else:
+                for first in range(start, stop, step):
+                    yield first, sp.csr_matrix(plain(item[first : min(first + step, stop)]))
 
     def _everything(self) -> AnnData:
-        if self.group == "/":
-            return anndata.read_h5ad(self.path)
-        with h5py.File(self.path, "r") as file:
-            return anndata.io.read_elem(file[self.group])
+        with open_hdf5(self.path) as file:
+            return anndata.read_h5ad(self.path) if self.group == "/" else anndata.io.read_elem(file[self.group])
 
 
 def is_h5ad(path: Path) -> bool:
@@ -60,18 +64,18 @@ def is_h5mu(path: Path) -> bool:
 
 def _holds(path: Path, *names: str) -> bool:
     try:
-        with h5py.File(path, "r") as file:
-            return all(name in file for name in names)
+        with h5py.File(path, "r") as file:  # what a link leads to is not asked for
+            return all(file.get(name, getlink=True) is not None for name in names)
     except (OSError, RuntimeError):
         return False
 
 
 def open_h5ad(path: Path) -> Source:
     """Open an .h5ad without reading its matrices (one of before anndata 0.7 is read whole)."""
-    with h5py.File(path, "r") as file:
+    with open_hdf5(path, ANNOTATION) as file:
         if not isinstance(file["obs"], h5py.Dataset):
             return _open_group(path, "h5ad", file, "/")
-    with warnings.catch_warnings():
+    with open_hdf5(path, ("",)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # anndata's remarks about files that older versions wrote
         whole = open_memory(anndata.read_h5ad(path))
     return MemorySource(path, "h5ad", whole.obs, whole.variables, whole.matrices, whole.uns, (), whole.adata)
@@ -85,7 +89,7 @@ def open_h5mu(path: Path) -> Source:
     UserError
         If there is no such modality; names those that there are.
     """
-    with h5py.File(path, "r") as file:
+    with open_hdf5(path, tuple(f"mod/{MODALITY}/{name}" for name in ANNOTATION)) as file:
         modalities = list(file["mod"])
         if MODALITY not in modalities:
             raise UserError(

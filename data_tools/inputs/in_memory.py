@@ -14,6 +14,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from bgen.errors import UserError
+from bgen.store.format.sparse import plain, require_columns, require_pointer
 from data_tools.inputs.source import Matrix, Source
 
 NAME = Path("AnnData in memory")
@@ -54,13 +55,24 @@ class MemorySource(Source):
         return sum(n * a.dtype.itemsize for n, a in zip(stored, self.matrices.values(), strict=True))
 
     def _rows(self, name: str, step: int, start: int, stop: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        values = self._values(name)
+        values: Any = self._values(name)
         layout = getattr(values, "format", "csr")  # of sparse ones
+        if isinstance(values, sp.csr_matrix | sp.csc_matrix | sp.csr_array | sp.csc_array):
+            require_pointer(values.indptr, min(len(values.indices), len(values.data)))
+            require_columns(values.indices, values.shape[1 if layout == "csr" else 0])
         if layout != "csr":
             values = values.tocsr()  # rows of other layouts are spread over all of it
+        dtype = self.matrices[name].dtype
         for first in range(start, stop, step):
             rows: Any = values[first : min(first + step, stop)]
-            block = sp.csr_matrix(rows.compute() if hasattr(rows, "compute") else rows)
+            rows = rows.compute() if hasattr(rows, "compute") else rows
+            if not sp.issparse(rows):
+                block = sp.csr_matrix(plain(rows))
+            elif np.dtype(dtype).isnative:
+                block = sp.csr_matrix(rows)  # type: ignore[call-overload]
+            else:
+                parts: Any = rows
+                block = sp.csr_matrix((plain(parts.data), parts.indices, parts.indptr), shape=parts.shape)
             # A matrix in order may share memory with the user's; any other is put in order, in a copy.
             yield first, block if block.has_canonical_format else block.copy()
 

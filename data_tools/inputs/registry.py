@@ -94,7 +94,7 @@ def open_source(data: str | os.PathLike[str] | AnnData) -> Source:
             source = found.open(path)
         except UserError:
             raise
-        except (OSError, KeyError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever the libraries say of a damaged file
             raise UserError(f"{path}: cannot be read ({error}). Is the file damaged or cut off?") from error
     _require_shapes(source)
     return source

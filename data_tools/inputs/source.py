@@ -22,7 +22,8 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from bgen.errors import UserError, nearest
+from bgen.errors import Unreachable, UserError, nearest
+from bgen.store.format.sparse import plain, read_pointer, require_columns
 
 BLOCK_BYTES = 32 << 20
 """Bytes that a default block of rows takes, about: values and, if sparse, column numbers."""
@@ -113,9 +114,14 @@ class Source(abc.ABC):
         step = rows_per_chunk or self._default_rows(name)
         try:
             for first, block in self._rows(name, step, start, stop):
+                require_columns(block.indices, block.shape[1])
                 block.sum_duplicates()
                 yield first, block
-        except (OSError, RuntimeError) as error:
+        except UserError:
+            raise
+        except OSError as error:
+            raise Unreachable(f"{self.path}: '{name}' cannot be read ({error}). Is the file damaged?") from error
+        except Exception as error:  # whatever the libraries say of a damaged file
             raise UserError(f"{self.path}: '{name}' cannot be read ({error}). Is the file damaged?") from error
 
     def rows_per_pass(self, name: str) -> int | None:
@@ -135,7 +141,9 @@ class Source(abc.ABC):
             warnings.simplefilter("ignore")  # of names that are not unique
             try:
                 return self._everything()
-            except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+            except UserError:
+                raise
+            except Exception as error:  # whatever the libraries say of a damaged file
                 raise UserError(f"{self.path}: cannot be read ({error}). Is the file damaged?") from error
 
     def state(self) -> list[object]:
@@ -172,11 +180,30 @@ class Source(abc.ABC):
         """Yield the blocks of rows of a matrix that is there."""
 
 
+def csr_rows(
+    group: Any, n_columns: int, step: int, start: int, stop: int, n_rows: int
+) -> Iterator[tuple[int, sp.csr_matrix]]:
+    """Yield blocks of at most ``step`` rows of a stored CSR matrix; of fewer, where these hold very many values."""
+    indptr = read_pointer(group, n_rows)
+    first = start
+    while first < stop:
+        full = int(np.searchsorted(indptr, indptr[first] + CSC_VALUES, side="right")) - 1
+        last = min(first + step, stop, max(full, first + 1))
+        part = slice(int(indptr[first]), int(indptr[last]))
+        if part.stop - part.start > max(CSC_VALUES, 2 * n_columns):
+            raise ValueError(f"row {first} has {part.stop - part.start:,} values, and there are {n_columns:,} genes")
+        indices = plain(group["indices"][part])
+        require_columns(indices, n_columns)
+        arrays = (plain(group["data"][part]), indices, indptr[first : last + 1] - indptr[first])
+        yield first, sp.csr_matrix(arrays, shape=(last - first, n_columns))
+        first = last
+
+
 def csc_rows(
     group: Any, about: Matrix, per_pass: int, step: int, start: int, stop: int
 ) -> Iterator[tuple[int, sp.csr_matrix]]:
     """Yield blocks of ``step`` rows of a stored CSC matrix, from passes over it that collect ``per_pass`` rows each."""
-    indptr = np.asarray(group["indptr"][:]).astype(np.int64)
+    indptr = read_pointer(group, about.shape[1])
     edges = [0]  # of blocks of columns that are read at once
     while edges[-1] < about.shape[1]:
         far = int(np.searchsorted(indptr, indptr[edges[-1]] + CSC_VALUES // 8, side="right")) - 1
@@ -186,10 +213,11 @@ def csc_rows(
         parts = []
         for left, right in itertools.pairwise(edges):
             part = slice(indptr[left], indptr[right])
-            rows = np.asarray(group["indices"][part])
+            rows = plain(group["indices"][part])
+            require_columns(rows, about.shape[0])
             inside = np.flatnonzero((rows >= low) & (rows < high))
             columns = np.repeat(np.arange(left, right, dtype=np.int32), np.diff(indptr[left : right + 1]))
-            parts.append((np.asarray(group["data"][part])[inside], rows[inside] - low, columns[inside]))
+            parts.append((plain(group["data"][part])[inside], rows[inside] - low, columns[inside]))
         data, rows, columns = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         block = sp.csr_matrix((data, (rows, columns)), shape=(high - low, about.shape[1]))
         for first in range(low, high, step):

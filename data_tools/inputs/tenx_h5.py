@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
-import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
 from bgen.errors import UserError
-from data_tools.inputs.source import Matrix, Source
+from data_tools.inputs.hdf5 import open_hdf5
+from data_tools.inputs.source import Matrix, Source, csr_rows
 
 
 @dataclass
@@ -22,22 +22,17 @@ class TenxH5Source(Source):
     group: str = "matrix"
 
     def _rows(self, name: str, step: int, start: int, stop: int) -> Iterator[tuple[int, sp.csr_matrix]]:
-        with h5py.File(self.path, "r") as file:
-            group = file[self.group]
-            indptr = group["indptr"][:].astype(np.int64)
-            for first in range(start, stop, step):
-                last = min(first + step, stop)
-                part = slice(indptr[first], indptr[last])
-                arrays = (group["data"][part], group["indices"][part], indptr[first : last + 1] - indptr[first])
-                yield first, sp.csr_matrix(arrays, shape=(last - first, self.matrices[name].shape[1]))
+        n_cells, n_genes = self.matrices[name].shape
+        with open_hdf5(self.path) as file:
+            yield from csr_rows(file[self.group], n_genes, step, start, stop, n_cells)
 
 
 def is_tenx_h5(path: Path) -> bool:
     """Whether a file is an HDF5 file with a matrix as Cell Ranger writes it."""
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             return bool(_groups(file))
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, KeyError, UserError):
         return False
 
 
@@ -57,7 +52,7 @@ def open_tenx_h5(path: Path) -> Source:
     UserError
         If it holds several genomes.
     """
-    with h5py.File(path, "r") as file:
+    with open_hdf5(path, ("",)) as file:
         names = _groups(file)
         if len(names) > 1:
             raise UserError(f"{path}: holds several genomes ({', '.join(names)}); write one file per genome.")

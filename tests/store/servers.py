@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ class RangeServer(ThreadingHTTPServer):
     def __init__(self, folder: Path, failures: int = 0) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.failures = folder, failures
+        self.silent: set[str] = set()  # paths whose next request is never answered
+        self.closing = threading.Event()
         self.seen: Counter[str] = Counter()
 
     @property
@@ -46,7 +49,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bool) -> None:
         asked = f"{self.path} {self.headers.get('Range', '')}"
         self.server.seen[asked] += 1
-        path = self.server.folder / self.path.lstrip("/")
+        path = self.server.folder / urllib.parse.unquote(self.path).lstrip("/")
+        if self.path in self.server.silent:
+            self.server.silent.remove(self.path)
+            self.server.closing.wait()
+            return None
         if self.server.seen[asked] <= self.server.failures:
             return self._send(503, b"", body)
         if not path.is_file():
@@ -82,6 +89,7 @@ def serve(folder: Path, failures: int = 0) -> Iterator[RangeServer]:
     try:
         yield server
     finally:
+        server.closing.set()
         server.shutdown()
         server.server_close()
         thread.join()

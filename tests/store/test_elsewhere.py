@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
 import shutil
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numcodecs
 import numpy as np
@@ -17,7 +23,7 @@ from bgen.data.skip_damage import SkippingReader
 from bgen.errors import UserError
 from bgen.store.cache import DiskCache
 from bgen.store.open import open_store
-from bgen.store.remote import Access, RemoteStore
+from bgen.store.remote import Access, RemoteFiles, RemoteStore
 from bgen.store.store import Store
 from bgen.store.webdataset_store import TarStore
 from data_tools.export.to_webdataset import to_webdataset
@@ -248,6 +254,43 @@ def test_the_cache_keeps_to_its_limit_and_forgets_what_is_damaged(tmp_path: Path
     assert DiskCache(tmp_path / "cache", 10_000).get("chunk0") == bytes(996)
 
 
+def test_the_limit_of_the_cache_holds_for_all_processes_of_a_machine(tmp_path: Path) -> None:
+    caches = [DiskCache(tmp_path / "cache", 10_000) for _ in range(8)]  # as eight ranks open it
+    for i in range(200):
+        caches[i % 8].put(f"chunk{i}", bytes(996))
+        assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 10_000
+    assert caches[0].get("chunk199") == bytes(996)
+
+
+def test_s3_without_credentials_says_what_to_do(tmp_path: Path) -> None:
+    refused = "PERMISSION_DENIED: Unknown"
+    assert "data.access.anonymous=true" in RemoteFiles("s3://bucket/store", access(tmp_path))._credentials_missing(
+        refused
+    )
+    assert not RemoteFiles("s3://bucket/store", access(tmp_path, anonymous=True))._credentials_missing(refused)
+    assert not RemoteFiles("http://127.0.0.1/s", access(tmp_path))._credentials_missing(refused)
+
+
+@pytest.mark.parametrize("store", ["small"], indirect=True)
+@pytest.mark.parametrize("place", ["atlas", "deep/tars"])
+def test_verbs_take_addresses(
+    place: str, store: Store, server: RangeServer, bgen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    url = f"{server.url}/{place}"
+    told = bgen("data", "info", url, "--json")
+    assert json.loads(told.out)["fingerprint"] == store.fingerprint
+    assert url in bgen("data", "info", url).out
+    assert "every file is as it was written" in bgen("data", "verify", url).out
+    assert bgen("data", "to-anndata", url, "--out", tmp_path / "out.h5ad").code == 0
+    refused = bgen("data", "to-webdataset", url, "--out", tmp_path / "tars")
+    assert (refused.code, "copy the store to this machine" in " ".join(refused.err.split())) == (2, True)
+    flip(tmp_path / "www" / place / ("gaps/c/0/0" if place == "atlas" else "shards/00000.tar"), 300)
+    damaged = bgen("data", "verify", url)
+    assert damaged.code == 2
+    assert "does not have the bytes" in " ".join(damaged.err.split())
+
+
 def test_training_goes_on_with_a_full_or_tiny_cache(store: Store, server: RangeServer, tmp_path: Path) -> None:
     other = open_store(f"{server.url}/atlas", access=access(tmp_path, cache_bytes=1000))
     assert same(batches(other, range(26)), batches(store, range(26)))
@@ -282,3 +325,28 @@ def test_damaged_chunks_can_be_skipped_and_are_counted(store: Store, tmp_path: P
     shutil.rmtree(copy / "counts/c")
     with pytest.raises(UserError, match="counts/c/0/0"):
         TrainLoader(SkippingReader(damaged), order, seed=5).read(0)
+
+
+@pytest.mark.parametrize("store", ["small"], indirect=True)
+def test_a_connection_that_stalls_is_given_up(store: Store, tmp_path: Path) -> None:
+    """The server takes the connection and never answers: the request is made again. The limit is read on loading."""
+    script = """
+        import sys
+        from pathlib import Path
+        from bgen.config.data import Access
+        from bgen.store.open import open_store
+        opened = open_store(sys.argv[1], access=Access(cache=Path(sys.argv[2]), retries=2, first_pause=0.01))
+        print(len(opened))
+    """
+    environment = {**os.environ, "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "1"}
+    with serve(store.folder) as server:
+        server.silent |= {"/rows/genes/c/0", "/genes.csv"}
+        command = [sys.executable, "-c", textwrap.dedent(script), server.url, str(tmp_path / "cache")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=True)
+    assert int(done.stdout) == len(store)
+    assert not server.silent
+
+
+def test_stalled_connections_are_noticed_within_a_minute_unless_the_user_says_otherwise() -> None:
+    assert int(os.environ["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"]) <= 60
+    assert int(os.environ["TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES"]) >= 1

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from bgen.data import loader
 from bgen.data.as_anndata import read_split
 from bgen.data.batch import CellBatch
 from bgen.data.loader import CountReader, TrainLoader, valid_batches
@@ -45,6 +46,23 @@ def test_every_count_comes_back(store: Store, contents: Contents) -> None:
 def test_any_cells_in_any_order(store: Store, contents: Contents) -> None:
     cells = np.random.default_rng(1).permutation(len(store))[:333]
     assert same(as_matrix(CountReader(store).read_cells(cells)), expected(store, contents, cells))
+
+
+def test_scattered_cells_are_read_a_few_chunks_at_a_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = np.random.default_rng(2).integers(0, len(store), 400)  # in any order, some twice
+    keys = np.arange(400).astype(np.uint64)
+    reader = CountReader(store, ["cell_type", "time"])
+    whole = reader.read_cells(cells, keys, step=3)
+    taken: list[int] = []
+    arena = store.arena
+    monkeypatch.setattr(loader, "TOGETHER", 2)
+    monkeypatch.setattr(store, "arena", lambda slots: taken.append(slots) or arena(slots))
+    parts = reader.read_cells(cells, keys, step=3)
+    assert max(taken) == 2 < len(store.first_cell) - 1
+    for name in ("indptr", "indices", "counts", "keys", "cells"):
+        assert getattr(parts, name).equal(getattr(whole, name)), name
+    assert all(parts.obs[name].equal(column) for name, column in whole.obs.items())
+    assert (parts.step, parts.n_genes, len(parts)) == (3, whole.n_genes, 400)
 
 
 def test_obs_genes_names_and_splits(store: Store, contents: Contents) -> None:

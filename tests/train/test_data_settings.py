@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anndata
 import numpy as np
+import pytest
+import torch
 
 from bgen.config.load import load_config
+from bgen.data.loader import CountReader, valid_batches
+from bgen.distributed.world import World
+from bgen.errors import UserError
 from bgen.store.format.manifest import hash_folder, read_manifest
 from bgen.store.open import open_data
 from bgen.store.store import Store
+from bgen.train.stages.from_store import StoreStage
 from bgen.train.stages.registry import make_stage
 from bgen.train.trainer import Trainer, check
-from data_tools.building.write import write_array
+from data_tools.building.write import Contents, write_array, write_store
 
 SHORT = ["train.steps=8", "train.global_batch=64", "train.log_every=1", "train.eval_every=0", "train.patience=0"]
 QUIET = ["track.mlflow=false", "track.progress=false"]
@@ -145,3 +152,25 @@ def test_packed_batches_train_like_unpacked_ones(demo: Any, tmp_path: Path) -> N
         losses.append(Trainer(config, stage).fit().losses)
     assert len(losses[0]) == 8
     assert losses[0] == losses[1]
+
+
+def test_an_empty_held_out_split_and_too_few_lanes_are_said_before_the_first_step(
+    contents: Contents, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, codes in (("good", contents.split), ("empty", np.zeros(len(contents.split), np.uint8))):
+        write_store(tmp_path / name, replace(contents, split=codes), profile="small", seed=0, created_by="test")
+
+    def start(name: str, size: int, *settings: str) -> None:
+        settings = (f"data.store={tmp_path / name}", "train.global_batch=256", f"out={tmp_path / 'run'}", *settings)
+        config = load_config("demo/vae", settings)
+        StoreStage(config, open_data(config.data), World(0, size, 0, size, torch.device("cpu")), [])
+
+    start("good", 8)
+    assert capsys.readouterr().err == ""
+    start("good", 64)
+    assert "64 ranks share data.lanes=8 lanes, so that each chunk is read about 8 times" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"The split 'valid' of .*empty holds no cells: choose another data\.valid"):
+        start("empty", 1)
+    start("empty", 1, "train.eval_every=0")
+    with pytest.raises(UserError, match="holds no cells"):
+        valid_batches(CountReader(Store(tmp_path / "empty")), "valid", seed=0, cells=10, micro_batch=4)

@@ -12,6 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from bgen.evaluate.metrics.metric import ARROWS, Better, Metric, shortfall
+from bgen.files import write_result
 
 Verdict = Literal[
     "at the ceiling", "better than the baseline", "no better than the baseline", "worse than the baseline"
@@ -147,10 +148,7 @@ class Scores:
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`as_json` to a file (usually ``metrics.json``), whole or not at all."""
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.partial")
-        partial.write_text(json.dumps(self.as_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(target)
+        write_result(Path(path), json.dumps(self.as_json(), indent=2, allow_nan=False) + "\n")
 
     def table(self) -> Table:
         """Return a table that fits a terminal of 80 columns."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from bgen.evaluate.reports.pictures import png
+from bgen.files import write_result
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -58,9 +59,7 @@ def write_page(path: str | Path, title: str, headline: str, parts: Sequence[str]
     """Write the page, whole or not at all, and return its path; ``parts`` are HTML, title and headline plain text."""
     page = _PAGE.format(title=escape(title), headline=escape(headline), body="\n".join(parts))
     target = Path(path)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(target)
+    write_result(target, page)
     return target
 
 

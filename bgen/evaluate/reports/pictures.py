@@ -29,6 +29,7 @@ from sklearn.manifold import TSNE
 from bgen.evaluate.metrics.counts import GeneMoments, gene_moments, genes_per_cell
 from bgen.evaluate.metrics.space import fit_space, library_size
 from bgen.evaluate.protocols.inputs import UNLABELLED, Cells, read_cells
+from bgen.files import write_whole
 
 COLOURS = {"real": "#4a4a4a", "generated": "#0072B2", "baseline": "#E69F00"}
 TYPE_COLOURS = (
@@ -244,7 +245,7 @@ def hero_picture(
     box = right.get_position()
     right.set_position((box.x0 + 0.045, box.y0, box.width - 0.045, box.height))
     target = Path(path)
-    target.write_bytes(png(figure, dpi=100))
+    write_whole(target, png(figure, dpi=100))
     return target
 
 

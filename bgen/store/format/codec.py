@@ -26,6 +26,9 @@ ESCAPE = 255
 """In gaps: add 255 and go on. In counts: look in the overflow."""
 
 
+CHUNK_SLACK = 1 << 20
+"""Bytes that a chunk may have beyond what its cells need."""
+
 PROFILES: dict[str, list[dict[str, Any]]] = {
     # for networks and disks: a third of the bytes of a usual sparse store
     "small": [{"name": "zstd", "configuration": {"level": 1, "checksum": False}}],
@@ -161,6 +164,66 @@ def locate_rows(
         found[r, 4] = at[2]
         found[r, 5] = overflow[cell]
     return found
+
+
+def find_wrong_sizes(
+    first_cell: I64,
+    nonzeros: NDArray[np.unsignedinteger[Any]],
+    gap_bytes: NDArray[np.unsignedinteger[Any]],
+    overflow: NDArray[np.unsignedinteger[Any]],
+    n_genes: int,
+    gap_room: int,
+    count_room: int,
+) -> str:
+    """Say what is wrong with the sizes of a store's cells, or return an empty string.
+
+    The loops of this module check nothing: they rely on sizes for which this returns an empty string, and on rows for
+    which :func:`find_bad_row` returns -1. The parameters are those of :func:`locate_rows`.
+    """
+    if not (first_cell[0] == 0 and first_cell[-1] == len(nonzeros) and (np.diff(first_cell) > 0).all()):
+        return "the chunks do not hold the cells one after the other"
+    if int(nonzeros.max()) > n_genes or (overflow > nonzeros).any():
+        return "a cell has more counts than genes"
+    if (gap_bytes < nonzeros).any() or (gap_bytes > nonzeros.astype(np.int64) + n_genes // ESCAPE).any():
+        return "the gaps of a cell take a number of bytes that is not possible"
+    gaps, counts, spilt = (np.add.reduceat(a, first_cell[:-1], dtype=np.int64) for a in (gap_bytes, nonzeros, overflow))
+    if int(gaps.max()) > gap_room or int((-(-counts // 4) * 4 + 4 * spilt).max()) > count_room:
+        return "a chunk holds more bytes than it has room for"
+    # a chunk has room for 256 usual cells, or for the largest one
+    most = CHUNK_SLACK + sum(300 * int(sizes.sum()) // len(nonzeros) for sizes in (gaps, counts, 4 * spilt))
+    most += int(gap_bytes.max()) + int(nonzeros.max()) + 4 * int(overflow.max())
+    if max(gap_room, count_room) > most:
+        return "a chunk has more room than its cells need"
+    return ""
+
+
+@numba.njit(cache=True, nogil=True)
+def find_bad_row(gaps: U8, counts: U8, rows: I64, n_genes: int) -> int:
+    """Return the first of some rows of an arena that does not decode into the genes of a cell, or -1.
+
+    Parameters
+    ----------
+    gaps, counts
+        Bytes of the arena, flat.
+    rows
+        int64 ``[R, 6]``: where they lie (see :func:`locate_rows`).
+    n_genes
+        Genes of the store.
+    """
+    for r in range(len(rows)):
+        begin, size = rows[r, 0], rows[r, 1]
+        entries, total = np.int64(0), np.int64(0)
+        for g in range(np.uint64(begin), np.uint64(begin + size)):
+            entries += np.int64(gaps[g] != ESCAPE)
+            total += np.int64(gaps[g])
+        if entries != rows[r, 3] or total + entries > n_genes or (size > 0 and gaps[begin + size - 1] == ESCAPE):
+            return r
+        begin, large = rows[r, 2], np.int64(0)
+        for k in range(np.uint64(begin), np.uint64(begin + entries)):
+            large += np.int64(counts[k] == ESCAPE)
+        if large != rows[r, 5]:
+            return r
+    return -1
 
 
 @numba.njit(cache=True, nogil=True)

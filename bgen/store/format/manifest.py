@@ -10,13 +10,32 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from bgen.cpus import cpus
-from bgen.errors import UserError
+from bgen.errors import Unreachable, UserError
 
 NAME = "manifest.json"
 VERSION = 1
+
+Number = Annotated[int, Field(ge=0, lt=1 << 62)]
+
+
+def require_inside(name: str) -> str:
+    """Return the name of a file of a store, a path with ``/`` that stays in the store's folder.
+
+    Raises
+    ------
+    ValueError
+        If it leads elsewhere, or could on some system.
+    """
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts) or "\\" in name or not name.isprintable():
+        raise ValueError(f"'{name}' is no name of a file in a store")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(require_inside)]
 
 
 class Part(BaseModel):
@@ -35,8 +54,8 @@ class Column(Part):
 class File(Part):
     """A file of the store."""
 
-    bytes: int
-    sha256: str
+    bytes: Number
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Source(Part):
@@ -62,12 +81,12 @@ class Manifest(Part):
     created_by: str
     profile: Literal["small", "fast"]
     organism: str
-    n_cells: int
-    n_genes: int
-    n_nonzeros: int
-    n_chunks: int
-    gap_bytes: Annotated[int, Field(gt=0, description="Bytes of a chunk of gaps.")]
-    count_bytes: Annotated[int, Field(gt=0, description="Bytes of a chunk of counts.")]
+    n_cells: Number
+    n_genes: Annotated[int, Field(ge=0, lt=1 << 31)]
+    n_nonzeros: Number
+    n_chunks: Number
+    gap_bytes: Annotated[int, Field(gt=0, lt=1 << 62, description="Bytes of a chunk of gaps.")]
+    count_bytes: Annotated[int, Field(gt=0, lt=1 << 62, description="Bytes of a chunk of counts.")]
     genes_sha256: str = Field(description="Hash of the gene ids in the store's order.")
     columns: dict[str, Column]
     roles: dict[str, str] = Field(
@@ -81,10 +100,10 @@ class Manifest(Part):
         default_factory=dict, description="Split to the values of split_by that were put there by name."
     )
     vocabulary: str = Field("union", description="union of the inputs' genes, or the name of a reference file.")
-    splits: dict[str, int] = Field(description="Split to number of cells; a split's code is its place here.")
+    splits: dict[str, Number] = Field(description="Split to number of cells; a split's code is its place here.")
     seed: int
     sources: list[Source]
-    files: dict[str, File]
+    files: dict[FileName, File]
     fingerprint: str = ""
 
     def with_fingerprint(self) -> Manifest:
@@ -122,8 +141,10 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         tree: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}). Build the store again.") from None
+    except OSError as error:
+        raise Unreachable(f"{path} cannot be read ({error}).") from None
     if isinstance(tree, dict) and tree.get("version", VERSION) != VERSION:
         raise UserError(f"{path} has version {tree['version']}; this bgen reads version {VERSION}.")
     try:
@@ -144,6 +165,11 @@ def hash_file(path: Path) -> File:
     return File(bytes=path.stat().st_size, sha256=digest)
 
 
+def hash_bytes(data: bytes) -> File:
+    """Return size and SHA-256 of the bytes of a file."""
+    return File(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
 def hash_folder(
     folder: Path, *, known: Mapping[str, File] = MappingProxyType({}), leave_out: str = ""
 ) -> dict[str, File]:
@@ -160,6 +186,37 @@ def hash_folder(
     names = [path.as_posix() for path in paths if path.parts[0] != leave_out]
     with ThreadPoolExecutor(cpus() + 4) as pool:
         return dict(zip(names, pool.map(lambda name: known.get(name) or hash_file(folder / name), names), strict=True))
+
+
+def read_checked(folder: Path, name: str, file: File) -> bytes:
+    """Return the bytes of a file of a store, which are those that were written.
+
+    Raises
+    ------
+    ValueError
+        If they are not, or it is missing.
+    OSError
+        If it cannot be read.
+    """
+    try:
+        with (folder / name).open("rb") as stream:
+            data = stream.read(file.bytes + 1)
+    except FileNotFoundError:
+        raise ValueError(f"{name} is missing") from None
+    return require_written(data, name, file)
+
+
+def require_written(data: bytes, name: str, file: File) -> bytes:
+    """Return the bytes of a file of a store.
+
+    Raises
+    ------
+    ValueError
+        If they are not those that were written.
+    """
+    if len(data) != file.bytes or hash_bytes(data) != file:
+        raise ValueError(f"{name} does not have the bytes that were written")
+    return data
 
 
 def check_files(folder: Path, manifest: Manifest, *, checksums: bool, below: str = "") -> list[str]:
@@ -179,10 +236,13 @@ def check_files(folder: Path, manifest: Manifest, *, checksums: bool, below: str
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != file.bytes:
-            return f"{name} has {path.stat().st_size:,} bytes, not {file.bytes:,}"
-        if checksums and hash_file(path).sha256 != file.sha256:
-            return f"{name} does not have the bytes that were written (its checksum differs)"
+        try:
+            if path.stat().st_size != file.bytes:
+                return f"{name} has {path.stat().st_size:,} bytes, not {file.bytes:,}"
+            if checksums and hash_file(path).sha256 != file.sha256:
+                return f"{name} does not have the bytes that were written (its checksum differs)"
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
         return None
 
     with ThreadPoolExecutor(cpus() + 4) as pool:

@@ -29,6 +29,9 @@ WHOLE = 0x48674BC7
 
 CHUNKS_PER_TASK = 4
 
+MOST_SLOTS = 1 << 16
+"""Chunks of a shard, at most."""
+
 
 def shard_path(stream: Path, number: int) -> Path:
     """Return where a shard of a stream lies."""
@@ -63,6 +66,53 @@ def write_shard(path: Path, chunks: Iterable[bytes], slots: int) -> None:
         file.write(tail + google_crc32c.value(tail).to_bytes(4, "little"))
 
 
+def decode_zstd(data: memoryview, out: U8) -> None:
+    """Decode a zstd frame that holds exactly as many bytes as ``out``.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged, or holds more or fewer bytes.
+    """
+    if (size := _zstd_size(data)) not in (None, len(out)):
+        raise ValueError(f"it holds {size:,} bytes, not {len(out):,}")
+    _decode("small", data, out)
+
+
+def decode(profile: str, data: memoryview, out: U8) -> None:
+    """Decode a chunk that holds exactly as many bytes as ``out``.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged, or holds more or fewer bytes.
+    """
+    if profile == "small":
+        return decode_zstd(data, out)
+    size = int.from_bytes(data[4:8], "little")  # of a blosc buffer
+    if len(data) < 16 or size != len(out):
+        raise ValueError(f"it holds {size:,} bytes, not {len(out):,}")
+    return _decode(profile, data, out)
+
+
+def _decode(profile: str, data: memoryview, out: U8) -> None:
+    try:
+        CODECS[profile].decode(data, out)
+    except RuntimeError as error:  # how the libraries say that bytes are damaged
+        raise ValueError(str(error)) from None
+
+
+def _zstd_size(data: memoryview) -> int | None:
+    """Return how many bytes a zstd frame says that it holds, None if it does not say (RFC 8878, 3.1.1.1)."""
+    if len(data) < 6:
+        return 0
+    flag, single, dictionary = data[4] >> 6, data[4] >> 5 & 1, data[4] & 3
+    size = 1 << flag if flag or single else 0
+    start = 5 + (not single) + (0, 1, 2, 4)[dictionary]
+    said = int.from_bytes(data[start : start + size], "little")
+    return said + 256 * (size == 2) if size else None
+
+
 class Stream:
     """Reads chunks of one stream from local files.
 
@@ -72,13 +122,28 @@ class Stream:
         The zarr array.
     profile
         Codec profile that it was written with.
+
+    Attributes
+    ----------
+    room
+        Bytes of a chunk.
+
+    Raises
+    ------
+    ValueError
+        If its ``zarr.json`` does not describe such a stream.
     """
 
     def __init__(self, folder: Path, profile: str) -> None:
-        self.folder = folder
-        self._codec = CODECS[profile]
-        grid = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))["chunk_grid"]
-        self._slots: int = grid["configuration"]["chunk_shape"][0]
+        self.folder, self.profile = folder, profile
+        try:
+            about = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))
+            self._slots, self.room = about["chunk_grid"]["configuration"]["chunk_shape"]
+            ours = type(self._slots) is type(self.room) is int and 0 < self._slots <= MOST_SLOTS and self.room > 0
+        except (ValueError, TypeError, KeyError, RecursionError):
+            ours = False
+        if not ours:
+            raise ValueError(f"{folder.name}/zarr.json does not describe the chunks of a store")
         self._indices: dict[int, I64] = {}
         self._lock = threading.Lock()
 
@@ -105,7 +170,10 @@ class Stream:
         data = self.fetch(chunk)
         if google_crc32c.value(data) != WHOLE:
             raise ValueError(f"chunk {chunk} in {self.name_of(chunk)} does not have the bytes that were written")
-        self._codec.decode(memoryview(data)[:-4], out)
+        try:
+            decode(self.profile, memoryview(data)[:-4], out)
+        except ValueError as error:
+            raise ValueError(f"chunk {chunk} in {self.name_of(chunk)} is damaged ({error})") from None
 
     def fetch(self, chunk: int) -> bytes:
         """Return the bytes of a chunk as they are stored, with their CRC-32C."""
@@ -120,12 +188,34 @@ class Stream:
     def _index(self, number: int) -> I64:
         with self._lock:
             if number not in self._indices:
-                length = 16 * self._slots + 4
-                data = self._read_range(number, max(0, self._size(number) - length), length)
-                if len(data) != length or google_crc32c.value(data) != WHOLE:
-                    raise ValueError(f"the index of {self._name(number)} does not have the bytes that were written")
-                self._indices[number] = np.frombuffer(data[:-4], "<i8").reshape(-1, 2)
+                length, size = 16 * self._slots + 4, self._size(number)
+                data = self._read_range(number, max(0, size - length), length)
+                self._indices[number] = self._parse_index(number, data, size)
             return self._indices[number]
+
+    def _parse_index(self, number: int, data: bytes, size: int) -> I64:
+        """Return int64 ``[slots, 2]``: offset and bytes of each chunk, within the ``size`` bytes of the shard.
+
+        Raises
+        ------
+        ValueError
+            If the bytes are not what was written, or lead out of the shard.
+        """
+        length = 16 * self._slots + 4
+        if len(data) != length or google_crc32c.value(data) != WHOLE:
+            raise ValueError(f"the index of {self._name(number)} does not have the bytes that were written")
+        index = np.frombuffer(data[:-4], "<i8").reshape(-1, 2)
+        offset, n_bytes = index[index[:, 0] != -1].T
+        # compressed bytes are never many more than those that they stand for
+        most = min(size - length, self.room + self.room // 64 + 4096)
+        if (
+            (n_bytes < 0).any()
+            or (n_bytes > most).any()
+            or (offset < 0).any()
+            or (offset > size - length - n_bytes).any()
+        ):
+            raise ValueError(f"the index of {self._name(number)} leads out of the shard")
+        return index
 
     def _size(self, number: int) -> int:
         return shard_path(self.folder, number).stat().st_size

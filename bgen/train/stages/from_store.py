@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from bgen.data.loader import CountReader, TrainLoader, valid_batches
 from bgen.data.packed import PackedBatch
 from bgen.data.skip_damage import SkippingReader
 from bgen.distributed.world import World
+from bgen.errors import UserError
 from bgen.genes.table import hash_genes
 from bgen.order.cells import Order
 from bgen.store.store import Store
@@ -46,6 +48,7 @@ class StoreStage:
         self.packed = world.device.type == "cuda"
         self.reader = (SkippingReader if data.on_damage == "skip" else CountReader)(store, columns, pinned=self.packed)
         self.order = self._order()
+        self._require_what_is_read()
         self.fingerprint: dict[str, Any] = {
             "store": store.fingerprint,
             "genes": hash_genes(store.genes["id"].tolist()),
@@ -104,6 +107,23 @@ class StoreStage:
     def damaged_cells(self) -> int:
         """See :class:`bgen.train.stages.stage.CountsDamage`."""
         return self.reader.skipped_cells if isinstance(self.reader, SkippingReader) else 0
+
+    def _require_what_is_read(self) -> None:
+        """Refuse an empty held-out split before the first step, not at the first evaluation; warn of too few lanes."""
+        data, train = self.config.data, self.config.train
+        if train.eval_every and len(self.store.cells_of_split(data.valid)) == 0:
+            raise UserError(
+                f"The split '{data.valid}' of {data.store} holds no cells: choose another data.valid, or train without"
+                " held-out cells (train.eval_every=0)."
+            )
+        if data.trajectories is None and self.world.size > data.lanes and self.world.is_main:
+            factor = self.world.size / data.lanes
+            print(
+                f"warning: {self.world.size} ranks share data.lanes={data.lanes} lanes, so that each chunk is read"
+                f" about {factor:.2g} times. Begin the run with data.lanes={self.world.size} or more.",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _order(self) -> Order:
         data, batch, seed = self.config.data, self.config.train.global_batch, self.config.seed

@@ -13,6 +13,7 @@ import pytest
 import scipy.sparse as sp
 from rich.console import Console
 
+from data_tools.check import check as checks
 from data_tools.check.check import CheckOptions, check
 from data_tools.check.counts import duplicate_groups
 from data_tools.check.findings import Finding, Report, Roles
@@ -264,3 +265,34 @@ def test_a_good_report_as_table_and_json(adata: anndata.AnnData, checker: Checke
     with (tmp_path / "out.txt").open("w") as out:
         report.print(Console(width=100, file=out))
     assert "Good to build: 300 cells x 80 genes, organism Homo sapiens" in (tmp_path / "out.txt").read_text()
+
+
+def test_what_many_files_have_in_common_is_said_once(adata: anndata.AnnData, checker: Checker) -> None:
+    parts = [adata[100 * i : 100 * (i + 1)].copy() for i in range(3)]
+    report = checker(*parts)
+    console = Console(width=200, record=True)
+    report.print(console)
+    shown = console.export_text()
+    assert shown.count("only 80 genes: a selection?") == 1
+    assert "file1.h5ad and 2 more files: only 80 genes" in shown
+    assert sum(finding.id == "G04" and bool(finding.where) for finding in report.findings) == 3  # for programs, each
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_role_with_too_many_labels_is_not_lost_in_silence(
+    given: bool, adata: anndata.AnnData, checker: Checker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "MAX_CATEGORIES", 100)
+    labels = [f"L{i % 120}" for i in range(300)]
+    adata.obs["perturbation"] = ["control" if i % 2 else label for i, label in enumerate(labels)]
+    adata.obs["treatment"] = labels
+    roles = Roles(perturbation="treatment", control="L1") if given else Roles()
+    report = checker(adata, roles=roles)
+    found = [finding for finding in report.findings if "different texts" in finding.message]
+    assert [finding.level for finding in found] == ["error" if given else "warning"]
+    assert "obs['treatment'] has 120 different texts, and a store keeps at most 100" in found[0].message
+    if given:
+        assert "--perturbation none" in found[0].message
+    else:
+        assert report.roles.condition == ()
+        assert (report.roles.perturbation, report.roles.control) == ("perturbation", "control")
