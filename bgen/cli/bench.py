@@ -204,7 +204,10 @@ def bench_perturb(
     ],
     out: Annotated[Path, typer.Option(help="Folder for perturb.json and a page for each --leave.")],
     perturbation: Annotated[str, typer.Option(help="obs column that names the perturbation.")] = "perturbation",
-    control: Annotated[str, typer.Option(help="Its value for control cells.")] = "control",
+    control: Annotated[
+        list[str] | None, typer.Option(help="Its value for control cells; default: control; may be repeated.")
+    ] = None,
+    separator: Annotated[str | None, typer.Option(help="Between the names of a label; default: found, or '+'.")] = None,
     dose: Annotated[str | None, typer.Option(help="obs column of doses.")] = None,
     within: Annotated[list[str] | None, typer.Option(help="Compare within this obs column; may be repeated.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of every split.")] = 3,
@@ -221,7 +224,7 @@ def bench_perturb(
     from bgen.evaluate.protocols.cell_eval import figures_table
     from bgen.tasks.perturb.screen import Columns
 
-    columns = Columns(perturbation, control, dose, within or [])
+    columns = Columns(perturbation, control or "control", dose, within or [], separator)
     training = Training(steps, overrides or [])
     done = compare(file, columns, leave, out, training, seeds=seeds, cell_eval=cell_eval, say=notes.print)
     for left_out, found in done.items():

@@ -44,6 +44,9 @@ def check_options(
     condition: Role = None,
     perturbation: Role = None,
     control: Annotated[str | None, typer.Option(help="The perturbation that means none.")] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="Between the names of a perturbation; none: one name; default: found, or '+'.")
+    ] = None,
     time: Role = None,
     time_unit: Annotated[str | None, typer.Option(help="Unit of time, such as hours.")] = None,
     dose: Role = None,
@@ -74,6 +77,7 @@ def check_options(
             condition=tuple(condition.split(",")) if condition else (),
             perturbation=perturbation,
             control=control,
+            separator=separator,
             time=time,
             time_unit=time_unit,
             dose=dose,

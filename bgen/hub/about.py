@@ -98,6 +98,9 @@ class Perturbation(Section):
 
     perturbations: list[str] = Field(description="Names in the order of the embeddings.")
     strata: list[str] = Field(default_factory=list, description="obs columns within which cells were compared.")
+    column: str | None = Field(None, description="obs column of the labels.")
+    controls: list[str] = Field(default_factory=list, description="Labels of control cells, where there are several.")
+    separator: str = Field("+", description="Between the names of a label.")
     effects: list[EffectOf]
     effect_scale: EffectScale = EffectScale()
     network: RegulatoryNetwork | None = None

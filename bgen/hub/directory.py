@@ -194,6 +194,15 @@ def add_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     (folder / "README.md").write_text(model_card(config, about, preprocessing, metrics), encoding="utf-8")
 
 
+def update_about(folder: Path, about: About) -> None:
+    """Change what a model directory says of its model, and its card."""
+    config, preprocessing = _read_json(folder / "config.json"), _read_json(folder / "preprocessing.json")
+    metrics = _read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
+    config["about"] = about.as_json()
+    _write_json(folder / "config.json", config)
+    (folder / "README.md").write_text(model_card(config, about, preprocessing, metrics), encoding="utf-8")
+
+
 def load_directory(folder: str | Path, device: str = "cpu") -> SavedModel:
     """Load a model directory.
 

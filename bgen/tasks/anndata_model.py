@@ -84,7 +84,10 @@ class AnnDataModel:
             if data.genes != self.genes:
                 raise UserError("These cells were read for a model with other genes. Read them with this model.")
             return data
-        return read_user_data(data, **reading).match(self.saved.genes, self.saved.columns, self.expected_shares())
+        saved = self.saved
+        return read_user_data(data, **reading).match(
+            saved.genes, saved.columns, self.expected_shares(), saved.about.units
+        )
 
     @torch.no_grad()
     def expected_shares(self) -> NDArray[np.float32]:

@@ -199,10 +199,10 @@ class Model(AnnDataModel):
     def perturb(
         self,
         data: Cells | UserCells,
-        perturbation: str,
+        perturbation: str | Sequence[str],
         *,
-        control: tuple[str, str] | None = None,
-        dose: float | None = None,
+        control: tuple[str, str] | Literal["all"] | None = None,
+        dose: float | str | None = None,
         n: int | None = None,
         seed: int = 0,
         progress: Progress | None = None,

@@ -22,6 +22,7 @@ from data_tools.building.run_tasks import open_runner
 from data_tools.building.splits import DEFAULT, Codes, assign, assign_groups, group_names
 from data_tools.building.write import Contents, fill
 from data_tools.check.findings import FileReport, Report, Roles
+from data_tools.check.obs import take_roles
 from data_tools.check.vocabulary import take_reference
 from data_tools.inputs.registry import open_source
 from data_tools.inputs.source import Source
@@ -92,6 +93,7 @@ def build(
     keep = np.concatenate([file.keep for file in report.files])
     obs = (pd.concat([source.obs for source in sources]) if len(sources) > 1 else sources[0].obs).loc[keep]
     roles = _roles(report.roles)
+    obs = take_roles(obs, roles, _units(report.roles))
     splits = splits or DEFAULT
     split_by, codes = _split(obs, roles, report.roles.control, splits, split_by, held_out or {}, seed)
     genes = pd.DataFrame({"id": report.genes.index.astype(str), "symbol": report.genes["symbol"].astype(str)})

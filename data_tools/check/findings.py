@@ -49,7 +49,8 @@ class Finding:
 class Roles:
     """Which obs column plays which role; None where none does.
 
-    ``condition`` may name several columns. ``control`` is the label of ``perturbation`` that means "not perturbed".
+    ``condition`` may name several columns. ``control`` is the label of ``perturbation`` that means "not perturbed",
+    and ``separator`` stands between the names of its labels (:mod:`data_tools.check.labels`); None: to be found.
     Units are words: "hours", "uM". ``detected`` names the roles that were not given but found.
     """
 
@@ -59,6 +60,7 @@ class Roles:
     condition: tuple[str, ...] = ()
     perturbation: str | None = None
     control: str | None = None
+    separator: str | None = None
     time: str | None = None
     time_unit: str | None = None
     dose: str | None = None

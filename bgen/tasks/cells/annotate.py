@@ -31,8 +31,9 @@ from bgen.evaluate.metrics.space import fit_space
 from bgen.models.annotator import Annotator
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.tasks.anndata_model import AnnDataModel
+from bgen.tasks.columns import text_column
 from bgen.tasks.time.trajectories import generate_as_trained
-from bgen.tasks.user_cells import UserCells, text_column
+from bgen.tasks.user_cells import UserCells
 
 ABSTAINED = "unknown"
 LEAST_CELLS = 5

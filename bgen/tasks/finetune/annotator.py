@@ -15,9 +15,9 @@ from bgen.hub.about import About, Annotation
 from bgen.hub.directory import Module, SavedModel
 from bgen.models.annotator import LABEL, Annotator
 from bgen.nn.lora import add_lora, merge_lora
+from bgen.tasks.columns import text_column
 from bgen.tasks.finetune.request import RANK, WATCHED, Request
 from bgen.tasks.finetune.task import Job, Task
-from bgen.tasks.user_cells import text_column
 from bgen.train.stages.in_memory import MemoryStage, split_watched
 
 LEAST_CELLS = 5

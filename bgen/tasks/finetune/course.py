@@ -28,11 +28,11 @@ from bgen.hub.directory import Module, SavedModel
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.nn.lora import merge_lora
 from bgen.order.keys import hash_keys
+from bgen.tasks.columns import text_column
 from bgen.tasks.finetune.flow import choose_trained
 from bgen.tasks.finetune.request import WATCHED, Request, require_wide_layers
 from bgen.tasks.finetune.task import Job, Task
 from bgen.tasks.time.axis import trained_over_time
-from bgen.tasks.user_cells import text_column
 from bgen.train.stages.course_in_memory import CourseStage
 
 LEAST_TIMES, LEAST_CELLS = 3, 10
