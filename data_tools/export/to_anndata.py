@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from bgen.arrays import I64
 from bgen.errors import UserError
 from bgen.files import slashes_in_names
+from bgen.names import index_name
 from bgen.progress import Count
 from bgen.store.format.codec import unpack_rows
 from bgen.store.format.recode import gather
@@ -96,7 +97,7 @@ def _remove(path: Path) -> None:
 def _annotation(store: Store, cells: I64) -> anndata.AnnData:
     """Return everything but the counts."""
     manifest = store.manifest
-    obs = pd.DataFrame(index=pd.Index(store.names()[cells], name="cell"))
+    obs = pd.DataFrame(index=pd.Index(store.names()[cells], name=index_name("cell", manifest.columns)))
     for name in manifest.columns:
         column, values = store.column(name)
         picked = values[cells]

@@ -20,6 +20,7 @@ from bgen.config.flow import SampleConfig
 from bgen.errors import UserError
 from bgen.hub.directory import SavedModel
 from bgen.models.generators.latent_flow import LatentFlow, Places
+from bgen.names import index_name
 from bgen.order.keys import hash_keys
 from bgen.progress import Progress
 from bgen.tasks.generate import (
@@ -30,6 +31,7 @@ from bgen.tasks.generate import (
     generate_cells,
     provenance,
     readable,
+    require_amounts,
 )
 from bgen.tasks.time.axis import TimeAxis, trained_over_time
 
@@ -102,6 +104,7 @@ def generate_trajectories(
     UserError
         If the model was not trained on trajectories, or a condition, value or time is unknown to it.
     """
+    require_amounts(n, library_size, seed)
     axis = TimeAxis.of(model)
     flow = model.module
     assert isinstance(flow, LatentFlow)
@@ -150,7 +153,8 @@ def generate_trajectories(
         if progress:
             progress("generating", min((start + len(some)) * N, n), n)
     counts = sp.vstack([sp.vstack(part, format="csr")[:n] for part in parts], format="csr")
-    obs = pd.DataFrame(index=pd.Index([f"generated_{i}" for i in range(n * T)], name="cell"))
+    named = index_name("cell", [axis.column, *columns[0]])
+    obs = pd.DataFrame(index=pd.Index([f"generated_{i}" for i in range(n * T)], name=named))
     obs[axis.column] = np.repeat(moments, n)
     for name in columns[0]:
         values = np.concatenate([np.concatenate(column[name])[:n] for column in columns])

@@ -7,18 +7,16 @@ from typing import Any
 
 import anndata
 import numpy as np
-import pandas as pd
 import pytest
 
 import bgen
 from bgen.errors import UserError
-from bgen.evaluate.registry import PerturbationProtocol
 from bgen.tasks.finetune.finetune import Request, finetune
 from bgen.tasks.load import Model
 from bgen.tasks.perturb.held_out import predict_held_out, split_rows, within_strata
 from bgen.tasks.perturb.screen import Columns
 
-QUICK = ["train.steps=2", "train.eval_every=0", "train.global_batch=64", "track.progress=false"]
+QUICK = ["train.steps=2", "train.eval_every=2", "train.global_batch=64", "track.progress=false"]
 COLUMNS = Columns("perturbation", "control", strata=["line"])
 
 
@@ -60,9 +58,10 @@ def test_held_out_cells_are_compared_with_controls_of_their_strata(tuned: Path, 
     assert abs(one.control - model.counts(of_line)).nnz == 0
     [pooled] = predict_held_out(model, *parts, Columns("perturbation", "control"))
     assert pooled.control.shape[0] == (kept.obs["perturbation"] == "control").sum()
-    # With the controls of both lines, what sets the lines apart counts as effect.
-    effects = [np.abs(np.log1p(x.real.mean(0)) - np.log1p(x.control.mean(0))).mean() for x in (one, pooled)]
-    assert effects[0] < 0.7 * effects[1]
+    # With the controls of both lines, the genes that set the lines apart seem to respond.
+    apart = [model.genes.index(name) for name in screen.var_names[:40]]
+    shift = [np.log(x.real[:, apart].sum(1).mean() / x.control[:, apart].sum(1).mean()) for x in (one, pooled)]
+    assert abs(shift[0]) < 0.3 < shift[1]
 
 
 def test_controls_are_kept_back_in_every_stratum(screen: anndata.AnnData) -> None:
@@ -87,20 +86,19 @@ def test_strata_have_the_proportions_of_the_perturbed_cells() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "hold_out", "message"),
-    [
-        (lambda a: a.obs.replace({"perturbation": {a.uns["only_b"]: "NOGENE"}}), "NOGENE", "cannot be predicted"),
-        (lambda a: a.obs.assign(line=np.where(a.obs["perturbation"] == a.uns["only_b"], "c", a.obs["line"])), None,
-         "can be compared"),
-    ],
-)  # fmt: skip
+    ("column", "value", "message"),
+    [("perturbation", "NOGENE", "cannot be predicted"), ("line", "line_c", "can be compared")],
+)
 def test_what_cannot_be_scored_is_told_before_training(
-    demo: Any, screen: anndata.AnnData, tmp_path: Path, change: Any, hold_out: str | None, message: str
+    demo: Any, screen: anndata.AnnData, tmp_path: Path, column: str, value: str, message: str
 ) -> None:
+    """A target that the model does not know; a perturbation whose cell line has no control cells."""
     wrong = screen.copy()
-    wrong.obs = pd.DataFrame(change(wrong.copy()).astype(str))
-    request = Request("perturb", "head", columns=COLUMNS, hold_out=[hold_out or screen.uns["only_b"]])
-    with pytest.raises(UserError, match=f"--hold-out .*{message}"):
+    here = (wrong.obs["perturbation"] == screen.uns["only_b"]).to_numpy()
+    wrong.obs[column] = np.where(here, value, wrong.obs[column].astype(str))
+    held_out = value if column == "perturbation" else screen.uns["only_b"]
+    request = Request("perturb", "head", columns=COLUMNS, hold_out=[held_out])
+    with pytest.raises(UserError, match=f"--hold-out {held_out}: .*{message}"):
         finetune(demo.model, wrong, tmp_path / "out", request, overrides=QUICK, say=lambda _: None)
     assert not (tmp_path / "out" / "perturbation").exists()
 
@@ -111,7 +109,6 @@ def test_a_score_that_fails_loses_no_model(
     def fails(*_: Any, **__: Any) -> None:
         raise UserError("no score today")
 
-    monkeypatch.setattr(PerturbationProtocol, "evaluate", fails, raising=False)
     monkeypatch.setattr("bgen.tasks.perturb.held_out.find_protocol", lambda _: type("P", (), {"evaluate": fails})())
     request = Request("perturb", "head", columns=COLUMNS, hold_out=[screen.uns["only_b"]])
     with pytest.raises(UserError, match=r"The model is trained and saved: .*no score today"):
