@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from bgen.cli.options import cells_options, with_options
 from bgen.cli.terminal import Json, Seed, notes, progress_bar, results
 from bgen.errors import UserError
 from bgen.files import require_new_file, require_new_folder, write_h5ad
+from bgen.names import shown
 from bgen.version import __version__
 
 app = typer.Typer(help="Check, build and inspect stores of counts.", no_args_is_help=True)
@@ -281,4 +283,4 @@ def _print_manifest(folder: Path, manifest: Any, as_json: bool) -> None:
         "fingerprint": manifest.fingerprint[:16],
     }
     for name, text in lines.items():
-        results.print(f"[bold]{name:>12}[/]  {text}", highlight=False)
+        results.print(Text.assemble((f"{name:>12}", "bold"), f"  {shown(text)}"), highlight=False)

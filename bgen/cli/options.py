@@ -59,5 +59,5 @@ def read_cells(model: Any, data: Path, reading: dict[str, Any], quiet: bool) -> 
     """Read a user's cells for a model; say on standard error what of them it knows, unless ``quiet``."""
     cells = model.read(data, **reading)
     for sentence in () if quiet else cells.matched.sentences():
-        notes.print(sentence, highlight=False, markup=False, soft_wrap=True)
+        notes.print(sentence, highlight=False, soft_wrap=True)
     return cells

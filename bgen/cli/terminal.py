@@ -10,17 +10,31 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from bgen.errors import UserError
+from bgen.names import shown
 from bgen.progress import Progress
 
 WIDE = 200
 """Columns of what is written to a file or another program, which has no width of its own."""
 
-results = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
+
+class Terminal(Console):
+    """A console that shows names as they are: it follows no markup in a text, and no control character gets through."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Turn a text, or a text in a table, into what is printed."""
+        return super().render_str(shown(text), **options)
+
+
+results = Terminal(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
 """Standard output: what was asked for."""
 
-notes = Console(stderr=True)
+notes = Terminal(stderr=True)
 """Standard error: progress and remarks."""
 
 

@@ -12,9 +12,10 @@ import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 from rich.console import Console, Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from bgen.names import shown
 
 Level = Literal["error", "warning", "fix", "info"]
 LEVELS: dict[Level, str] = {"error": "bold red", "warning": "yellow", "fix": "cyan", "info": "dim"}
@@ -196,10 +197,10 @@ class Report:
         for file in self.files:
             about = file.values
             files.add_row(
-                escape(str(file.path)),
+                Text(shown(file.path)),
                 f"{file.n_cells:,}",
                 f"{len(file.gene_map):,}",
-                file.matrix or "-",
+                Text(shown(file.matrix or "-")),
                 f"{about['zeros']:.1%}" if "zeros" in about else "-",
                 f"{about['median_library']:,.0f}" if file.matrix and "median_library" in about else "-",
                 f"{about['max']:,.6g}" if "max" in about else "-",
@@ -218,7 +219,7 @@ class Report:
                 named = finding.where and (several or not self.files)
                 where = f"{Path(finding.where).name}: " if named else ""
                 table.add_row(
-                    finding.id, Text(finding.level, style=LEVELS[finding.level]), escape(where + finding.message)
+                    finding.id, Text(finding.level, style=LEVELS[finding.level]), Text(shown(where + finding.message))
                 )
             yield table
         yield self._verdict()
@@ -235,7 +236,7 @@ class Report:
         }
         for column, role in roles.columns().items():
             source = "its name" if role in roles.detected else "you"
-            table.add_row(role, escape(column + details.get(role, "")), source)
+            table.add_row(role, Text(shown(column + details.get(role, ""))), source)
         if not roles.columns():
             table.add_row("none", "", "")
         return table
@@ -247,7 +248,7 @@ class Report:
         kept = sum(int(file.keep.sum()) for file in self.files)
         rest = [plural(number["warning"], "warning")] if number["warning"] else []
         rest += [plural(number["fix"], "fix", "fixes")] if number["fix"] else []
-        text = f"Good to build: {kept:,} cells x {len(self.genes):,} genes, organism {self.organism}"
+        text = f"Good to build: {kept:,} cells x {len(self.genes):,} genes, organism {shown(self.organism)}"
         return Text(text + (f" ({', '.join(rest)})." if rest else "."), style="bold green")
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from bgen.evaluate.metrics.metric import ARROWS, Better, Metric, shortfall
 
@@ -168,7 +169,7 @@ class Scores:
         for score in self.scores:
             verdict = score.verdict
             cells = [score.cell(row) for row in ROWS]
-            mark = f"[{STYLES[verdict]}]{SHORT[verdict]}[/]"
+            mark = Text(SHORT[verdict], style=STYLES[verdict])
             table.add_row(f"{score.metric.title} {ARROWS[score.metric.better]}", *cells, mark)
         return table
 
