@@ -6,6 +6,7 @@ they become keys of a file.
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -27,6 +28,17 @@ def shown(text: object) -> str:
         sign if sign in _KEPT or unicodedata.category(sign) not in _HIDDEN else sign.encode("unicode_escape").decode()
         for sign in raw
     )
+
+
+def in_markdown(text: object) -> str:
+    """Return a text as Markdown shows it: no HTML, link, image, emphasis or cell of a table comes of it."""
+    plain = html.escape(" ".join(shown(text).split()), quote=False)
+    return re.sub(r"([\\`*\[\]|!#~])", r"\\\1", plain)
+
+
+def in_code(text: object) -> str:
+    """Return a text as Markdown shows it between backticks."""
+    return " ".join(shown(text).replace("`", "'").replace("|", "/").split())
 
 
 def keys(names: Iterable[object]) -> dict[str, str]:

@@ -159,6 +159,9 @@ def annotate(
         f"{told['query_cells']:,} cells annotated from {sum(told['reference_cells'].values()):,} {told['reference']};"
         f" {told['abstained']:,} left unknown.",
     ]
+    if told.get("too_rare"):
+        rare = ", ".join(f"{name} ({n})" for name, n in told["too_rare"].items())
+        said.append(f"Labels of too few cells to learn from, whose cells are annotated like the others: {rare}.")
     if "macro_f1" in told:
         said.append(
             f"Macro-F1, cross-validated on the reference: {told['macro_f1']:.3f}"

@@ -1,5 +1,6 @@
-"""What the files of a model directory must hold before a model is built of them; whoever wrote them, nothing larger than
-the files themselves is made.
+"""What the files of a model directory must hold before a model is built of them.
+
+Whoever wrote them: nothing larger than the files themselves is made.
 """
 
 from __future__ import annotations
