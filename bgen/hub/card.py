@@ -55,11 +55,9 @@ def model_card(
             f"- store `{in_code(run.store[:16])}`, split `{in_code(run.split)}`, {run.steps:,} steps, seed {run.seed}"
         )
     if (tuned := about.finetuning) is not None:
-        lines.append(
-            f"- fine-tuned from **{in_markdown(tuned.parent.name)}** (weights `{in_code(tuned.parent.fingerprint[:16])}`): task"
-            f" {in_markdown(tuned.task)},"
-            f" mode {in_markdown(tuned.mode)}"
-        )
+        name, weights = in_markdown(tuned.parent.name), in_code(tuned.parent.fingerprint[:16])
+        task, mode = in_markdown(tuned.task), in_markdown(tuned.mode)
+        lines.append(f"- fine-tuned from **{name}** (weights `{weights}`): task {task}, mode {mode}")
     if about.annotation is not None:
         lines += _listed("Labels", about.annotation.labels)
     if about.perturbation is not None:
@@ -70,11 +68,8 @@ def model_card(
             info = columns[name]
             values = in_markdown(", ".join(info["categories"][:20])) + (", ..." if len(info["categories"]) > 20 else "")
             described = values if info["kind"] == "category" else f"a number; mean {info['mean']:.4g} in training"
-            lines.append(
-                f"- `{in_code(name)}`"
-                + (f" ({in_markdown(info['role'])})" if info["role"] != name else "")
-                + f": {described}"
-            )
+            role = f" ({in_markdown(info['role'])})" if info["role"] != name else ""
+            lines.append(f"- `{in_code(name)}`{role}: {described}")
     if config["covariates"]:
         lines += ["", f"Covariates of encoder and decoder: {in_markdown(', '.join(config['covariates']))}."]
     lines += ["", "## How good it is", ""]

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -44,7 +43,8 @@ LARGE = (10_000_000, 10**13)
         *(("vae", f"vae.{name}", size) for name in ("blocks", "latent", "hidden") for size in LARGE),
         *(("flow", f"flow.backbone.{name}", size) for name in ("layers", "width") for size in LARGE),
         *(("course", f"flow.backbone.{name}", size) for name in ("layers", "time.tokens") for size in LARGE),
-        *(("perturbation", f"perturb.{name}", size) for name in ("blocks", "width", "gene_components") for size in LARGE),
+        *(("perturbation", f"perturb.{name}", size) for name in ("blocks", "width") for size in LARGE),
+        *(("perturbation", "perturb.gene_components", size) for size in LARGE),
         *(("network", "about.network.components", size) for size in LARGE),
         ("annotator", "about.labels", "a" * 100),
         ("perturbation", "about.effects", "a" * 100),
@@ -151,4 +151,5 @@ def test_the_card_shows_names_and_follows_none(tmp_path: Path) -> None:
     assert "<img" not in card
     assert "![x]" not in card
     assert "\x1b" not in card
-    assert np.all([part in card for part in ("onerror", "x/y.png")])
+    assert "onerror" in card
+    assert "x/y.png" in card
