@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -72,6 +73,8 @@ def run_demo(
     report = check([data])
     report.print(console)
     if report.errors:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # nothing of the user's own data is in it yet
         raise UserError(f"{data} cannot be used yet: the table above says what to mend.")
 
     step("Build the store")

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from bgen.cli.options import cells_options, with_options
 from bgen.cli.terminal import Json, Seed, notes, progress_bar, results
-from bgen.errors import UserError
+from bgen.errors import MOST_CELLS, UserError
 from bgen.files import require_new_file, require_new_folder, write_h5ad
 from bgen.names import shown
 from bgen.version import __version__
@@ -93,8 +93,8 @@ def check_options(
 def simulate(
     out: Annotated[Path, typer.Option(help="The .h5ad to write.")],
     preset: Annotated[str, typer.Option(help="tiny or demo.")] = "demo",
-    cells: Annotated[int | None, typer.Option(help="Cells; default: the preset's.")] = None,
-    genes: Annotated[int | None, typer.Option(help="Genes; default: the preset's.")] = None,
+    cells: Annotated[int | None, typer.Option(min=1, max=MOST_CELLS, help="Cells; default: the preset's.")] = None,
+    genes: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="Genes; default: the preset's.")] = None,
     seed: Seed = 0,
 ) -> None:
     """Simulate counts with known truth: lineages over time, a gene network, knock-outs, doses, batches.
@@ -139,7 +139,9 @@ def build(
     hold_out: Annotated[
         list[str] | None, typer.Option(help="Values of that column for a split: test=48,72; may come again.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes; default: as the input needs.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, max=1024, help="Processes; default: as the input needs.")
+    ] = None,
     scheduler: Annotated[str | None, typer.Option(help="A Dask scheduler to use, tcp://host:port.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted build left.")] = False,
     seed: Seed = 0,
@@ -237,7 +239,9 @@ def to_anndata(
 def to_webdataset(
     store: Annotated[Path, typer.Argument(help="Folder of a store.")],
     out: Annotated[Path, typer.Option(help="A new folder for the tar shards and their index.")],
-    blocks_per_shard: Annotated[int, typer.Option(min=1, help="Blocks of about 256 cells in a shard.")] = 256,
+    blocks_per_shard: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Blocks of about 256 cells in a shard.")
+    ] = 256,
 ) -> None:
     """Write a store as WebDataset: tar shards of blocks of cells, with an index that training resumes by.
 

@@ -10,6 +10,7 @@ import typer
 
 from bgen.cli.options import Data, cells_options, read_cells, with_options
 from bgen.cli.terminal import Json, Seed, notes, parse_where, progress_bar, results
+from bgen.errors import MOST_CELLS
 from bgen.files import require_new_file, write_h5ad
 
 app = typer.Typer(help="Perturbations.")
@@ -26,7 +27,9 @@ def perturb(
         str | None, typer.Option(help="Which cells are controls, column=value, or all; default: as the model knows.")
     ] = None,
     dose: Annotated[str | None, typer.Option(help="In the model's unit, or with one, such as '10 uM'.")] = None,
-    n: Annotated[int | None, typer.Option("--n", min=1, help="Cells to predict; default: one per control.")] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, max=MOST_CELLS, help="Cells to predict; default: one per control.")
+    ] = None,
     *,
     reading: Any,
     seed: Seed = 0,

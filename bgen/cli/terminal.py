@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from bgen.errors import UserError
+from bgen.errors import MOST_SEEDS, UserError
 from bgen.names import shown
 from bgen.progress import Progress
 
@@ -39,7 +39,7 @@ notes = Terminal(stderr=True)
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-Seed = Annotated[int, typer.Option(help="Seed.")]
+Seed = Annotated[int, typer.Option(min=0, max=MOST_SEEDS, help="Seed.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as train.steps=500.", show_default=False)]
 
 

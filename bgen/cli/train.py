@@ -72,7 +72,7 @@ def config_show(
     config: str,
     overrides: Overrides = None,
     deepspeed: Annotated[bool, typer.Option("--deepspeed", help="Show DeepSpeed's JSON instead.")] = False,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks that DeepSpeed's JSON is for.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, max=1_000_000, help="Ranks that DeepSpeed's JSON is for.")] = 1,
 ) -> None:
     """Print the resolved configuration.
 

@@ -33,6 +33,7 @@ from bgen.config.flow import FlowConfig, SampleConfig
 from bgen.config.perturb import PerturbConfig
 from bgen.config.vae import VAEConfig
 from bgen.errors import UserError, nearest
+from bgen.files import require_local
 from bgen.genes.table import NAME, hash_genes, read_genes, write_genes
 from bgen.hub.about import About, read_about
 from bgen.hub.card import model_card
@@ -154,6 +155,7 @@ def save_model(model: SavedModel, folder: Path) -> None:
     UserError
         If ``folder`` is there and not empty.
     """
+    require_local(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already and not empty. Choose another folder, or remove it first.")
     partial = folder.with_name(f".{folder.name}.partial")

@@ -114,6 +114,8 @@ class AnnDataModel:
             mean, logvar = self.saved.vae.encode(batch)
             means.append(mean.numpy())
             variances.append(logvar.exp().numpy())
+            if not (np.isfinite(means[-1]).all() and np.isfinite(variances[-1]).all()):
+                raise UserError("The model gives latent states that are not finite: its weights are damaged.")
         return np.concatenate(means), np.concatenate(variances)
 
     def decode(

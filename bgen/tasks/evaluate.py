@@ -10,6 +10,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from bgen.data.as_anndata import read_anndata
+from bgen.errors import MOST_SEEDS, require_number
 from bgen.evaluate.metrics.memorisation import memorisation
 from bgen.evaluate.protocols.scores import Scores
 from bgen.evaluate.registry import CellsProtocol, find_protocol
@@ -64,6 +65,8 @@ def score(
     UserError
         If something is missing, or genes do not agree.
     """
+    require_number("seeds", seeds, 2, 1000)
+    require_number("seed", seed, 0, MOST_SEEDS)
     chosen = find_protocol(CellsProtocol, protocol)
     require_new_folder(out)
     loaded, store = load_model(model), open_store(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,8 +145,12 @@ def decode_counts(
     one is taken.
     """
     z, generated = flow.vae.unwhiten(whitened)
-    library = (generated if log_library is None else log_library).exp()
+    library = (generated if log_library is None else log_library).clamp(max=math.log(MOST_COUNTS)).exp()
     likelihood = flow.vae.decode(z, library, {n: values[n] for n in flow.vae.covariates if n in values})
+    if not bool(likelihood.mean.sum().isfinite()):
+        raise UserError(
+            "The model gives counts that are not finite: its weights or the settings of generation are off."
+        )
     return sp.csr_matrix(likelihood.sample(keys).numpy().astype(np.float32))
 
 

@@ -22,7 +22,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from bgen.arrays import I64
-from bgen.errors import UserError, nearest
+from bgen.errors import UserError, nearest, require_number
 from bgen.genes.table import WAYS, match_names
 from bgen.hub.directory import ColumnInfo
 from bgen.tasks.columns import match_columns
@@ -374,6 +374,7 @@ def read_user_data(
     """
     if isinstance(data, UserData):
         return data
+    require_number("floor", floor, 0, 1)
     if counts is not None and layer is not None:
         raise UserError(f"--layer {layer} and --counts {counts} both name the matrix of counts: give one of them.")
     adata, notes = (data, ()) if isinstance(data, AnnData) else _read(Path(data))

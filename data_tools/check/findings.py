@@ -24,6 +24,10 @@ LEVELS: dict[Level, str] = {"error": "bold red", "warning": "yellow", "fix": "cy
 Rounding = Literal["none", "nearest", "stochastic"]
 
 
+FILE_COLUMN = "file"
+"""obs column of the input file of each cell, where barcodes do not tell cells apart."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing found.
@@ -135,6 +139,8 @@ class Report:
         Roles common to all files.
     organism
         Latin name, "synthetic", or "unknown".
+    shared_barcodes
+        Whether a barcode occurs in several files, so that a store names cells by file, too.
     """
 
     files: list[FileReport] = field(default_factory=list)
@@ -143,6 +149,7 @@ class Report:
     gene_cells: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     roles: Roles = field(default_factory=Roles)
     organism: str = "unknown"
+    shared_barcodes: bool = False
 
     @property
     def errors(self) -> list[Finding]:

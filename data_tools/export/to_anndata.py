@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from bgen.arrays import I64
 from bgen.errors import UserError
-from bgen.files import slashes_in_names
+from bgen.files import require_local, slashes_in_names
 from bgen.names import index_name
 from bgen.progress import Count
 from bgen.store.format.codec import unpack_rows
@@ -56,6 +56,7 @@ def to_anndata(
         If ``out`` is there or has another ending, a column's name cannot be written, a count is not exact in float32,
         or the store is damaged.
     """
+    require_local(out)
     if out.suffix not in (".h5ad", ".zarr"):
         raise UserError(f"--out {out}: end it in .h5ad or .zarr.")
     if out.exists():
