@@ -324,9 +324,9 @@ def _check_cells(checked: list[_Checked], report: Report) -> None:
         every = pd.Index(np.concatenate([one.source.obs.index.to_numpy(object) for one in checked]))
         own = sum(int(one.source.obs.index.duplicated().sum()) for one in checked)
         if shared := int(every.duplicated().sum()) - own:
-            report.add("B03", "fix", f"{shared:,} barcodes occur in several files "
-                f"({listed(every[every.duplicated()].unique(), 3)}): they become BARCODE-FILE in the store, and the file "
-                f"of every cell is its column '{FILE_COLUMN}'.")  # fmt: skip
+            examples = listed(every[every.duplicated()].unique(), 3)
+            report.add("B03", "fix", f"{shared:,} barcodes occur in several files ({examples}): cells are called "
+                f"BARCODE-FILE in the store, and the column '{FILE_COLUMN}' names the file of each.")  # fmt: skip
             report.shared_barcodes = True
     statistics = [one.statistics for one in checked if one.statistics is not None]
     if statistics:
@@ -371,8 +371,9 @@ def _looks_unfiltered(library: NDArray[np.float64], keep: NDArray[np.bool_], rep
     if nearly.mean() < NEARLY_EMPTY or best < 100:
         return False
     cells = int((library >= 0.1 * best).sum())
-    report.add("B04", "warning", f"{nearly.mean():.0%} of the {len(library):,} barcodes hold next to nothing (fewer than "
-        f"{max(0.02 * best, 2):,.0f} counts, where the largest hold {best:,.0f}): these are raw droplets, most of them "
+    least = max(0.02 * best, 2)
+    report.add("B04", "warning", f"{nearly.mean():.0%} of the {len(library):,} barcodes hold next to nothing (fewer "
+        f"than {least:,.0f} counts, where the largest hold {best:,.0f}): these are raw droplets, most of them "
         f"without a cell. Use the filtered matrix (filtered_feature_bc_matrix), or call cells first (CellRanger, "
         f"EmptyDrops, CellBender); by their counts alone about {cells:,} are cells.", where)  # fmt: skip
     return True

@@ -224,8 +224,8 @@ def _check_system(
             Finding(
                 "G02",
                 "error",
-                f"{where} holds genomic intervals ({listed(ids, 3)}), not genes: is this chromatin accessibility (ATAC)?"
-                f" bgen models counts of genes: give the file or modality with these.{other}",
+                f"{where} holds genomic intervals ({listed(ids, 3)}), not genes: is this chromatin accessibility"
+                f" (ATAC)? bgen models counts of genes: give the file or modality with these.{other}",
             )
         )
         return main
@@ -250,7 +250,7 @@ def _better_column(var: pd.DataFrame, gene_column: str | None) -> str:
     for column in (*ID_COLUMNS, *SYMBOL_COLUMNS):
         if column in var and column != gene_column and not var[column].isna().any() and var[column].is_unique:
             main = systems_of(pd.Index(var[column].astype(str))).mode()[0]
-            if main not in ("number", "counter"):
+            if main not in ("number", "counter", "interval"):
                 what = "symbols" if main == "symbol" else f"{main} ids"
                 return f" var['{column}'] has unique {what}: --gene-column {column}."
     return ""
