@@ -25,14 +25,19 @@ class UserError(ValueError):
     exit_code = 2
 
 
-def require_number(name: str, value: float | None, low: float, high: float) -> None:
-    """Raise UserError if a number that was given is not from ``low`` to ``high``; NaN and infinite ones never are."""
+def require_number(name: str, value: float | None, low: float, high: float, *, whole: bool = False) -> None:
+    """Raise UserError if a number that was given is not from ``low`` to ``high``; NaN and infinite ones never are.
+
+    ``whole``: it has to be a whole number.
+    """
     if value is None:
         return
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise UserError(f"{name} is a number, not {value!r}.")
     if not low <= value <= high:  # NaN is neither
         raise UserError(f"{name} is a number from {low:g} to {high:g}, not {float(value):g}.")
+    if whole and value != int(value):
+        raise UserError(f"{name} is a whole number, not {float(value):g}.")
 
 
 def nearest(name: str, choices: Iterable[object]) -> str:

@@ -129,6 +129,13 @@ class AnnDataModel:
         ``covariates`` are category names per cell; a covariate that is not given is unknown to the decoder.
         """
         codes = {name: self._codes(name, np.asarray(values)) for name, values in (covariates or {}).items()}
+        size, wanted = self.saved.vae.size - 1, np.shape(z)[:1]
+        if np.ndim(z) != 2 or np.shape(z)[1] != size or np.shape(library_size) != wanted:
+            raise UserError(
+                f"Latent states are [n, {size}] and library sizes [n], not {np.shape(z)} and {np.shape(library_size)}."
+            )
+        if any(codes_of.shape != wanted for codes_of in codes.values()):
+            raise UserError(f"Covariates have a category for each of the {len(z)} cells.")
         return self.decode_codes(z, library_size, codes)
 
     @torch.no_grad()

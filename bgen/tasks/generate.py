@@ -98,11 +98,28 @@ def generate_cells(
     return adata
 
 
+def read_moments(times: object) -> NDArray[np.float64]:
+    """Return distinct time points, ascending.
+
+    Raises
+    ------
+    UserError
+        If there is none, or one is no number.
+    """
+    try:
+        moments = np.unique(np.asarray(times, dtype=np.float64).reshape(-1))
+    except (TypeError, ValueError):
+        moments = np.array([np.nan])
+    if not len(moments) or not np.isfinite(moments).all():
+        raise UserError(f"Time points are one or several numbers, not {times!r}.")
+    return moments
+
+
 def require_amounts(n: int | None, library_size: float | None, seed: int) -> None:
     """Raise UserError for a number of cells, a library size or a seed that cannot be meant."""
-    require_number("n", n, 1, MOST_CELLS)
+    require_number("n", n, 1, MOST_CELLS, whole=True)
     require_number("library_size", library_size, 1, MOST_COUNTS)
-    require_number("seed", seed, 0, MOST_SEEDS)
+    require_number("seed", seed, 0, MOST_SEEDS, whole=True)
 
 
 def provenance(
@@ -185,6 +202,8 @@ def sample_settings(
 def asked_codes(model: SavedModel, flow: LatentFlow, where: Mapping[str, Any]) -> dict[str, float]:
     """Return column to code or number, of what was asked for; UserError for what the model does not know."""
     asked: dict[str, float] = {}
+    if not isinstance(where, Mapping):
+        raise UserError(f"Conditions are a column or role with its value, such as {{'cell_type': 'B'}}, not {where!r}.")
     for given, value in where.items():
         name = model.column_name(given)
         if name not in flow.conditions.names and name not in flow.vae.covariates:

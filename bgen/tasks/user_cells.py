@@ -403,6 +403,8 @@ def read_user_data(
             f" says where they are. {advice(counts_elsewhere(source, looked))}"
         )
         raise UserError(said.strip())
+    if found.maximum >= 2**32:
+        raise UserError(f"{name} has a value of {found.maximum:.6g}: no count is that large.")
     rounding: Rounding = "nearest" if found.verdict == "near counts" else "none"
     least = FLOOR if floor is None else floor
     return UserData(source.read(), name, rounding, looked.genes, gene_column, least, notes)

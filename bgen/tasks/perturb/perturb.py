@@ -82,8 +82,8 @@ def perturb_cells(
         If the model is no perturbation model, there are no control cells, or nothing is known of the perturbation.
     """
     flow = _require_flow(model)
-    require_number("n", n, 1, MOST_CELLS)
-    require_number("seed", seed, 0, MOST_SEEDS)
+    require_number("n", n, 1, MOST_CELLS, whole=True)
+    require_number("seed", seed, 0, MOST_SEEDS, whole=True)
     rows, of_controls = choose_controls(model, cells.adata, control)
     cells = cells if len(rows) == len(cells) else cells[rows]
     adata = cells.adata

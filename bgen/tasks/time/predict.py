@@ -33,7 +33,7 @@ from bgen.models.generators.latent_flow import LatentFlow, Places
 from bgen.names import index_name
 from bgen.order.keys import hash_keys
 from bgen.progress import Progress
-from bgen.tasks.generate import asked_codes, provenance, readable, require_amounts
+from bgen.tasks.generate import asked_codes, provenance, read_moments, readable, require_amounts
 from bgen.tasks.time.axis import TimeAxis
 from bgen.tasks.time.observed import Observed, Task
 from bgen.tasks.time.score import score_time
@@ -94,7 +94,7 @@ def predict_times(
     if getattr(flow.config.patterns, name) == 0:
         raise UserError(f"This model was not trained to {name}: flow.patterns.{name} was 0.")
     asked = asked_codes(model, flow, where)
-    moments = [float(time) for time in np.unique(np.asarray(times, dtype=np.float64))]
+    moments = read_moments(times).tolist()
     axis.require_known(moments)
     parts, obs, scores = [], [], {}
     for number, moment in enumerate(moments):

@@ -30,6 +30,7 @@ from bgen.tasks.generate import (
     draw_rows,
     generate_cells,
     provenance,
+    read_moments,
     readable,
     require_amounts,
 )
@@ -113,7 +114,7 @@ def generate_trajectories(
             "This model was trained to fill in and to forecast time points, from others that are given: use"
             " `bgen interpolate` or `bgen forecast`. (flow.patterns.noise was 0.)"
         )
-    moments = axis.trained if times is None else np.unique(np.asarray(times, dtype=np.float64))
+    moments = axis.trained if times is None else read_moments(times)
     axis.require_known(moments)
     asked = asked_codes(model, flow, where)
     if axis.column in asked:

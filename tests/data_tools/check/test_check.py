@@ -18,6 +18,7 @@ from data_tools.building.build import build
 from data_tools.check.check import CheckOptions, check
 from data_tools.check.counts import duplicate_groups
 from data_tools.check.findings import Finding, Report, Roles
+from data_tools.export.to_anndata import to_anndata
 from data_tools.simulate.simulate import simulate
 
 
@@ -308,8 +309,8 @@ def test_the_same_barcode_in_two_files_names_two_cells(
 def test_a_store_has_names_as_categories_and_times_as_numbers(
     adata: anndata.AnnData, checker: Checker, tmp_path: Path
 ) -> None:
-    adata.obs["celltype"] = np.arange(adata.n_obs) % 3
-    adata.obs["cell_type"] = adata.obs.pop("celltype")
+    adata.obs["cell_type"] = np.arange(adata.n_obs) % 3
+    adata.obs["cell"] = "x"  # what the index of a file would be called
     adata.obs["time"] = [f"day {i % 4}" for i in range(adata.n_obs)]
     report = checker(adata)
     build(report, tmp_path / "store", created_by="test")
@@ -321,3 +322,5 @@ def test_a_store_has_names_as_categories_and_times_as_numbers(
         "time",
     )
     assert set(Store(tmp_path / "store").column("time")[1]) == {0, 1, 2, 3}
+    to_anndata(Store(tmp_path / "store"), tmp_path / "again.h5ad")
+    assert (anndata.read_h5ad(tmp_path / "again.h5ad").obs["cell"] == "x").all()
