@@ -98,7 +98,7 @@ def take_roles(obs: pd.DataFrame, columns: Mapping[str, str], units: Mapping[str
     units
         Unit of the time and of the dose.
     """
-    changed = {}
+    changed: dict[str, Any] = {}
     for role, column in columns.items():
         values = obs[column]
         if role in ("time", "dose") and not pd.api.types.is_numeric_dtype(values):
@@ -189,7 +189,7 @@ def _check_labels(role: str, column: str, detected: bool, obs: pd.DataFrame, add
         add("O01", "info", f"{role} '{column}' holds whole numbers: they are taken as names. If they are an amount, "
             f"switch the role off (--{role.replace('_', '-')} none) or give it as --condition {column}.")  # fmt: skip
     counts = values.astype(str)[values.notna().to_numpy()].value_counts()
-    for pair in alike(counts.to_dict()):
+    for pair in alike({str(label): int(n) for label, n in counts.items()}):
         add("O01", "warning", f"{role} '{column}': {pair}. Give them one name if they are one.")
     if len(counts) == 1:
         level = "info" if detected else "warning"
@@ -223,12 +223,12 @@ def _check_numbers(
         add("O01", "info", found.sentence(column))
     bad = int((~np.isfinite(values.to_numpy(np.float64))).sum())
     if bad:
-        what = f"{role} '{column}' is NaN or infinite in {bad:,} cells"
+        wrong = f"{role} '{column}' is NaN or infinite in {bad:,} cells"
         if detected:
-            add("O01", "warning", f"{what}: the column is not used as {role}. Fill them and check again to use it.")
+            add("O01", "warning", f"{wrong}: the column is not used as {role}. Fill them and check again to use it.")
             return None
         hint = " A vehicle has dose 0." if role == "dose" else ""
-        add("O01", "error", f"{what}. Fill them or remove the cells.{hint}")
+        add("O01", "error", f"{wrong}. Fill them or remove the cells.{hint}")
     if role == "dose" and (values < 0).any():
         add("O01", "error", f"dose '{column}' is negative in {int((values < 0).sum()):,} cells.")
     if values.nunique() == 1:

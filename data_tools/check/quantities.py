@@ -138,7 +138,7 @@ def read_quantities(values: pd.Series, what: Quantity, unit: str | None = None) 
             read[text] = number * factor
     wrong = {str(text): int(n) for text, n in counts.items() if text not in read}
     read = dict(sorted(read.items(), key=lambda item: item[1]))
-    numbers = texts.map(read).to_numpy(np.float64)
+    numbers = np.asarray(texts.map(read), np.float64)
     plain = wanted if wanted is None or what == "dose" else _since(wanted)[1]
     return Quantities(numbers, plain if units or unit else None, read, wrong, missing)
 
@@ -203,9 +203,9 @@ def _common(units: list[str], what: Quantity) -> str | None:
     """Return the unit that a column is read in: the smallest one of the kind that most texts are of."""
     if not units:
         return None
-    kinds = pd.Series([((found := _size(unit, what)) and found[0]) or unit for unit in units]).value_counts()
-    of_kind = [unit for unit in units if (((found := _size(unit, what)) and found[0]) or unit) == kinds.index[0]]
-    return min(of_kind, key=lambda unit: found[1] if (found := _size(unit, what)) else 0.0)
+    sizes = {unit: _size(unit, what) or (unit, 0.0) for unit in units}
+    kind = pd.Series([sizes[unit][0] for unit in units]).value_counts().index[0]
+    return min((unit for unit in units if sizes[unit][0] == kind), key=lambda unit: sizes[unit][1])
 
 
 def _factor(unit: str, wanted: str | None, what: Quantity) -> float | None:
