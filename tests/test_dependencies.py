@@ -34,6 +34,7 @@ NOT_IMPORTED = {
     "mlflow": "the command `mlflow ui`, which mlflow-skinny lacks",
     "moto": "the tests run its server as a program",
     "packaging": "mamba-ssm's kernels import it, and are installed without their dependencies",
+    "pytest-xdist": "pytest loads it by itself",
     "sqlalchemy": "MLflow keeps its sqlite file with it, and mlflow-skinny does not bring it",
     "triton": "mamba-ssm's kernels are written in it",
 }

@@ -14,6 +14,7 @@ import anndata
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from prefork import torchrun
 
 
 def test_help_is_quick_and_needs_no_torch() -> None:
@@ -294,8 +295,7 @@ def test_model_mistakes(bgen: Any, demo: Any, tmp_path: Path) -> None:
 
 
 def test_impossible_batch_under_torchrun_is_one_message(demo: Any, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--redirects", "3", "--tee", "3", "--log-dir", str(tmp_path / "log"), "-m", "bgen"]
+    command = [*torchrun(2), "--redirects", "3", "--tee", "3", "--log-dir", str(tmp_path / "log"), "-m", "bgen"]
     command += ["train", "demo/vae", f"out={tmp_path / 'run'}", f"data.store={demo.store}", "train.global_batch=33"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import prefork
+
 from bgen.track import record
 
 HERE = Path(__file__).parent
@@ -28,7 +30,7 @@ def environment() -> dict[str, str]:
 
 
 def torchrun(ranks: int, *options: str) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
+    return prefork.torchrun(ranks, *options)
 
 
 def start(launcher: list[str], scenario: str, folder: Path, **options: Any) -> subprocess.Popen[str]:

@@ -6,12 +6,12 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from launching import LIMIT, environment
+from prefork import python
 
 from bgen.checkpoint import files
 
@@ -27,7 +27,7 @@ def test_a_signal_exits_with_the_code_for_requeue(demo: Any, tmp_path: Path) -> 
     """Fault 7: what is requeued with the same command finishes, with 0."""
     run = tmp_path / "run"
     arguments = command(demo, run, "train.steps=100000", "train.requeue_exit=99")
-    start = [sys.executable, "-m", "bgen", *arguments, "--resume"]
+    start = [python(), "-m", "bgen", *arguments, "--resume"]
     with subprocess.Popen(start, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + LIMIT
         record = run / "record.jsonl"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import prefork
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,7 +18,6 @@ from bgen.hub.directory import load_directory
 from bgen.track.record import read
 
 HERE = Path(__file__).parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SETTINGS = ["train.steps=10", "train.eval_every=5", "train.global_batch=64", "train.log_every=1"]
 SETTINGS += ["track.progress=false"]
 
@@ -26,7 +25,7 @@ SETTINGS += ["track.progress=false"]
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     paths = [str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [*TORCHRUN, *map(str, arguments)]
+    command = [*prefork.torchrun(2), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
 
 

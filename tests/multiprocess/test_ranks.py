@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prefork import python, torchrun
 from script import AVERAGED, resharding_config
 from toy import run, toy_config
 
@@ -22,7 +23,6 @@ from bgen.track import record
 
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
-TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]
 LIMIT = 170
 
 
@@ -55,7 +55,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     for zero in (0, 1, 3):
         run(toy_config(folder / f"one_rank_{zero}", {"zero": zero}), stop_after=25)
-    done = launch(TORCHRUN, "two_ranks", folder)
+    done = launch([str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"], "two_ranks", folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -115,7 +115,7 @@ def test_from_rank_to_rank_and_stage_to_stage(tmp_path: Path, begun: list[int]) 
     for first in begun:
         losses[first] = run(resharding_config(tmp_path, first, hops=0))[0].losses
     for count in (2, 3):
-        done = launch([*TORCHRUN[:-1], str(count)], "resharded", tmp_path)
+        done = launch(torchrun(count), "resharded", tmp_path)
         assert done.returncode == 0, done.stderr[-4000:]
         for first in begun:
             losses[first] += result(tmp_path)[str(first)]
@@ -152,7 +152,7 @@ def test_the_deepspeed_launcher_runs_the_same_script(tmp_path: Path, one_rank: d
 
 def test_an_impossible_batch_is_one_message_from_rank_0(tmp_path: Path) -> None:
     done = launch(
-        [*TORCHRUN, "--redirects", "3", "--tee", "3", "--log-dir", str(tmp_path / "log")], "impossible", tmp_path
+        [*torchrun(2), "--redirects", "3", "--tee", "3", "--log-dir", str(tmp_path / "log")], "impossible", tmp_path
     )
     assert done.returncode != 0
     said = [path.read_text() for path in sorted((tmp_path / "log").glob("*/attempt_0/*/stderr.log"))]
@@ -166,7 +166,7 @@ def test_an_impossible_batch_is_one_message_from_rank_0(tmp_path: Path) -> None:
 
 
 def test_sigterm_saves_and_exits_with_0(tmp_path: Path) -> None:
-    command = [sys.executable, str(HERE / "script.py"), "endless", str(tmp_path)]
+    command = [python(), str(HERE / "script.py"), "endless", str(tmp_path)]
     with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         path = tmp_path / "run" / "record.jsonl"
         deadline = time.monotonic() + LIMIT
@@ -183,7 +183,7 @@ def test_sigterm_saves_and_exits_with_0(tmp_path: Path) -> None:
 
 
 def test_killed_between_save_and_commit(tmp_path: Path, one_rank: dict[int, list[float]]) -> None:
-    done = launch([sys.executable], "killed_while_saving", tmp_path)
+    done = launch([python()], "killed_while_saving", tmp_path)
     assert done.returncode == -signal.SIGKILL
     assert (tmp_path / "run" / "checkpoints" / "step_00000020.tmp").is_dir()
     resumed, _ = run(toy_config(tmp_path / "run", {"steps": 30, "checkpoint_every": 10}), resume=True)

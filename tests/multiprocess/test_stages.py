@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from prefork import torchrun
 from safetensors.torch import load_file
 
 from bgen.track.record import read
@@ -26,7 +27,6 @@ SETTINGS = [
     "track.progress=false",
 ]
 DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--module"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 
 
 def losses(run: Path, kind: str = "train") -> list[float]:
@@ -88,7 +88,7 @@ def test_two_ranks_train_as_one(whole: Any, demo: Any, tmp_path: Path) -> None:
     """Started by the deepspeed launcher, or by torchrun."""
     stage, run = whole
     two = tmp_path / "two"
-    launcher, more = (DEEPSPEED, {"DS_ACCELERATOR": "cpu"}) if stage == "vae" else (TORCHRUN, {})
+    launcher, more = (DEEPSPEED, {"DS_ACCELERATOR": "cpu"}) if stage == "vae" else ([*torchrun(2), "-m"], {})
     command = [*launcher, "bgen", *arguments(demo, stage, two)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)

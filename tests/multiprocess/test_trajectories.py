@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prefork import torchrun
 
 from bgen.track.record import read
 
@@ -24,7 +24,6 @@ SETTINGS = [
     "flow.conditions=[time]",
     "data.trajectories={system: [cell_type, perturbation], times: 3, cells: 16}",
 ]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def losses(run: Path, kind: str = "train") -> list[float]:
@@ -69,7 +68,7 @@ def test_one_rank(alone: Path, bgen: Any, demo: Any, tmp_path: Path, zero: int, 
     ],
 )
 def test_two_ranks(alone: Path, demo: Any, tmp_path: Path, zero: int, recompute: bool) -> None:
-    command = [*TORCHRUN, "-m", "bgen", *arguments(demo, tmp_path / "run", zero, recompute)]
+    command = [*torchrun(2), "-m", "bgen", *arguments(demo, tmp_path / "run", zero, recompute)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prefork import python
 from safetensors.torch import load_file
 
 from bgen.track.record import read
@@ -41,7 +41,7 @@ def test_it_goes_on_as_if_undisturbed(
     paths = [str(HERE.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     killed = subprocess.run(
-        [sys.executable, HERE / "killed.py", run, str(step), str(int(number)), *asked],
+        [python(), HERE / "killed.py", run, str(step), str(int(number)), *asked],
         capture_output=True,
         text=True,
         env=environment,
