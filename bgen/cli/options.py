@@ -20,7 +20,8 @@ Counts = Annotated[
 ]
 GeneColumn = Annotated[str | None, typer.Option(help="Column of var with the gene ids; default: its index.")]
 Floor = Annotated[
-    float | None, typer.Option(min=0, max=1, help="Least share of the model's (or the reference's) genes in the data.")
+    float | None,
+    typer.Option(min=0, max=1, help="Least share of the model's molecules (or the reference's genes) in the data."),
 ]
 Layer = Annotated[str | None, typer.Option(help="Layer with the raw counts: --layer NAME is --counts layers/NAME.")]
 

@@ -93,6 +93,28 @@ def test_places_that_cannot_be_written(
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "cells.h5ad"), "cells.h5ad: Permission denied."),
+        (OSError(30, "Read-only file system", "out"), "out: Read-only file system."),
+        (OSError(28, "No space left on device"), "No space left on device."),
+        (MemoryError("Unable to allocate 9 TiB"), "not enough memory for this (Unable to allocate 9 TiB)"),
+    ],
+)
+def test_what_the_system_refuses_is_one_message(
+    bgen: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("bgen.store.format.manifest.read_manifest", fails)
+    done = bgen("data", "info", "store")
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err
+    assert "Traceback" not in done.err
+
+
 def test_names_of_columns_reach_the_terminal_as_they_are(bgen: Any, demo: Any, tmp_path: Path) -> None:
     cells = anndata.read_h5ad(demo.cells)[:100].copy()
     cells.obs["[/x]"] = "a"

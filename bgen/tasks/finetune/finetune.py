@@ -30,6 +30,7 @@ from bgen.hub.directory import SavedModel, count_combinations, load_directory, s
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.progress import Say
 from bgen.tasks.anndata_model import AnnDataModel
+from bgen.tasks.columns import require_column
 from bgen.tasks.finetune.autoencoder import adapt_autoencoder
 from bgen.tasks.finetune.grow import grow, known_columns, widen_library
 from bgen.tasks.finetune.registry import task_of
@@ -91,6 +92,8 @@ def finetune(
         require_new_run(out)
     parent, read = load_directory(folder), read_user_data(data, **request.reading)
     require_cells_enough(len(read))
+    for name in request.named_columns:
+        require_column(read.adata, name)
     request = task.resolve(read, request)
     task.check(parent, read.adata, request)
     base = task.configure(read.adata, request, overrides).model_copy(update={"parent": folder})

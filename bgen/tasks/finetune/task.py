@@ -84,6 +84,8 @@ class Task(abc.ABC, Generic[Prepared]):
             raise UserError(
                 f"--network is about unseen targets of --task perturb, not of --task {request.task}: leave it out."
             )
+        if request.hold_out:
+            raise UserError(f"--hold-out is about --task perturb, not about --task {request.task}: leave it out.")
 
     def check(self, parent: SavedModel, adata: AnnData, request: Request) -> None:
         """Raise UserError if the parent or the data cannot give what is asked for; nothing is trained yet."""
