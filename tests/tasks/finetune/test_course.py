@@ -123,7 +123,7 @@ def test_every_population_of_a_course_is_split(cells: anndata.AnnData) -> None:
 
 
 def test_mistakes(demo: Any, bgen: Any, cells: anndata.AnnData) -> None:
-    for column, match in ((None, "needs --time"), ("dai", "'day'"), ("cell_type", "holds no number")):
+    for column, match in ((None, "needs --time"), ("dai", "'day'"), ("cell_type", "holds no time")):
         with pytest.raises(UserError, match=match):
             read_course(cells, column, [])
     with pytest.raises(UserError, match="obs has no column 'donr'"):
