@@ -98,7 +98,7 @@ def config_check(config: str, overrides: Overrides = None) -> None:
     from bgen.config.load import load_either
 
     load_either(config, overrides or [])
-    typer.echo(f"{config} is valid.")
+    results.print(f"{config} is valid.", highlight=False, soft_wrap=True)
 
 
 @track_app.command("sync")

@@ -28,6 +28,7 @@ from bgen.evaluate.registry import PerturbationProtocol, find_protocol
 from bgen.hub.about import About, Finetuning, HeldOutScores, Parent
 from bgen.hub.directory import SavedModel, count_combinations, load_directory, save_model, update_about
 from bgen.models.generators.latent_flow import LatentFlow
+from bgen.names import shown
 from bgen.progress import Say
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.columns import require_column
@@ -60,7 +61,7 @@ def finetune(
     *,
     overrides: Sequence[str] = (),
     resume: bool = False,
-    say: Say = print,
+    say: Say | None = None,
 ) -> Tuned:
     """Fine-tune a model directory on cells and write ``out/model``.
 
@@ -77,7 +78,7 @@ def finetune(
     resume
         Go on with what ``out`` holds, from the newest whole checkpoint; start if there is nothing yet.
     say
-        Told on rank 0 what is matched, new and trained.
+        Told on rank 0 what is matched, new and trained; default: it is printed.
 
     Raises
     ------
@@ -98,8 +99,7 @@ def finetune(
     task.check(parent, read.adata, request)
     base = task.configure(read.adata, request, overrides).model_copy(update={"parent": folder})
     world = check(base)
-    if not world.is_main:
-        say = _say_nothing
+    say = (say or _print) if world.is_main else _say_nothing
     for sentence in task.understood(read.adata, request):
         say(sentence)
     torch.manual_seed(base.seed)  # new rows
@@ -162,6 +162,10 @@ def finetune(
 
 def _conditions(module: nn.Module) -> list[str]:
     return module.conditions.names if isinstance(module, LatentFlow) else []
+
+
+def _print(text: str) -> None:
+    print(shown(text))
 
 
 def _say_nothing(_: str) -> None:
