@@ -79,7 +79,7 @@ class HeldOutFigure(Section):
     """One figure of one row, over held-out perturbations and seeds; null where it is not defined."""
 
     mean: float | None
-    interval: tuple[float, float] = Field(description="95 % interval of the mean.")
+    interval: tuple[float | None, float | None] = Field(description="95 % interval of the mean.")
     by_seed: list[float | None]
     by_perturbation: list[float | None]
 

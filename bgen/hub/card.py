@@ -105,7 +105,8 @@ def _held_out(scores: HeldOutScores) -> list[str]:
         f"|---|{'---|' * len(names)}",
     ]
     for row, figures in scores.rows.items():
-        cells = [f"{figures[name].mean:.3g}" if name in figures else "" for name in names]
+        means = [figures[name].mean if name in figures else None for name in names]
+        cells = ["" if mean is None else f"{mean:.3g}" for mean in means]
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return [*lines, "", *(f"- {in_markdown(sentence)}" for sentence in scores.words)]
 
