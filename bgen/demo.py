@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -10,11 +11,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from bgen.config.load import load_config, stage_overrides
 from bgen.config.run import Config
 from bgen.errors import UserError
 from bgen.files import require_new_folder, write_h5ad
+from bgen.names import shown
 from bgen.progress import Progress
 from bgen.store.format.manifest import Manifest
 from bgen.tasks.evaluate import score
@@ -70,6 +73,8 @@ def run_demo(
     report = check([data])
     report.print(console)
     if report.errors:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # nothing of the user's own data is in it yet
         raise UserError(f"{data} cannot be used yet: the table above says what to mend.")
 
     step("Build the store")
@@ -107,7 +112,8 @@ def run_demo(
     console.print(f"model    {out / 'model'}          bgen.load('{out / 'model'}')", highlight=False)
     console.print(f"MLflow   {out / 'mlflow.db'}", highlight=False)
     console.print(f"report   {out / 'report' / 'report.html'}", highlight=False)
-    console.print(f"[dim]{time.perf_counter() - begin:.0f} s in all, torch with {torch.get_num_threads()} threads[/]")
+    took = f"{time.perf_counter() - begin:.0f} s in all, torch with {torch.get_num_threads()} threads"
+    console.print(took, style="dim")
 
 
 class Stopped(UserError):
@@ -134,7 +140,8 @@ class _Steps:
     def __call__(self, name: str) -> None:
         self.number += 1
         elapsed = time.perf_counter() - self.begin
-        self.console.print(f"\n[bold cyan]{self.number}/{STEPS}[/] [bold]{name}[/] [dim]{elapsed:.0f} s[/]")
+        place = (f"\n{self.number}/{STEPS}", "bold cyan")
+        self.console.print(Text.assemble(place, " ", (shown(name), "bold"), " ", (f"{elapsed:.0f} s", "dim")))
 
 
 def _configs(out: Path, manifest: Manifest, seed: int, overrides: Sequence[str]) -> dict[str, Config]:

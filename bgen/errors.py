@@ -5,6 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MOST_CELLS = 10_000_000
+"""Cells that are generated or predicted at once, at most: they are held in memory."""
+
+MOST_COUNTS = 1e9
+"""Total counts of a cell, at most."""
+
+MOST_SEEDS = 2**63 - 1
+"""The largest seed."""
+
 
 class UserError(ValueError):
     """A mistake that the user can mend.
@@ -21,6 +30,21 @@ class Unreachable(UserError, OSError):
 
     Training waits for it (``train.data_patience``), and a build keeps what it has done.
     """
+
+
+def require_number(name: str, value: float | None, low: float, high: float, *, whole: bool = False) -> None:
+    """Raise UserError if a number that was given is not from ``low`` to ``high``; NaN and infinite ones never are.
+
+    ``whole``: it has to be a whole number.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise UserError(f"{name} is a number, not {value!r}.")
+    if not low <= value <= high:  # NaN is neither
+        raise UserError(f"{name} is a number from {low:g} to {high:g}, not {float(value):g}.")
+    if whole and value != int(value):
+        raise UserError(f"{name} is a whole number, not {float(value):g}.")
 
 
 def nearest(name: str, choices: Iterable[object]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -17,8 +18,19 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
+def require_local(path: Path) -> None:
+    """Raise UserError for an address such as ``s3://bucket/x``: it would silently become a folder called "s3:"."""
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(path))
+    if scheme:
+        raise UserError(
+            f"{path} is an address: bgen writes to this machine's file systems. Choose another --out, and copy it there"
+            f" with a tool for {scheme[1]}."
+        )
+
+
 def require_new_file(path: Path) -> None:
     """Raise UserError if a file is there already, or its folder is not; checked before long work begins."""
+    require_local(path)
     if path.exists():
         raise UserError(f"{path} is there already. Choose another --out, or remove it first.")
     if not path.resolve().parent.is_dir():
@@ -27,6 +39,7 @@ def require_new_file(path: Path) -> None:
 
 def require_new_folder(path: Path) -> None:
     """Raise UserError if a folder is there already and not empty."""
+    require_local(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} is there already and not empty. Choose another --out, or remove it first.")
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     "bgen.version",
     "bgen.errors",
+    "bgen.names",
     "bgen.arrays",
     "bgen.progress",
     "bgen.files",

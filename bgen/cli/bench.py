@@ -11,21 +11,24 @@ import typer
 from bgen.cli.terminal import Overrides, notes, results
 from bgen.errors import UserError
 
+MOST = 10_000_000
+"""Cells, genes, steps or seconds, at most."""
+
 app = typer.Typer(help="Measure throughput and quality, beside peers where they are installed.", no_args_is_help=True)
 
 
 @app.command("loader")
 def bench_loader(
     out: Annotated[Path, typer.Option(help="Folder for loader.json and loader.png.")],
-    cells: Annotated[int, typer.Option(min=1000, help="Cells of the synthetic atlas.")] = 400_000,
+    cells: Annotated[int, typer.Option(min=1000, max=MOST, help="Cells of the synthetic atlas.")] = 400_000,
     atlas: Annotated[Path | None, typer.Option(help="Where the atlas is kept; default: the user's cache.")] = None,
     peer: Annotated[list[str] | None, typer.Option(help="Loader to measure beside bgen; may be repeated.")] = None,
     python: Annotated[
         list[str] | None, typer.Option(help="Python that has a peer, NAME=PATH ('*': all others); may be repeated.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Length of each measurement.")] = 4.0,
-    repetitions: Annotated[int, typer.Option(min=1, help="Measurements of each case, interleaved.")] = 3,
-    threads: Annotated[int, typer.Option(min=2, help="Threads of the cases with several.")] = 2,
+    seconds: Annotated[float, typer.Option(min=0.1, max=MOST, help="Length of each measurement.")] = 4.0,
+    repetitions: Annotated[int, typer.Option(min=1, max=MOST, help="Measurements of each case, interleaved.")] = 3,
+    threads: Annotated[int, typer.Option(min=2, max=MOST, help="Threads of the cases with several.")] = 2,
 ) -> None:
     """Measure the stream of counts beside other loaders, on one synthetic atlas.
 
@@ -57,18 +60,24 @@ def bench_train(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of one that comes with bgen.")] = "demo/flow",
     overrides: Overrides = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    batch: Annotated[int | None, typer.Option(min=1, help="Cells of a step; default: the configuration's.")] = None,
-    genes: Annotated[int, typer.Option(min=1, help="Genes of a VAE.")] = 20_000,
+    batch: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Cells of a step; default: the configuration's.")
+    ] = None,
+    genes: Annotated[int, typer.Option(min=1, max=MOST, help="Genes of a VAE.")] = 20_000,
     compare: Annotated[bool, typer.Option("--compare", help="Time mixers over time at equal parameters.")] = False,
     versus: Annotated[str | None, typer.Option(help="scvi: train a VAE beside scvi-tools'.")] = None,
     data: Annotated[Path | None, typer.Option(help="--versus: an .h5ad of counts; default: simulated cells.")] = None,
     python: Annotated[Path | None, typer.Option(help="--versus: the Python that has the other; default: this.")] = None,
-    epochs: Annotated[int, typer.Option(min=2, help="--versus: passes over the training cells.")] = 100,
-    repetitions: Annotated[int, typer.Option(min=1, help="--versus: trainings of each, in turn; medians.")] = 1,
+    epochs: Annotated[int, typer.Option(min=2, max=MOST, help="--versus: passes over the training cells.")] = 100,
+    repetitions: Annotated[
+        int, typer.Option(min=1, max=MOST, help="--versus: trainings of each, in turn; medians.")
+    ] = 1,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="--versus: threads; default: as many as each takes by itself.")
+        int | None, typer.Option(min=1, max=MOST, help="--versus: threads; default: as many as each takes by itself.")
     ] = None,
-    busy: Annotated[int, typer.Option(min=0, help="--versus: processes that each keep a core busy meanwhile.")] = 0,
+    busy: Annotated[
+        int, typer.Option(min=0, max=MOST, help="--versus: processes that each keep a core busy meanwhile.")
+    ] = 0,
     out: Annotated[Path, typer.Option(help="Folder for what --compare and --versus write.")] = Path("bench"),
 ) -> None:
     """Measure the training step of a configuration, with --compare every mixer over time, or with --versus a VAE.
@@ -109,7 +118,9 @@ def bench_train(
 
 @app.command("ssd")
 def bench_ssd(
-    repetitions: Annotated[int, typer.Option(min=1, help="Runs of the plain loop; the others run more often.")] = 3,
+    repetitions: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Runs of the plain loop; the others run more often.")
+    ] = 3,
 ) -> None:
     """Measure the chunked state-space scan beside the plain loop, on one thread.
 
@@ -125,10 +136,12 @@ def bench_time(
     file: Annotated[Path, typer.Argument(help="The course: .csv (emt), .npz (eb), .h5ad (worm, simulated).")],
     data: Annotated[str, typer.Option(help="emt, eb, worm or simulated (of `bgen data simulate`).")],
     out: Annotated[Path, typer.Option(help="Folder for time.json.")],
-    seeds: Annotated[int, typer.Option(help="Trainings of every left-out time point.")] = 3,
-    point: Annotated[list[float] | None, typer.Option(help="Time point left out; default: each inner one.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Trainings of every left-out time point.")] = 3,
+    point: Annotated[
+        list[float] | None, typer.Option(min=-1e9, max=1e9, help="Time point left out; default: each inner one.")
+    ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Training steps of what is trained; default: each its own.")
+        int | None, typer.Option(min=1, max=MOST, help="Training steps of what is trained; default: each its own.")
     ] = None,
     forecast: Annotated[
         bool, typer.Option("--forecast", help="From the time points before alone; counts only.")
@@ -136,7 +149,7 @@ def bench_time(
     both: Annotated[
         bool, typer.Option("--both", help="Interpolate with what also learns to forecast, as --forecast trains it.")
     ] = False,
-    solver_steps: Annotated[int, typer.Option(min=1, help="Solver steps of the flow.")] = 4,
+    solver_steps: Annotated[int, typer.Option(min=1, max=MOST, help="Solver steps of the flow.")] = 4,
 ) -> None:
     """Leave time points of a course out, generate them, and compare with baselines and OT-CFM.
 
@@ -166,11 +179,13 @@ def bench_cells(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Overrides such as vae.train.steps=500.", show_default=False)
     ] = None,
-    genes: Annotated[int, typer.Option(min=0, help="Variable genes, chosen on the training cells; 0: all.")] = 2000,
-    seeds: Annotated[int, typer.Option(help="Splits, each with its own training.")] = 3,
+    genes: Annotated[
+        int, typer.Option(min=0, max=MOST, help="Variable genes, chosen on the training cells; 0: all.")
+    ] = 2000,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Splits, each with its own training.")] = 3,
     steps: Annotated[str, typer.Option(help="Numbers of solver steps.")] = "50,4,1",
     python: Annotated[Path | None, typer.Option(help="A Python with scvi-tools, to stand in the table.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Of scvi-tools; default: its own.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, max=MOST, help="Of scvi-tools; default: its own.")] = None,
 ) -> None:
     """Train on four fifths of a data set, generate, and compare with the other fifth: flow, VAE, baseline, peer.
 
@@ -204,11 +219,16 @@ def bench_perturb(
     ],
     out: Annotated[Path, typer.Option(help="Folder for perturb.json and a page for each --leave.")],
     perturbation: Annotated[str, typer.Option(help="obs column that names the perturbation.")] = "perturbation",
-    control: Annotated[str, typer.Option(help="Its value for control cells.")] = "control",
+    control: Annotated[
+        list[str] | None, typer.Option(help="Its value for control cells; default: control; may be repeated.")
+    ] = None,
+    separator: Annotated[str | None, typer.Option(help="Between the names of a label; default: found, or '+'.")] = None,
     dose: Annotated[str | None, typer.Option(help="obs column of doses.")] = None,
     within: Annotated[list[str] | None, typer.Option(help="Compare within this obs column; may be repeated.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of every split.")] = 3,
-    steps: Annotated[int, typer.Option(min=2, help="Training steps of the VAE; the flow has half as many.")] = 800,
+    seeds: Annotated[int, typer.Option(min=1, max=MOST, help="Trainings of every split.")] = 3,
+    steps: Annotated[
+        int, typer.Option(min=2, max=MOST, help="Training steps of the VAE; the flow has half as many.")
+    ] = 800,
     cell_eval: Annotated[bool, typer.Option("--cell-eval", help="Also cell-eval's figures (extra perturb).")] = False,
     overrides: Overrides = None,
 ) -> None:
@@ -221,7 +241,7 @@ def bench_perturb(
     from bgen.evaluate.protocols.cell_eval import figures_table
     from bgen.tasks.perturb.screen import Columns
 
-    columns = Columns(perturbation, control, dose, within or [])
+    columns = Columns(perturbation, control or "control", dose, within or [], separator)
     training = Training(steps, overrides or [])
     done = compare(file, columns, leave, out, training, seeds=seeds, cell_eval=cell_eval, say=notes.print)
     for left_out, found in done.items():

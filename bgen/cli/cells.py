@@ -13,6 +13,7 @@ import typer
 
 from bgen.cli.options import Data, cells_options, read_cells, with_options
 from bgen.cli.terminal import Json, Seed, notes, parse_times, parse_where, progress_bar, results
+from bgen.errors import MOST_CELLS, MOST_COUNTS
 from bgen.files import require_new_file, write_h5ad
 
 if TYPE_CHECKING:
@@ -28,21 +29,28 @@ Out = Annotated[Path, typer.Option(help="The .h5ad to write.")]
 def generate(
     model: Annotated[Path, typer.Argument(help="Model directory.")],
     out: Annotated[Path, typer.Option(help="The .h5ad to write.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="Cells to generate; with times, at each of them.")] = 1000,
+    n: Annotated[
+        int, typer.Option("--n", min=1, max=MOST_CELLS, help="Cells to generate; with times, at each.")
+    ] = 1000,
     where: Annotated[list[str] | None, typer.Option(help="Condition asked for, column=value; may be repeated.")] = None,
     library_size: Annotated[
-        float | None, typer.Option(min=1, help="Total counts per cell; default: generated.")
+        float | None, typer.Option(min=1, max=MOST_COUNTS, help="Total counts per cell; default: generated.")
     ] = None,
     times: Annotated[
         str | None, typer.Option(help="Time points of whole trajectories, such as 0,24,48, or all.")
     ] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is the conditional model.")] = None,
-    guidance_interval: Annotated[
-        tuple[float, float] | None, typer.Option(help="Flow times, within 0 to 1, in which guidance acts.")
+    guidance: Annotated[
+        float | None, typer.Option(min=0, max=1000, help="Guidance scale; 1 is the conditional model.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.")] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option(min=0, max=1, help="Flow times, within 0 to 1, in which guidance acts."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=10_000, help="Solver steps.")] = None,
     solver: Annotated[str | None, typer.Option(help="euler, heun, midpoint or adaptive.")] = None,
-    noise: Annotated[float | None, typer.Option(help="Spread of the noise it starts from; 1.05 covers more.")] = None,
+    noise: Annotated[
+        float | None, typer.Option(min=0.001, max=100, help="Spread of the noise at the start; 1.05 covers more.")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -72,9 +80,12 @@ def generate(
             progress=progress,
         )
     write_h5ad(cells, out)
+    unseen = bool(cells.uns["bgen"]["unseen"])
     if as_json:
-        typer.echo(json.dumps({"out": str(out), "cells": cells.n_obs, "genes": cells.n_vars}))
+        typer.echo(json.dumps({"out": str(out), "cells": cells.n_obs, "genes": cells.n_vars, "unseen": unseen}))
     else:
+        if unseen:
+            notes.print("No training cell had all of these conditions: the model combines what it knows of each.")
         results.print(f"{cells.n_obs:,} cells x {cells.n_vars:,} genes: {out}")
 
 
@@ -84,7 +95,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Store with the splits train and test.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html and metrics.json.")],
     generated: Annotated[Path | None, typer.Option(help="Score these cells instead of generating new ones.")] = None,
-    seeds: Annotated[int, typer.Option(min=2, help="Repetitions, each with its own samples.")] = 3,
+    seeds: Annotated[int, typer.Option(min=2, max=1000, help="Repetitions, each with its own samples.")] = 3,
     run: Annotated[
         Path | None, typer.Option(help="Run folder of the model: its run at MLflow gets the scores as a child.")
     ] = None,
@@ -137,7 +148,7 @@ def annotate(
         str | None,
         typer.Option(help="obs column: cells with a value there are the reference; default: the model's own."),
     ] = None,
-    threshold: Annotated[float, typer.Option(help="Least probability; below it the cell is 'unknown'.")] = 0.5,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Least probability; below it, 'unknown'.")] = 0.5,
     *,
     reading: Any,
     as_json: Json = False,
@@ -159,6 +170,9 @@ def annotate(
         f"{told['query_cells']:,} cells annotated from {sum(told['reference_cells'].values()):,} {told['reference']};"
         f" {told['abstained']:,} left unknown.",
     ]
+    if told.get("too_rare"):
+        rare = ", ".join(f"{name} ({n})" for name, n in told["too_rare"].items())
+        said.append(f"Labels of too few cells to learn from, whose cells are annotated like the others: {rare}.")
     if "macro_f1" in told:
         said.append(
             f"Macro-F1, cross-validated on the reference: {told['macro_f1']:.3f}"
@@ -173,7 +187,9 @@ def denoise(
     model: ModelFolder,
     data: Data,
     out: Out,
-    library_size: Annotated[float | None, typer.Option(help="Total counts of each cell; default: its own.")] = None,
+    library_size: Annotated[
+        float | None, typer.Option(min=1, max=MOST_COUNTS, help="Total counts of each cell; default: its own.")
+    ] = None,
     *,
     reading: Any,
     as_json: Json = False,

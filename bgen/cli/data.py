@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from bgen.cli.options import cells_options, with_options
 from bgen.cli.terminal import Json, Seed, notes, progress_bar, results
-from bgen.errors import UserError
+from bgen.errors import MOST_CELLS, UserError
 from bgen.files import require_new_file, require_new_folder, write_h5ad
+from bgen.names import shown
 from bgen.version import __version__
 
 app = typer.Typer(help="Check, build and inspect stores of counts.", no_args_is_help=True)
@@ -50,6 +52,9 @@ def check_options(
     condition: Role = None,
     perturbation: Role = None,
     control: Annotated[str | None, typer.Option(help="The perturbation that means none.")] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="Between the names of a perturbation; none: one name; default: found, or '+'.")
+    ] = None,
     time: Role = None,
     time_unit: Annotated[str | None, typer.Option(help="Unit of time, such as hours.")] = None,
     dose: Role = None,
@@ -80,6 +85,7 @@ def check_options(
             condition=tuple(condition.split(",")) if condition else (),
             perturbation=perturbation,
             control=control,
+            separator=separator,
             time=time,
             time_unit=time_unit,
             dose=dose,
@@ -93,8 +99,8 @@ def check_options(
 def simulate(
     out: Annotated[Path, typer.Option(help="The .h5ad to write.")],
     preset: Annotated[str, typer.Option(help="tiny or demo.")] = "demo",
-    cells: Annotated[int | None, typer.Option(help="Cells; default: the preset's.")] = None,
-    genes: Annotated[int | None, typer.Option(help="Genes; default: the preset's.")] = None,
+    cells: Annotated[int | None, typer.Option(min=1, max=MOST_CELLS, help="Cells; default: the preset's.")] = None,
+    genes: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="Genes; default: the preset's.")] = None,
     seed: Seed = 0,
 ) -> None:
     """Simulate counts with known truth: lineages over time, a gene network, knock-outs, doses, batches.
@@ -139,7 +145,9 @@ def build(
     hold_out: Annotated[
         list[str] | None, typer.Option(help="Values of that column for a split: test=48,72; may come again.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes; default: as the input needs.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, max=1024, help="Processes; default: as the input needs.")
+    ] = None,
     scheduler: Annotated[str | None, typer.Option(help="A Dask scheduler to use, tcp://host:port.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted build left.")] = False,
     seed: Seed = 0,
@@ -234,7 +242,9 @@ def to_anndata(
 def to_webdataset(
     store: Annotated[str, typer.Argument(help="Folder of a store.")],
     out: Annotated[Path, typer.Option(help="A new folder for the tar shards and their index.")],
-    blocks_per_shard: Annotated[int, typer.Option(min=1, help="Blocks of about 256 cells in a shard.")] = 256,
+    blocks_per_shard: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Blocks of about 256 cells in a shard.")
+    ] = 256,
 ) -> None:
     """Write a store as WebDataset: tar shards of blocks of cells, with an index that training resumes by.
 
@@ -283,4 +293,4 @@ def _print_manifest(where: Path | str, manifest: Any, as_json: bool) -> None:
         "fingerprint": manifest.fingerprint[:16],
     }
     for name, text in lines.items():
-        results.print(f"[bold]{name:>12}[/]  {text}", highlight=False)
+        results.print(Text.assemble((f"{name:>12}", "bold"), f"  {shown(text)}"), highlight=False)

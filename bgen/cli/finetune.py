@@ -20,7 +20,12 @@ def request_options(
     mode: Annotated[str, typer.Option(help="full, lora or head: how much is trained.")] = "full",
     label: Annotated[str | None, typer.Option(help="annotate: obs column of labels.")] = None,
     perturbation: Annotated[str | None, typer.Option(help="perturb: obs column that names the perturbation.")] = None,
-    control: Annotated[str | None, typer.Option(help="perturb: its value for control cells.")] = None,
+    control: Annotated[
+        list[str] | None, typer.Option(help="perturb: its value for control cells; may be repeated.")
+    ] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="perturb: between the names of a label; none: one name; default: found, '+'.")
+    ] = None,
     dose: Annotated[str | None, typer.Option(help="perturb: obs column of doses.")] = None,
     within: Annotated[
         list[str] | None,
@@ -45,7 +50,7 @@ def request_options(
         task,
         mode,  # type: ignore[arg-type]
         label=label,
-        columns=Columns(perturbation, control, dose, within or []) if perturbation and control else None,
+        columns=Columns(perturbation, control, dose, within or [], separator) if perturbation and control else None,
         add_genes=add_genes,
         hold_out=hold_out or [],
         time=time,

@@ -20,6 +20,7 @@ from bgen.cli.train import app as train_app
 from bgen.cli.train import config_app, track_app
 from bgen.distributed.report import report_user_error
 from bgen.errors import UserError
+from bgen.names import shown
 from bgen.version import __version__
 
 app = typer.Typer(
@@ -73,13 +74,25 @@ def demo(
 
 
 def main() -> None:
-    """Run the command line: a user's mistake is one message and exit code 2, without a traceback."""
+    """Run the command line: a user's mistake is one message and exit code 2, without a traceback.
+
+    So is what the operating system refuses: a file that may not be read, a name that is too long, a full disk.
+    """
     # The deepspeed launcher puts --local_rank=N before our own arguments; LOCAL_RANK in the environment says the same.
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank=")]
     try:
         app()
     except UserError as error:
+        error.args = (shown(error),)
         sys.exit(report_user_error(error))
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(report_user_error(UserError(shown(f"{where}{error.strerror or error}."))))
+    except MemoryError as error:
+        wanted = f" ({error})" if str(error) else ""
+        sys.exit(report_user_error(UserError(f"There is not enough memory for this{wanted}.")))
     except KeyboardInterrupt:
         notes.print("\nStopped.")
         sys.exit(130)

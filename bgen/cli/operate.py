@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bgen.cli.terminal import Json, Overrides, notes, results
-from bgen.errors import UserError
+from bgen.errors import UserError, require_number
 
 app = typer.Typer(help="Plan and launch runs, and inspect machines.")
 
@@ -19,9 +19,11 @@ def launch(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of one that comes with bgen.")],
     overrides: Overrides = None,
     target: Annotated[str, typer.Option(help="local, torchrun, deepspeed, slurm, k8s, jobset or sky.")] = "local",
-    nodes: Annotated[int, typer.Option(min=1, help="Hosts.")] = 1,
-    ranks_per_node: Annotated[int, typer.Option(min=1, help="Processes on each host: one per GPU.")] = 1,
-    min_nodes: Annotated[int | None, typer.Option(min=1, help="Go on with this many when others are lost.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, max=100_000, help="Hosts.")] = 1,
+    ranks_per_node: Annotated[int, typer.Option(min=1, max=1024, help="Processes on each host: one per GPU.")] = 1,
+    min_nodes: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="Go on with this many when others are lost.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="name=value for the target; launch/README.md lists them.")
@@ -63,13 +65,15 @@ def launch(
 def plan(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of one that comes with bgen.")],
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Hosts.")] = 1,
-    ranks_per_node: Annotated[int, typer.Option(min=1, help="Processes on each host.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, max=100_000, help="Hosts.")] = 1,
+    ranks_per_node: Annotated[int, typer.Option(min=1, max=1024, help="Processes on each host.")] = 1,
     gpu: Annotated[str | None, typer.Option(help="Name of the GPU; default: CPUs like this machine's.")] = None,
-    mfu: Annotated[float, typer.Option(help="Share of the GPU's peak that is reached.")] = 0.2,
-    genes: Annotated[int | None, typer.Option(help="Genes, if the store is not there yet.")] = None,
+    mfu: Annotated[float, typer.Option(min=0.0001, max=1, help="Share of the GPU's peak that is reached.")] = 0.2,
+    genes: Annotated[
+        int | None, typer.Option(min=1, max=10_000_000, help="Genes, if the store is not there yet.")
+    ] = None,
     expressed: Annotated[
-        int | None, typer.Option(help="Expressed genes a cell, if the store is not there yet.")
+        int | None, typer.Option(min=1, max=10_000_000, help="Expressed genes a cell, if the store is not there yet.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -79,6 +83,7 @@ def plan(
     """
     from bgen.operate.plan import plan as estimate
 
+    require_number("--mfu", mfu, 0.0001, 1)
     made = estimate(
         config,
         overrides or [],

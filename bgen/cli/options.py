@@ -20,7 +20,8 @@ Counts = Annotated[
 ]
 GeneColumn = Annotated[str | None, typer.Option(help="Column of var with the gene ids; default: its index.")]
 Floor = Annotated[
-    float | None, typer.Option(min=0, max=1, help="Least share of the model's (or the reference's) genes in the data.")
+    float | None,
+    typer.Option(min=0, max=1, help="Least share of the model's molecules (or the reference's genes) in the data."),
 ]
 Layer = Annotated[str | None, typer.Option(help="Layer with the raw counts: --layer NAME is --counts layers/NAME.")]
 
@@ -59,5 +60,5 @@ def read_cells(model: Any, data: Path, reading: dict[str, Any], quiet: bool) -> 
     """Read a user's cells for a model; say on standard error what of them it knows, unless ``quiet``."""
     cells = model.read(data, **reading)
     for sentence in () if quiet else cells.matched.sentences():
-        notes.print(sentence, highlight=False, markup=False, soft_wrap=True)
+        notes.print(sentence, highlight=False, soft_wrap=True)
     return cells

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from bgen.cli.options import Data, cells_options, read_cells, with_options
-from bgen.cli.terminal import Json, Seed, parse_where, progress_bar, results
+from bgen.cli.terminal import Json, Seed, notes, parse_where, progress_bar, results
+from bgen.errors import MOST_CELLS
 from bgen.files import require_new_file, write_h5ad
 
 app = typer.Typer(help="Perturbations.")
@@ -22,9 +23,13 @@ def perturb(
     data: Data,
     out: Annotated[Path, typer.Option(help="The .h5ad to write.")],
     perturbation: Annotated[str, typer.Option(help="Gene or drug, or several joined by '+'.")],
-    control: Annotated[str | None, typer.Option(help="Which cells are controls, column=value; default: all.")] = None,
-    dose: Annotated[float | None, typer.Option(help="In the unit that the model was trained with.")] = None,
-    n: Annotated[int | None, typer.Option("--n", min=1, help="Cells to predict; default: one per control.")] = None,
+    control: Annotated[
+        str | None, typer.Option(help="Which cells are controls, column=value, or all; default: as the model knows.")
+    ] = None,
+    dose: Annotated[str | None, typer.Option(help="In the model's unit, or with one, such as '10 uM'.")] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, max=MOST_CELLS, help="Cells to predict; default: one per control.")
+    ] = None,
     *,
     reading: Any,
     seed: Seed = 0,
@@ -37,17 +42,18 @@ def perturb(
     from bgen.tasks.load import load_model
 
     require_new_file(out)
-    where = next(iter(parse_where([control]).items())) if control is not None else None
+    where: Any = control if control in (None, "all") else next(iter(parse_where([control]).items()))
     with progress_bar() as progress:
         loaded = load_model(model)
         read = read_cells(loaded, data, reading, as_json)
         cells = loaded.perturb(read, perturbation, control=where, dose=dose, n=n, seed=seed, progress=progress)
     write_h5ad(cells, out)
-    unseen = list(cells.uns["bgen"]["unseen"])
+    unseen, controls = list(cells.uns["bgen"]["unseen"]), str(cells.uns["bgen"]["controls"])
     if as_json:
         told = {"out": str(out), "cells": cells.n_obs, "genes": cells.n_vars, "matched": read.matched.as_json()}
-        typer.echo(json.dumps({**told, "unseen": unseen}))
+        typer.echo(json.dumps({**told, "unseen": unseen, "controls": controls}))
         return
+    notes.print(f"Controls: {controls}.")
     if unseen:
         results.print(
             f"Not in training, predicted from what is known of the gene alone: {', '.join(unseen)}. Such"

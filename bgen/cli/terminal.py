@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-from bgen.errors import UserError
+from bgen.errors import MOST_SEEDS, UserError
+from bgen.names import shown
 from bgen.progress import Progress
 
 WIDE = 200
@@ -32,16 +34,27 @@ def open_streams() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
+class Terminal(Console):
+    """A console that shows names as they are: it follows no markup in a text, and no control character gets through."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Turn a text, or a text in a table, into what is printed."""
+        return super().render_str(shown(text), **options)
+
+
 open_streams()
-results = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
+results = Terminal(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
 """Standard output: what was asked for."""
 
-notes = Console(stderr=True)
+notes = Terminal(stderr=True)
 """Standard error: progress and remarks."""
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-Seed = Annotated[int, typer.Option(help="Seed.")]
+Seed = Annotated[int, typer.Option(min=0, max=MOST_SEEDS, help="Seed.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as train.steps=500.", show_default=False)]
 
 

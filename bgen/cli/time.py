@@ -10,18 +10,25 @@ import typer
 
 from bgen.cli.options import Data, cells_options, read_cells, with_options
 from bgen.cli.terminal import Json, Seed, notes, parse_where, progress_bar, results
+from bgen.errors import MOST_CELLS, MOST_COUNTS
 from bgen.files import require_new_file, write_h5ad
 
 app = typer.Typer(help="What a model does over time.")
 
 ModelFolder = Annotated[Path, typer.Argument(help="Model directory, of a flow trained on trajectories over time.")]
-Times = Annotated[list[float], typer.Option("--time", help="Time asked for, in the model's unit; may be repeated.")]
+Times = Annotated[
+    list[float], typer.Option("--time", min=-1e9, max=1e9, help="Time asked for, in the model's unit; may be repeated.")
+]
 Out = Annotated[Path, typer.Option(help="The .h5ad to write.")]
-Cells = Annotated[int | None, typer.Option("--n", min=1, help="Cells per time; default: as many as there are.")]
+Cells = Annotated[
+    int | None, typer.Option("--n", min=1, max=MOST_CELLS, help="Cells per time; default: as many as there are.")
+]
 Where = Annotated[list[str] | None, typer.Option(help="Only such cells, column=value; may be repeated.")]
-Library = Annotated[float | None, typer.Option(min=1, help="Total counts per cell; default: generated.")]
-Guidance = Annotated[float | None, typer.Option(min=0, help="Guidance scale; 1 is the conditional model.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Solver steps.")]
+Library = Annotated[
+    float | None, typer.Option(min=1, max=MOST_COUNTS, help="Total counts per cell; default: generated.")
+]
+Guidance = Annotated[float | None, typer.Option(min=0, max=1000, help="Guidance scale; 1 is the conditional model.")]
+Steps = Annotated[int | None, typer.Option(min=1, max=10_000, help="Solver steps.")]
 Solver = Annotated[str | None, typer.Option(help="euler, heun, midpoint or adaptive.")]
 TimeColumn = Annotated[str | None, typer.Option(help="obs column of the times; default: as the model knows it.")]
 

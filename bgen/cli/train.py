@@ -75,7 +75,7 @@ def config_show(
     config: str,
     overrides: Overrides = None,
     deepspeed: Annotated[bool, typer.Option("--deepspeed", help="Show DeepSpeed's JSON instead.")] = False,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks that DeepSpeed's JSON is for.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, max=1_000_000, help="Ranks that DeepSpeed's JSON is for.")] = 1,
 ) -> None:
     """Print the resolved configuration.
 
@@ -101,7 +101,7 @@ def config_check(config: str, overrides: Overrides = None) -> None:
     from bgen.config.load import load_either
 
     load_either(config, overrides or [])
-    typer.echo(f"{config} is valid.")
+    results.print(f"{config} is valid.", highlight=False, soft_wrap=True)
 
 
 @track_app.command("sync")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from bgen.config.backbone import BackboneConfig
-from bgen.config.section import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from bgen.config.section import Fraction, NonNegativeFloat, Section
 
 
 class PatternsConfig(Section):
@@ -67,14 +67,20 @@ class SampleConfig(Section):
     solver: Literal["euler", "heun", "midpoint", "adaptive"] = Field(
         "heun", description="ODE solver; adaptive (Dormand-Prince) chooses its own steps by the tolerance."
     )
-    steps: PositiveInt = Field(20, description="Solver steps from t = 1 (noise) to t = 0 (data); adaptive has its own.")
-    tolerance: PositiveFloat = Field(1e-3, description="Relative and absolute error that solver adaptive allows.")
-    noise: PositiveFloat = Field(
+    steps: Annotated[int, Field(gt=0, le=10_000)] = Field(
+        20, description="Solver steps from t = 1 (noise) to t = 0 (data); adaptive has its own."
+    )
+    tolerance: Annotated[float, Field(ge=1e-9, le=1)] = Field(
+        1e-3, description="Relative and absolute error that solver adaptive allows."
+    )
+    noise: Annotated[float, Field(gt=0, le=100)] = Field(
         1.0,
         description="Standard deviation of the noise that generation starts from. Above 1, generated cells cover more "
         "of the real ones, but more of them lie further out; below 1, the reverse.",
     )
-    guidance: NonNegativeFloat = Field(1.0, description="Guidance scale; 1 is the conditional model itself.")
+    guidance: Annotated[float, Field(ge=0, le=1000)] = Field(
+        1.0, description="Guidance scale; 1 is the conditional model itself."
+    )
     guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Range of t in which guidance acts.")
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,13 @@ from bgen.config.section import Section
 from bgen.errors import UserError, nearest
 
 Kind = TypeVar("Kind", bound=RunConfig)
+
+MOST_BYTES, MOST_NODES, MOST_FILES = 1 << 20, 100_000, 30
+"""Bytes and values of a configuration file, and files that extend one another, at most."""
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 200
+_repr.maxlist = _repr.maxdict = 20
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
 """Where an installed bgen keeps its configurations; a source checkout has them at its top level."""
@@ -94,28 +102,82 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _resolve(name: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
-    tree = _read(find_config(name), ())
+    tree = _read(find_config(name), (), {})
     for override in overrides:
         tree = _merge(tree, _parse_override(override))
     return tree
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise UserError(f"{path} extends itself: {' -> '.join(str(p) for p in (*seen, path.resolve()))}")
+def _read(path: Path, seen: tuple[Path, ...], done: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    """Return what a file and those that it extends say; ``done`` holds the files that were read before."""
+    here = path.resolve()
+    if here in seen:
+        raise UserError(f"{path} extends itself: {' -> '.join(str(p) for p in (*seen, here))}")
+    if len(seen) >= MOST_FILES:
+        raise UserError(f"{path}: more than {MOST_FILES} configurations extend one another.")
+    if here in done:
+        return done[here]
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{path} has {path.stat().st_size:,} bytes: it is no configuration.")
+        tree = _load(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold 'key: value' pairs, not a {type(tree).__name__}.")
-    bases = tree.pop("extends", [])
+    bases = tree.pop("extends", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) and "\0" not in base for base in bases):
+        raise UserError(f"{path}: extends names a file or a list of files, not {reprlib.repr(bases)}.")
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        merged = _merge(merged, _read(find_config(base, path.parent), (*seen, path.resolve())))
-    return _merge(merged, tree)
+    for base in bases:
+        merged = _merge(merged, _read(find_config(base, path.parent), (*seen, here), done))
+    done[here] = _merge(merged, tree)
+    return done[here]
+
+
+def _load(text: str, where: str) -> Any:
+    """Read YAML whose aliases, written out, are not longer than :data:`MOST_NODES`.
+
+    Raises
+    ------
+    UserError
+        If it is not valid, nested too deeply, or too large.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            root = loader.get_single_node()
+            if root is None:
+                return None
+            if _size(root, {}) > MOST_NODES:
+                raise UserError(f"{where}: its aliases (&name, *name) stand for more than {MOST_NODES:,} values.")
+            return loader.construct_document(root)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not valid YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where} is not valid YAML: it is nested too deeply.") from None
+    except (ValueError, OverflowError) as error:  # a date or number that cannot be
+        raise UserError(f"{where} is not valid YAML: {error}") from None
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many nodes a node has with its aliases written out; ``known`` holds nodes that were counted."""
+    if id(node) not in known:
+        known[id(node)] = MOST_NODES + 1  # of a node within itself
+        parts = []
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,10 +192,7 @@ def _parse_override(text: str) -> dict[str, Any]:
     path, sign, value = text.partition("=")
     if not sign or not path.strip():
         raise UserError(f"'{text}' is not an override: write section.key=value, such as train.steps=500.")
-    try:
-        tree: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"The value of '{text}' is not valid YAML: {error}") from None
+    tree: Any = _load(value, f"The value of '{text}'")
     for key in reversed(path.strip().split(".")):
         tree = {key: tree}
     return typing.cast("dict[str, Any]", tree)
@@ -149,7 +208,7 @@ def _explain(item: Any, kind: type[RunConfig], tree: Mapping[str, Any]) -> str:
     if item["type"] == "missing":
         return f"{path}: is needed and not set."
     message = item["msg"].removeprefix("Value error, ")
-    return f"{path}: {message} (it is {item['input']!r})" if path else message
+    return f"{path}: {message} (it is {_repr.repr(item['input'])})" if path else message
 
 
 def _section(kind: type[RunConfig], loc: Sequence[int | str], tree: Any) -> type[Section] | None:

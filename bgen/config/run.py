@@ -7,17 +7,19 @@ take the section that concerns them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from bgen.config.data import DataConfig
 from bgen.config.flow import FlowConfig, SampleConfig
 from bgen.config.perturb import PerturbConfig
-from bgen.config.section import NonNegativeInt, Section
+from bgen.config.section import Section
 from bgen.config.track import TrackConfig
 from bgen.config.train import TrainConfig
 from bgen.config.vae import VAEConfig
+from bgen.errors import MOST_SEEDS
+from bgen.files import require_local
 
 
 class RunConfig(Section):
@@ -25,9 +27,15 @@ class RunConfig(Section):
 
     stage: Literal["vae", "flow", "perturb"] = Field(description="perturb: by `bgen finetune --task perturb` only.")
     out: Path = Field(description="Run folder: checkpoints, record, resolved configuration.")
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, le=MOST_SEEDS)] = 0
     train: TrainConfig = TrainConfig()
     track: TrackConfig = TrackConfig()
+
+    @field_validator("out")
+    @classmethod
+    def _is_local(cls, out: Path) -> Path:
+        require_local(out)
+        return out
 
 
 class Config(RunConfig):

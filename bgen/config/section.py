@@ -19,9 +19,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """A section of the configuration: unknown keys are errors, and defaults are validated like given values."""
+    """A section of the configuration: unknown keys and numbers that are not finite are errors, and defaults are
+    validated like given values.
+    """
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
 
     @classmethod
     def component_sections(cls) -> Mapping[str, type[Section]]:

@@ -9,6 +9,7 @@ from anndata import AnnData
 
 from bgen.arrays import I64
 from bgen.data.loader import CountReader
+from bgen.names import index_name
 from bgen.store.store import Store
 
 
@@ -24,7 +25,7 @@ def read_anndata(store: Store, cells: I64) -> AnnData:
     counts = sp.csr_matrix(
         (batch.counts.numpy(), batch.indices.numpy(), batch.indptr.numpy()), shape=(len(cells), batch.n_genes)
     )
-    obs = pd.DataFrame(index=pd.Index(store.names()[cells], name="cell"))
+    obs = pd.DataFrame(index=pd.Index(store.names()[cells], name=index_name("cell", store.manifest.columns)))
     for name in store.manifest.columns:
         column, values = store.column(name)
         if column.kind == "category":

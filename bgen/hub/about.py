@@ -79,7 +79,7 @@ class HeldOutFigure(Section):
     """One figure of one row, over held-out perturbations and seeds; null where it is not defined."""
 
     mean: float | None
-    interval: tuple[float, float] = Field(description="95 % interval of the mean.")
+    interval: tuple[float | None, float | None] = Field(description="95 % interval of the mean.")
     by_seed: list[float | None]
     by_perturbation: list[float | None]
 
@@ -98,6 +98,9 @@ class Perturbation(Section):
 
     perturbations: list[str] = Field(description="Names in the order of the embeddings.")
     strata: list[str] = Field(default_factory=list, description="obs columns within which cells were compared.")
+    column: str | None = Field(None, description="obs column of the labels.")
+    controls: list[str] = Field(default_factory=list, description="Labels of control cells, where there are several.")
+    separator: str = Field("+", description="Between the names of a label.")
     effects: list[EffectOf]
     effect_scale: EffectScale = EffectScale()
     network: RegulatoryNetwork | None = None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bgen.hub.about import About, HeldOutScores
+from bgen.names import in_code, in_markdown
 
 _ROWS = ("model", "baseline", "ceiling")
 _KINDS = {
@@ -31,10 +32,10 @@ def model_card(
         "library_name: bgen",
         "tags: [single-cell, gene-expression, generative]",
         "---",
-        f"# {about.name}",
+        f"# {in_markdown(about.name)}",
         "",
         f"A {kind} of single-cell counts ({config['vae']['likelihood'].upper()} likelihood),"
-        f" {config['n_genes']:,} genes, organism: {about.organism}.",
+        f" {config['n_genes']:,} genes, organism: {in_markdown(about.organism)}.",
         "",
         "## Use",
         "",
@@ -47,15 +48,16 @@ def model_card(
         "",
         "## Trained on",
         "",
-        f"- {about.cells:,} cells of {', '.join(about.sources) or 'an unnamed source'}",
+        f"- {about.cells:,} cells of {in_markdown(', '.join(about.sources) or 'an unnamed source')}",
     ]
     if (run := about.training) is not None:
-        lines.append(f"- store `{run.store[:16]}`, split `{run.split}`, {run.steps:,} steps, seed {run.seed}")
-    if (tuned := about.finetuning) is not None:
         lines.append(
-            f"- fine-tuned from **{tuned.parent.name}** (weights `{tuned.parent.fingerprint[:16]}`): task {tuned.task},"
-            f" mode {tuned.mode}"
+            f"- store `{in_code(run.store[:16])}`, split `{in_code(run.split)}`, {run.steps:,} steps, seed {run.seed}"
         )
+    if (tuned := about.finetuning) is not None:
+        name, weights = in_markdown(tuned.parent.name), in_code(tuned.parent.fingerprint[:16])
+        task, mode = in_markdown(tuned.task), in_markdown(tuned.mode)
+        lines.append(f"- fine-tuned from **{name}** (weights `{weights}`): task {task}, mode {mode}")
     if about.annotation is not None:
         lines += _listed("Labels", about.annotation.labels)
     if about.perturbation is not None:
@@ -64,11 +66,12 @@ def model_card(
         lines += ["", "## What generation can be asked for", ""]
         for name in asked:
             info = columns[name]
-            values = ", ".join(info["categories"][:20]) + (", ..." if len(info["categories"]) > 20 else "")
+            values = in_markdown(", ".join(info["categories"][:20])) + (", ..." if len(info["categories"]) > 20 else "")
             described = values if info["kind"] == "category" else f"a number; mean {info['mean']:.4g} in training"
-            lines.append(f"- `{name}`" + (f" ({info['role']})" if info["role"] != name else "") + f": {described}")
+            role = f" ({in_markdown(info['role'])})" if info["role"] != name else ""
+            lines.append(f"- `{in_code(name)}`{role}: {described}")
     if config["covariates"]:
-        lines += ["", f"Covariates of encoder and decoder: {', '.join(config['covariates'])}."]
+        lines += ["", f"Covariates of encoder and decoder: {in_markdown(', '.join(config['covariates']))}."]
     lines += ["", "## How good it is", ""]
     if about.perturbation is not None and about.perturbation.held_out is not None:
         lines += _held_out(about.perturbation.held_out)
@@ -89,22 +92,23 @@ def model_card(
 
 
 def _listed(title: str, names: list[str]) -> list[str]:
-    return ["", f"{title}: {', '.join(names[:50])}{', ...' if len(names) > 50 else ''}."]
+    return ["", f"{title}: {in_markdown(', '.join(names[:50]))}{', ...' if len(names) > 50 else ''}."]
 
 
 def _held_out(scores: HeldOutScores) -> list[str]:
     names = list(scores.rows["model"])
     lines = [
         f"Protocol `{scores.protocol}` on {len(scores.perturbations)} held-out perturbations"
-        f" ({', '.join(scores.perturbations[:10])}):",
+        f" ({in_markdown(', '.join(scores.perturbations[:10]))}):",
         "",
         f"| | {' | '.join(names)} |",
         f"|---|{'---|' * len(names)}",
     ]
     for row, figures in scores.rows.items():
-        cells = [f"{figures[name].mean:.3g}" if name in figures else "" for name in names]
+        means = [figures[name].mean if name in figures else None for name in names]
+        cells = ["" if mean is None else f"{mean:.3g}" for mean in means]
         lines.append(f"| {row} | {' | '.join(cells)} |")
-    return [*lines, "", *(f"- {sentence}" for sentence in scores.words)]
+    return [*lines, "", *(f"- {in_markdown(sentence)}" for sentence in scores.words)]
 
 
 def _scores(metrics: Mapping[str, Any]) -> list[str]:

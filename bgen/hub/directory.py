@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import stat
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -27,7 +28,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -36,10 +36,20 @@ from bgen.config.flow import FlowConfig, SampleConfig
 from bgen.config.perturb import PerturbConfig
 from bgen.config.vae import VAEConfig
 from bgen.errors import UserError, nearest
-from bgen.files import write_result
-from bgen.genes.table import hash_genes, read_genes, write_genes
+from bgen.files import require_local, write_result
+from bgen.genes.table import NAME, hash_genes, read_genes, write_genes
 from bgen.hub.about import About, read_about
 from bgen.hub.card import model_card
+from bgen.hub.contents import (
+    ModelConfig,
+    Preprocessing,
+    build_like,
+    read_combinations,
+    read_json,
+    read_shapes,
+    require_sound,
+    validated,
+)
 from bgen.models.annotator import Annotator
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.generators.perturbation_flow import PerturbationFlow
@@ -153,6 +163,7 @@ def save_model(model: SavedModel, folder: Path, replace: bool = False) -> None:
     UserError
         If ``folder`` is there and not empty (unless ``replace``), or cannot be written.
     """
+    require_local(folder)
     if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already and not empty. Choose another folder, or remove it first.")
     own = uuid.uuid4().hex[:8]
@@ -197,6 +208,8 @@ def _write_files(model: SavedModel, partial: Path) -> None:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.module.state_dict().items()}
     save_file(state, partial / "model.safetensors")
     write_genes(model.genes, partial)
+    readable = (partial / NAME).stat().st_mode  # as the umask says; safetensors writes for its owner alone
+    (partial / "model.safetensors").chmod(stat.S_IMODE(readable))
     model.combinations.to_csv(partial / "conditions.csv", index=False)
     preprocessing = {
         "input": "raw integer counts",
@@ -214,8 +227,17 @@ def _write_files(model: SavedModel, partial: Path) -> None:
 def add_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     """Put the scores of an evaluation into a model directory and its card."""
     _write_json(folder / "metrics.json", metrics)
-    config, preprocessing = _read_json(folder / "config.json"), _read_json(folder / "preprocessing.json")
+    config, preprocessing = read_json(folder / "config.json"), read_json(folder / "preprocessing.json")
     about = read_about(config["about"], folder / "config.json")
+    write_result(folder / "README.md", model_card(config, about, preprocessing, metrics))
+
+
+def update_about(folder: Path, about: About) -> None:
+    """Change what a model directory says of its model, and its card."""
+    config, preprocessing = read_json(folder / "config.json"), read_json(folder / "preprocessing.json")
+    metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
+    config["about"] = about.as_json()
+    _write_json(folder / "config.json", config)
     write_result(folder / "README.md", model_card(config, about, preprocessing, metrics))
 
 
@@ -235,31 +257,46 @@ def load_directory(folder: str | Path, device: str = "cpu") -> SavedModel:
         raise UserError(
             f"{folder} is not a model directory: {', '.join(missing)} is missing. `bgen export` writes one."
         )
-    config, preprocessing = _read_json(folder / "config.json"), _read_json(folder / "preprocessing.json")
-    if config.get("format") != "bgen-model" or config.get("format_version") != FORMAT:
+    tree = read_json(folder / "config.json")
+    if not isinstance(tree, dict) or tree.get("format") != "bgen-model" or tree.get("format_version") != FORMAT:
+        found = tree if isinstance(tree, dict) else {}
         raise UserError(
-            f"{folder / 'config.json'} describes format {config.get('format')} {config.get('format_version')};"
+            f"{folder / 'config.json'} describes format {found.get('format')} {found.get('format_version')};"
             f" this bgen ({__version__}) reads bgen-model {FORMAT}."
         )
-    genes = read_genes(folder)
-    if hash_genes(genes["id"].tolist()) != preprocessing["genes_sha256"] or len(genes) != config["n_genes"]:
-        raise UserError(f"{folder / 'genes.csv'} is not the gene table that the model was exported with.")
-    columns = {name: ColumnInfo(**info) for name, info in preprocessing["columns"].items()}
-    about = read_about(config["about"], folder / "config.json")
+    config = validated(tree, ModelConfig, folder / "config.json")
+    preprocessing = validated(read_json(folder / "preprocessing.json"), Preprocessing, folder / "preprocessing.json")
+    columns = {name: ColumnInfo(**facts.model_dump()) for name, facts in preprocessing.columns.items()}
+    if unknown := [name for name in (*config.covariates, *config.conditions) if name not in columns]:
+        raise UserError(f"{folder} is damaged: preprocessing.json has no column '{unknown[0]}'. Export it again.")
+    about = read_about(config.about, folder / "config.json")
     try:
-        module = _build(config, about, columns)
-        module.load_state_dict(load_file(folder / "model.safetensors", device="cpu"))
-    except (SafetensorError, RuntimeError, ValidationError, KeyError) as error:
-        raise UserError(f"{folder} is damaged: {str(error).splitlines()[0]}. Export the model again.") from None
-    metrics = _read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
+        genes = read_genes(folder)
+        same = hash_genes(genes["id"].tolist()) == preprocessing.genes_sha256 and len(genes) == config.n_genes
+    except Exception as error:  # whatever pandas says of a damaged file
+        raise UserError(f"{folder / 'genes.csv'} is damaged: {str(error)[:200]}. Export the model again.") from None
+    if not same:
+        raise UserError(f"{folder / 'genes.csv'} is not the gene table that the model was exported with.")
+    weights = folder / "model.safetensors"
+    try:
+        module = build_like(lambda: _build(config, about, columns), read_shapes(weights))
+        state = load_file(weights, device="cpu")
+        require_sound(state)
+        module.load_state_dict(state)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged model makes of the code that builds it
+        said = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"{folder} is damaged: {said[0][:200]}. Export the model again.") from None
+    metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
     return SavedModel(
         module=module.to(device).eval(),
         genes=genes,
         columns=columns,
-        combinations=pd.read_csv(folder / "conditions.csv"),
-        sample=SampleConfig.model_validate(config["sample"]),
+        combinations=read_combinations(folder / "conditions.csv", preprocessing.columns),
+        sample=config.sample,
         about=about,
-        metrics=metrics,
+        metrics=metrics if isinstance(metrics, dict) else None,
     )
 
 
@@ -278,23 +315,23 @@ def count_combinations(columns: Mapping[str, NDArray[Any]], limit: int = 65_536,
     return pd.DataFrame({name: values[picked] for name, values in columns.items()}).assign(cells=1)
 
 
-def _build(config: Mapping[str, Any], about: About, columns: Mapping[str, ColumnInfo]) -> Module:
-    covariates = {name: len(columns[name].categories) for name in config["covariates"]}
-    vae = VAE(VAEConfig.model_validate(config["vae"]), config["n_genes"], covariates)
-    if config["kind"] == "vae":
+def _build(config: ModelConfig, about: About, columns: Mapping[str, ColumnInfo]) -> Module:
+    covariates = {name: len(columns[name].categories) for name in config.covariates}
+    vae = VAE(VAEConfig.model_validate(config.vae), config.n_genes, covariates)
+    if config.kind == "vae":
         return vae
-    if config["kind"] == "annotator":
+    if config.kind == "annotator":
         return Annotator(vae, torch.ones(len(_said(about.annotation, "annotation").labels)))
-    if config["kind"] == "perturbation":
-        settings, facts = PerturbConfig.model_validate(config["perturb"]), _said(about.perturbation, "perturbation")
+    if config.kind == "perturbation":
+        settings, facts = PerturbConfig.model_validate(config.perturb), _said(about.perturbation, "perturbation")
         network = torch.zeros(facts.network.components if facts.network else 0, vae.n_genes)
         rows = torch.zeros(vae.n_genes, settings.gene_components + len(network))
         effects = torch.zeros(len(facts.effects), vae.n_genes)
         known = len(facts.perturbations)
         return PerturbationFlow(settings, vae, known, rows, 1.0, effects, network if len(network) else None)
-    conditions = {name: columns[name] for name in config["conditions"]}
+    conditions = {name: columns[name] for name in config.conditions}
     return LatentFlow(
-        FlowConfig.model_validate(config["flow"]),
+        FlowConfig.model_validate(config.flow),
         vae,
         {name: len(info.categories) for name, info in conditions.items() if info.kind == "category"},
         {name: (info.mean, info.std) for name, info in conditions.items() if info.kind == "number"},
@@ -314,13 +351,6 @@ def parameters(module: nn.Module) -> int:
 
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}. Export the model again.") from None
 
 
 def _write_json(path: Path, tree: Any) -> None:

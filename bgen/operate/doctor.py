@@ -21,10 +21,11 @@ from urllib.parse import urlsplit
 
 import psutil
 import torch
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from bgen.cpus import bound_to, cpus
+from bgen.names import shown
 from bgen.nn.scans.published_kernels import KERNELS, missing
 
 Status = Literal["ok", "note", "warning", "error"]
@@ -67,8 +68,10 @@ class Report:
         table = Table(show_header=False, box=None)
         for finding in self.findings:
             colour = COLOURS[finding.status]
-            fix = f"\n[bold]{escape(finding.fix)}[/]" if finding.fix else ""
-            table.add_row(f"[{colour}]{finding.status}[/]", finding.name, escape(finding.text) + fix)
+            said = Text(shown(finding.text))
+            if finding.fix:
+                said.append(f"\n{shown(finding.fix)}", style="bold")
+            table.add_row(Text(finding.status, style=colour), finding.name, said)
         return table
 
 

@@ -26,7 +26,7 @@ from bgen.errors import UserError
 from bgen.genes.table import hash_genes
 from bgen.store.arena import Arena
 from bgen.store.format.codec import ESCAPE, locate_rows
-from bgen.store.format.columns import encode_column
+from bgen.store.format.columns import NAMED, encode_column, is_whole, whole_as_text
 from bgen.store.format.manifest import Column, Manifest, Source
 from bgen.store.format.recode import encode_rows
 from bgen.store.format.sparse import read_pointer
@@ -170,10 +170,12 @@ class CsrStore(Store):
         obs = pd.concat([part.obs for part in self._parts]) if len(self._parts) > 1 else self._parts[0].obs
         self._names = obs.index.to_numpy(dtype=str)
         self._columns: dict[str, tuple[Column, NDArray[Any]]] = {}
-        for name in map(str, obs.columns):
-            if (encoded := encode_column(obs[name])) is not None:
-                self._columns[name] = encoded
         roles = dict(roles or {})
+        named = {column for role, column in roles.items() if role in NAMED}
+        for name in map(str, obs.columns):
+            is_name = name in named and is_whole(obs[name])
+            if (encoded := encode_column(whole_as_text(obs[name]) if is_name else obs[name])) is not None:
+                self._columns[name] = encoded
         for role, name in roles.items():
             if name not in self._columns:
                 raise UserError(f"{self.folder} has no column '{name}' for the role {role}.")

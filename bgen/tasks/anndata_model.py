@@ -84,7 +84,10 @@ class AnnDataModel:
             if data.genes != self.genes:
                 raise UserError("These cells were read for a model with other genes. Read them with this model.")
             return data
-        return read_user_data(data, **reading).match(self.saved.genes, self.saved.columns, self.expected_shares())
+        saved = self.saved
+        return read_user_data(data, **reading).match(
+            saved.genes, saved.columns, self.expected_shares(), saved.about.units
+        )
 
     @torch.no_grad()
     def expected_shares(self) -> NDArray[np.float32]:
@@ -111,6 +114,8 @@ class AnnDataModel:
             mean, logvar = self.saved.vae.encode(batch)
             means.append(mean.numpy())
             variances.append(logvar.exp().numpy())
+            if not (np.isfinite(means[-1]).all() and np.isfinite(variances[-1]).all()):
+                raise UserError("The model gives latent states that are not finite: its weights are damaged.")
         return np.concatenate(means), np.concatenate(variances)
 
     def decode(
@@ -124,6 +129,13 @@ class AnnDataModel:
         ``covariates`` are category names per cell; a covariate that is not given is unknown to the decoder.
         """
         codes = {name: self._codes(name, np.asarray(values)) for name, values in (covariates or {}).items()}
+        size, wanted = self.saved.vae.size - 1, np.shape(z)[:1]
+        if np.ndim(z) != 2 or np.shape(z)[1] != size or np.shape(library_size) != wanted:
+            raise UserError(
+                f"Latent states are [n, {size}] and library sizes [n], not {np.shape(z)} and {np.shape(library_size)}."
+            )
+        if any(codes_of.shape != wanted for codes_of in codes.values()):
+            raise UserError(f"Covariates have a category for each of the {len(z)} cells.")
         return self.decode_codes(z, library_size, codes)
 
     @torch.no_grad()

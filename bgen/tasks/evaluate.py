@@ -10,8 +10,9 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from bgen.data.as_anndata import read_anndata
-from bgen.errors import UserError
+from bgen.errors import MOST_SEEDS, UserError, require_number
 from bgen.evaluate.metrics.memorisation import memorisation
+from bgen.evaluate.metrics.space import log_cp10k
 from bgen.evaluate.protocols.scores import Scores
 from bgen.evaluate.registry import CellsProtocol, find_protocol
 from bgen.files import require_new_folder
@@ -21,7 +22,7 @@ from bgen.progress import Progress
 from bgen.store.open import open_store
 from bgen.store.store import Store
 from bgen.tasks.load import Model, load_model
-from bgen.tasks.user_cells import read_input
+from bgen.tasks.user_cells import read_user_data
 from bgen.track import record as records
 from bgen.version import __version__
 
@@ -65,12 +66,18 @@ def score(
     UserError
         If something is missing, or genes do not agree.
     """
+    require_number("seeds", seeds, 2, 1000)
+    require_number("seed", seed, 0, MOST_SEEDS)
     chosen = find_protocol(CellsProtocol, protocol)
     require_new_folder(out)
     loaded, store = load_model(model), open_store(data)
     train, test = (_read_sample(store, split, seed) for split in ("train", "test"))
-    cells = read_input(generated) if generated else loaded.generate(SURPLUS * test.n_obs, seed=seed, progress=progress)
-    cells = _align(cells, test)
+    for name, part in (("train", train), ("test", test)):
+        _require_variety(part, f"the split {name} of {data}")
+    if generated is None:
+        cells = _align(loaded.generate(SURPLUS * test.n_obs, seed=seed, progress=progress), test)
+    else:
+        cells = _read_generated(generated, store, test)
     cell_type = store.manifest.roles.get("cell_type")
 
     def advance(done: int, total: int) -> None:
@@ -105,6 +112,23 @@ def _read_sample(store: Store, split: str, seed: int) -> AnnData:
     if len(cells) > MOST_CELLS:
         cells = np.sort(np.random.default_rng(seed).choice(cells, MOST_CELLS, replace=False))
     return read_anndata(store, cells)
+
+
+def _read_generated(path: Path, store: Store, test: AnnData) -> AnnData:
+    """Return generated cells of a file with the genes of the test cells, all of which must be there, as counts."""
+    read = read_user_data(path, floor=1.0).match(store.genes[["id", "symbol", "cells"]].reset_index(drop=True), {})
+    return AnnData(read.counts, obs=read.adata.obs.copy(), var=test.var.copy())
+
+
+def _require_variety(cells: AnnData, what: str) -> None:
+    """Raise UserError for cells that no distribution can be compared with."""
+    counts = sp.csr_matrix(cells.X)
+    if cells.n_vars < 2:
+        raise UserError(f"{what} has {cells.n_vars} gene: cells are compared in at least two.")
+    logs = log_cp10k(counts)
+    spread = np.asarray(logs.multiply(logs).mean(0) - np.square(logs.mean(0))).ravel()
+    if not (spread > 1e-8).any():
+        raise UserError(f"All cells of {what} are alike: no gene varies among them.")
 
 
 def _align(cells: AnnData, like: AnnData) -> AnnData:

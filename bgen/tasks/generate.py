@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +17,14 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from bgen.config.flow import SampleConfig
-from bgen.errors import UserError, nearest
+from bgen.errors import MOST_CELLS, MOST_COUNTS, MOST_SEEDS, UserError, nearest, require_number
 from bgen.hub.directory import ColumnInfo, SavedModel
 from bgen.models.generators.latent_flow import LatentFlow
+from bgen.names import index_name, keys
 from bgen.order.keys import hash_keys
 from bgen.progress import Progress
 from bgen.version import __version__
+from data_tools.check.quantities import read_quantities
 
 ENTRIES = 1 << 24
 """Counts that are drawn at once: cells of a batch times genes."""
@@ -65,6 +69,7 @@ def generate_cells(
     UserError
         If the model is no flow, or a condition or value is unknown to it.
     """
+    require_amounts(n, library_size, seed)
     flow = model.module
     if not isinstance(flow, LatentFlow):
         kind = "VAE" if model.kind == "vae" else f"{model.kind} model"
@@ -82,7 +87,7 @@ def generate_cells(
         parts.append(_counts(flow, {k: v[part] for k, v in values.items()}, keys[part], settings, library_size))
         if progress:
             progress("generating", part.stop, n)
-    obs = pd.DataFrame(index=pd.Index([f"generated_{i}" for i in range(n)], name="cell"))
+    obs = pd.DataFrame(index=pd.Index([f"generated_{i}" for i in range(n)], name=index_name("cell", rows)))
     for name, column in rows.items():
         obs[name] = readable(model.columns[name], column)
     adata = AnnData(sp.vstack(parts, format="csr"), obs=obs, var=model.genes.set_index("id").rename_axis("gene"))
@@ -91,6 +96,30 @@ def generate_cells(
         "unseen": unseen,
     }
     return adata
+
+
+def read_moments(times: object) -> NDArray[np.float64]:
+    """Return distinct time points, ascending.
+
+    Raises
+    ------
+    UserError
+        If there is none, or one is no number.
+    """
+    try:
+        moments = np.unique(np.asarray(times, dtype=np.float64).reshape(-1))
+    except (TypeError, ValueError):
+        moments = np.array([np.nan])
+    if not len(moments) or not np.isfinite(moments).all():
+        raise UserError(f"Time points are one or several numbers, not {times!r}.")
+    return moments
+
+
+def require_amounts(n: int | None, library_size: float | None, seed: int) -> None:
+    """Raise UserError for a number of cells, a library size or a seed that cannot be meant."""
+    require_number("n", n, 1, MOST_CELLS, whole=True)
+    require_number("library_size", library_size, 1, MOST_COUNTS)
+    require_number("seed", seed, 0, MOST_SEEDS, whole=True)
 
 
 def provenance(
@@ -102,7 +131,7 @@ def provenance(
         "model": model.fingerprint(),
         "version": __version__,
         "seed": seed,
-        "where": {name: str(value) for name, value in where.items()},
+        "where": {key: str(where[name]) for name, key in keys(where).items()},
         "library_size": "generated" if library_size is None else float(library_size),
         "solver": settings.solver,
         "steps": settings.steps,
@@ -133,8 +162,12 @@ def decode_counts(
     one is taken.
     """
     z, generated = flow.vae.unwhiten(whitened)
-    library = (generated if log_library is None else log_library).exp()
+    library = (generated if log_library is None else log_library).clamp(max=math.log(MOST_COUNTS)).exp()
     likelihood = flow.vae.decode(z, library, {n: values[n] for n in flow.vae.covariates if n in values})
+    if not bool(likelihood.mean.sum().isfinite()):
+        raise UserError(
+            "The model gives counts that are not finite: its weights or the settings of generation are off."
+        )
     return sp.csr_matrix(likelihood.sample(keys).numpy().astype(np.float32))
 
 
@@ -169,6 +202,8 @@ def sample_settings(
 def asked_codes(model: SavedModel, flow: LatentFlow, where: Mapping[str, Any]) -> dict[str, float]:
     """Return column to code or number, of what was asked for; UserError for what the model does not know."""
     asked: dict[str, float] = {}
+    if not isinstance(where, Mapping):
+        raise UserError(f"Conditions are a column or role with its value, such as {{'cell_type': 'B'}}, not {where!r}.")
     for given, value in where.items():
         name = model.column_name(given)
         if name not in flow.conditions.names and name not in flow.vae.covariates:
@@ -179,11 +214,48 @@ def asked_codes(model: SavedModel, flow: LatentFlow, where: Mapping[str, Any]) -
                 raise UserError(f"'{given}' has no value '{value}'.{nearest(str(value), info.categories)}")
             asked[name] = info.categories.index(str(value))
         else:
-            try:
-                asked[name] = float(value)
-            except ValueError:
-                raise UserError(f"'{given}' is a number; '{value}' is not.") from None
+            asked[name] = asked_number(model, given, value)
+            _require_trained(model, name, given, asked[name])
     return asked
+
+
+def asked_number(model: SavedModel, given: str, value: object) -> float:
+    """Return the number that is asked for of the column or role ``given``: a time or dose may be text with a unit.
+
+    Raises
+    ------
+    UserError
+        If it is none, or not finite.
+    """
+    role = model.columns[model.column_name(given)].role
+    number = np.nan
+    if isinstance(value, str) and role in ("time", "dose"):
+        unit = model.about.units.get(role)
+        number = float(read_quantities(pd.Series([value]), "time" if role == "time" else "dose", unit).numbers[0])
+    else:
+        with contextlib.suppress(TypeError, ValueError):
+            number = float(value)  # type: ignore[arg-type]
+    if not np.isfinite(number):
+        raise UserError(f"'{given}' is a number; '{value}' is not.")
+    return number
+
+
+def _require_trained(model: SavedModel, name: str, given: str, number: float) -> None:
+    """Raise UserError for a number outside those of the training cells, of which the model has learned nothing."""
+    if name not in model.combinations:
+        return
+    there = model.combinations[name].to_numpy(float)
+    there = there[np.isfinite(there)]
+    if not len(there):
+        return
+    low, high = float(there.min()), float(there.max())
+    slack = 1e-6 * max(abs(low), abs(high), 1.0)
+    if not low - slack <= number <= high + slack:
+        unit = model.about.units.get(model.columns[name].role, "")
+        raise UserError(
+            f"{given} {number:g} lies outside those of the training cells, {low:g} to {high:g}"
+            f"{f' {unit}' if unit else ''}: the model has not learned anything about it. Ask for one within."
+        )
 
 
 def draw_rows(

@@ -15,7 +15,7 @@ from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.cells.annotate import annotate_cells
 from bgen.tasks.cells.denoise import denoise_cells
 from bgen.tasks.cells.integrate import integrate_cells
-from bgen.tasks.generate import sample_settings
+from bgen.tasks.generate import read_moments, sample_settings
 from bgen.tasks.perturb.perturb import perturb_cells
 from bgen.tasks.time.axis import TimeAxis
 from bgen.tasks.time.observed import observe
@@ -142,7 +142,7 @@ class Model(AnnDataModel):
             If the model knows no trajectories, or data, times or conditions do not fit it.
         """
         TimeAxis.of(self.saved)  # before anything is read
-        wanted = [float(times)] if isinstance(times, int | float) else [float(time) for time in times]
+        wanted = read_moments(times).tolist()
         asked = where or {}
         settings = sample_settings(self.saved.sample, **(sample or {}))
         return predict_times(
@@ -199,10 +199,10 @@ class Model(AnnDataModel):
     def perturb(
         self,
         data: Cells | UserCells,
-        perturbation: str,
+        perturbation: str | Sequence[str],
         *,
-        control: tuple[str, str] | None = None,
-        dose: float | None = None,
+        control: tuple[str, str] | Literal["all"] | None = None,
+        dose: float | str | None = None,
         n: int | None = None,
         seed: int = 0,
         progress: Progress | None = None,

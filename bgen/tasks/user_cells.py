@@ -22,9 +22,10 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from bgen.arrays import I64
-from bgen.errors import UserError, nearest
+from bgen.errors import UserError, nearest, require_number
 from bgen.genes.table import WAYS, match_names
 from bgen.hub.directory import ColumnInfo
+from bgen.tasks.columns import match_columns
 from data_tools.check.counts import advice
 from data_tools.check.findings import Rounding
 from data_tools.check.genes import ID_COLUMNS, SYMBOL_COLUMNS, Genes, resolve_genes
@@ -32,16 +33,14 @@ from data_tools.check.look import counts_elsewhere, look
 from data_tools.inputs.registry import open_source
 
 FLOOR = 0.8
-"""Share of a model's genes that data must have, unless the user says otherwise."""
+"""Share of the molecules of an average cell of the model that must be of genes that data has, unless the user says
+otherwise."""
 
 FEW_MOLECULES = 0.1
 """Share of an average cell's molecules that genes missing from the data may hold without a warning."""
 
 ALL = 0.995
 """From this share on, all molecules count as known."""
-
-MISSING = {"", "nan", "none", "na", "unknown", "unassigned", "unlabelled"}
-"""Texts, in lower case, that say that a cell has no label."""
 
 Cells: TypeAlias = str | os.PathLike[str] | AnnData
 """A file or folder of cells, or AnnData in memory."""
@@ -57,7 +56,8 @@ class Reading(TypedDict, total=False):
     gene_column
         Column of var with the gene ids; default: its index.
     floor
-        Least share of the model's genes that the data must have; default 0.8.
+        Least share of the molecules of an average cell of the model that must be of genes that the data has; default
+        0.8.
     layer
         ``layer="NAME"`` is ``counts="layers/NAME"``.
     """
@@ -192,16 +192,27 @@ class UserData:
         return replace(self, adata=self.adata[rows])
 
     def match(
-        self, genes: pd.DataFrame, columns: Mapping[str, ColumnInfo], expected: NDArray[np.float32] | None = None
+        self,
+        genes: pd.DataFrame,
+        columns: Mapping[str, ColumnInfo],
+        expected: NDArray[np.float32] | None = None,
+        units: Mapping[str, str] | None = None,
     ) -> UserCells:
         """Match the cells to a model's gene table and columns.
 
-        ``expected [G]`` is the share of an average cell's molecules that the model expects of each gene.
+        Parameters
+        ----------
+        genes, columns
+            What the model knows.
+        expected
+            ``[G]``: the share of an average cell's molecules that the model expects of each gene; None: all the same.
+        units
+            Unit of the model's times and doses, by role.
 
         Raises
         ------
         UserError
-            If fewer than the share ``floor`` of the model's genes are there.
+            If the genes that are there hold less than the share ``floor`` of an average cell's molecules.
         """
         places, way = match_names(
             genes, self.genes.ids.tolist(), self.genes.symbols.tolist(), enough=max(self.floor, FLOOR)
@@ -211,9 +222,10 @@ class UserData:
         known[places[places >= 0]] = True
         counts, total = self._counts(of_column, len(genes))
         molecules = float(counts.sum(dtype=np.float64) / max(total, 1.0))
-        if known.sum() < self.floor * len(genes):
-            raise self._too_few(genes, int(known.sum()), molecules)
-        found, where, values = match_columns(self.adata.obs, columns)
+        held = float(known.mean() if expected is None else expected[known].sum(dtype=np.float64))
+        if held < self.floor or not known.any():
+            raise self._too_few(genes, int(known.sum()), held, molecules, expected)
+        found, where, values, read = match_columns(self.adata.obs, columns, units or {})
         matched = Matched(
             matrix=self.matrix,
             rounding=self.rounding,
@@ -223,11 +235,11 @@ class UserData:
             unknown=self.genes.ids[places < 0].tolist(),
             repeated=int((of_column >= 0).sum() - known.sum()),
             molecules=molecules,
-            missing_molecules=0.0 if expected is None else float(expected[~known].sum()),
+            missing_molecules=0.0 if expected is None else max(0.0, 1.0 - held),
             columns=where,
             absent=[name for name in columns if name not in where],
             values=values,
-            notes=self.notes,
+            notes=(*self.notes, *read),
         )
         return UserCells(self, genes["id"].tolist(), counts, found, known, self._of_var(places, of_column), matched)
 
@@ -262,22 +274,26 @@ class UserData:
         at = pd.Series(places, index=self.genes.ids).reindex(own.ids).fillna(-1).to_numpy(np.int64)
         return np.append(at, -1)[own.gene_map]
 
-    def _too_few(self, genes: pd.DataFrame, found: int, molecules: float) -> UserError:
+    def _too_few(
+        self, genes: pd.DataFrame, found: int, held: float, molecules: float, expected: NDArray[np.float32] | None
+    ) -> UserError:
         var = open_source(self.adata).var(self.matrix)
+        shares = np.full(len(genes), 1 / max(len(genes), 1)) if expected is None else expected
         better = ""
         for column in (*ID_COLUMNS, *SYMBOL_COLUMNS):
             if column in var and column != self.gene_column:
                 other = resolve_genes(var, column, "sum", accept_unnamed=True)
                 places, _ = match_names(genes, other.ids.tolist(), other.symbols.tolist())
-                if len(np.unique(places[places >= 0])) >= self.floor * len(genes):
+                if shares[np.unique(places[places >= 0])].sum() >= self.floor:
                     better = f" var['{column}'] has enough of them: --gene-column {column}."
                     break
         share = found / len(genes)
+        weight = "" if expected is None else f", which hold {held:.0%} of the molecules of an average cell of the model"
         return UserError(
-            f"the data has {found:,} of the {len(genes):,} genes of the model ({share:.0%}, at least {self.floor:.0%}"
-            f" are needed; --floor lowers that). The model's ids look like {', '.join(genes['id'][:3])}; those of the"
-            f" data like {', '.join(self.genes.ids[:3])}. Genes that the model knows hold {molecules:.0%} of the data's"
-            f" molecules.{better}"
+            f"the data has {found:,} of the {len(genes):,} genes of the model ({share:.0%}){weight}. At least"
+            f" {self.floor:.0%} are needed; --floor lowers that. The model's ids look like"
+            f" {', '.join(genes['id'][:3])}; those of the data like {', '.join(self.genes.ids[:3])}. Genes that the"
+            f" model knows hold {molecules:.0%} of the data's molecules.{better}"
         )
 
 
@@ -323,9 +339,9 @@ class UserCells:
         columns = {name: values[rows] for name, values in self.columns.items()}
         return replace(self, data=self.data[rows], counts=self.counts[rows], columns=columns)
 
-    def with_columns(self, columns: Mapping[str, ColumnInfo]) -> UserCells:
+    def with_columns(self, columns: Mapping[str, ColumnInfo], units: Mapping[str, str] | None = None) -> UserCells:
         """Return the cells with their columns matched to others, of a model with the same genes."""
-        return replace(self, columns=match_columns(self.adata.obs, columns)[0])
+        return replace(self, columns=match_columns(self.adata.obs, columns, units or {})[0])
 
     def copy(self) -> AnnData:
         """Return a copy of all that the user gave."""
@@ -358,6 +374,7 @@ def read_user_data(
     """
     if isinstance(data, UserData):
         return data
+    require_number("floor", floor, 0, 1)
     if counts is not None and layer is not None:
         raise UserError(f"--layer {layer} and --counts {counts} both name the matrix of counts: give one of them.")
     adata, notes = (data, ()) if isinstance(data, AnnData) else _read(Path(data))
@@ -386,6 +403,8 @@ def read_user_data(
             f" says where they are. {advice(counts_elsewhere(source, looked))}"
         )
         raise UserError(said.strip())
+    if found.maximum >= 2**32:
+        raise UserError(f"{name} has a value of {found.maximum:.6g}: no count is that large.")
     rounding: Rounding = "nearest" if found.verdict == "near counts" else "none"
     least = FLOOR if floor is None else floor
     return UserData(source.read(), name, rounding, looked.genes, gene_column, least, notes)
@@ -413,58 +432,3 @@ def require_cells(adata: AnnData, what: str = "the data") -> None:
     """Raise UserError if there are no cells or no genes."""
     if adata.n_obs == 0 or adata.n_vars == 0:
         raise UserError(f"{what} is empty: {adata.n_obs} cells x {adata.n_vars} genes. Check what was selected.")
-
-
-def role_column(obs: pd.DataFrame, name: str, info: ColumnInfo) -> str | None:
-    """Return the obs column that holds a column of the model, found by name, else by role; None if there is none."""
-    return next((column for column in (name, info.role) if column in obs), None)
-
-
-def match_columns(
-    obs: pd.DataFrame, columns: Mapping[str, ColumnInfo]
-) -> tuple[dict[str, NDArray[Any]], dict[str, str], dict[str, dict[str, int]]]:
-    """Return what the data has of the columns that a model knows.
-
-    Returns
-    -------
-    tuple
-        Column to codes (int64, -1 = unknown) or numbers (float32, NaN = none) ``[N]``; column to the obs column that
-        has it; column to the values that the model does not know and how many cells have each.
-    """
-    found: dict[str, NDArray[Any]] = {}
-    where: dict[str, str] = {}
-    unknown: dict[str, dict[str, int]] = {}
-    for name, info in columns.items():
-        column = role_column(obs, name, info)
-        if column is None:
-            continue
-        where[name] = column
-        texts = obs[column].astype(str)
-        if info.kind == "category":
-            found[name] = pd.Index(info.categories).get_indexer(pd.Index(texts)).astype(np.int64)
-            strange = texts[(found[name] < 0) & ~texts.str.lower().isin(MISSING).to_numpy()]
-        else:
-            numbers = pd.to_numeric(obs[column].astype(object), errors="coerce").to_numpy(np.float32)
-            found[name] = numbers
-            strange = texts[np.isnan(numbers) & obs[column].notna().to_numpy()]
-        if len(strange):
-            unknown[name] = {str(value): int(n) for value, n in strange.value_counts().items()}
-    return found, where, unknown
-
-
-def text_column(adata: AnnData, name: str) -> NDArray[np.str_]:
-    """Return an obs column as text ``[N]``; cells without a value have "".
-
-    Raises
-    ------
-    UserError
-        If it is not there; names the nearest.
-    """
-    if name not in adata.obs:
-        raise UserError(
-            f"obs has no column '{name}'.{nearest(name, adata.obs.columns)}"
-            f" Its columns: {', '.join(map(str, adata.obs.columns)) or 'none'}."
-        )
-    column: pd.Series = adata.obs[name].astype(object)
-    texts = column.where(column.notna(), "").astype(str).to_numpy(dtype=str)
-    return np.where(pd.Series(texts).str.lower().isin(MISSING).to_numpy(), "", texts)

@@ -21,7 +21,8 @@ from data_tools.building.pieces import Piece, cut_file
 from data_tools.building.run_tasks import open_runner
 from data_tools.building.splits import DEFAULT, Codes, assign, assign_groups, group_names, require_cells
 from data_tools.building.write import Contents, fill
-from data_tools.check.findings import FileReport, Report, Roles
+from data_tools.check.findings import FILE_COLUMN, FileReport, Report, Roles
+from data_tools.check.obs import take_roles
 from data_tools.check.vocabulary import take_reference
 from data_tools.inputs.registry import open_source
 from data_tools.inputs.source import Source
@@ -90,8 +91,10 @@ def build(
         if source.n_cells != file.n_cells:
             raise UserError(f"{file.path} was changed after it was checked. Check it again.")
     keep = np.concatenate([file.keep for file in report.files])
-    obs = (pd.concat([source.obs for source in sources]) if len(sources) > 1 else sources[0].obs).loc[keep]
+    frames = name_cells([source.obs for source in sources], report)
+    obs = (pd.concat(frames) if len(frames) > 1 else frames[0]).loc[keep]
     roles = _roles(report.roles)
+    obs = take_roles(obs, roles, _units(report.roles))
     splits = splits or DEFAULT
     split_by, codes = _split(obs, roles, report.roles.control, splits, split_by, held_out or {}, seed)
     genes = pd.DataFrame({"id": report.genes.index.astype(str), "symbol": report.genes["symbol"].astype(str)})
@@ -142,6 +145,26 @@ def build(
                 progress=progress or (lambda what, done, cells: None),
                 runner=runner,
             )
+
+
+def name_cells(frames: Sequence[pd.DataFrame], report: Report) -> list[pd.DataFrame]:
+    """Return the obs of each file, with names and a column that tell apart cells of one barcode in several files."""
+    if not report.shared_barcodes:
+        return list(frames)
+    paths = [file.path for file in report.files]
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):  # sample_1/filtered.h5, sample_2/filtered.h5
+        names = [f"{path.parent.name}/{path.name}" for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{number}:{name}" for number, name in enumerate(names, start=1)]
+    column = FILE_COLUMN
+    while any(column in frame for frame in frames):
+        column += "_"
+    named = []
+    for frame, name in zip(frames, names, strict=True):
+        index = pd.Index([f"{barcode}-{name}" for barcode in frame.index], name=frame.index.name)
+        named.append(frame.set_axis(index).assign(**{column: name}))
+    return named
 
 
 def _choose_workers(workers: int | None, sources: Sequence[Source], files: Sequence[FileReport]) -> int:

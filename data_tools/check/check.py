@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from bgen.errors import UserError
 from bgen.store.format.columns import MAX_CATEGORIES
 from data_tools.check.counts import MatrixStatistics, advice, describe, duplicate_groups, saturated
-from data_tools.check.findings import FileReport, Report, Roles, Rounding, listed, plural
+from data_tools.check.findings import FILE_COLUMN, FileReport, Report, Roles, Rounding, listed, plural
 from data_tools.check.genes import Genes, MergeDuplicates, resolve_organism
 from data_tools.check.look import Looked, Progress, counts_elsewhere, look
 from data_tools.check.obs import resolve_roles
@@ -29,6 +29,9 @@ from data_tools.check.vocabulary import take_reference
 from data_tools.inputs.in_memory import NAME as IN_MEMORY
 from data_tools.inputs.registry import members, open_source
 from data_tools.inputs.source import Source
+
+MANY_BARCODES, NEARLY_EMPTY = 500, 0.75
+"""From so many barcodes on, of which so large a share is nearly empty, a matrix is taken for raw droplets (B04)."""
 
 FEW_GENES = 5000
 """Below this, a file is taken for a selection of genes (G04)."""
@@ -319,6 +322,14 @@ def _check_cells(checked: list[_Checked], report: Report) -> None:
                     "False). Leave them out with --primary-only, or they count twice.", where)  # fmt: skip
         if one.statistics is not None:
             _check_libraries(one.statistics.library, one.report.keep, report, where)
+    if len(checked) > 1:
+        every = pd.Index(np.concatenate([one.source.obs.index.to_numpy(object) for one in checked]))
+        own = sum(int(one.source.obs.index.duplicated().sum()) for one in checked)
+        if shared := int(every.duplicated().sum()) - own:
+            examples = listed(every[every.duplicated()].unique(), 3)
+            report.add("B03", "fix", f"{shared:,} barcodes occur in several files ({examples}): cells are called "
+                f"BARCODE-FILE in the store, and the column '{FILE_COLUMN}' names the file of each.")  # fmt: skip
+            report.shared_barcodes = True
     statistics = [one.statistics for one in checked if one.statistics is not None]
     if statistics:
         nonempty = [found.detected > 0 for found in statistics]
@@ -338,6 +349,8 @@ def _check_libraries(library: NDArray[np.float64], keep: NDArray[np.bool_], repo
     if n_empty := int((empty & keep).sum()):
         report.add("B01", "fix", f"{plural(n_empty, 'cell has', 'cells have')} no counts: left out.", where)
         keep &= ~empty
+    if _looks_unfiltered(library, keep, report, where):
+        return
     if keep.sum() < 20:
         return
     logs = np.log(library[keep])
@@ -349,6 +362,23 @@ def _check_libraries(library: NDArray[np.float64], keep: NDArray[np.bool_], repo
         many = f"{plural(high, 'cell has', 'cells have')} very many counts (up to {library[keep].max():,.0f})"
         report.add("B04", "warning", f"{' and '.join([few] * (low > 0) + [many] * (high > 0))}, beside a median of "
             f"{np.exp(median):,.0f}: debris or doublets? They are kept; filter them if they are.", where)  # fmt: skip
+
+
+def _looks_unfiltered(library: NDArray[np.float64], keep: NDArray[np.bool_], report: Report, where: Path) -> bool:
+    """B04: most barcodes of a raw matrix are droplets without a cell; their few molecules are of the fluid."""
+    if len(library) < MANY_BARCODES:
+        return False
+    best = float(np.quantile(library, 0.999))  # of cells, where there are any
+    nearly = library < max(0.02 * best, 2)
+    if nearly.mean() < NEARLY_EMPTY or best < 100:
+        return False
+    cells = int((library >= 0.1 * best).sum())
+    least = max(0.02 * best, 2)
+    report.add("B04", "warning", f"{nearly.mean():.0%} of the {len(library):,} barcodes hold next to nothing (fewer "
+        f"than {least:,.0f} counts, where the largest hold {best:,.0f}): these are raw droplets, most of them "
+        f"without a cell. Use the filtered matrix (filtered_feature_bc_matrix), or call cells first (CellRanger, "
+        f"EmptyDrops, CellBender); by their counts alone about {cells:,} are cells.", where)  # fmt: skip
+    return True
 
 
 def _join_organisms(checked: list[_Checked], report: Report) -> None:

@@ -12,15 +12,20 @@ import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 from rich.console import Console, Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from bgen.names import shown
 
 Level = Literal["error", "warning", "fix", "info"]
 LEVELS: dict[Level, str] = {"error": "bold red", "warning": "yellow", "fix": "cyan", "info": "dim"}
 """Levels, gravest first, and their colours. "fix" is something that the build mends and reports."""
 
 Rounding = Literal["none", "nearest", "stochastic"]
+
+
+FILE_COLUMN = "file"
+"""obs column of the input file of each cell, where barcodes do not tell cells apart."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ class Finding:
 class Roles:
     """Which obs column plays which role; None where none does.
 
-    ``condition`` may name several columns. ``control`` is the label of ``perturbation`` that means "not perturbed".
+    ``condition`` may name several columns. ``control`` is the label of ``perturbation`` that means "not perturbed",
+    and ``separator`` stands between the names of its labels (:mod:`data_tools.check.labels`); None: to be found.
     Units are words: "hours", "uM". ``detected`` names the roles that were not given but found.
     """
 
@@ -59,6 +65,7 @@ class Roles:
     condition: tuple[str, ...] = ()
     perturbation: str | None = None
     control: str | None = None
+    separator: str | None = None
     time: str | None = None
     time_unit: str | None = None
     dose: str | None = None
@@ -132,6 +139,8 @@ class Report:
         Roles common to all files.
     organism
         Latin name, "synthetic", or "unknown".
+    shared_barcodes
+        Whether a barcode occurs in several files, so that a store names cells by file, too.
     """
 
     files: list[FileReport] = field(default_factory=list)
@@ -140,6 +149,7 @@ class Report:
     gene_cells: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     roles: Roles = field(default_factory=Roles)
     organism: str = "unknown"
+    shared_barcodes: bool = False
 
     @property
     def errors(self) -> list[Finding]:
@@ -194,10 +204,10 @@ class Report:
         for file in self.files:
             about = file.values
             files.add_row(
-                escape(str(file.path)),
+                Text(shown(file.path)),
                 f"{file.n_cells:,}",
                 f"{len(file.gene_map):,}",
-                file.matrix or "-",
+                Text(shown(file.matrix or "-")),
                 f"{about['zeros']:.1%}" if "zeros" in about else "-",
                 f"{about['median_library']:,.0f}" if file.matrix and "median_library" in about else "-",
                 f"{about['max']:,.6g}" if "max" in about else "-",
@@ -216,7 +226,7 @@ class Report:
                 named = finding.where and (several or not self.files)
                 where = f"{Path(finding.where).name}{_and_more(len(files_of) - 1)}: " if named else ""
                 table.add_row(
-                    finding.id, Text(finding.level, style=LEVELS[finding.level]), escape(where + finding.message)
+                    finding.id, Text(finding.level, style=LEVELS[finding.level]), Text(shown(where + finding.message))
                 )
             yield table
         yield self._verdict()
@@ -241,7 +251,7 @@ class Report:
         }
         for column, role in roles.columns().items():
             source = "its name" if role in roles.detected else "you"
-            table.add_row(role, escape(column + details.get(role, "")), source)
+            table.add_row(role, Text(shown(column + details.get(role, ""))), source)
         if not roles.columns():
             table.add_row("none", "", "")
         return table
@@ -253,7 +263,7 @@ class Report:
         kept = sum(int(file.keep.sum()) for file in self.files)
         rest = [plural(number["warning"], "warning")] if number["warning"] else []
         rest += [plural(number["fix"], "fix", "fixes")] if number["fix"] else []
-        text = f"Good to build: {kept:,} cells x {len(self.genes):,} genes, organism {self.organism}"
+        text = f"Good to build: {kept:,} cells x {len(self.genes):,} genes, organism {shown(self.organism)}"
         return Text(text + (f" ({', '.join(rest)})." if rest else "."), style="bold green")
 
 

@@ -24,6 +24,7 @@ SYSTEMS = {
     "WormBase": r"^WBGene\d{8}$",
     "FlyBase": r"^FBgn\d{7}$",
     "spike-in": r"^ERCC-\d{5}$",
+    "interval": r"^(?:chr)?[A-Za-z0-9._]{1,20}[:_-]\d{2,}[-_]\d{2,}$",
     "number": r"^\d+(?:\.0)?$",
     "counter": r"^(?:V|X|x|var|gene|Gene|GENE|feature|Feature|g|G)[_.\-]?\d+$",
 }
@@ -218,6 +219,16 @@ def _check_system(
             Finding("G02", "warning", f"gene ids are numbers ({listed(ids, 3)}): taken as Entrez ids.{other}")
         )
         return "number"
+    if main == "interval":
+        findings.append(
+            Finding(
+                "G02",
+                "error",
+                f"{where} holds genomic intervals ({listed(ids, 3)}), not genes: is this chromatin accessibility"
+                f" (ATAC)? bgen models counts of genes: give the file or modality with these.{other}",
+            )
+        )
+        return main
     named = share.drop("spike-in", errors="ignore")
     if len(named) > 1 and named.iloc[1] > 0.01 and main != "spike-in":
         parts = ", ".join(f"{part:.0%} {name}" for name, part in named[named > 0.01].items())
@@ -239,7 +250,7 @@ def _better_column(var: pd.DataFrame, gene_column: str | None) -> str:
     for column in (*ID_COLUMNS, *SYMBOL_COLUMNS):
         if column in var and column != gene_column and not var[column].isna().any() and var[column].is_unique:
             main = systems_of(pd.Index(var[column].astype(str))).mode()[0]
-            if main not in ("number", "counter"):
+            if main not in ("number", "counter", "interval"):
                 what = "symbols" if main == "symbol" else f"{main} ids"
                 return f" var['{column}'] has unique {what}: --gene-column {column}."
     return ""

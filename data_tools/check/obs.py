@@ -14,7 +14,10 @@ import numpy as np
 import pandas as pd
 
 from bgen.errors import nearest
+from bgen.store.format.columns import NAMED, is_whole, whole_as_text
 from data_tools.check.findings import Level, Roles, listed
+from data_tools.check.labels import CONTROLS, alike, fold, read_grammar
+from data_tools.check.quantities import Quantities, Quantity, dose_unit, read_quantities, time_unit
 
 NAMES: dict[str, tuple[str, ...]] = {
     "cell_type": (
@@ -41,40 +44,18 @@ NAMES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Role to usual column names, likeliest first: CELLxGENE, scPerturb, GEARS, cell-load, Tahoe-100M, CellFlow."""
 
-CONTROLS = (
-    "control", "ctrl", "non-targeting", "nontargeting", "non-targeting control", "ntc", "nt", "neg", "negctrl",
-    "negative control", "scramble", "scrambled", "safe-targeting", "unperturbed", "untreated", "dmso_tf", "dmso",
-    "vehicle", "mock", "none", "wt", "wild type",
-)  # fmt: skip
-"""Labels that usually mean "not perturbed"."""
-
-UNITS = {
-    "hours": ("h", "hr", "hrs", "hour", "hours", "hpf"),
-    "days": ("d", "day", "days", "dpf"),
-    "minutes": ("m", "min", "mins", "minute", "minutes"),
-    "seconds": ("s", "sec", "second", "seconds"),
-    "weeks": ("w", "week", "weeks"),
-    "months": ("month", "months"),
-    "years": ("y", "year", "years"),
-}
-"""Units of time and how they are written."""
-
 MIN_CELLS = 10
 """A label with fewer cells cannot be learned or tested."""
 
 Add = Callable[[str, Level, str], None]
 
 
-def fold(name: str) -> str:
-    """Return a name without case and punctuation, for comparison."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
 def detect_roles(obs: pd.DataFrame) -> dict[str, Any]:
     """Return role to column for the roles that column names show; "condition" is a tuple of columns.
 
     Case and punctuation do not matter. "condition" is the perturbation where its labels are written as GEARS does
-    ("ctrl", "A+ctrl") and no other column is. Times and doses must be numbers.
+    ("ctrl", "A+ctrl") and no other column is. Times and doses are numbers, or texts that
+    :func:`data_tools.check.quantities.read_quantities` reads.
     """
     by_name: dict[str, str] = {}
     for column in obs.columns:
@@ -83,7 +64,7 @@ def detect_roles(obs: pd.DataFrame) -> dict[str, Any]:
     for role, names in NAMES.items():
         columns = list(dict.fromkeys(by_name[fold(name)] for name in names if fold(name) in by_name))
         if role in ("time", "dose"):
-            columns = [c for c in columns if pd.api.types.is_numeric_dtype(obs[c]) and obs[c].dtype != bool]
+            columns = [c for c in columns if _is_quantity(obs[c], "time" if role == "time" else "dose")]
         elif role == "condition" and "perturbation" not in found and "condition" in by_name:
             labels = obs[by_name["condition"]].astype(str).unique()
             if "ctrl" in labels or any(str(label).endswith("+ctrl") for label in labels):
@@ -94,10 +75,38 @@ def detect_roles(obs: pd.DataFrame) -> dict[str, Any]:
     return found
 
 
-def time_unit(text: str) -> str | None:
-    """Return the unit in a text such as "h", "Hours" or "minutes after first cleavage", None if there is none."""
-    first = re.match(r"[a-z]+", text.strip().lower())
-    return next((unit for unit, written in UNITS.items() if first and first[0] in written), None)
+def _is_quantity(values: pd.Series, what: Quantity) -> bool:
+    """Whether a column holds times or doses: numbers, or texts that are read as such."""
+    if pd.api.types.is_bool_dtype(values):
+        return False
+    if pd.api.types.is_numeric_dtype(values):
+        return True
+    found = read_quantities(values, what)
+    return bool(found.read) and not found.wrong
+
+
+def take_roles(obs: pd.DataFrame, columns: Mapping[str, str], units: Mapping[str, str]) -> pd.DataFrame:
+    """Return obs as the roles of its columns want them, which is how a store has them.
+
+    Times and doses that are written as text become numbers; whole numbers that name a cell type, a batch, a donor, a
+    perturbation or a population become categories.
+
+    Parameters
+    ----------
+    columns
+        Role to column.
+    units
+        Unit of the time and of the dose.
+    """
+    changed: dict[str, Any] = {}
+    for role, column in columns.items():
+        values = obs[column]
+        if role in ("time", "dose") and not pd.api.types.is_numeric_dtype(values):
+            what: Quantity = "time" if role == "time" else "dose"
+            changed[column] = read_quantities(values, what, units.get(role)).numbers
+        elif role in NAMED and is_whole(values):
+            changed[column] = whole_as_text(values)
+    return obs.assign(**changed) if changed else obs
 
 
 def resolve_roles(
@@ -135,6 +144,8 @@ def resolve_roles(
             if value and value not in taken:
                 setattr(roles, role, value)
                 detected.append(role)
+        elif not names and role in ("time", "dose"):
+            _tell_of_unread(role, obs, roles.columns(), add)
     roles.detected = tuple(detected)
     for column, role in roles.columns().items():
         if role in ("time", "dose"):
@@ -149,6 +160,21 @@ def resolve_roles(
     return roles
 
 
+def _tell_of_unread(role: str, obs: pd.DataFrame, taken: Mapping[str, str], add: Add) -> None:
+    """Say that a column is called like a time or dose, and why it is not taken for one."""
+    by_name = {fold(str(column)): str(column) for column in reversed(obs.columns)}
+    for name in NAMES[role]:
+        column = by_name.get(fold(name))
+        if column is None or column in taken or pd.api.types.is_bool_dtype(obs[column]):
+            continue
+        found = read_quantities(obs[column], "time" if role == "time" else "dose")
+        if found.read:  # some are times or doses
+            add("O01", "warning", f"'{column}' looks like a {role}, but is not used as one: {found.complaint()} cannot "
+                f"be read as a {role}. Mend these texts (such as '24h', 'day 3', '10 uM'), or switch it off with "
+                f"--{role} none.")  # fmt: skip
+            return
+
+
 def _check_labels(role: str, column: str, detected: bool, obs: pd.DataFrame, add: Add) -> None:
     missing = int(obs[column].isna().sum())
     if missing == len(obs):
@@ -157,7 +183,14 @@ def _check_labels(role: str, column: str, detected: bool, obs: pd.DataFrame, add
         return
     if missing:
         add("O01", "warning", f"{role} '{column}' has no value in {missing:,} cells: they are kept as unknown.")
-    counts = obs[column].astype(str)[obs[column].notna()].value_counts()
+    values = obs[column]
+    if role in NAMED and is_whole(values):
+        values = whole_as_text(values)
+        add("O01", "info", f"{role} '{column}' holds whole numbers: they are taken as names. If they are an amount, "
+            f"switch the role off (--{role.replace('_', '-')} none) or give it as --condition {column}.")  # fmt: skip
+    counts = values.astype(str)[values.notna().to_numpy()].value_counts()
+    for pair in alike({str(label): int(n) for label, n in counts.items()}):
+        add("O01", "warning", f"{role} '{column}': {pair}. Give them one name if they are one.")
     if len(counts) == 1:
         level = "info" if detected else "warning"
         add("O01", level, f"{role} '{column}' has one level, '{counts.index[0]}': there is nothing to tell apart.")
@@ -177,32 +210,31 @@ def _check_numbers(
     role: str, column: str, detected: bool, given: Roles, obs: pd.DataFrame, uns: Mapping[str, Any], add: Add
 ) -> str | None:
     """Check a time or dose and return its unit, None if the column cannot be used."""
-    values = obs[column]
-    if not pd.api.types.is_numeric_dtype(values) or values.dtype == bool:
-        text = values.astype(str)
-        wrong = text[pd.to_numeric(text, errors="coerce").isna()].unique()
-        fix = (
-            f"not numbers: {listed(wrong)}. Write numbers in one unit."
-            if len(wrong)
-            else f"written as text, such as '{text.iloc[0]}'. Convert it: "
-            f"adata.obs['{column}'] = adata.obs['{column}'].astype(float)"
-        )
-        add("O01", "error", f"{role} '{column}' is {fix}")
+    what: Quantity = "time" if role == "time" else "dose"
+    given_unit = getattr(given, f"{role}_unit")
+    found = read_quantities(obs[column], what, given_unit)
+    values = pd.Series(found.numbers, index=obs.index)
+    if found.wrong or pd.api.types.is_bool_dtype(obs[column]):
+        example = "'24h', 'day 3' or 'E8.5'" if role == "time" else "'0' and '10 uM'"
+        add("O01", "error", f"{role} '{column}' is not numbers: {found.complaint() or 'true and false'}. Write numbers "
+            f"in one unit, or texts such as {example}.")  # fmt: skip
         return None
+    if found.read:
+        add("O01", "info", found.sentence(column))
     bad = int((~np.isfinite(values.to_numpy(np.float64))).sum())
     if bad:
-        what = f"{role} '{column}' is NaN or infinite in {bad:,} cells"
+        wrong = f"{role} '{column}' is NaN or infinite in {bad:,} cells"
         if detected:
-            add("O01", "warning", f"{what}: the column is not used as {role}. Fill them and check again to use it.")
+            add("O01", "warning", f"{wrong}: the column is not used as {role}. Fill them and check again to use it.")
             return None
         hint = " A vehicle has dose 0." if role == "dose" else ""
-        add("O01", "error", f"{what}. Fill them or remove the cells.{hint}")
+        add("O01", "error", f"{wrong}. Fill them or remove the cells.{hint}")
     if role == "dose" and (values < 0).any():
         add("O01", "error", f"dose '{column}' is negative in {int((values < 0).sum()):,} cells.")
     if values.nunique() == 1:
         level: Level = "info" if detected else "warning"
         add("O01", level, f"{role} '{column}' has one value, {values.iloc[0]:g}: there is nothing to learn from it.")
-    unit = _unit(role, column, given, obs, uns)
+    unit = _unit(role, column, given, found, obs, uns)
     if unit is None:
         example = "hours" if role == "time" else "uM"
         if detected:
@@ -213,26 +245,29 @@ def _check_numbers(
     return unit
 
 
-def _unit(role: str, column: str, given: Roles, obs: pd.DataFrame, uns: Mapping[str, Any]) -> str | None:
-    """Return a unit: given, else in uns, else in an obs column "<role>_unit", else in the column's name."""
-    named = getattr(given, f"{role}_unit") or uns.get(f"{role}_unit")
+def _unit(
+    role: str, column: str, given: Roles, found: Quantities, obs: pd.DataFrame, uns: Mapping[str, Any]
+) -> str | None:
+    """Return a unit: given, else in the texts, in uns, in an obs column "<role>_unit", or in the column's name."""
+    named = getattr(given, f"{role}_unit") or found.unit or uns.get(f"{role}_unit")
     if named is None and f"{role}_unit" in obs and obs[f"{role}_unit"].dropna().nunique() == 1:
         named = obs[f"{role}_unit"].dropna().iloc[0]
     if named is not None:
         return (time_unit(str(named)) or str(named)) if role == "time" else str(named)
     last = re.split(r"[_\s.]+", column.lower())[-1]
     if role == "dose":
-        return {"um": "uM", "nm": "nM", "mm": "mM"}.get(last)
+        return dose_unit(last) if last in ("um", "nm", "mm", "pm") else None
     return time_unit(last)
 
 
 def _check_perturbation(roles: Roles, given: Roles, obs: pd.DataFrame, genes: pd.DataFrame, add: Add) -> None:
-    """Find the control label and look the perturbed genes up (P01)."""
+    """Find the control label, say how labels are read, and look the perturbed genes up (P01)."""
     if roles.perturbation is None:
         if given.control:
             add("P01", "error", "--control needs the column that holds it: --perturbation COLUMN.")
         return
-    labels = obs[roles.perturbation].dropna().astype(str).value_counts()
+    values = obs[roles.perturbation]
+    labels = (whole_as_text(values) if is_whole(values) else values).dropna().astype(str).value_counts()
     top = listed([f"{label} ({n:,})" for label, n in labels.items()])
     guesses = {fold(label): str(label) for label in reversed(labels.index)}
     control = given.control or next((guesses[fold(name)] for name in CONTROLS if fold(name) in guesses), None)
@@ -245,11 +280,18 @@ def _check_perturbation(roles: Roles, given: Roles, obs: pd.DataFrame, genes: pd
         return
     roles.control = control
     known = set(genes.index) | set(genes["symbol"])
-    neutral = {"", *map(fold, CONTROLS)}
-    targets: dict[str, None] = {}
-    for label in labels.index[labels.index != control]:
-        parts = re.split(r"[+,;|]", label) if label not in known else [label]
-        targets.update(dict.fromkeys(part.strip() for part in parts if fold(part) not in neutral))
+    grammar = read_grammar(map(str, labels.index), [control], given.separator, known)
+    roles.separator = grammar.separator
+    add("P01", "info", f"'{roles.perturbation}': {grammar.sentence({str(k): int(n) for k, n in labels.items()})}")
+    neutral = set(map(fold, CONTROLS))
+    others = [label for label in labels.index if not grammar.is_control(label) and fold(label) in neutral]
+    if others:
+        add("P01", "warning", f"'{roles.perturbation}': {listed([f'{name} ({labels[name]:,})' for name in others])} "
+            f"also mean 'not perturbed' in most data, beside the control '{control}'. A store has one control label: "
+            "give all controls that label if they are one.")  # fmt: skip
+    targets = dict.fromkeys(
+        part for label in labels.index for part in grammar.members(label) if fold(part) not in neutral
+    )
     unknown = [target for target in targets if target not in known]
     if unknown and len(unknown) == len(targets):
         add("P01", "warning", f"none of the {len(unknown)} perturbations of '{roles.perturbation}' is a gene of the "

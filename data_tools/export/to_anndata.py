@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from bgen.arrays import I64
 from bgen.errors import UserError
-from bgen.files import slashes_in_names, whole
+from bgen.files import require_local, slashes_in_names, whole
+from bgen.names import index_name
 from bgen.progress import Count
 from bgen.store.format.codec import find_bad_row, unpack_rows
 from bgen.store.format.recode import gather
@@ -54,6 +55,7 @@ def to_anndata(
         If ``out`` is there or has another ending, a column's name cannot be written, a count is not exact in float32,
         or the store is damaged.
     """
+    require_local(out)
     if out.suffix not in (".h5ad", ".zarr"):
         raise UserError(f"--out {out}: end it in .h5ad or .zarr.")
     if out.exists():
@@ -84,7 +86,7 @@ def to_anndata(
 def _annotation(store: Store, cells: I64) -> anndata.AnnData:
     """Return everything but the counts."""
     manifest = store.manifest
-    obs = pd.DataFrame(index=pd.Index(store.names()[cells], name="cell"))
+    obs = pd.DataFrame(index=pd.Index(store.names()[cells], name=index_name("cell", manifest.columns)))
     for name in manifest.columns:
         column, values = store.column(name)
         picked = values[cells]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,50 @@ def test_missing_file_cycle_and_no_mapping(tmp_path: Path) -> None:
         load_config(loop)
     with pytest.raises(UserError, match="key: value"):
         load_config(write(tmp_path / "list.yaml", "- a\n"))
+
+
+@pytest.mark.parametrize("value", ["5", "[[1]]", "[a: b]", "{a: b}", "true"])
+def test_extends_names_files(tmp_path: Path, value: str) -> None:
+    with pytest.raises(UserError, match="extends names a file or a list of files"):
+        load_config(write(tmp_path / "x.yaml", f"extends: {value}\n"))
+
+
+def test_files_that_extend_the_same_ones_are_read_once(tmp_path: Path) -> None:
+    write(tmp_path / "f0.yaml", "extends: vae\n")
+    for number in range(1, 25):  # 2^24 ways lead to the first one
+        write(tmp_path / f"f{number}.yaml", f"extends: [f{number - 1}, f{number - 1}]\n")
+    assert load_config(tmp_path / "f24.yaml", ["data.store=s", "out=o"]).stage == "vae"
+    write(tmp_path / "g0.yaml", "extends: vae\n")
+    for number in range(1, 40):
+        write(tmp_path / f"g{number}.yaml", f"extends: g{number - 1}\n")
+    with pytest.raises(UserError, match="more than 30 configurations extend one another"):
+        load_config(tmp_path / "g39.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in pairwise("abcdefghijklmnopqr")), "aliases"),
+        ("a: &a [*a]\n", "aliases"),
+        ("[" * 20_000, "nested too deeply"),
+        ("a: " + "9" * 5000 + "\n", "not valid YAML"),
+        ("#" * 2_000_000, "it is no configuration"),
+        ("a: \x00", "not valid YAML"),
+    ],
+)  # fmt: skip
+def test_yaml_that_would_take_all_memory_or_time(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load_config(write(tmp_path / "x.yaml", text))
+    assert len(str(error.value)) < 2000
+
+
+def test_numbers_are_finite_and_long_values_are_shortened(base: Path) -> None:
+    for override in ("train.learning_rate=.inf", "train.learning_rate=.nan"):
+        with pytest.raises(UserError, match=r"train\.learning_rate"):
+            load_config(base, [override])
+    with pytest.raises(UserError) as error:
+        load_config(base, [f"train.steps={'x' * 5000}"])
+    assert len(str(error.value)) < 600
 
 
 def test_a_fine_tuning_names_its_parent_and_nothing_that_it_does_not_use(tmp_path: Path) -> None:

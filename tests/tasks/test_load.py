@@ -68,9 +68,9 @@ def test_conditions_not_asked_for_follow_the_training_cells(model: Model) -> Non
     there = table[table["cell_type"] == 0]
     assert set(np.round(made.obs["time"].unique(), 3)) <= set(there["time"].round(3))
     assert made.uns["bgen"]["unseen"] is False or made.uns["bgen"]["unseen"] == 0
-    nowhere = model.generate(5, where={"time": 1234.5})
+    nowhere = model.generate(5, where={"time": 12.25})  # between the times of the training cells
     assert nowhere.uns["bgen"]["unseen"]
-    assert (nowhere.obs["time"] == 1234.5).all()
+    assert (nowhere.obs["time"] == 12.25).all()
 
 
 def test_conditions_come_in_the_training_cells_proportions() -> None:
@@ -98,7 +98,7 @@ def test_embedding_matches_genes_by_id(model: Model, cells: anndata.AnnData) -> 
 
 
 def test_embedding_refuses_what_it_cannot_read(model: Model, cells: anndata.AnnData) -> None:
-    few = cells[:, :60].copy()
+    few = cells[:, np.argsort(np.asarray(cells.X.sum(0)).ravel())[:60]].copy()  # with the fewest molecules
     with pytest.raises(UserError, match=r"60 of the 120 genes.*look like"):
         model.embed(few)
     logged = cells.copy()
@@ -125,3 +125,47 @@ def test_versions_of_ensembl_ids_do_not_matter() -> None:
     assert plain_ids(ids) == ["ENSG00000240216", "ENSMUSG00000000001_PAR", "G12.5"]
     assert plain_ids(["ENSG00000240216.7", "ENSG00000240216.8"]) == ["ENSG00000240216.7", "ENSG00000240216.8"]
     assert match_genes(["G12.5", "ENSG00000240216"], ids, what="the data").tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n": 0},
+        {"n": 2.5},
+        {"n": 10**12},
+        {"n": "many"},
+        {"seed": -1},
+        {"library_size": -5},
+        {"library_size": np.nan},
+        {"library_size": np.inf},
+        {"noise": np.nan},
+        {"steps": 10**9},
+        {"where": {"time": 1e6}},
+        {"where": {"time": np.nan}},
+        {"where": {"time": "soon"}},
+        {"where": {"dose": -3}},
+        {"where": ["time"]},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_generated_is_told(demo: Any, options: Any) -> None:
+    with pytest.raises(UserError):
+        bgen.load(demo.model).generate(**{"n": 3, **options})
+
+
+def test_times_within_training_are_asked_for_with_their_unit(demo: Any) -> None:
+    model = bgen.load(demo.model)
+    low, high = (float(f(model.saved.combinations["time"])) for f in (min, max))
+    made = model.generate(5, where={"time": f"{(low + high) / 2 / 24} days"})
+    assert np.allclose(made.obs["time"], (low + high) / 2)
+    with pytest.raises(UserError, match=f"time {high + 1:g} lies outside those of the training cells, {low:g} to"):
+        model.generate(5, where={"time": high + 1})
+
+
+def test_states_and_sizes_have_to_fit(demo: Any) -> None:
+    model = bgen.load(demo.model)
+    z = np.zeros((2, model.saved.vae.size - 1), np.float32)
+    assert model.decode(z, np.ones(2, np.float32)).shape == (2, 120)
+    for state, size in ((z[:, :-1], np.ones(2)), (z, np.ones(5))):
+        with pytest.raises(UserError, match="Latent states are"):
+            model.decode(state, size.astype(np.float32))

@@ -229,25 +229,37 @@ def test_what_was_matched_is_told(bgen: Any, demo: Any, model: Model, tmp_path: 
     few = cells[:, np.sort(order[5:])].copy()  # the genes with most molecules are missing
     few.var_names = ["other" if i == 0 else name for i, name in enumerate(few.var_names)]
     few.obs["batch"] = ["batch_new"] * 10 + few.obs["batch"].astype(str).tolist()[10:]
-    matched = model.read(few).matched
+    matched = model.read(few, floor=0.5).matched
     assert (matched.genes, len(matched.missing), matched.unknown) == (114, 6, ["other"])
     assert matched.values == {"batch": {"batch_new": 10}}
     assert matched.molecules == pytest.approx(1 - few.X[:, 0].sum() / few.X.sum())
     share = np.asarray(cells.X.sum(0)).ravel()[order[:5]].sum() / cells.X.sum()
     assert matched.missing_molecules == pytest.approx(share, abs=0.1)
     few.write_h5ad(tmp_path / "few.h5ad")
-    done = bgen("embed", demo.model, tmp_path / "few.h5ad", "--out", tmp_path / "a.h5ad")
+    done = bgen("embed", demo.model, tmp_path / "few.h5ad", "--out", tmp_path / "a.h5ad", "--floor", 0.5)
     assert "114 of the model's 120 genes" in done.err
     assert "The genes that the data lacks hold about" in done.err
     assert "batch_new (10) cells" in done.err
-    told = json.loads(bgen("embed", demo.model, tmp_path / "few.h5ad", "--out", tmp_path / "b.h5ad", "--json").out)
+    told = json.loads(
+        bgen("embed", demo.model, tmp_path / "few.h5ad", "--out", tmp_path / "b.h5ad", "--floor", 0.5, "--json").out
+    )
     assert told["matched"]["genes_missing"] == 6
     assert told["matched"]["unknown_values"] == {"batch": {"batch_new": 10}}
     half = few[:, :60].copy()
     del half.var["symbol"]  # by which the other gene would be found
     with pytest.raises(UserError, match=r"59 of the 120 genes.*--floor.*hold 9\d% of the data's"):
         model.read(half)
-    assert model.read(half, floor=0.4).matched.genes == 59
+    assert model.read(half, floor=0.2).matched.genes == 59
+
+
+def test_the_gate_counts_molecules_and_not_genes(model: Model, cells: anndata.AnnData) -> None:
+    """A few genes hold most molecules, so a share of the genes says little about what is there."""
+    order = np.argsort(-model.expected_shares(), kind="stable")
+    with pytest.raises(UserError, match=r"115 of the 120 genes of the model \(96%\), which hold [4-7]\d% of the mol"):
+        model.read(cells[:, np.sort(order[5:])].copy())
+    most = model.read(cells[:, np.sort(order[:72])].copy()).matched  # 60 % of the genes
+    assert most.genes == 72
+    assert most.missing_molecules < 0.2
 
 
 def test_what_is_not_counts_is_told_with_where_counts_are(model: Model, cells: anndata.AnnData) -> None:

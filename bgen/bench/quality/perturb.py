@@ -37,12 +37,14 @@ from bgen.evaluate.registry import PerturbationProtocol, find_protocol
 from bgen.files import require_new_folder
 from bgen.genes.table import find_genes
 from bgen.progress import Say
+from bgen.tasks.columns import text_column
 from bgen.tasks.finetune.finetune import Request, finetune
 from bgen.tasks.load import Model
 from bgen.tasks.perturb.held_out import DOSE, Key, predict_held_out, screen_keys, split_screen
 from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, require_controls
-from bgen.tasks.user_cells import read_input, text_column
+from bgen.tasks.user_cells import read_input
 from bgen.version import __version__
+from data_tools.check.labels import JOIN, WHOLE
 
 GROUP, TARGETS, COMBINATIONS, DOSES = "group", "targets", "combinations", "doses"
 WAYS = (f"{GROUP}:COLUMN", f"{TARGETS}:N", f"{COMBINATIONS}:N", DOSES)
@@ -112,7 +114,10 @@ def bench_perturb(
     if cell_eval:
         require_cell_eval()
     cells = read_input(path)
-    require_controls(text_column(cells, columns.perturbation), columns.control, f"obs['{columns.perturbation}']")
+    columns = columns.resolved(cells)
+    require_controls(columns.labels(cells), columns)
+    for sentence in columns.sentences(cells):
+        say(sentence)
     planned = {text: [splits(cells, columns, *_read(text), seed) for seed in range(seeds)] for text in leave}
     require_new_folder(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -140,13 +145,18 @@ def bench_perturb(
 def splits(cells: AnnData, columns: Columns, way: str, what: str, seed: int) -> list[Split]:
     """Return the splits of one way to leave out; ``what`` is its column or number."""
     keys = screen_keys(cells, columns)
-    sizes = Counter(key for key in keys if key[0] and key[0] != (columns.control,))
+    separator = columns.grammar.separator
+
+    def joined(names: tuple[str, ...]) -> str:
+        return (JOIN if separator == WHOLE else separator).join(names)
+
+    sizes = Counter(key for key in keys if key[0] and key != columns.control_key)
     large = sorted((key for key, size in sizes.items() if size >= LEAST_CELLS), key=str)
     if way == GROUP:
         return _groups(cells, columns, keys, what)
     if way == DOSES:
         doses = {name: sorted(key[1] for key in large if key[0] == name and key[1]) for name, _ in large}
-        chosen = ["+".join(name) + f"{DOSE}{dose:g}" for name in doses for dose in doses[name][1:-1]]
+        chosen = [joined(name) + f"{DOSE}{dose:g}" for name in doses for dose in doses[name][1:-1]]
         if not chosen:
             raise UserError(
                 f"--leave {DOSES}: no perturbation has three doses of at least {LEAST_CELLS} cells; --dose names their"
@@ -160,7 +170,7 @@ def splits(cells: AnnData, columns: Columns, way: str, what: str, seed: int) -> 
         able += [key[0] for key in large if len(key[0]) == 1 and find_genes(genes, key[0])[0] >= 0]
     else:
         able += [key[0] for key in large if len(key[0]) > 1 and all(((part,), key[1]) in sizes for part in key[0])]
-    names = list(dict.fromkeys("+".join(names) for names in able))
+    names = list(dict.fromkeys(joined(names) for names in able))
     if len(names) <= int(what):
         raise UserError(f"--leave {way}:{what}: there are only {len(names)} that could be left out.")
     chosen = sorted(np.random.default_rng([seed, 6]).permutation(names)[: int(what)].tolist())
@@ -169,7 +179,7 @@ def splits(cells: AnnData, columns: Columns, way: str, what: str, seed: int) -> 
 
 def _groups(cells: AnnData, columns: Columns, keys: Sequence[Key], column: str) -> list[Split]:
     group = text_column(cells, column)
-    control = np.array([key[0] == (columns.control,) for key in keys])
+    control = np.array([key == columns.control_key for key in keys])
     made = []
     for value in np.unique(group[group != ""]):
         here = group == value

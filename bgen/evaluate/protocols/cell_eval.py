@@ -8,6 +8,7 @@ other half, corrected to their full number, for the figures for which it gives o
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import tempfile
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ def require_cell_eval() -> None:
 
 
 def cell_eval_figures(held_out: Sequence[HeldOut], *, seed: int = 0) -> Figures:
-    """Return cell-eval's figures; all perturbations must have the same control cells.
+    """Return cell-eval's figures; perturbations with other control cells are judged by themselves, and averaged.
 
     Raises
     ------
@@ -48,6 +49,19 @@ def cell_eval_figures(held_out: Sequence[HeldOut], *, seed: int = 0) -> Figures:
         If the library is not installed.
     """
     require_cell_eval()
+    groups: dict[str, list[HeldOut]] = {}
+    for one in held_out:
+        groups.setdefault(_digest(one.control), []).append(one)
+    return average([_figures(group, seed) for group in groups.values()], [len(group) for group in groups.values()])
+
+
+def _digest(cells: sp.csr_matrix) -> str:
+    arrays = (cells.indptr, cells.indices, cells.data)
+    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
+
+
+def _figures(held_out: Sequence[HeldOut], seed: int) -> Figures:
+    """Return the figures of perturbations that have the same control cells."""
     from cell_eval import MetricsEvaluator
 
     rng = np.random.default_rng(seed)
@@ -69,13 +83,13 @@ def cell_eval_figures(held_out: Sequence[HeldOut], *, seed: int = 0) -> Figures:
     return found
 
 
-def average(parts: Sequence[Figures]) -> Figures:
-    """Return the means of several sets of figures; None where one of them has none."""
+def average(parts: Sequence[Figures], weights: Sequence[float] | None = None) -> Figures:
+    """Return the (weighted) means of several sets of figures; None where one of them has none."""
 
     def mean(row: str, name: str) -> float | None:
         values = [part[row].get(name) for part in parts]
         known = [value for value in values if value is not None]
-        return float(np.mean(known)) if len(known) == len(values) else None
+        return float(np.average(known, weights=weights)) if len(known) == len(values) else None
 
     return {row: {name: mean(row, name) for name in figures} for row, figures in parts[0].items()}
 

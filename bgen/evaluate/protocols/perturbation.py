@@ -171,7 +171,7 @@ class PerturbationScores:
             row: {
                 key: {
                     "mean": _number(self.mean(row, key)),
-                    "interval": self.interval(row, key),
+                    "interval": [_number(v) for v in self.interval(row, key)],
                     "by_seed": [_number(v) for v in np.nanmean(v, 1)],
                     "by_perturbation": [_number(v) for v in v.mean(0)],
                 }

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from bgen.evaluate.metrics.metric import ARROWS, Better, Metric, shortfall
 from bgen.files import write_result
@@ -70,12 +71,15 @@ class Score:
 
     @property
     def verdict(self) -> Verdict:
-        """Say where the model stands: at the ceiling if it is not clearly worse than real cells, else by baseline."""
+        """Say where the model stands: at the ceiling if it is not clearly worse than real cells, else by baseline.
+
+        How noisy the baseline is says nothing of the distance between the model and real cells.
+        """
         model, baseline, ceiling = (getattr(self, row).shortfall(self.metric.better) for row in ROWS)
-        noise = NOISE * max(model.sd, baseline.sd, ceiling.sd)
-        margin = max(noise, CLOSE * abs(baseline.mean - ceiling.mean))
-        if model.mean <= ceiling.mean + margin:
+        least = CLOSE * abs(baseline.mean - ceiling.mean)
+        if model.mean <= ceiling.mean + max(NOISE * max(model.sd, ceiling.sd), least):
             return "at the ceiling"
+        margin = max(NOISE * max(model.sd, baseline.sd, ceiling.sd), least)
         if model.mean < baseline.mean - margin:
             return "better than the baseline"
         return "worse than the baseline" if model.mean > baseline.mean + margin else "no better than the baseline"
@@ -166,7 +170,7 @@ class Scores:
         for score in self.scores:
             verdict = score.verdict
             cells = [score.cell(row) for row in ROWS]
-            mark = f"[{STYLES[verdict]}]{SHORT[verdict]}[/]"
+            mark = Text(SHORT[verdict], style=STYLES[verdict])
             table.add_row(f"{score.metric.title} {ARROWS[score.metric.better]}", *cells, mark)
         return table
 

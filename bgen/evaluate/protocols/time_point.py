@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
+from rich.text import Text
 from scipy import sparse
 
 from bgen.arrays import F64
@@ -174,7 +175,7 @@ class TimeScores:
             ]
             table.add_row(row, *cells)
         verdicts = [self.verdict(m.key) for m in self.metrics]
-        table.add_row("verdict", *(f"[{STYLES[verdict]}]{SHORT[verdict]}[/]" for verdict in verdicts))
+        table.add_row("verdict", *(Text(SHORT[verdict], style=STYLES[verdict]) for verdict in verdicts))
         return table
 
 

@@ -16,6 +16,10 @@ entries, slow).
 """
 
 
+_LARGEST = 2**31 - 1
+"""Counts are int32."""
+
+
 def sample_negative_binomial(mu: Tensor, theta: Tensor, keys: Tensor) -> Tensor:
     """Draw int32 ``[B, G]`` with means ``mu [B, G]`` and inverse dispersions ``theta [G]``, keyed by ``keys [B]``."""
     return negative_binomial_quantile(uniform64(keys, Stream.COUNTS, mu.shape[1]), mu, theta)
@@ -36,7 +40,7 @@ def negative_binomial_quantile(uniforms: Tensor, mu: Tensor, theta: Tensor) -> T
         from scipy import stats  # takes most of a second to import, in every process that trains
 
         mean, size, quantile = (values[large].cpu().numpy() for values in (mu, theta, uniforms))
-        drawn = torch.from_numpy(stats.nbinom.ppf(quantile, size, size / (size + mean)))
+        drawn = torch.from_numpy(stats.nbinom.ppf(quantile, size, size / (size + mean))).clamp_(max=_LARGEST)
         counts[large.view(-1)] = drawn.to(counts)
 
     entry = ((uniforms > probability) & ~large).view(-1).nonzero().squeeze(1)

@@ -27,6 +27,9 @@ ROWS_CHUNK = 65_536
 MOST_WIDTH = 4096
 """Entries of a row, at most: bytes of a barcode."""
 
+NAMED = ("cell_type", "batch", "donor", "perturbation")
+"""Roles whose columns hold names, also where these are written as numbers."""
+
 TYPES = ("uint8", "uint16", "uint32", "uint64", "int32", "int64", "float32", "float64")
 
 
@@ -155,3 +158,19 @@ def encode_column(values: pd.Series) -> tuple[Column, NDArray[Any]] | None:
     if len(categories) > MAX_CATEGORIES:
         return None
     return Column(kind="category", categories=[str(category) for category in categories]), codes.astype(np.int32)
+
+
+def is_whole(values: pd.Series) -> bool:
+    """Whether a column holds whole numbers (and cells without a value), and no other values."""
+    if not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
+        return False
+    numbers = values.to_numpy(np.float64, na_value=np.nan)
+    numbers = numbers[~np.isnan(numbers)]
+    return bool(len(numbers)) and bool((np.isfinite(numbers) & (numbers == np.rint(numbers))).all())
+
+
+def whole_as_text(values: pd.Series) -> pd.Series:
+    """Return whole numbers as text, without a decimal point: 3.0 is "3"; a cell without a value has none."""
+    codes, numbers = pd.factorize(values.to_numpy(np.float64, na_value=np.nan))
+    texts = np.array([*(str(int(number)) for number in numbers), None], dtype=object)
+    return pd.Series(texts[codes], index=values.index, dtype=object)  # code -1: no value

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
 
-from bgen.errors import UserError
+from bgen.errors import MOST_COUNTS, require_number
 from bgen.evaluate.metrics.calibration import calibration
 from bgen.evaluate.metrics.denoising import molecular_cross_validation, split_molecules
 from bgen.tasks.anndata_model import AnnDataModel
@@ -40,8 +40,7 @@ def denoise_cells(model: AnnDataModel, cells: UserCells, *, library_size: float 
         ``uns['bgen_denoise']``. Genes keep their mean over similar cells: differences within a cell state are gone, so
         do not test for differential expression on this layer.
     """
-    if library_size is not None and not library_size > 0:
-        raise UserError(f"The library size is a positive number of counts, not {library_size:g}.")
+    require_number("library_size", library_size, 1, MOST_COUNTS)
     z, _ = model.encode(cells)
     values = cells.as_layer(_expected(model, cells, z, np.flatnonzero(cells.known), library_size))
     denoised = cells.copy()

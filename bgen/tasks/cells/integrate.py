@@ -18,7 +18,8 @@ from bgen.evaluate.metrics.integration import UNINTEGRATED, require_scib, scib_f
 from bgen.evaluate.metrics.mixing import batch_mixing
 from bgen.evaluate.metrics.space import fit_space
 from bgen.tasks.anndata_model import AnnDataModel
-from bgen.tasks.user_cells import UserCells, text_column
+from bgen.tasks.columns import text_column
+from bgen.tasks.user_cells import UserCells
 
 EMBEDDING = "X_bgen_integrated"
 LAYER = "integrated"

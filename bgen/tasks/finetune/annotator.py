@@ -15,17 +15,15 @@ from bgen.hub.about import About, Annotation
 from bgen.hub.directory import Module, SavedModel
 from bgen.models.annotator import LABEL, Annotator
 from bgen.nn.lora import add_lora, merge_lora
+from bgen.tasks.cells.annotate import LEAST_CELLS, without_rare
+from bgen.tasks.columns import text_column
 from bgen.tasks.finetune.request import RANK, WATCHED, Request
 from bgen.tasks.finetune.task import Job, Task
-from bgen.tasks.user_cells import text_column
 from bgen.train.stages.in_memory import MemoryStage, split_watched
-
-LEAST_CELLS = 5
-"""Cells that a label needs."""
 
 
 class Annotate(Task[NDArray[np.str_]]):
-    """Labels of cells; prepared are the user's own ``[N]``, "" where there is none."""
+    """Labels of cells; prepared are the user's own ``[N]``, "" where there is none that can be learned."""
 
     def require(self, request: Request) -> None:
         """See :class:`Task`."""
@@ -44,10 +42,19 @@ class Annotate(Task[NDArray[np.str_]]):
                 f" {'too few: ' + ', '.join(short) if short else 'it holds ' + str(len(names))}."
             )
 
+    def understood(self, adata: AnnData, request: Request) -> list[str]:
+        """See :class:`Task`."""
+        assert request.label is not None, "checked at the start"
+        _, rare = without_rare(text_column(adata, request.label))
+        if not rare:
+            return []
+        named = ", ".join(f"{name} ({n})" for name, n in rare.items())
+        return [f"Labels with fewer than {LEAST_CELLS} cells are not learned: {named}."]
+
     def prepare(self, grown: SavedModel, adata: AnnData, request: Request) -> NDArray[np.str_]:
         """See :class:`Task`."""
         assert request.label is not None, "checked at the start"
-        return text_column(adata, request.label)
+        return without_rare(text_column(adata, request.label))[0]
 
     def train(self, job: Job, prepared: NDArray[np.str_]) -> tuple[Module, About]:
         """See :class:`Task`."""

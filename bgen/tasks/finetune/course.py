@@ -22,18 +22,19 @@ from bgen.config.flow import FlowConfig
 from bgen.config.load import load_finetune
 from bgen.config.train import TrainConfig
 from bgen.distributed import world as ranks
-from bgen.errors import UserError, nearest
+from bgen.errors import UserError
 from bgen.hub.about import About
 from bgen.hub.directory import Module, SavedModel
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.nn.lora import merge_lora
 from bgen.order.keys import hash_keys
+from bgen.tasks.columns import require_column, text_column
 from bgen.tasks.finetune.flow import choose_trained
 from bgen.tasks.finetune.request import WATCHED, Request, require_wide_layers
 from bgen.tasks.finetune.task import Job, Task
 from bgen.tasks.time.axis import trained_over_time
-from bgen.tasks.user_cells import text_column
 from bgen.train.stages.course_in_memory import CourseStage
+from data_tools.check.quantities import read_quantities
 
 LEAST_TIMES, LEAST_CELLS = 3, 10
 
@@ -55,12 +56,18 @@ class Course:
         obs columns that name a trajectory.
     code
         Number of each cell's trajectory ``[n_cells]``.
+    unit
+        Unit of the times, if the data say it.
+    read
+        How times that are written as text were understood, as a sentence; "" for numbers.
     """
 
     column: str
     time: NDArray[np.float64]
     system: list[str]
     code: NDArray[np.int64]
+    unit: str | None = None
+    read: str = ""
 
     @property
     def times(self) -> NDArray[np.float64]:
@@ -77,8 +84,10 @@ class Course:
         return np.sort(order[~watched]), np.sort(order[watched])
 
 
-def read_course(adata: AnnData, column: str | None, system: list[str]) -> Course:
+def read_course(adata: AnnData, column: str | None, system: list[str], unit: str | None = None) -> Course:
     """Read the times and trajectories of the user's cells.
+
+    ``unit`` is the one that texts are read in ("day 3", "24h"); None: their own.
 
     Raises
     ------
@@ -87,17 +96,22 @@ def read_course(adata: AnnData, column: str | None, system: list[str]) -> Course
     """
     if column is None:
         raise UserError("--task time needs --time: the obs column with the time of each cell.")
-    if column not in adata.obs:
-        raise UserError(f"obs has no column '{column}'.{nearest(column, adata.obs.columns)}")
-    time = pd.to_numeric(adata.obs[column].astype(object), errors="coerce").to_numpy(np.float64)
+    require_column(adata, column)
+    found = read_quantities(adata.obs[column], "time", unit)
+    time = found.numbers
     if not np.isfinite(time).all():
+        wrong = f" ({found.complaint()})" if found.wrong else ""
         raise UserError(
-            f"obs['{column}'] holds no number for {int((~np.isfinite(time)).sum()):,} of {adata.n_obs:,} cells: give"
-            " each its time, or remove those cells."
+            f"obs['{column}'] holds no time for {int((~np.isfinite(time)).sum()):,} of {adata.n_obs:,} cells{wrong}:"
+            " give each its time, as a number or as text such as '24h', 'day 3' or 'E8.5', or remove those cells."
         )
     labels = [text_column(adata, name) for name in system]
     code = pd.factorize(pd.MultiIndex.from_arrays(labels))[0] if labels else np.zeros(adata.n_obs, np.int64)
-    course = Course(column, time, system, code.astype(np.int64))
+    declared = adata.uns.get("time_unit")
+    said = found.sentence(column) if found.read else ""
+    course = Course(
+        column, time, system, code.astype(np.int64), found.unit or (str(declared) if declared else None), said
+    )
     counts = pd.Series(time).value_counts().sort_index()
     if len(counts) < LEAST_TIMES:
         raise UserError(
@@ -163,14 +177,13 @@ def _scale(gap: float) -> str:
     return f"flow.backbone.time.scale={gap}"
 
 
-def about_course(about: About, course: Course, shape: TrajectoriesConfig, adata: AnnData) -> About:
+def about_course(about: About, course: Course, shape: TrajectoriesConfig) -> About:
     """Return what the model directory says, and what it says of time."""
-    unit = adata.uns.get("time_unit")
     said: dict[str, Any] = {
         "trajectories": shape,
         "times": [float(time) for time in course.times],
         "roles": {**about.roles, "time": course.column},
-        **({"units": {"time": str(unit)}} if unit else {}),
+        **({"units": {"time": course.unit}} if course.unit else {}),
     }
     return about.model_copy(update=said)
 
@@ -181,15 +194,24 @@ class Time(Task[Course]):
     def check(self, parent: SavedModel, adata: AnnData, request: Request) -> None:
         """See :class:`Task`."""
         require_wide_layers(parent, request)
+        for name in request.system:
+            require_column(adata, name)
         self.prepare(parent, adata, request)
+
+    def understood(self, adata: AnnData, request: Request) -> list[str]:
+        """See :class:`Task`."""
+        said = read_course(adata, request.time, list(request.system)).read
+        return [said] if said else []
 
     def configure(self, adata: AnnData, request: Request, overrides: Sequence[str]) -> FinetuneConfig:
         """See :class:`Task`; the typical gap of the course is the unit of the flow's time."""
         return course_config(read_course(adata, request.time, list(request.system)), overrides)
 
     def prepare(self, grown: SavedModel, adata: AnnData, request: Request) -> Course:
-        """See :class:`Task`."""
-        return read_course(adata, request.time, list(request.system))
+        """See :class:`Task`; times of a parent's own column are read in its unit."""
+        goes_on = trained_over_time(grown) and grown.about.roles.get("time") == request.time
+        unit = grown.about.units.get("time") if goes_on else None
+        return read_course(adata, request.time, list(request.system), unit)
 
     def train(self, job: Job, prepared: Course) -> tuple[Module, About]:
         """Train the flow over time: the parent's, if it has one of the same column, else a new one."""
@@ -217,4 +239,4 @@ class Time(Task[Course]):
         )
         job.runs.fit(stage.config, stage)
         merge_lora(flow.backbone)
-        return flow, about_course(job.about, course, shape, job.cells.adata)
+        return flow, about_course(job.about, course, shape)

@@ -21,13 +21,16 @@ import torch
 from torch import nn
 
 from bgen.data.cells_in_memory import MemoryCells
+from bgen.errors import UserError
 from bgen.evaluate.protocols.perturbation import PerturbationScores
 from bgen.evaluate.registry import PerturbationProtocol, find_protocol
 from bgen.hub.about import About, Finetuning, HeldOutScores, Parent
-from bgen.hub.directory import SavedModel, count_combinations, load_directory, save_model
+from bgen.hub.directory import SavedModel, count_combinations, load_directory, save_model, update_about
 from bgen.models.generators.latent_flow import LatentFlow
+from bgen.names import shown
 from bgen.progress import Say
 from bgen.tasks.anndata_model import AnnDataModel
+from bgen.tasks.columns import require_column
 from bgen.tasks.finetune.autoencoder import adapt_autoencoder
 from bgen.tasks.finetune.grow import grow, known_columns, widen_library
 from bgen.tasks.finetune.registry import task_of
@@ -57,7 +60,7 @@ def finetune(
     *,
     overrides: Sequence[str] = (),
     resume: bool = False,
-    say: Say = print,
+    say: Say | None = None,
 ) -> Tuned:
     """Fine-tune a model directory on cells and write ``out/model``.
 
@@ -74,7 +77,7 @@ def finetune(
     resume
         Go on with what ``out`` holds, from the newest whole checkpoint; start if there is nothing yet.
     say
-        Told on rank 0 what is matched, new and trained.
+        Told on rank 0 what is matched, new and trained; default: it is printed.
 
     Raises
     ------
@@ -89,11 +92,15 @@ def finetune(
         require_new_run(out)
     parent, read = load_directory(folder), read_user_data(data, **request.reading)
     require_cells_enough(len(read))
+    for name in request.named_columns:
+        require_column(read.adata, name)
+    request = task.resolve(read, request)
     task.check(parent, read.adata, request)
     base = task.configure(read.adata, request, overrides).model_copy(update={"parent": folder})
     world = check(base)
-    if not world.is_main:
-        say = _say_nothing
+    say = (say or _print) if world.is_main else _say_nothing
+    for sentence in task.understood(read.adata, request):
+        say(sentence)
     torch.manual_seed(base.seed)  # new rows
     read, kept_back = task.hold_out(read, request, base.seed)
     if kept_back is not None:
@@ -102,11 +109,14 @@ def finetune(
     for sentence in cells.matched.sentences(values=False):
         say(sentence)
     grown = grow(parent, cells, add_genes=request.add_genes, say=say)
+    shares = AnnDataModel(grown).expected_shares()
     if len(grown.genes) > len(parent.genes):
-        cells = read.match(grown.genes, grown.columns)
+        cells = read.match(grown.genes, grown.columns, shares, grown.about.units)
     else:
-        cells = cells.with_columns(grown.columns)
+        cells = cells.with_columns(grown.columns, grown.about.units)
     prepared = task.prepare(grown, cells.adata, request)
+    if kept_back is not None:
+        task.require_scorable(grown, cells, kept_back, request)
     memory = MemoryCells(cells.counts, known_columns(grown, cells))
     widen_library(grown.vae, memory)
     runs = Runs(resume, request_fingerprint(parent, cells.adata, memory, request), say)
@@ -124,26 +134,36 @@ def finetune(
         about=about,
         metrics=None,
     )
-    scores: PerturbationScores | None = None
     if not world.is_main:  # scoring may take longer than ranks wait for each other, so nothing waits for it
-        return Tuned(made, scores)
-    if kept_back is not None:
-        say("Scoring on what was held out ...")
-        scores = task.score(AnnDataModel(made), cells, kept_back.match(grown.genes, grown.columns), request)
+        return Tuned(made, None)
+    # Before it is scored: a score that fails loses no model. One that is there is of fewer steps: the run was resumed.
+    save_model(made, out / MODEL, replace=True)
+    if kept_back is None:
+        return Tuned(made, None)
+    say("Scoring on what was held out ...")
+    try:
+        held_out = kept_back.match(grown.genes, grown.columns, shares, grown.about.units)
+        scores = task.score(AnnDataModel(made), cells, held_out, request, say)
+    except UserError as error:
+        raise UserError(f"The model is trained and saved: {out / MODEL}. Its score failed: {error}") from error
     if scores is not None:
         assert about.perturbation is not None, "only perturbations are held out"
         found = HeldOutScores.model_validate(scores.as_json())
         made.about = about.model_copy(
             update={"perturbation": about.perturbation.model_copy(update={"held_out": found})}
         )
+        update_about(out / MODEL, made.about)
         facts = {"parent": parent.about.name, "cells trained on": len(cells), "bgen": __version__}
         find_protocol(PerturbationProtocol).report(out / "report.html", scores, provenance=facts)
-    save_model(made, out / MODEL, replace=True)  # one that is there is of fewer steps: the run was resumed
     return Tuned(made, scores)
 
 
 def _conditions(module: nn.Module) -> list[str]:
     return module.conditions.names if isinstance(module, LatentFlow) else []
+
+
+def _print(text: str) -> None:
+    print(shown(text))
 
 
 def _say_nothing(_: str) -> None:

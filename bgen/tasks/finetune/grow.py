@@ -20,7 +20,8 @@ from bgen.hub.directory import Module, SavedModel
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.grow import grow_flow, grow_vae
 from bgen.models.vae.vae import VAE
-from bgen.tasks.user_cells import UserCells, text_column
+from bgen.tasks.columns import text_column
+from bgen.tasks.user_cells import UserCells
 
 
 def grow(parent: SavedModel, cells: UserCells, *, add_genes: bool, say: Callable[[str], None]) -> SavedModel:

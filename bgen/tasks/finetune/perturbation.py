@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import torch
 from anndata import AnnData
@@ -14,14 +17,23 @@ from bgen.genes.network import Network, read_network
 from bgen.hub.about import About, EffectOf, EffectScale, Perturbation, RegulatoryNetwork
 from bgen.hub.directory import Module, SavedModel
 from bgen.models.generators.perturbation_flow import PerturbationFlow
+from bgen.progress import Say
 from bgen.tasks.anndata_model import AnnDataModel
+from bgen.tasks.columns import require_column
 from bgen.tasks.finetune.request import Request
 from bgen.tasks.finetune.task import Job, Task
 from bgen.tasks.perturb.effect_scale import fit_scale
 from bgen.tasks.perturb.effects import fit_effects
-from bgen.tasks.perturb.held_out import score_held_out, split_rows
-from bgen.tasks.perturb.screen import Columns, gene_rows, read_screen, require_controls, require_plain_counts
-from bgen.tasks.user_cells import UserCells, UserData, text_column
+from bgen.tasks.perturb.held_out import require_scorable, score_held_out, split_rows
+from bgen.tasks.perturb.screen import (
+    Columns,
+    gene_rows,
+    read_doses,
+    read_screen,
+    require_controls,
+    require_plain_counts,
+)
+from bgen.tasks.user_cells import UserCells, UserData
 from bgen.train.stages.in_memory import split_watched
 from bgen.train.stages.perturbation_pairs import PairStage
 
@@ -39,11 +51,21 @@ class Perturb(Task[Network | None]):
     def check(self, parent: SavedModel, adata: AnnData, request: Request) -> None:
         """See :class:`Task`."""
         columns = _columns(request)
-        for name in (*columns.strata, columns.perturbation):
-            given = text_column(adata, name)
-        require_controls(given, columns.control, f"obs['{columns.perturbation}']")
-        if set(given) <= {columns.control, ""}:
+        for name in columns.strata:
+            require_column(adata, name)
+        given = columns.labels(adata)
+        control = require_controls(given, columns)
+        if (control | (given == "")).all():
             raise UserError(f"All cells of obs['{columns.perturbation}'] are controls: there is nothing to learn from.")
+        read_doses(adata, columns, given)
+
+    def resolve(self, data: UserData, request: Request) -> Request:
+        """See :class:`Task`."""
+        return replace(request, columns=_columns(request).resolved(data.adata))
+
+    def understood(self, adata: AnnData, request: Request) -> list[str]:
+        """See :class:`Task`."""
+        return _columns(request).sentences(adata)
 
     def hold_out(self, data: UserData, request: Request, seed: int) -> tuple[UserData, UserData | None]:
         """See :class:`Task`."""
@@ -55,6 +77,10 @@ class Perturb(Task[Network | None]):
     def prepare(self, grown: SavedModel, adata: AnnData, request: Request) -> Network | None:
         """See :class:`Task`."""
         return None if request.network is None else read_network(request.network, grown.genes)
+
+    def require_scorable(self, grown: SavedModel, cells: UserCells, kept_back: UserData, request: Request) -> None:
+        """See :class:`Task`."""
+        require_scorable(cells, kept_back.adata, _columns(request), grown.genes)
 
     def train(self, job: Job, prepared: Network | None) -> tuple[Module, About]:
         """See :class:`Task`."""
@@ -96,17 +122,25 @@ class Perturb(Task[Network | None]):
         said = Perturbation(
             perturbations=data.names,
             strata=list(columns.strata),
+            column=columns.perturbation,
+            controls=list(columns.controls),
+            separator=columns.grammar.separator,
             effects=[EffectOf(set=list(names), dose=dose) for names, dose in zip(effects.sets, doses, strict=True)],
             effect_scale=scale,
             network=used,
         )
-        return flow, job.about.model_copy(update={"perturbation": said, "control": columns.control})
+        told: dict[str, Any] = {"perturbation": said, "control": columns.controls[0]}
+        if columns.dose is not None:
+            told["roles"] = {**job.about.roles, "dose": columns.dose}
+            rest = {role: unit for role, unit in job.about.units.items() if role != "dose"}
+            told["units"] = rest | ({"dose": columns.dose_unit} if columns.dose_unit else {})
+        return flow, job.about.model_copy(update=told)
 
     def score(
-        self, model: AnnDataModel, cells: UserCells, kept_back: UserCells, request: Request
+        self, model: AnnDataModel, cells: UserCells, kept_back: UserCells, request: Request, say: Say
     ) -> PerturbationScores | None:
         """See :class:`Task`."""
-        return score_held_out(model, cells, kept_back, _columns(request))
+        return score_held_out(model, cells, kept_back, _columns(request), say=say)
 
 
 def _columns(request: Request) -> Columns:

@@ -60,6 +60,14 @@ class Request:
     network: Path | None = None
 
     @property
+    def named_columns(self) -> list[str]:
+        """The obs columns that are named, which must be there."""
+        named = [self.label, self.time, *self.system]
+        if self.columns is not None:
+            named += [self.columns.perturbation, self.columns.dose, *self.columns.strata]
+        return [name for name in dict.fromkeys(named) if name is not None]
+
+    @property
     def reading(self) -> Reading:
         """How the cells are read."""
         return Reading(counts=self.counts, gene_column=self.gene_column, floor=self.floor, layer=self.layer)

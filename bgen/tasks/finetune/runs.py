@@ -91,10 +91,7 @@ def run_config(base: FinetuneConfig, stage: Literal["vae", "flow", "perturb"], o
 
 def request_fingerprint(parent: SavedModel, adata: AnnData, cells: MemoryCells, request: Request) -> dict[str, str]:
     """Return what must be the same when fine-tuning is resumed: the parent, the cells and what is asked of them."""
-    named = [request.label, request.time, *request.system]
-    if request.columns is not None:
-        named += [request.columns.perturbation, request.columns.dose, *request.columns.strata]
-    table = adata.obs[[name for name in dict.fromkeys(named) if name is not None]].astype(str)
+    table = adata.obs[request.named_columns].astype(str)
     digest = hashlib.sha256(cells.digest().encode())
     digest.update(pd.util.hash_pandas_object(table).to_numpy().tobytes())
     asked = json.dumps(asdict(request), default=str)

@@ -19,6 +19,7 @@ from bgen.errors import UserError
 from bgen.evaluate.protocols.perturbation import PerturbationScores
 from bgen.hub.about import About
 from bgen.hub.directory import Module, SavedModel
+from bgen.progress import Say
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.finetune.request import Request
 from bgen.tasks.finetune.runs import Runs, run_config
@@ -83,6 +84,8 @@ class Task(abc.ABC, Generic[Prepared]):
             raise UserError(
                 f"--network is about unseen targets of --task perturb, not of --task {request.task}: leave it out."
             )
+        if request.hold_out:
+            raise UserError(f"--hold-out is about --task perturb, not about --task {request.task}: leave it out.")
 
     def check(self, parent: SavedModel, adata: AnnData, request: Request) -> None:
         """Raise UserError if the parent or the data cannot give what is asked for; nothing is trained yet."""
@@ -90,6 +93,14 @@ class Task(abc.ABC, Generic[Prepared]):
     def configure(self, adata: AnnData, request: Request, overrides: Sequence[str]) -> FinetuneConfig:
         """Return the settings of the training runs, with the user's overrides."""
         return load_finetune("finetune", overrides)
+
+    def resolve(self, data: UserData, request: Request) -> Request:
+        """Return the request with what the data decide, once for all parts of them."""
+        return request
+
+    def understood(self, adata: AnnData, request: Request) -> list[str]:
+        """Say how the columns of the task are understood, a sentence each."""
+        return []
 
     def hold_out(self, data: UserData, request: Request, seed: int) -> tuple[UserData, UserData | None]:
         """Return the cells to train on, and those that are kept from training to score predictions on, if any."""
@@ -99,12 +110,15 @@ class Task(abc.ABC, Generic[Prepared]):
     def prepare(self, grown: SavedModel, adata: AnnData, request: Request) -> Prepared:
         """Return what the training needs beside the cells, read and checked before anything is trained."""
 
+    def require_scorable(self, grown: SavedModel, cells: UserCells, kept_back: UserData, request: Request) -> None:
+        """Raise UserError if what is kept back cannot be scored after training; ``cells`` are those to train on."""
+
     @abc.abstractmethod
     def train(self, job: Job, prepared: Prepared) -> tuple[Module, About]:
         """Train the task's network; return the module to save, and what the model directory says of it."""
 
     def score(
-        self, model: AnnDataModel, cells: UserCells, kept_back: UserCells, request: Request
+        self, model: AnnDataModel, cells: UserCells, kept_back: UserCells, request: Request, say: Say
     ) -> PerturbationScores | None:
         """Return scores of predictions of the cells that were kept back; None if the task has none."""
         return None

@@ -4,6 +4,9 @@ The user names what is held out; its cells and a part of the control cells are k
 control cells, and compared by the protocol ``perturbation-v3`` with baselines that need no model: control copy, train
 mean, the sum of the members' training effects for combinations, and the nearest trained dose.
 
+Control cells, and the real cells of baselines, are those of the strata of the perturbed cells, in the same proportions:
+otherwise the difference between cell lines, say, would count as effect of a perturbation that one of them has.
+
 Axes: N cells, G genes.
 """
 
@@ -12,21 +15,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
 
 from bgen.errors import UserError, nearest
 from bgen.evaluate.metrics.space import log_cp10k
-from bgen.evaluate.protocols.perturbation import TRAIN_MEAN, HeldOut, PerturbationScores
+from bgen.evaluate.protocols.perturbation import MIN_CELLS, TRAIN_MEAN, HeldOut, PerturbationScores
 from bgen.evaluate.registry import PerturbationProtocol, find_protocol
 from bgen.genes.table import find_genes
 from bgen.order.keys import hash_keys
+from bgen.progress import Say
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.perturb.effect_estimates import log_effect
-from bgen.tasks.perturb.perturb import perturb_cells
-from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, members, require_controls, strata_codes
-from bgen.tasks.user_cells import UserCells, text_column
+from bgen.tasks.perturb.perturb import ALL, perturb_cells
+from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, common_strata, read_doses, require_controls, strata_codes
+from bgen.tasks.user_cells import UserCells
+from data_tools.check.labels import JOIN
+from data_tools.check.quantities import read_quantities
 
 CONTROL_SHARE = 0.25
 """Share of the control cells that held-out perturbations are predicted from; if there are few, up to half."""
@@ -65,35 +72,77 @@ def split_rows(
     UserError
         If a label has no cells, or there are too few control cells.
     """
-    label = text_column(adata, columns.perturbation)
-    control = require_controls(label, columns.control, f"obs['{columns.perturbation}']")
+    label = columns.labels(adata)
+    control = require_controls(label, columns)
     controls = np.flatnonzero(control)
     if len(controls) < 2 * LEAST_CONTROLS and not shared_controls:
         raise UserError(
             f"There are {len(controls)} control cells; to hold perturbations out, at least {2 * LEAST_CONTROLS} are"
             " needed: half to train on, half to predict from."
         )
-    kept = max(round(CONTROL_SHARE * len(controls)), min(len(controls) // 2, 2 * LEAST_CONTROLS))
     back = np.zeros(adata.n_obs, bool)
-    if not shared_controls:
-        back[controls[np.argsort(hash_keys(seed, controls))[:kept]]] = True
+    stratum = strata_codes(adata, columns)
+    for number in () if shared_controls else np.unique(stratum[controls]):
+        own = controls[stratum[controls] == number]
+        kept = max(round(CONTROL_SHARE * len(own)), min(len(own) // 2, 2 * LEAST_CONTROLS))
+        back[own[np.argsort(hash_keys(seed, own))[:kept]]] = True
     keys = screen_keys(adata, columns)
     for text in held_out:
-        wanted = _read(text)
+        wanted = _read(text, columns, label)
         here = np.array([_agrees(key, wanted) for key in keys]) & ~control
         if not here.any():
-            names = sorted(set(label.tolist()) - {columns.control, ""})
+            names = sorted(set(label[~control].tolist()) - {""})
             raise UserError(f"--hold-out: no cell has the label '{text}'.{nearest(text, names)}")
         back |= here
     return ~back, back | control if shared_controls else back
 
 
 def score_held_out(
-    model: AnnDataModel, train: UserCells, back: UserCells, columns: Columns, *, seeds: int = 3
+    model: AnnDataModel, train: UserCells, back: UserCells, columns: Columns, *, seeds: int = 3, say: Say | None = None
 ) -> PerturbationScores:
     """Predict what was kept back and score it; both sets are as :func:`split_screen` returns them."""
-    made = predict_held_out(model, train, back, columns)
+    made = predict_held_out(model, train, back, columns, say=say)
     return find_protocol(PerturbationProtocol).evaluate(train.counts, made, seeds=seeds)
+
+
+def require_scorable(train: UserCells, back: AnnData, columns: Columns, genes: pd.DataFrame) -> None:
+    """Check, before anything is trained, that what is held out can be predicted and scored.
+
+    ``genes`` is the gene table of the model that is to be trained, whose counts ``train`` has.
+
+    Raises
+    ------
+    UserError
+        If a held-out target is neither trained on nor a gene that control cells express, a dose is missing, or there
+        are too few cells of it or of control cells of its strata.
+    """
+    keys, held_keys = screen_keys(train.adata, columns), screen_keys(back, columns)
+    control = np.array([key == columns.control_key for key in keys])
+    expressed = np.asarray(train.counts[control].sum(0)).ravel() > 0
+    trained = {name for key in keys for name in key[0] if key != columns.control_key}
+    stratum = strata_codes(back, columns)
+    rows_of = _rows(held_keys)
+    controls = rows_of.get(columns.control_key, np.zeros(0, np.int64))
+    for key, rows in rows_of.items():
+        if key == columns.control_key or not key[0]:
+            continue
+        shown = _named(key)
+        for name, gene in zip(key[0], find_genes(genes, key[0]), strict=True):
+            if name not in trained and (gene < 0 or not expressed[gene]):
+                raise UserError(
+                    f"--hold-out {shown}: '{name}' cannot be predicted: no training cell has it, and it is no gene of"
+                    f" the model that control cells express.{nearest(name, [*sorted(trained), *genes['id']])}"
+                )
+        doses = {other[1] for other in keys if other[1] is not None and set(other[0]) & set(key[0])}
+        if doses and key[1] is None:
+            raise UserError(f"--hold-out {shown}: some of its cells have no dose, though it is trained at doses.")
+        real, _ = within_strata(stratum[rows], stratum[controls])
+        if len(real) < 2 * MIN_CELLS:
+            raise UserError(
+                f"--hold-out {shown}: {len(real)} of its {len(rows)} cells can be compared, and {2 * MIN_CELLS} are"
+                f" needed{_of_strata(columns)}."
+            )
+        _require_enough(key, stratum[rows], stratum[controls], columns)
 
 
 def predict_held_out(
@@ -104,8 +153,9 @@ def predict_held_out(
     *,
     seed: int = 0,
     shared_controls: bool = False,
+    say: Say | None = None,
 ) -> list[HeldOut]:
-    """Predict every label of cells that were kept back from the control cells among them.
+    """Predict every label of cells that were kept back from the control cells of the same strata among them.
 
     Parameters
     ----------
@@ -113,34 +163,49 @@ def predict_held_out(
         What the model was trained on: baselines come from it.
     shared_controls
         Whether the control cells of ``back`` are in ``train``, too.
+    say
+        Told which cells cannot be compared, since their stratum has too few control cells.
     """
     counts, held = train.counts, back.counts
     keys, held_keys = screen_keys(train.adata, columns), screen_keys(back.adata, columns)
-    held_control = np.array([key[0] == (columns.control,) for key in held_keys])
     groups = _perturbed(keys, columns)
     effects = _training_effects(counts, groups, keys, train.adata, columns)
     mean = np.mean(list(effects.values()), axis=0)
-    cells = back[held_control]
+    rows_of = _rows(held_keys)
+    controls = rows_of[columns.control_key]
+    in_train, stratum = common_strata([train.adata, back.adata], columns)
     made = []
-    for key in sorted(set(held_keys), key=str):
-        if key[0] == (columns.control,) or not key[0]:
+    for key in sorted(rows_of, key=str):
+        if key == columns.control_key or not key[0]:
             continue
-        real = np.flatnonzero([other == key for other in held_keys])
-        name = "+".join(key[0])
-        n = max(len(cells), -(-len(real) // 2))  # no control cell twice, as long as there are enough
-        predicted = perturb_cells(model, cells, name, dose=key[1], n=n, seed=seed)
+        every = rows_of[key]
+        _require_enough(key, stratum[every], stratum[controls], columns)
+        kept, chosen = within_strata(stratum[every], stratum[controls])
+        real, control = every[kept], controls[chosen]
+        if say is not None and len(real) < len(every):
+            say(
+                f"{_named(key)}: {len(every) - len(real):,} of {len(every):,} cells are not compared: too few control"
+                f" cells have the same {', '.join(columns.strata)}."
+            )
+        n = max(len(control), -(-len(real) // 2))  # no control cell twice, as long as there are enough
+        cells = back[control]
+        predicted = perturb_cells(model, cells, key[0], control=ALL, dose=key[1], n=n, seed=seed)
         targets = find_genes(model.saved.genes, key[0])
         populations = {}
         if shared_controls:
-            populations[TRAIN_MEAN] = counts[np.concatenate(list(groups.values()))]
+            pools = {TRAIN_MEAN: np.concatenate(list(groups.values()))}
             near = _nearest_dose(key, effects)
             if near is not None:
-                populations[NEAREST_DOSE] = counts[groups[near]]
+                pools[NEAREST_DOSE] = groups[near]
+            for name, pool in pools.items():
+                alike = within_strata(stratum[real], in_train[pool], least=1)[1]
+                if len(alike):
+                    populations[name] = counts[pool[alike]]
         made.append(
             HeldOut(
-                label=name if key[1] is None else f"{name}{DOSE}{key[1]:g}",
+                label=_named(key),
                 real=held[real],
-                control=held[np.flatnonzero(held_control)],
+                control=held[control],
                 predicted=sp.csr_matrix(predicted.X),
                 baselines={TRAIN_MEAN: mean, **_baselines(key, effects)},
                 targets=targets[targets >= 0],
@@ -151,13 +216,69 @@ def predict_held_out(
     return made
 
 
+def within_strata(
+    perturbed: NDArray[np.int64], pool: NDArray[np.int64], least: int = LEAST_CONTROLS
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Choose cells of a pool, such as control cells, so that strata have the proportions of the perturbed cells.
+
+    As many as there are of them. A stratum that would leave fewer than ``least`` in all is left out on both sides, the
+    one with the smallest pool for its cells first.
+
+    Parameters
+    ----------
+    perturbed, pool
+        Stratum of each cell.
+
+    Returns
+    -------
+    tuple
+        Places among the perturbed cells and in the pool, ascending; both empty if nothing can be compared.
+    """
+    numbers, sizes = np.unique(perturbed, return_counts=True)
+    there = np.array([int((pool == number).sum()) for number in numbers], np.int64)
+    order = sorted(range(len(numbers)), key=lambda at: there[at] / sizes[at])
+    while order:
+        worst = order[0]
+        taken = {at: int(there[worst]) * int(sizes[at]) // int(sizes[worst]) for at in order}
+        if sum(taken.values()) >= least:
+            chosen = np.concatenate([_some(np.flatnonzero(pool == numbers[at]), n) for at, n in taken.items()])
+            return np.flatnonzero(np.isin(perturbed, numbers[order])), np.sort(chosen)
+        order = order[1:]
+    return np.zeros(0, np.int64), np.zeros(0, np.int64)
+
+
+def _some(rows: NDArray[np.intp], n: int) -> NDArray[np.int64]:
+    return rows[np.sort(np.argsort(hash_keys(0, rows))[:n])].astype(np.int64)
+
+
+def _require_enough(key: Key, perturbed: NDArray[np.int64], control: NDArray[np.int64], columns: Columns) -> None:
+    if not len(within_strata(perturbed, control)[1]):
+        raise UserError(
+            f"--hold-out {_named(key)}: fewer than {LEAST_CONTROLS} control cells to predict it from"
+            f"{_of_strata(columns)}."
+        )
+
+
+def _of_strata(columns: Columns) -> str:
+    return f" (with the same {', '.join(columns.strata)})" if columns.strata else ""
+
+
+def _named(key: Key) -> str:
+    """Return a set and its dose as text."""
+    return JOIN.join(key[0]) if key[1] is None else f"{JOIN.join(key[0])}{DOSE}{key[1]:g}"
+
+
+def _rows(keys: Sequence[Key]) -> dict[Key, NDArray[np.int64]]:
+    """Return the numbers of the cells of every key."""
+    found: dict[Key, list[int]] = {}
+    for row, key in enumerate(keys):
+        found.setdefault(key, []).append(row)
+    return {key: np.array(rows, np.int64) for key, rows in found.items()}
+
+
 def _perturbed(keys: Sequence[Key], columns: Columns) -> dict[Key, NDArray[np.int64]]:
     """Return the numbers of the cells of every set and dose."""
-    groups: dict[Key, list[int]] = {}
-    for row, key in enumerate(keys):
-        if key[0] and key[0] != (columns.control,):
-            groups.setdefault(key, []).append(row)
-    return {key: np.array(rows) for key, rows in groups.items()}
+    return {key: rows for key, rows in _rows(keys).items() if key[0] and key != columns.control_key}
 
 
 def _training_effects(
@@ -168,7 +289,7 @@ def _training_effects(
     columns: Columns,
 ) -> dict[Key, NDArray[np.float64]]:
     """Return the effect ``[G]`` on the mean logarithm of every set and dose in training, within strata."""
-    control = np.flatnonzero([key[0] == (columns.control,) for key in keys])
+    control = np.flatnonzero([key == columns.control_key for key in keys])
     stratum = strata_codes(train, columns)
     logs = log_cp10k(counts)
     return {key: log_effect(logs, rows, control, stratum) for key, rows in groups.items()}
@@ -197,21 +318,25 @@ def _nearest_dose(key: Key, trained: Iterable[Key]) -> Key | None:
 
 
 def screen_keys(adata: AnnData, columns: Columns) -> list[Key]:
-    """Return the set and dose of every cell; controls have no dose."""
-    label = text_column(adata, columns.perturbation)
-    doses = np.full(adata.n_obs, np.nan) if columns.dose is None else adata.obs[columns.dose].to_numpy(np.float64)
+    """Return the set and dose of every cell; controls, ``columns.control_key``, have no dose."""
+    label = columns.labels(adata)
+    doses, control = read_doses(adata, columns, label), columns.is_control(label)
+    members = {text: columns.grammar.members(str(text)) for text in np.unique(label)}
     return [
-        (tuple(sorted(members(text))), None if np.isnan(dose) or text == columns.control else float(dose))
-        for text, dose in zip(label, doses, strict=True)
+        columns.control_key if is_control else (members[text], None if np.isnan(dose) else float(dose))
+        for text, dose, is_control in zip(label, doses, control, strict=True)
     ]
 
 
-def _read(text: str) -> Key:
-    name, sign, dose = text.partition(DOSE)
-    try:
-        return tuple(sorted(members(name))), float(dose) if sign else None
-    except ValueError:
-        raise UserError(f"--hold-out {text}: '{dose}' is no dose; write LABEL{DOSE}NUMBER.") from None
+def _read(text: str, columns: Columns, label: NDArray[np.str_]) -> Key:
+    """Read a label, or a label with a dose; a label that is there as it stands is no label with a dose."""
+    name, sign, dose = text.rpartition(DOSE)
+    if not sign or (label == text).any():
+        return columns.grammar.members(text), None
+    read = read_quantities(pd.Series([dose]), "dose", columns.dose_unit)
+    if np.isnan(read.numbers[0]):
+        raise UserError(f"--hold-out {text}: '{dose}' is no dose; write LABEL{DOSE}NUMBER.")
+    return columns.grammar.members(name), float(read.numbers[0])
 
 
 def _agrees(key: Key, wanted: Key) -> bool:

@@ -5,8 +5,9 @@ Axes: N cells, G genes of the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,18 +17,24 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bgen.errors import UserError, nearest
+from bgen.errors import MOST_CELLS, MOST_SEEDS, UserError, nearest, require_number
 from bgen.genes.table import find_genes
 from bgen.models.generators.counterfactual import change_counts
 from bgen.models.generators.perturbation_flow import PerturbationFlow, PerturbationSet
+from bgen.names import index_name
 from bgen.order.keys import hash_keys
 from bgen.progress import Progress
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.generate import ENTRIES
 from bgen.tasks.perturb.effects import Effects
-from bgen.tasks.perturb.screen import LEAST_CONTROLS, make_sets, members, require_controls, whitened_latents
-from bgen.tasks.user_cells import UserCells, text_column
+from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, make_sets, require_controls, whitened_latents
+from bgen.tasks.user_cells import UserCells
 from bgen.version import __version__
+from data_tools.check.labels import JOIN, WHOLE, Grammar
+from data_tools.check.quantities import read_quantities
+
+ALL: Literal["all"] = "all"
+"""All cells are controls."""
 
 STEPS = 10
 ANCHOR_CELLS = 2000
@@ -37,10 +44,10 @@ ANCHOR_CELLS = 2000
 def perturb_cells(
     model: AnnDataModel,
     cells: UserCells,
-    perturbation: str,
+    perturbation: str | Sequence[str],
     *,
-    control: tuple[str, str] | None = None,
-    dose: float | None = None,
+    control: tuple[str, str] | Literal["all"] | None = None,
+    dose: float | str | None = None,
     n: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -50,11 +57,13 @@ def perturb_cells(
     Parameters
     ----------
     perturbation
-        A gene or drug, or several joined by "+".
+        A gene or drug, or several: a label as in the data that the model was trained on ("A+B"), or a list.
     control
-        obs column and value that choose the control cells; default: all cells are controls.
+        obs column and value that choose the control cells; "all": all cells are controls; None: those with the model's
+        own control labels, or all cells if the data do not have that column.
     dose
-        In the unit that the model was trained with; needed for drugs trained at several doses.
+        In the unit that the model was trained with, or text with a unit ("10 uM"); needed for drugs trained at several
+        doses.
     n
         Cells to predict; default: one for each control cell. More draw control cells again.
     seed
@@ -64,7 +73,8 @@ def perturb_cells(
     -------
     AnnData
         Integer counts (CSR float32) of the model's genes; obs: that of the control cells, ``control_cell`` (the cell
-        that it was predicted from), ``perturbation`` and ``dose``; provenance in ``uns['bgen']``, with what is unseen.
+        that it was predicted from), ``perturbation`` and ``dose``; provenance in ``uns['bgen']``, with what is unseen
+        and which cells were the controls.
 
     Raises
     ------
@@ -72,12 +82,16 @@ def perturb_cells(
         If the model is no perturbation model, there are no control cells, or nothing is known of the perturbation.
     """
     flow = _require_flow(model)
-    if control is not None:
-        cells = cells[require_controls(text_column(cells.adata, control[0]), control[1], f"obs['{control[0]}']")]
+    require_number("n", n, 1, MOST_CELLS, whole=True)
+    require_number("seed", seed, 0, MOST_SEEDS, whole=True)
+    rows, of_controls = choose_controls(model, cells.adata, control)
+    cells = cells if len(rows) == len(cells) else cells[rows]
     adata = cells.adata
     if adata.n_obs < LEAST_CONTROLS:
         raise UserError(f"There are {adata.n_obs} control cells; at least {LEAST_CONTROLS} are needed.")
+    dose = read_dose(model, dose)
     sets, effect, unseen = ask(model, perturbation, dose)
+    perturbation = perturbation if isinstance(perturbation, str) else JOIN.join(perturbation)
     rng = np.random.default_rng(seed)
     wanted = adata.n_obs if n is None else n
     rows = np.concatenate([rng.permutation(adata.n_obs) for _ in range(-(-wanted // adata.n_obs))])[:wanted]
@@ -108,7 +122,7 @@ def perturb_cells(
     obs = adata.obs.iloc[rows].copy()
     obs["control_cell"] = adata.obs_names[rows]
     obs["perturbation"], obs["dose"] = perturbation, np.nan if dose is None else float(dose)
-    obs.index = pd.Index([f"predicted_{i}" for i in range(wanted)], name="cell")
+    obs.index = pd.Index([f"predicted_{i}" for i in range(wanted)], name=index_name("cell", obs.columns))
     var = model.saved.genes.set_index("id").rename_axis("gene")
     made = AnnData(sp.vstack(parts, format="csr"), obs=obs, var=var)
     made.uns["bgen"] = {
@@ -119,8 +133,68 @@ def perturb_cells(
         "perturbation": perturbation,
         "dose": "none" if dose is None else float(dose),
         "unseen": unseen,
+        "controls": of_controls,
     }
     return made
+
+
+def choose_controls(
+    model: AnnDataModel, adata: AnnData, control: tuple[str, str] | Literal["all"] | None
+) -> tuple[NDArray[np.intp], str]:
+    """Return the rows of the control cells, and what they are in words; see :func:`perturb_cells`.
+
+    Raises
+    ------
+    UserError
+        If there are none, or too few.
+    """
+    every = np.arange(adata.n_obs)
+    about = model.saved.about
+    if control == ALL:
+        return every, f"all {len(every):,} cells"
+    if control is None:
+        facts = about.perturbation
+        assert facts is not None, "checked when it was loaded"
+        column = next((name for name in (facts.column, about.roles.get("perturbation")) if name in adata.obs), None)
+        labels = facts.controls or ([about.control] if about.control else [])
+        if column is None or not labels:
+            return every, f"all {len(every):,} cells (no column says which of them are controls)"
+        columns = Columns(column, labels, separator=facts.separator)
+        if not columns.is_control(columns.labels(adata)).any():
+            there = pd.Series(columns.labels(adata)).value_counts().drop("", errors="ignore")
+            if there.empty:
+                return every, f"all {len(every):,} cells (none has a label in obs['{column}'])"
+            raise UserError(
+                f"No cell has the model's control label '{labels[0]}' in obs['{column}'] (it holds"
+                f" {', '.join(there.index[:5])}). Say which cells are controls: --control {column}=LABEL, or --control"
+                " all."
+            )
+    else:
+        columns = Columns(*control, separator=WHOLE)
+    label = columns.labels(adata)
+    labels = [one for one in columns.controls if control is not None or (label == one).any()] or list(columns.controls)
+    rows = np.flatnonzero(require_controls(label, replace(columns, control=labels)))
+    return rows, f"{len(rows):,} cells with obs['{columns.perturbation}'] {', '.join(labels)}"
+
+
+def read_dose(model: AnnDataModel, dose: float | str | None) -> float | None:
+    """Return a dose in the model's unit.
+
+    Raises
+    ------
+    UserError
+        If it is no dose, or its unit cannot be converted.
+    """
+    if dose is None:
+        return None
+    unit = model.saved.about.units.get("dose")
+    read = read_quantities(pd.Series([dose]), "dose", unit) if isinstance(dose, str) else None
+    if read is not None and (np.isnan(read.numbers[0]) or (unit is None and read.unit is not None)):
+        raise UserError(f"'{dose}' is no dose {f'in {unit}' if unit else 'without a unit, as the model has them'}.")
+    number = float(dose) if read is None else float(read.numbers[0])
+    if not 0 <= number < np.inf:
+        raise UserError(f"A dose is a number from 0 up, not {number:g}.")
+    return number
 
 
 def anchor(
@@ -145,7 +219,7 @@ def anchor(
 
 
 def ask(
-    model: AnnDataModel, perturbation: str, dose: float | None = None
+    model: AnnDataModel, perturbation: str | Sequence[str], dose: float | None = None
 ) -> tuple[PerturbationSet, NDArray[np.float64], list[str]]:
     """Return the set ``[1, K]`` that a label means, its average effect ``[G]``, and the members not trained on.
 
@@ -157,9 +231,17 @@ def ask(
     flow, facts = _require_flow(model), model.saved.about.perturbation
     assert facts is not None, "checked when it was loaded"
     names = facts.perturbations
-    parts = members(perturbation)
-    if not parts or perturbation == model.saved.about.control:
-        raise UserError(f"'{perturbation}' is no perturbation: name a gene or a drug, or several joined by '+'.")
+    if isinstance(perturbation, str):
+        controls = facts.controls or ([model.saved.about.control] if model.saved.about.control else [])
+        is_one = perturbation in names or find_genes(model.saved.genes, [perturbation])[0] >= 0
+        grammar = Grammar(tuple(controls), WHOLE if is_one else facts.separator)
+        parts = [] if grammar.is_control(perturbation) else list(grammar.members(perturbation))
+    else:
+        parts = sorted(set(perturbation))
+    if not parts:
+        raise UserError(
+            f"'{perturbation}' is no perturbation: name a gene or a drug, or several joined by '{facts.separator}'."
+        )
     genes = find_genes(model.saved.genes, parts)
     unseen = [part for part in parts if part not in names]
     for part, gene in zip(parts, genes, strict=True):
@@ -171,11 +253,10 @@ def ask(
             )
     rows = facts.effects
     doses = sorted({row.dose for row in rows if row.dose is not None})
-    if dose is not None and not dose >= 0:
-        raise UserError(f"A dose is a number from 0 up, not {dose:g}.")
+    own = [row for row in rows if set(row.set) & set(parts)] or rows
     if dose is not None and not doses:
         raise UserError("The model was trained without doses: leave --dose out.")
-    if dose is None and doses:
+    if dose is None and any(row.dose is not None for row in own):
         raise UserError(f"Give --dose: the model was trained at {', '.join(f'{d:g}' for d in doses)}.")
     every = [*names, *unseen]
     targets = find_genes(model.saved.genes, every)

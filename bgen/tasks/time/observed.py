@@ -19,8 +19,11 @@ from bgen.arrays import I64
 from bgen.errors import UserError, nearest
 from bgen.hub.directory import SavedModel
 from bgen.tasks.anndata_model import AnnDataModel
+from bgen.tasks.columns import as_text
+from bgen.tasks.generate import asked_number
 from bgen.tasks.time.axis import TimeAxis
 from bgen.tasks.user_cells import UserCells
+from data_tools.check.quantities import read_quantities
 
 
 @dataclass(frozen=True)
@@ -137,9 +140,9 @@ def select_cells(model: SavedModel, cells: UserCells, where: Mapping[str, Any]) 
             continue
         column = cells.adata.obs[there]
         if model.columns[name].kind == "category":
-            keep &= (column.astype(str) == str(value)).to_numpy()
+            keep &= (as_text(column) == str(value)).to_numpy()
         else:
-            keep &= np.isclose(column.to_numpy(np.float64), float(value))
+            keep &= np.isclose(cells.columns[name], asked_number(model, given, value))
         if not keep.any():
             raise UserError(
                 f"No cell of the data has {given}={value}.{nearest(str(value), column.astype(str).unique())}"
@@ -162,13 +165,15 @@ def read_times(adata: AnnData, axis: TimeAxis, column: str | None) -> NDArray[np
             f"The data have no time: obs has no column '{choices[0]}'.{nearest(choices[0], adata.obs.columns)}"
             " Name the column with --time-column."
         )
-    values = pd.to_numeric(adata.obs[name].astype(object), errors="coerce").to_numpy(np.float64)
+    found = read_quantities(adata.obs[name], "time", axis.unit or None)
+    values = found.numbers
     if not np.isfinite(values).all():
+        wrong = f" ({found.complaint()})" if found.wrong else ""
         raise UserError(
-            f"obs['{name}'] holds no number for {int((~np.isfinite(values)).sum()):,} of {adata.n_obs:,} cells:"
+            f"obs['{name}'] holds no number for {int((~np.isfinite(values)).sum()):,} of {adata.n_obs:,} cells{wrong}:"
             f" give each its time{f' in {axis.unit}' if axis.unit else ''}, or remove those cells."
         )
     unit = adata.uns.get("time_unit")
-    if unit and axis.unit and str(unit) != axis.unit:
+    if not found.read and unit and axis.unit and str(unit) != axis.unit:
         raise UserError(f"The data's times are in {unit} (uns['time_unit']), the model's in {axis.unit}. Convert them.")
     return values

@@ -30,9 +30,10 @@ from bgen.evaluate.protocols.time_point import (
 )
 from bgen.hub.directory import SavedModel
 from bgen.models.generators.latent_flow import LatentFlow, Places
+from bgen.names import index_name
 from bgen.order.keys import hash_keys
 from bgen.progress import Progress
-from bgen.tasks.generate import asked_codes, provenance, readable
+from bgen.tasks.generate import asked_codes, provenance, read_moments, readable, require_amounts
 from bgen.tasks.time.axis import TimeAxis
 from bgen.tasks.time.observed import Observed, Task
 from bgen.tasks.time.score import score_time
@@ -85,6 +86,7 @@ def predict_times(
     UserError
         If the model knows no trajectories, a time lies outside training, or the data lack the time points needed.
     """
+    require_amounts(n, library_size, seed)
     axis = TimeAxis.of(model)
     flow = model.module
     assert isinstance(flow, LatentFlow)
@@ -92,7 +94,7 @@ def predict_times(
     if getattr(flow.config.patterns, name) == 0:
         raise UserError(f"This model was not trained to {name}: flow.patterns.{name} was 0.")
     asked = asked_codes(model, flow, where)
-    moments = [float(time) for time in np.unique(np.asarray(times, dtype=np.float64))]
+    moments = read_moments(times).tolist()
     axis.require_known(moments)
     parts, obs, scores = [], [], {}
     for number, moment in enumerate(moments):
@@ -115,7 +117,7 @@ def predict_times(
     table = pd.concat(obs, ignore_index=True)
     for name in observed.systems.labels:
         table[name] = pd.Categorical(table[name])
-    table.index = pd.Index([f"generated_{i}" for i in range(len(table))], name="cell")
+    table.index = pd.Index([f"generated_{i}" for i in range(len(table))], name=index_name("cell", table.columns))
     adata = AnnData(sp.vstack(parts, format="csr"), obs=table, var=model.genes.set_index("id").rename_axis("gene"))
     adata.uns["bgen"] = {
         **provenance(model, settings, seed, where, library_size),

@@ -20,6 +20,7 @@ from bgen.config.flow import SampleConfig
 from bgen.errors import UserError
 from bgen.hub.directory import SavedModel
 from bgen.models.generators.latent_flow import LatentFlow, Places
+from bgen.names import index_name
 from bgen.order.keys import hash_keys
 from bgen.progress import Progress
 from bgen.tasks.generate import (
@@ -29,7 +30,9 @@ from bgen.tasks.generate import (
     draw_rows,
     generate_cells,
     provenance,
+    read_moments,
     readable,
+    require_amounts,
 )
 from bgen.tasks.time.axis import TimeAxis, trained_over_time
 
@@ -102,6 +105,7 @@ def generate_trajectories(
     UserError
         If the model was not trained on trajectories, or a condition, value or time is unknown to it.
     """
+    require_amounts(n, library_size, seed)
     axis = TimeAxis.of(model)
     flow = model.module
     assert isinstance(flow, LatentFlow)
@@ -110,7 +114,7 @@ def generate_trajectories(
             "This model was trained to fill in and to forecast time points, from others that are given: use"
             " `bgen interpolate` or `bgen forecast`. (flow.patterns.noise was 0.)"
         )
-    moments = axis.trained if times is None else np.unique(np.asarray(times, dtype=np.float64))
+    moments = axis.trained if times is None else read_moments(times)
     axis.require_known(moments)
     asked = asked_codes(model, flow, where)
     if axis.column in asked:
@@ -150,7 +154,8 @@ def generate_trajectories(
         if progress:
             progress("generating", min((start + len(some)) * N, n), n)
     counts = sp.vstack([sp.vstack(part, format="csr")[:n] for part in parts], format="csr")
-    obs = pd.DataFrame(index=pd.Index([f"generated_{i}" for i in range(n * T)], name="cell"))
+    named = index_name("cell", [axis.column, *columns[0]])
+    obs = pd.DataFrame(index=pd.Index([f"generated_{i}" for i in range(n * T)], name=named))
     obs[axis.column] = np.repeat(moments, n)
     for name in columns[0]:
         values = np.concatenate([np.concatenate(column[name])[:n] for column in columns])

@@ -13,10 +13,13 @@ import pytest
 import scipy.sparse as sp
 from rich.console import Console
 
+from bgen.store.store import Store
+from data_tools.building.build import build
 from data_tools.check import check as checks
 from data_tools.check.check import CheckOptions, check
 from data_tools.check.counts import duplicate_groups
 from data_tools.check.findings import Finding, Report, Roles
+from data_tools.export.to_anndata import to_anndata
 from data_tools.simulate.simulate import simulate
 
 
@@ -296,3 +299,60 @@ def test_a_role_with_too_many_labels_is_not_lost_in_silence(
     else:
         assert report.roles.condition == ()
         assert (report.roles.perturbation, report.roles.control) == ("perturbation", "control")
+
+
+def test_raw_droplets_are_told(adata: anndata.AnnData, checker: Checker) -> None:
+    rng = np.random.default_rng(0)
+    fluid = sp.csr_matrix(rng.poisson(0.05, (2000, adata.n_vars)).astype(np.float32))
+    deep = sp.csr_matrix(adata.X * 10)
+    raw = anndata.AnnData(sp.vstack([deep, fluid]).tocsr(), var=adata.var, uns={"organism": "human"})
+    raw.obs_names = [f"b{i}" for i in range(raw.n_obs)]
+    said = [f.message for f in checker(raw).findings if f.id == "B04"]
+    assert len(said) == 1
+    assert "87% of the 2,300 barcodes hold next to nothing" in said[0]
+    assert "raw droplets" in said[0]
+    assert not [f for f in checker(adata).findings if "droplets" in f.message]
+
+
+def test_genomic_intervals_are_no_genes(adata: anndata.AnnData, checker: Checker) -> None:
+    adata.var_names = [f"chr{1 + i % 22}:{1000 * i}-{1000 * i + 500}" for i in range(10, 90)]
+    del adata.var["symbol"]
+    assert "holds genomic intervals ('chr11:10000-10500'" in only(checker(adata), "G02", "error").message
+
+
+def test_the_same_barcode_in_two_files_names_two_cells(
+    adata: anndata.AnnData, checker: Checker, tmp_path: Path
+) -> None:
+    report = checker(adata[:40].copy(), adata[30:70].copy(), adata[100:150].copy())
+    assert "10 barcodes occur in several files" in only(report, "B03", "fix").message
+    build(report, tmp_path / "store", created_by="test")
+    store = Store(tmp_path / "store")
+    names = store.names()
+    assert len(set(names)) == len(store) == 130
+    file, codes = store.column("file")
+    assert file.categories == ["file1.h5ad", "file2.h5ad", "file3.h5ad"]
+    assert all(name.endswith(f"-{file.categories[code]}") for name, code in zip(names, codes, strict=True))
+    other = checker(adata[:40].copy(), adata[40:70].copy())  # nothing is changed where barcodes tell cells apart
+    build(other, tmp_path / "other", created_by="test")
+    assert set(Store(tmp_path / "other").names()) == set(adata.obs_names[:70])
+    assert "file" not in Store(tmp_path / "other").manifest.columns
+
+
+def test_a_store_has_names_as_categories_and_times_as_numbers(
+    adata: anndata.AnnData, checker: Checker, tmp_path: Path
+) -> None:
+    adata.obs["cell_type"] = np.arange(adata.n_obs) % 3
+    adata.obs["cell"] = "x"  # what the index of a file would be called
+    adata.obs["time"] = [f"day {i % 4}" for i in range(adata.n_obs)]
+    report = checker(adata)
+    build(report, tmp_path / "store", created_by="test")
+    manifest = Store(tmp_path / "store").manifest
+    assert manifest.columns["cell_type"].categories == ["0", "1", "2"]
+    assert (manifest.columns["time"].kind, manifest.units, manifest.roles["time"]) == (
+        "number",
+        {"time": "days"},
+        "time",
+    )
+    assert set(Store(tmp_path / "store").column("time")[1]) == {0, 1, 2, 3}
+    to_anndata(Store(tmp_path / "store"), tmp_path / "again.h5ad")
+    assert (anndata.read_h5ad(tmp_path / "again.h5ad").obs["cell"] == "x").all()

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from data_tools.check.findings import Roles
-from data_tools.check.obs import detect_roles, resolve_roles, time_unit
+from data_tools.check.obs import detect_roles, resolve_roles, take_roles
+from data_tools.check.quantities import time_unit
 
 N = 60
 GENES = pd.DataFrame(
@@ -110,14 +111,14 @@ def test_time_needs_a_unit_but_a_found_one_only_warns() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        (["1.0", "10.0"], "written as text, such as '1.0'. Convert it"),
+        (["10", "5 uM", "high", "low"], "not numbers: 'high' (15 cells), 'low' (15 cells)"),
         (["7*24", "0"], "not numbers: '7*24'"),
         ([np.nan, 1.0], "NaN or infinite in 30 cells. Fill them or remove the cells. A vehicle has dose 0."),
         ([-1.0, 1.0], "negative in 30 cells"),
     ],
 )
 def test_bad_doses(values: list, words: str) -> None:
-    _, findings = _resolve(Roles(dose="dose", dose_unit="uM"), _obs(dose=values * (N // 2)))
+    _, findings = _resolve(Roles(dose="dose", dose_unit="uM"), _obs(dose=(values * N)[:N]))
     assert findings[0][:2] == ("O01", "error")
     assert words in findings[0][2]
 
@@ -125,7 +126,10 @@ def test_bad_doses(values: list, words: str) -> None:
 def test_control_is_found_given_or_missed() -> None:
     obs = _obs(target=["Non-Targeting", "TP53", "MYC+GATA1"] * (N // 3))
     roles, findings = _resolve(Roles(), obs)
-    assert (roles.perturbation, roles.control, findings) == ("target", "Non-Targeting", [])
+    assert (roles.perturbation, roles.control, roles.separator) == ("target", "Non-Targeting", "+")
+    assert [level for _, level, _ in findings] == ["info"]
+    assert "3 names, in 1 combinations with '+' between (such as 'MYC+GATA1')" in findings[0][2]
+    assert "controls: 'Non-Targeting' (20 cells)" in findings[0][2]
     roles, findings = _resolve(Roles(control="TP53"), obs)
     assert roles.control == "TP53"
     _, findings = _resolve(Roles(control="nontarget"), obs)
@@ -141,7 +145,45 @@ def test_control_is_found_given_or_missed() -> None:
 
 def test_perturbed_genes_are_looked_up() -> None:
     _, findings = _resolve(Roles(), _obs(target=["ctrl", "TP53", "NOTAGENE+ctrl"] * (N // 3)))
-    assert "1 of 2 perturbed genes are not among the genes of the data: 'NOTAGENE'" in findings[0][2]
+    assert "1 of 2 perturbed genes are not among the genes of the data: 'NOTAGENE'" in findings[1][2]
     _, findings = _resolve(Roles(), _obs(perturbation=["DMSO", "aspirin", "ibuprofen"] * (N // 3)))
-    assert "none of the 2 perturbations" in findings[0][2]
-    assert findings[0][1] == "warning"
+    assert "none of the 2 perturbations" in findings[1][2]
+    assert findings[1][1] == "warning"
+
+
+def test_times_and_doses_as_text_are_read_with_their_units() -> None:
+    obs = _obs(day=["day 0", "day 3", "7d"] * (N // 3), dose=["0", "10 uM", "500 nM"] * (N // 3))
+    roles, findings = _resolve(Roles(), obs)
+    assert (roles.time, roles.time_unit, roles.dose, roles.dose_unit) == ("day", "days", "dose", "nM")
+    said = " ".join(message for _, _, message in findings)
+    assert "The texts of obs['day'] are read as days: 'day 0' is 0, 'day 3' is 3, '7d' is 7." in said
+    assert "'10 uM' is 10000" in said
+    taken = take_roles(obs, {"time": "day", "dose": "dose"}, {"time": "days", "dose": "nM"})
+    assert taken["day"].tolist()[:3] == [0, 3, 7]
+    assert taken["dose"].tolist()[:3] == [0, 10000, 500]
+
+
+def test_a_column_called_time_that_cannot_be_read_is_told() -> None:
+    roles, findings = _resolve(Roles(), _obs(time=["24h", "48h", "late"] * (N // 3)))
+    assert roles.time is None
+    assert [level for _, level, _ in findings] == ["warning"]
+    assert "'time' looks like a time, but is not used as one: 'late' (20 cells) cannot be read" in findings[0][2]
+
+
+def test_whole_numbers_that_name_something_are_categories() -> None:
+    obs = _obs(celltype=[0, 1, 2] * (N // 3), batch=[1.0, 2.0] * (N // 2), day=[0, 3] * (N // 2))
+    roles, findings = _resolve(Roles(), obs)
+    assert (roles.cell_type, roles.batch) == ("celltype", "batch")
+    assert "cell_type 'celltype' holds whole numbers: they are taken as names" in findings[0][2]
+    taken = take_roles(obs, {role: column for column, role in roles.columns().items()}, {"time": "days"})
+    assert taken["celltype"].tolist()[:3] == ["0", "1", "2"]
+    assert taken["batch"].tolist()[:2] == ["1", "2"]
+    assert taken["day"].tolist()[:2] == [0, 3]
+
+
+def test_labels_that_differ_only_by_case_or_spaces_are_told() -> None:
+    obs = _obs(cell_type=["T cell"] * 30 + ["t  cell"] * 18 + ["B"] * 12, target=["ctrl", "TP53", "Ctrl"] * (N // 3))
+    said = " ".join(message for _, level, message in _resolve(Roles(), obs)[1] if level == "warning")
+    assert "'T cell' (30 cells) and 't  cell' (18 cells) differ only by case or spaces" in said
+    assert "'Ctrl' (20 cells)" in said
+    assert "also mean 'not perturbed'" in said

@@ -54,6 +54,13 @@ def test_a_difference_within_the_noise_does_not_count() -> None:
     assert score(7.5, 8.0, 5.0, sd=0.3).verdict == "no better than the baseline"
 
 
+def test_a_noisy_baseline_does_not_bring_the_model_to_the_ceiling() -> None:
+    calm, metric = score(6.5, 8.0, 5.0), score(6.5, 8.0, 5.0).metric
+    noisy = Score(metric, calm.model, Estimate((5.0, 8.0, 11.0)), calm.ceiling)
+    assert noisy.verdict == "no better than the baseline"
+    assert Score(metric, calm.ceiling, noisy.baseline, calm.ceiling).verdict == "at the ceiling"
+
+
 def full() -> Scores:
     scores = tuple(
         Score(metric, Estimate((-0.12341, -0.12350)), Estimate((12.5, 12.6)), Estimate((0.00001, 0.0)))

@@ -14,6 +14,7 @@ from sklearn.metrics import f1_score
 
 import bgen
 from bgen.errors import UserError
+from bgen.files import slashes_in_names
 from bgen.tasks.load import Model
 
 
@@ -63,6 +64,36 @@ def test_a_type_that_the_reference_lacks_looks_new(model: Model, cells: anndata.
     novelty = model.annotate(given, "label").obs["label_novelty"].to_numpy()
     known = ~new & (given.obs["label"] == "").to_numpy()
     assert novelty[new].mean() > novelty[known].mean() + 2 * novelty[known].std() / np.sqrt(known.sum())
+
+
+def test_one_rare_label_stops_nobody(bgen: Any, demo: Any, cells: anndata.AnnData, tmp_path: Path) -> None:
+    given = half_labelled(cells)
+    given.obs["label"] = given.obs["label"].where(np.arange(cells.n_obs) != 4, "rare")
+    given.write_h5ad(tmp_path / "my.h5ad")
+    out = tmp_path / "out.h5ad"
+    done = bgen("annotate", demo.model, tmp_path / "my.h5ad", "--label", "label", "--out", out)
+    assert done.code == 0, done
+    assert "whose cells are annotated like the others: rare (1)" in " ".join(done.out.split())
+    told = anndata.read_h5ad(out)
+    assert "rare" not in told.obsm["label_probabilities"].columns
+    assert dict(told.uns["bgen_annotate"]["too_rare"]) == {"rare": 1}
+    assert told.uns["bgen_annotate"]["query_cells"] == 301
+
+
+def test_names_with_slashes_are_written_and_read(bgen: Any, demo: Any, cells: anndata.AnnData, tmp_path: Path) -> None:
+    given = half_labelled(cells)
+    given.obs["my/label"] = given.obs.pop("label").replace({"A": "NK/T", "B": "NK_T"})
+    given.obs["NK"] = "x"
+    with slashes_in_names():
+        given.write_h5ad(tmp_path / "my.h5ad")
+    out = tmp_path / "out.h5ad"
+    done = bgen("annotate", demo.model, tmp_path / "my.h5ad", "--label", "my/label", "--out", out)
+    assert done.code == 0, done
+    told = anndata.read_h5ad(out)
+    assert {"NK/T", "NK_T"} & set(told.obs["my_label_bgen"].astype(str))  # values of a column are any text
+    assert sorted(told.obsm["my_label_probabilities"].columns) == ["NK_T", "NK_T_2", "progenitor"]
+    numbers = dict(told.uns["bgen_annotate"]["reference_cells"])
+    assert sum(int(n) for n in numbers.values()) == 300
 
 
 def test_the_models_own_labels_serve_where_there_are_none(model: Model, cells: anndata.AnnData) -> None:

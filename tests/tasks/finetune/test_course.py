@@ -8,12 +8,15 @@ from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 
 import bgen
 from bgen.errors import UserError
 from bgen.tasks.finetune.course import read_course
 from bgen.tasks.finetune.finetune import Request, finetune
+from bgen.tasks.time.axis import TimeAxis
+from bgen.tasks.time.observed import read_times
 from bgen.track.record import read
 
 QUICK = ["train.steps=30", "train.eval_every=15", "train.global_batch=192", "track.progress=false"]
@@ -120,7 +123,7 @@ def test_every_population_of_a_course_is_split(cells: anndata.AnnData) -> None:
 
 
 def test_mistakes(demo: Any, bgen: Any, cells: anndata.AnnData) -> None:
-    for column, match in ((None, "needs --time"), ("dai", "'day'"), ("cell_type", "holds no number")):
+    for column, match in ((None, "needs --time"), ("dai", "'day'"), ("cell_type", "holds no time")):
         with pytest.raises(UserError, match=match):
             read_course(cells, column, [])
     with pytest.raises(UserError, match="obs has no column 'donr'"):
@@ -131,3 +134,17 @@ def test_mistakes(demo: Any, bgen: Any, cells: anndata.AnnData) -> None:
     spread.obs["day"] = np.arange(spread.n_obs)
     with pytest.raises(UserError, match="round"):
         read_course(spread, "day", [])
+
+
+def test_times_may_be_text_with_their_unit() -> None:
+    obs = pd.DataFrame({"stage": np.repeat(["E8.5", "E9.5", "E10.5"], 20), "bad": ["24h", "late"] * 30})
+    obs.index = [str(i) for i in range(60)]
+    cells = anndata.AnnData(np.ones((60, 2), np.float32), obs=obs)
+    course = read_course(cells, "stage", [])
+    assert (course.times.tolist(), course.unit) == ([8.5, 9.5, 10.5], "days")
+    assert "'E8.5' is 8.5" in course.read
+    assert read_course(cells, "stage", [], "hours").times.tolist() == [204, 228, 252]
+    with pytest.raises(UserError, match=r"no time for 30 of 60 cells \('late' \(30 cells\)\)"):
+        read_course(cells, "bad", [])
+    axis = TimeAxis("stage", "hours", np.array([0.0, 300.0]), [], 3, 8)
+    assert np.unique(read_times(cells, axis, None)).tolist() == [204, 228, 252]

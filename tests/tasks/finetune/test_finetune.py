@@ -219,6 +219,11 @@ def test_mistakes_of_finetuning(bgen: Any, demo: Any, cells: anndata.AnnData, tm
             "no control cells 'none'",
         ),
         ([demo.vae / "model", demo.cells, "--task", "generate"], "needs a flow"),
+        ([demo.model, demo.cells, "--task", "time", "--time", "nope"], "no column 'nope'"),
+        ([demo.model, demo.cells, "--task", "time", "--time", "time", "--within", "nope"], "no column 'nope'"),
+        ([demo.model, demo.cells, "--task", "generate", "--within", "nope"], "no column 'nope'"),
+        ([demo.model, demo.cells, "--task", "annotate", "--label", "cell_type", "--time", "nope"], "no column 'nope'"),
+        ([demo.model, demo.cells, "--task", "generate", "--hold-out", "G1"], "--hold-out is about --task perturb"),
         ([tmp_path, demo.cells, "--task", "generate"], "not a model directory"),
         ([demo.model, tmp_path / "x.h5ad", "--task", "generate"], "There is no file"),
     ):
