@@ -38,6 +38,16 @@ def test_stratified_fills_every_cell_of_the_interval_and_moves_with_the_step() -
     assert stats.kstest(first.flatten().numpy(), "uniform").pvalue > 1e-3
 
 
+def test_times_at_two_places_are_independent() -> None:
+    slots, places = torch.arange(64).repeat_interleave(4), torch.arange(4).repeat(64)
+    drawn = [sample_times("stratified", slots, slots, step, places).view(64, 4) for step in range(300)]
+    t = torch.stack(drawn).flatten(0, 1)
+    assert (t[:, :2] < 0.3).all(1).float().mean() == pytest.approx(0.09, abs=0.03)
+    assert (t < 0.5).all(1).float().mean() == pytest.approx(0.0625, abs=0.03)
+    assert drawn[0][:, 2].sort().values.diff().max() < 2.7 / 64  # and still spread evenly over the batch
+    assert torch.equal(drawn[3][:, 0], sample_times("stratified", slots[::4], slots[::4], 3))
+
+
 def test_loss_is_the_masked_mean() -> None:
     predicted, target = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     mask = torch.rand(2, 3, 4) < 0.5

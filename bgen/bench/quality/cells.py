@@ -93,13 +93,13 @@ class Comparison:
         """Return the figures that are looked at most; the others are in the file."""
         table = Table(
             title=f"Generated cells of {self.facts['data']}: {self.facts['genes']:,} genes",
-            caption=f"{self.facts['test']:,} cells in each row, mean±sd of {len(self.runs)} seeds. close: share of"
-            " cells nearer to a training cell than the nearest 5 % of unseen cells are; * where memorisation is found.",
+            caption=f"{self.facts['test']:,} cells in each row, mean±sd of {len(self.runs)} seeds. p copied: least"
+            " probability of as much likeness to single training cells if nothing were copied; * where that is found.",
             box=None,
             pad_edge=False,
         )
         table.add_column("")
-        for name in ("W2", "/ real", "MMD²", "1-NN", "precision", "recall", "close", "cells/s"):
+        for name in ("W2", "/ real", "MMD²", "1-NN", "precision", "recall", "p copied", "cells/s"):
             table.add_column(name, justify="right")
         real = np.array(self.estimate(REAL, "w2").values)
         for row, figures in self.runs[0].items():
@@ -107,9 +107,9 @@ class Comparison:
             cells = [_shown(self.estimate(row, "w2"), 2), _shown(ratio, 3)]
             keys = {"mmd2": 4, "nn_accuracy": 3, "precision": 3, "recall": 3}
             cells += [_shown(self.estimate(row, key), digits) for key, digits in keys.items()]
-            if "close" in figures:
+            if "p_copied" in figures:
                 found = self.estimate(row, "memorised").mean > 0
-                cells.append(f"{self.estimate(row, 'close').mean:.3f}{'*' if found else ''}")
+                cells.append(f"{min(self.estimate(row, 'p_copied').values):.2g}{'*' if found else ''}")
             if "cells_per_s" in figures:
                 cells.append(f"{self.estimate(row, 'cells_per_s').mean:,.0f}")
             table.add_row(row, *cells)
@@ -307,7 +307,7 @@ def compare(split: Split, pools: dict[str, sparse.csr_matrix], rates: dict[str, 
     for row, counts in pools.items():
         copied = memorisation(cells["train"], cells["test"], counts, seed=seed)
         figures = protocol.measure(reference, cells["test"], counts)
-        found[row] = figures | {"close": copied.close, "memorised": float(copied.found)}
+        found[row] = figures | {"p_copied": copied.least, "memorised": float(copied.found)}
         if row in rates:
             found[row]["cells_per_s"] = rates[row]
     found[REAL] = protocol.measure(reference, cells["test"], cells["train"][other[:n]])

@@ -112,9 +112,10 @@ class LatentFlow(nn.Module):
 
     def _trajectory_loss(self, batch: TrajectoryBatch, z0: Tensor, z1: Tensor) -> dict[str, Tensor]:
         B, T, N = batch.mask.shape
-        keys_BT, slots_BT = batch.keys.view(B, T, N)[..., 0], batch.slots.view(B, T, N)[..., 0] // N
+        keys_BT, slots_BT = batch.keys.view(B, T, N)[..., 0], batch.slots.view(B, T, N)[..., 0] // (T * N)
         keys_B, patterns = keys_BT[:, 0], self.config.patterns
-        t = sample_times(self.config.t_sampling, keys_BT.flatten(), slots_BT.flatten(), batch.step).view(B, T)
+        places = torch.arange(T, device=slots_BT.device).repeat(B)
+        t = sample_times(self.config.t_sampling, keys_BT.flatten(), slots_BT.flatten(), batch.step, places).view(B, T)
         independent_B1 = uniform(keys_B, Stream.SHARED_TIME, 1) < patterns.independent
         t = torch.where(independent_B1, t, t[:, :1])
         weights = {name: getattr(patterns, name) for name in PATTERNS}
@@ -265,14 +266,16 @@ class LatentFlow(nn.Module):
             settings.guidance,
             settings.guidance_interval,
         )
+        from_neighbours = self.config.source == "neighbours" and places is not None
+        if from_neighbours and places.observed is not None and places.latents is not None:
+            # before the library is held: its way begins where the cell does
+            z1 = start(places.latents, places.mask, places.time, places.observed, z1, keys[..., 0])
         if log_library is not None:
             v = _hold_last(v, z1[..., -1] - self.vae.whiten_library(log_library))
         if places is None:
             return integrate(v, z1, settings.steps, settings.solver, settings.tolerance)
         if places.observed is not None and places.latents is not None:
             moving = places.mask & ~places.observed[..., None]
-            if self.config.source == "neighbours":
-                z1 = start(places.latents, places.mask, places.time, places.observed, z1, keys[..., 0])
             z1, v = torch.where(places.observed[..., None, None], places.latents, z1), _hold(v, moving)
         z0 = integrate(v, z1, settings.steps, settings.solver, settings.tolerance)
         return z0 * places.mask[..., None]

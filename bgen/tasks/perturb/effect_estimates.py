@@ -1,7 +1,8 @@
 """Average effects of perturbations on genes, shrunk to remove sampling noise.
 
 For a label and a gene the raw estimate is the log ratio of mean expression in perturbed and control cells, compared
-within strata, with its standard error. The estimates of all genes under a label are shrunk together by empirical Bayes:
+within strata, with its standard error, from the variance within strata: what differs between them is no noise. The
+estimates of all genes under a label are shrunk together by empirical Bayes:
 
     d_g ~ N(beta_g, s_g^2),  beta_g ~ sum_k w_k N(0, tau_k^2),   E[beta_g | d_g] is kept
 
@@ -43,8 +44,9 @@ def raw_effects(
     """
     library = np.maximum(np.asarray(counts.sum(1)).ravel(), 1.0)
     size = np.median(library[control])
-    mean_p, var_p = _moments(counts, perturbed, np.full(len(perturbed), 1 / len(perturbed)), size / library)
-    mean_c, var_c = _moments(counts, control, control_weights(perturbed, control, stratum), size / library)
+    even = np.full(len(perturbed), 1 / len(perturbed))
+    mean_p, var_p = _moments(counts, perturbed, even, stratum, size / library)
+    mean_c, var_c = _moments(counts, control, control_weights(perturbed, control, stratum), stratum, size / library)
     # A gene's mean cannot be known better than by Poisson noise at the number of cells.
     floor_p, floor_c = PSEUDO_CELLS / len(perturbed), PSEUDO_CELLS / len(control)
     mean_p, mean_c = mean_p + floor_p, mean_c + floor_c
@@ -78,14 +80,27 @@ def log_effect(
 
 
 def _moments(
-    counts: sp.csr_matrix, cells: NDArray[np.int64], weight: NDArray[np.float64], scale: NDArray[np.float64]
+    counts: sp.csr_matrix,
+    cells: NDArray[np.int64],
+    weight: NDArray[np.float64],
+    stratum: NDArray[np.int64],
+    scale: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the weighted mean of scaled counts and the variance of that mean, ``[G]`` each."""
+    """Return the weighted mean of scaled counts and the variance of that mean within strata, ``[G]`` each.
+
+    Where a stratum has one cell, its variance is taken to be the average within the others.
+    """
     scaled = sp.diags(scale[cells]) @ counts[cells]
-    mean = np.asarray(scaled.T @ weight)
-    square = np.asarray(scaled.multiply(scaled).T @ weight**2)
-    variance = square - 2 * mean * np.asarray(scaled.T @ weight**2) + mean**2 * (weight**2).sum()
-    return mean, np.maximum(variance, 0)
+    _, code, size = np.unique(stratum[cells], return_inverse=True, return_counts=True)
+    member = sp.csr_matrix((np.ones(len(cells)), (code, np.arange(len(cells)))))  # [S, cells]
+    sums, squares = (member @ scaled).toarray(), (member @ scaled.multiply(scaled)).toarray()
+    within = np.maximum(squares - sums**2 / size[:, None], 0)
+    if (size > 1).any():
+        average = within.sum(0) / (size - 1).sum()
+    else:  # nothing is known within strata
+        average = np.var(sums, axis=0, ddof=1) if len(size) > 1 else np.zeros(counts.shape[1])
+    variance = np.where(size[:, None] > 1, within / np.maximum(size - 1, 1)[:, None], average)
+    return np.asarray(scaled.T @ weight), np.bincount(code, weight**2) @ variance
 
 
 def shrink(estimate: NDArray[np.float64], error: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -193,6 +193,19 @@ def test_a_fixed_library_is_met_exactly_on_trajectories() -> None:
     torch.testing.assert_close(z[..., -1] * 0.5 + 4.0, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_a_fixed_library_is_met_exactly_from_a_start_at_neighbours() -> None:
+    model = flow(HYBRID).eval()
+    model.config = model.config.model_copy(update={"source": "neighbours"})
+    observed = torch.ones(B, T, dtype=torch.bool)
+    observed[:, 1] = False
+    given = places(observed=observed)
+    model.vae.latent_mean[-1], model.vae.latent_std[-1] = 4.0, 0.5
+    wanted = torch.linspace(3.0, 5.0, B * T * N).view(B, T, N)
+    z = model.sample_trajectories({}, KEYS, SETTINGS, given, log_library=wanted)
+    reached = z[:, 1, :, -1] * 0.5 + 4.0
+    torch.testing.assert_close(reached, wanted[:, 1], rtol=1e-5, atol=1e-5)
+
+
 class Drifting(VAE):
     """Latents whose mean is drawn per trajectory and moves on by 1 per time point: only the past tells where it is."""
 

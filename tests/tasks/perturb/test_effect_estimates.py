@@ -35,6 +35,37 @@ def test_effects_are_compared_within_strata() -> None:
     assert z.std() == pytest.approx(1, abs=0.25)
 
 
+@pytest.mark.parametrize("differ", [0.0, 2.0])
+def test_standard_errors_leave_out_what_differs_between_strata(differ: float) -> None:
+    """Stated over true standard errors, median over genes, whatever the logarithms of two strata differ by."""
+    rng = np.random.default_rng(0)
+    base = rng.dirichlet(np.full(60, 3.0))
+    profiles = np.stack([base, base * np.exp(differ * rng.normal(size=60))])
+    profiles /= profiles.sum(1, keepdims=True)
+    stratum = np.r_[np.repeat([0, 1], [66, 134]), np.repeat([0, 1], [100, 100])]
+    estimates, errors = [], []
+    for _ in range(60):
+        library = rng.uniform(500, 3000, 400)
+        counts = sp.csr_matrix(rng.poisson(library[:, None] * profiles[stratum]).astype(np.float32))
+        estimate, error = raw_effects(counts, np.arange(200), np.arange(200, 400), stratum)
+        estimates.append(estimate)
+        errors.append(error)
+    ratio = np.median(np.mean(errors, axis=0) / np.std(estimates, axis=0))
+    assert ratio == pytest.approx(1, abs=0.1)
+
+
+def test_a_stratum_with_one_cell_is_no_more_certain_than_others() -> None:
+    rng = np.random.default_rng(0)
+    counts = sp.csr_matrix(rng.poisson(5, (60, 20)).astype(np.float32))
+    stratum = np.zeros(60, np.int64)
+    control = np.arange(30, 60)
+    _, together = raw_effects(counts, np.arange(30), control, stratum)
+    alone = stratum.copy()
+    alone[:30] = np.arange(30)
+    _, apart = raw_effects(counts, np.arange(30), control, alone)
+    assert np.median(apart / together) == pytest.approx(1, abs=0.1)
+
+
 def test_few_effects_are_kept_and_noise_goes() -> None:
     rng = np.random.default_rng(1)
     truth = np.zeros(1000)
