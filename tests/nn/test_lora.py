@@ -27,3 +27,13 @@ def test_a_change_starts_at_nothing_and_merges_into_the_weights() -> None:
     merge_lora(network)
     torch.testing.assert_close(network(x), changed)
     assert set(network.state_dict()) == names
+
+
+def test_the_change_is_alpha_over_rank_times_the_product() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 40)
+    before = layer.weight.detach().clone()
+    add_lora(nn.Sequential(layer), 4, alpha=8.0)
+    change = layer.parametrizations.weight[0]
+    nn.init.normal_(change.b)
+    torch.testing.assert_close(layer.weight, before + 2.0 * change.b @ change.a)

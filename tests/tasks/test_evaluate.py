@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from bgen.errors import UserError
+from bgen.evaluate.metrics.memorisation import memorisation
+from bgen.store.open import open_store
+from bgen.tasks import evaluate as module
 from bgen.tasks.evaluate import score
 from data_tools.building.build import build
 from data_tools.check.check import CheckOptions, check
@@ -48,3 +51,19 @@ def test_generated_cells_are_read_like_any_others(demo: Any, tmp_path: Path) -> 
     for seeds in (1, 10**20):
         with pytest.raises(UserError, match="seeds is a number from 2 to 1000"):
             score(demo.model, demo.store, tmp_path / "out", seeds=seeds)
+
+
+def test_copies_are_looked_for_among_the_training_cells(
+    demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def look(train: Any, test: Any, generated: Any, *, seed: int) -> Any:
+        seen.extend(len(counts.toarray()) for counts in (train, test))
+        return memorisation(train, test, generated, seed=seed)
+
+    monkeypatch.setattr(module, "memorisation", look)
+    score(demo.model, demo.store, tmp_path / "out", seeds=2)
+    store = open_store(demo.store)
+    assert seen == [len(store.cells_of_split("train")), len(store.cells_of_split("test"))]
+    assert seen[0] > seen[1]

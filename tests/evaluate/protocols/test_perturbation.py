@@ -16,6 +16,7 @@ from bgen.evaluate.protocols.perturbation import (
     METRICS,
     MODEL,
     HeldOut,
+    PerturbationScores,
     evaluate_perturbations,
     join,
     mean_log,
@@ -134,3 +135,17 @@ def test_the_page_shows_every_perturbation_and_the_slope(tmp_path: Path) -> None
     line = effect_figure(scores).axes[0].lines[-1]
     slope = np.diff(line.get_ydata()) / np.diff(line.get_xdata())
     assert slope == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_slope_nearer_to_one_is_better() -> None:
+    """On either side of 1."""
+    figures = {metric.key: np.full((2, 12), 0.5) for metric in METRICS}
+    rows = {MODEL: 0.95, CONTROL_COPY: 0.2, "too large": 1.9, CEILING: 1.0}
+    values = {row: figures | {"slope": np.full((2, 12), value)} for row, value in rows.items()}
+    nothing = np.zeros((12, 3))
+    scores = PerturbationScores(tuple("abcdefghijkl"), values, nothing, nothing)
+    (slope,) = [metric for metric in METRICS if metric.key == "slope"]
+    assert scores.verdict(CONTROL_COPY, slope) == "better than"
+    assert scores.verdict("too large", slope) == "better than"
+    worse = replace(scores, values=values | {MODEL: values[CONTROL_COPY], CONTROL_COPY: values[MODEL]})
+    assert worse.verdict(CONTROL_COPY, slope) == "worse than"

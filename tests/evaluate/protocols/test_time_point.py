@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy import sparse
 
 from bgen.errors import UserError
 from bgen.evaluate.protocols.scores import Estimate
@@ -15,6 +16,7 @@ from bgen.evaluate.protocols.time_point import (
     evaluate_time_point,
     forecast_baselines,
     interpolation_baselines,
+    mixed_counts,
     paired_verdict,
 )
 
@@ -60,6 +62,13 @@ def test_the_trend_goes_on_as_the_mean_went() -> None:
     pools = forecast_baselines(PREVIOUS + 2, PREVIOUS, 0.5)
     np.testing.assert_allclose(pools["trend"].points, PREVIOUS + 3)
     assert set(forecast_baselines(PREVIOUS, None, 1.0)) == {"previous"}
+
+
+def test_mixed_counts_hold_as_much_of_either_side_as_the_way_tells() -> None:
+    before, after = (sparse.csr_matrix(np.tile(row, (50, 1)).astype(np.float32)) for row in ([400, 0], [0, 400]))
+    at = np.random.default_rng(0).normal(size=(50, 2))
+    mixed = np.asarray(mixed_counts(before, after, at, at + 1, 0.25).mean(0)).ravel()
+    np.testing.assert_allclose(mixed, [300, 100], atol=10)
 
 
 def test_a_verdict_looks_at_differences_on_the_same_cells() -> None:

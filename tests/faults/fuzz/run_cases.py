@@ -223,7 +223,7 @@ def judge(command: Command, code: int | str, out: str, err: str, wrong: str | No
         return wrong
     if code != 2:
         return f"exit code {code}"
-    told = err.count("error:") + err.count("─ Error ─")  # our own, or that of the parser of command lines
+    told = len(re.findall(r"^error", err, re.M)) + err.count("─ Error ─")
     findings = command[:2] in (["data", "check"], ["data", "build"]) and out  # a table of them is printed instead
     if told != 1 and not findings:
         return "no single message"

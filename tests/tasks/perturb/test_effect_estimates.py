@@ -66,6 +66,25 @@ def test_a_stratum_with_one_cell_is_no_more_certain_than_others() -> None:
     assert np.median(apart / together) == pytest.approx(1, abs=0.1)
 
 
+def test_standard_errors_hold_the_noise_of_few_controls() -> None:
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet(np.full(30, 5.0))
+    estimates, errors = [], []
+    for _ in range(80):
+        counts = sp.csr_matrix(rng.poisson(2000 * shares, (420, 30)).astype(np.float32))
+        estimate, error = raw_effects(counts, np.arange(20, 420), np.arange(20), np.zeros(420, np.int64))
+        estimates.append(estimate)
+        errors.append(error)
+    assert np.median(np.mean(errors, axis=0) / np.std(estimates, axis=0)) == pytest.approx(1, abs=0.1)
+
+
+def test_one_gene_alone_is_no_evidence_that_genes_respond() -> None:
+    (kept,) = shrink(np.array([0.2]), np.array([0.1]))
+    assert kept < 0.6 * 0.2  # without the cell of evidence for no effect: 0.75
+    several = shrink(np.full(50, 0.2), np.full(50, 0.1))
+    assert several.mean() > 0.7 * 0.2
+
+
 def test_few_effects_are_kept_and_noise_goes() -> None:
     rng = np.random.default_rng(1)
     truth = np.zeros(1000)

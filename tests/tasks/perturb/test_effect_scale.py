@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,6 +18,7 @@ from bgen.hub.about import EffectScale
 from bgen.models.generators.counterfactual import change_counts
 from bgen.models.generators.perturbation_flow import PerturbationFlow
 from bgen.models.vae.vae import VAE
+from bgen.tasks.perturb import effect_scale as module
 from bgen.tasks.perturb.effect_scale import _respond, fit_scale
 from bgen.tasks.perturb.effects import Effects, fit_effects
 from bgen.tasks.perturb.perturb import anchor
@@ -139,3 +142,21 @@ def test_the_table_answers_as_drawn_cells_do() -> None:
         found = response.predict(effect).mean(0)
         assert np.corrcoef(found, expected)[0, 1] > 0.98
         assert found @ expected / (expected @ expected) == pytest.approx(1, abs=0.1)
+
+
+def test_the_size_of_an_effect_is_measured_on_independent_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both predictions hold the real effect and a noise of their own; as large as predicted, it needs no scale."""
+    common, one, other = np.eye(3)[0], np.eye(3)[1], np.eye(3)[2]
+
+    class Response:
+        def predict(self, effects: Effects) -> tuple[np.ndarray, np.ndarray]:
+            return common + one, common + other
+
+    monkeypatch.setattr(module, "_respond", lambda *args, **options: Response())
+    world = World(0.0)
+    data = world.screen(among_genes=0)
+    every = Effects([(name,) for name in data.names], np.full(LABELS, np.nan), np.zeros((LABELS, GENES), np.float32))
+    fold = SimpleNamespace(effects=every, rest=[common] * LABELS)
+    flow = SimpleNamespace(gene_embedding=torch.zeros(GENES, 1), network=torch.zeros(0, GENES))
+    rng = np.random.default_rng(0)
+    assert module._unseen(flow, data, [fold] * module.FOLDS, rng) == pytest.approx(1.0)  # type: ignore[arg-type]

@@ -8,12 +8,20 @@ from typing import Any
 import anndata
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 import bgen
 from bgen.errors import UserError
 from bgen.tasks.finetune.finetune import Request, finetune
 from bgen.tasks.load import Model
-from bgen.tasks.perturb.held_out import predict_held_out, split_rows, within_strata
+from bgen.tasks.perturb.held_out import (
+    _nearest_dose,
+    _training_effects,
+    predict_held_out,
+    screen_keys,
+    split_rows,
+    within_strata,
+)
 from bgen.tasks.perturb.screen import Columns
 
 QUICK = ["train.steps=2", "train.eval_every=2", "train.global_batch=64", "track.progress=false"]
@@ -164,3 +172,26 @@ def test_doses_and_several_controls_of_a_drug_screen(demo: Any, screen: anndata.
     drugs.obs["conc"] = drugs.obs["conc"].replace({"10 uM": "a lot"})
     with pytest.raises(UserError, match=r"doses of perturbed cells that cannot be read: 'a lot' \("):
         finetune(demo.model, drugs, tmp_path / "x", request, overrides=QUICK, say=said.append)
+
+
+def test_baselines_are_compared_within_strata() -> None:
+    """Two lines that differ much, and a perturbation that does nothing but is mostly in the second."""
+    rng = np.random.default_rng(0)
+    line = np.repeat(["a", "b", "a", "b"], [200, 200, 20, 180])
+    label = np.repeat(["control", "control", "p", "p"], [200, 200, 20, 180])
+    shares = {"a": np.r_[np.full(5, 0.18), np.full(5, 0.02)], "b": np.r_[np.full(5, 0.02), np.full(5, 0.18)]}
+    counts = sp.csr_matrix(rng.poisson([1000 * shares[one] for one in line]).astype(np.float32))
+    cells = anndata.AnnData(counts, obs={"line": line, "perturbation": label})
+    keys = screen_keys(cells, COLUMNS)
+    rows = {(("p",), None): np.flatnonzero(label == "p")}
+    [effect] = _training_effects(counts, rows, keys, cells, COLUMNS).values()
+    assert np.abs(effect).max() < 0.1
+    [across] = _training_effects(counts, rows, keys, cells, Columns("perturbation", "control")).values()
+    assert np.abs(across).max() > 0.3
+
+
+def test_the_nearest_dose_is_so_on_a_logarithmic_scale() -> None:
+    trained = [(("d",), 0.0), (("d",), 1.0), (("d",), 10.0), (("e",), 4.0)]
+    assert _nearest_dose((("d",), 4.0), trained) == (("d",), 10.0)
+    assert _nearest_dose((("d",), 2.0), trained) == (("d",), 1.0)
+    assert _nearest_dose((("f",), 4.0), trained) is None
