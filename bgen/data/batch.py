@@ -74,11 +74,16 @@ class CellBatch:
     def join(cls, parts: Sequence[CellBatch]) -> CellBatch:
         """Return batches of one step as one, their cells one after the other."""
         sizes = torch.cat([part.indptr.diff() for part in parts])
-        names = ("indices", "counts", "keys", "cells")
-        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
         obs = {name: torch.cat([part.obs[name] for part in parts]) for name in parts[0].obs}
-        indptr = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-        return replace(parts[0], indptr=indptr, **joined, obs=obs)
+        return replace(
+            parts[0],
+            indptr=torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]),
+            indices=torch.cat([part.indices for part in parts]),
+            counts=torch.cat([part.counts for part in parts]),
+            keys=torch.cat([part.keys for part in parts]),
+            cells=torch.cat([part.cells for part in parts]),
+            obs=obs,
+        )
 
     def take(self, place: Tensor) -> CellBatch:
         """Return the cells at places int64 ``[B]`` of the batch; a place may come more than once."""
