@@ -41,6 +41,16 @@ def private_extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         os.environ["TORCH_EXTENSIONS_DIR"] = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_hurry() -> Iterator[None]:
+    """On a busy machine MLflow's process may need minutes for what takes seconds."""
+    from bgen.track import mirror
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mirror, "CLOSE_SQLITE", 900.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of the real data sets; skips where it is not there."""
