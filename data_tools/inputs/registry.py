@@ -16,6 +16,7 @@ from anndata import AnnData
 from bgen.errors import UserError, nearest
 from data_tools.inputs.anndata_zarr import is_zarr, members_of_zarr, open_zarr
 from data_tools.inputs.h5ad import is_h5ad, is_h5mu, open_h5ad, open_h5mu
+from data_tools.inputs.hdf5_probe import require_readable
 from data_tools.inputs.in_memory import open_memory
 from data_tools.inputs.source import Source
 from data_tools.inputs.tenx_h5 import is_tenx_h5, open_tenx_h5
@@ -87,6 +88,8 @@ def open_source(data: str | os.PathLike[str] | AnnData) -> Source:
             folder = path.parent if path.parent.is_dir() else Path()
             hint = nearest(path.name, [p.name for p in folder.iterdir()])
             raise UserError(f"{path}: there is no such file.{hint if hint.startswith(' Did') else ''}")
+        if path.is_file() and h5py.is_hdf5(path):
+            require_readable(path)
         found = format_of(path)
         if found is None:
             raise _unknown(path)
