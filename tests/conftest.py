@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,18 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
         result = run_bgen(*arguments)
         assert result.code == 0, result
     return made
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sqlite file of MLflow, migrated and empty: to copy, because making one takes long on a busy machine."""
+    from mlflow import MlflowClient
+
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # what MLflow calls of SQLAlchemy
+        MlflowClient(tracking_uri=f"sqlite:///{file}").search_experiments()
+    return file
 
 
 @pytest.fixture(scope="session")

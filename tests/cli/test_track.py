@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def test_record_model_and_scores_are_sent_later(
-    bgen: Any, demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bgen: Any, demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Path
 ) -> None:
+    shutil.copy(empty_mlflow, tmp_path)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     early = bgen("export", demo.flow, "--out", tmp_path / "early", "--log")

@@ -94,7 +94,8 @@ def begin(asked: dict, files: list[int]) -> list[str]:
     os.chdir(asked["folder"])
     os.environ.clear()
     os.environ.update(asked["environment"])
-    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:1] = [path for path in given if path not in sys.path[1:]]  # in place of the server's folder
     return asked["arguments"]
 
 
@@ -113,15 +114,15 @@ def execute(arguments: list[str]) -> None:
     sys.stdout.reconfigure(line_buffering=True)
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
-        sys.path[0] = str(Path.cwd())
+        sys.path.insert(0, str(Path.cwd()))
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     elif arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
-        sys.path[0] = ""
+        sys.path.insert(0, "")
         exec(compile(arguments[1], "<string>", "exec"), sys.modules["__main__"].__dict__)
     else:
         sys.argv = arguments
-        sys.path[0] = str(Path(arguments[0]).resolve().parent)
+        sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
         runpy.run_path(arguments[0], run_name="__main__")
 
 

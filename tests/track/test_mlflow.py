@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -40,7 +41,8 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_sqlite_receives_everything_once_over_restarts(tmp_path: Path) -> None:
+def test_sqlite_receives_everything_once_over_restarts(tmp_path: Path, empty_mlflow: Path) -> None:
+    shutil.copy(empty_mlflow, tmp_path)
     uri = tracking_uri(None, tmp_path / "run")
     assert uri == f"sqlite:///{tmp_path / 'mlflow.db'}"
     record = Record(tmp_path / "record.jsonl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from importlib.metadata import distributions
 from pathlib import Path
@@ -48,7 +49,8 @@ def world() -> World:
     return World(0, 1, 0, 1, torch.device("cpu"))
 
 
-def test_after_an_outage_everything_can_be_sent(tmp_path: Path, world: World) -> None:
+def test_after_an_outage_everything_can_be_sent(tmp_path: Path, world: World, empty_mlflow: Path) -> None:
+    shutil.copy(empty_mlflow, tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         away = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -68,10 +70,10 @@ def test_after_an_outage_everything_can_be_sent(tmp_path: Path, world: World) ->
         sync(tmp_path)
 
 
-def test_what_a_run_is_made_of(tmp_path: Path, world: World) -> None:
+def test_what_a_run_is_made_of(tmp_path: Path, world: World, empty_mlflow: Path) -> None:
+    shutil.copy(empty_mlflow, tmp_path)
     run, uri = tmp_path / "run", f"sqlite:///{tmp_path / 'mlflow.db'}"
     client = MlflowClient(tracking_uri=uri)
-    client.search_experiments()  # a fresh file is migrated first, which takes long on a busy machine
     train(run, uri, world)
     (found,) = client.search_runs([client.get_experiment_by_name("bgen").experiment_id])
     identifier = found.info.run_id

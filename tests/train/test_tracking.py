@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -16,7 +17,8 @@ from bgen.track import record
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def test_one_run_on_sqlite_over_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_run_on_sqlite_over_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Path) -> None:
+    shutil.copy(empty_mlflow, tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = toy_config(tmp_path / "toy_run", track={"mlflow": True, "checkpoints": True})
     run(config, stop_after=25)
