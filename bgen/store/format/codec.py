@@ -228,7 +228,7 @@ def _is_cell(gaps: U8, counts: U8, row: I64, n_genes: int) -> bool:
 
 
 @numba.njit(cache=True, nogil=True)
-def _escapes_and_sum(stream: U8, begin: int, end: int) -> tuple[int, int]:
+def _escapes_and_sum(stream: U8, begin: Any, end: Any) -> tuple[Any, Any]:
     """Return how many bytes of a part are escapes, and the sum of all.
 
     256 bytes add up to less than 2^16. Sums of that size take a third of the time of those of 64 bits.
