@@ -26,7 +26,7 @@ from bgen.errors import UserError
 from bgen.order.cells import Order
 from bgen.order.keys import hash_keys
 from bgen.store.arena import Arena
-from bgen.store.format.codec import copy_rows, find_bad_row
+from bgen.store.format.codec import copy_rows
 from bgen.store.store import Store
 
 Key = tuple[int, int, int]
@@ -129,10 +129,10 @@ class CountReader:
             except (ValueError, OSError) as error:
                 raise self.store.unread(error) from None
             flat = piece.arena.gaps.reshape(-1), piece.arena.counts.reshape(-1)
-            rows = piece.rows[start:stop]
-            if (bad := find_bad_row(*flat, rows, self.store.manifest.n_genes)) >= 0:
+            n_genes = self.store.manifest.n_genes
+            bad = copy_rows(*flat, piece.rows[start:stop], n_genes, gaps, counts, overflow, filled)
+            if bad >= 0:
                 raise self.store.damaged(ValueError(f"cell {piece.cells[start + bad]} does not decode into counts"))
-            copy_rows(*flat, rows, gaps, counts, overflow, filled)
         return PackedBatch(
             gaps=torch.from_numpy(gaps),
             counts=torch.from_numpy(counts),

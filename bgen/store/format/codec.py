@@ -211,18 +211,24 @@ def find_bad_row(gaps: U8, counts: U8, rows: I64, n_genes: int) -> int:
         Genes of the store.
     """
     for r in range(len(rows)):
-        begin, end = rows[r, 0], rows[r, 0] + rows[r, 1]
-        escapes, total = _escapes_and_sum(gaps, begin, end)
-        entries = end - begin - escapes
-        if entries != rows[r, 3] or total + entries > n_genes or (end > begin and gaps[end - 1] == ESCAPE):
-            return r
-        if _escapes_and_sum(counts, rows[r, 2], rows[r, 2] + entries)[0] != rows[r, 5]:
+        if not _is_cell(gaps, counts, rows[r], n_genes):
             return r
     return -1
 
 
 @numba.njit(cache=True, nogil=True)
-def _escapes_and_sum(stream: U8, begin: int, end: int) -> tuple[int, int]:
+def _is_cell(gaps: U8, counts: U8, row: I64, n_genes: int) -> bool:
+    """Whether a row of an arena decodes into the genes of a cell (see :func:`find_bad_row`)."""
+    begin, end = row[0], row[0] + row[1]
+    escapes, total = _escapes_and_sum(gaps, begin, end)
+    entries = end - begin - escapes
+    if entries != row[3] or total + entries > n_genes or (end > begin and gaps[end - 1] == ESCAPE):
+        return False
+    return _escapes_and_sum(counts, row[2], row[2] + entries)[0] == row[5]
+
+
+@numba.njit(cache=True, nogil=True)
+def _escapes_and_sum(stream: U8, begin: Any, end: Any) -> tuple[Any, Any]:
     """Return how many bytes of a part are escapes, and the sum of all.
 
     256 bytes add up to less than 2^16. Sums of that size take a third of the time of those of 64 bits.
@@ -243,9 +249,16 @@ def _escapes_and_sum(stream: U8, begin: int, end: int) -> tuple[int, int]:
 
 @numba.njit(cache=True, nogil=True)
 def copy_rows(
-    gaps: U8, counts: U8, rows: I64, gaps_out: U8, counts_out: U8, overflow_out: NDArray[np.int32], at: I64
-) -> None:
-    """Copy rows of an arena, one after the other, into a packed batch.
+    gaps: U8,
+    counts: U8,
+    rows: I64,
+    n_genes: int,
+    gaps_out: U8,
+    counts_out: U8,
+    overflow_out: NDArray[np.int32],
+    at: I64,
+) -> int:
+    """Copy rows of an arena, one after the other, into a packed batch; each is looked at before, as cheap as that is.
 
     Parameters
     ----------
@@ -253,13 +266,22 @@ def copy_rows(
         Bytes of the arena, flat.
     rows
         int64 ``[R, 6]``: where they lie (see :func:`locate_rows`).
+    n_genes
+        Genes of the store.
     gaps_out, counts_out, overflow_out
         The batch's streams.
     at
         int64 ``[3]``: how much of each is filled already; updated.
+
+    Returns
+    -------
+    int
+        The first row that does not decode into the genes of a cell, at which copying ends; or -1.
     """
     g, c, o = at
     for r in range(len(rows)):
+        if not _is_cell(gaps, counts, rows[r], n_genes):
+            return r
         begin, size = rows[r, 0], rows[r, 1]
         copy_bytes(gaps_out, g, gaps, begin, size)
         g += size
@@ -274,6 +296,7 @@ def copy_rows(
             overflow_out[o] = value
             o += 1
     at[0], at[1], at[2] = g, c, o
+    return -1
 
 
 @numba.njit(cache=True, nogil=True)
