@@ -158,7 +158,7 @@ def test_mistakes_are_told(model: Model, cells: anndata.AnnData) -> None:
     wrong("probability from 0", model.annotate, cells, "cell_type", threshold=2.0)
     wrong("is empty", model.annotate, cells[:0], "cell_type")
     wrong("no layer 'count'", model.denoise, cells, layer="count")
-    wrong("positive number", model.denoise, cells, library_size=0)
+    wrong("library_size is a number from 1", model.denoise, cells, library_size=0)
     wrong("no batch 'batch_9'.*batch_", model.integrate, cells, reference="batch_9")
     wrong("no covariate 'donor'", model.integrate, cells, batch="donor")
     other = cells.copy()
