@@ -21,7 +21,7 @@ from data_tools.building.splits import DEFAULT, assign
 from data_tools.building.write import Contents, write_store
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests/starting"))
+sys.path[:0] = [str(ROOT / "tests/starting"), str(ROOT / "tests")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
