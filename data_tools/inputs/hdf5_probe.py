@@ -49,7 +49,8 @@ class Probe:
     def end(self) -> None:
         """End it."""
         self.process.kill()
-        self.process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.communicate()
 
     def ask(self, path: Path) -> str:
         """Return "ok", or what is wrong with a file."""

@@ -108,7 +108,7 @@ def test_what_the_system_refuses_is_one_message(
     def fails(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("bgen.store.format.manifest.read_manifest", fails)
+    monkeypatch.setattr("bgen.store.open.open_manifest", fails)
     done = bgen("data", "info", "store")
     assert (done.code, done.out) == (2, "")
     assert said in done.err

@@ -25,6 +25,7 @@ NEEDED = {
     "deepspeed": ["hosts=n0,n1"],
     "k8s": ["image=registry.example/bgen:1"],
     "jobset": ["image=registry.example/bgen:1"],
+    "sky": [f"package={ROOT}"],
 }
 SHELL = [name for name, target in TARGETS.items() if target.template.endswith(".sh")]
 FIXED = {v.name: v.value for v in read_environment(packaged_templates() / "environment.yaml", "cuda") if v.value}
@@ -199,7 +200,7 @@ def test_scripts_inside_yaml_are_shell(target: str) -> None:
 
 
 def test_skypilot() -> None:
-    (task,) = documents(render("sky", settings=["accelerator=A100", "volume=atlas"]))
+    (task,) = documents(render("sky", settings=[*NEEDED["sky"], "accelerator=A100", "volume=atlas"]))
     assert (task["num_nodes"], task["resources"]["accelerators"]) == (2, "A100:4")
     assert task["volumes"] == {"/data": "atlas"}
     assert task["envs"] == FIXED

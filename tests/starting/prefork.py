@@ -47,8 +47,7 @@ def python() -> str:
     )
     assert server.stdin is not None
     assert server.stdout is not None
-    atexit.register(server.wait)
-    atexit.register(server.stdin.close)  # it ends with this process, however this one ends
+    atexit.register(server.communicate)  # closes its input: it ends with this process, however this one ends
     assert b"ready\n" in iter(server.stdout.readline, b"")  # what packages say as they load comes before
     return str(command)
 

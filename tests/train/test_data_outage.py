@@ -46,12 +46,14 @@ def read_with_outage(
         if len(said) == 2:
             back()
 
-    batches = Batches(Reading(reader), 0, 60.0, waiting)  # type: ignore[arg-type]
+    batches = Batches(Reading(reader), 0, 60.0, 1000.0, waiting, lambda: False)  # type: ignore[arg-type]
     found = []
     for step in range(26):
         if step == 2:
             away()
-        (batch,), _ = batches.next()
+        micro_batches, _ = batches.next(alone=True)
+        assert micro_batches is not None
+        (batch,) = micro_batches
         found += [batch.cells.numpy(), batch.indices.numpy(), batch.counts.numpy(), batch.keys.numpy()]
     assert batches._batches is not None
     batches._batches.close()  # type: ignore[attr-defined]
