@@ -113,12 +113,13 @@ def memorisation(
     alike_made, alike_real = _unlikeness(train, made), _unlikeness(train, real)
     known = set(_digests(train))
     copied, copied_real = (sum(digest in known for digest in _digests(x)) for x in (made, real))
+    counted = [[copied, n - copied], [copied_real, n - copied_real]]
     return Memorisation(
         distance=float(np.median(near_made[:, 0])),
         distance_real=float(np.median(near_real[:, 0])),
         copies=copied / n,
         copies_real=copied_real / n,
-        p_copies=float(stats.fisher_exact([[copied, n - copied], [copied_real, n - copied_real]], "greater").pvalue),
+        p_copies=float(stats.fisher_exact(np.array(counted), "greater").pvalue),
         p_near=_excess(_alone(near_made), _alone(near_real), rng),
         p_alike=_excess(_alone(alike_made), _alone(alike_real), rng),
         cells=n,

@@ -266,10 +266,8 @@ class LatentFlow(nn.Module):
             settings.guidance,
             settings.guidance_interval,
         )
-        from_neighbours = self.config.source == "neighbours" and places is not None
-        if from_neighbours and places.observed is not None and places.latents is not None:
-            # before the library is held: its way begins where the cell does
-            z1 = start(places.latents, places.mask, places.time, places.observed, z1, keys[..., 0])
+        if places is not None and self.config.source == "neighbours":
+            z1 = _start(places, z1, keys)  # before the library is held: its way begins where the cell does
         if log_library is not None:
             v = _hold_last(v, z1[..., -1] - self.vae.whiten_library(log_library))
         if places is None:
@@ -295,6 +293,13 @@ class LatentFlow(nn.Module):
             return self.velocity(z, times, condition, mask, time, starts)
 
         return v
+
+
+def _start(places: Places, z1: Tensor, keys: Tensor) -> Tensor:
+    """Return what the noise ``z1 [B, T, N, D + 1]`` becomes where observed time points tell where to start."""
+    if places.observed is None or places.latents is None:
+        return z1
+    return start(places.latents, places.mask, places.time, places.observed, z1, keys[..., 0])
 
 
 def _hold_last(v: Velocity, slope: Tensor) -> Velocity:
