@@ -414,27 +414,6 @@ def test_stochastic_rounding_belongs_to_cell_and_gene(tmp_path: Path, monkeypatc
     assert Store(tmp_path / "cut").manifest.sources[0].rounding == "stochastic"
 
 
-def test_columns_of_one_gene_are_added_up(tmp_path: Path) -> None:
-    counts = random_counts(300, 4)
-    obs = pd.DataFrame(index=[f"c{i}" for i in range(300)])
-    ids = [f"GENE{i // 2:011d}" for i in range(N_GENES)]
-    adata = anndata.AnnData(
-        counts, obs=obs, var=pd.DataFrame({"gene_id": ids}, index=[f"v{i}" for i in range(N_GENES)])
-    )
-    adata.uns["organism"] = "synthetic"
-    adata.write_h5ad(tmp_path / "twice.h5ad")
-    report = check([tmp_path / "twice.h5ad"], CheckOptions(gene_column="gene_id", merge_duplicates="sum"))
-    build(report, tmp_path / "store", created_by="test")
-    store = Store(tmp_path / "store")
-    batch = CountReader(store).read_cells(np.arange(300))
-    got = sp.csr_matrix((batch.counts.numpy(), batch.indices.numpy(), batch.indptr.numpy()), shape=(300, N_GENES // 2))
-    _, rows = store.source_of(np.arange(300))
-    genes = np.array([int(gene[4:]) for gene in store.genes["id"]])
-    wanted = (counts[:, 0::2] + counts[:, 1::2])[rows][:, genes]
-    assert abs(got - wanted).nnz == 0
-    assert store.genes["cells"].tolist() == np.diff(wanted.tocsc().indptr).tolist()
-
-
 def test_a_reference_decides_the_genes(files: list[Path], tmp_path: Path) -> None:
     reference = tmp_path / "panel.txt"
     wanted = [f"GENE{i:011d}" for i in range(650, 850)]  # 600 to 799 are in the inputs; the last 50 in none
