@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import resource
 import shutil
 import signal
@@ -25,8 +24,7 @@ from bgen.store.format.manifest import check_files
 from bgen.store.store import Store
 from data_tools.building import pieces, shuffle
 from data_tools.building.build import build
-from data_tools.building.partial import Interrupted, all_or_nothing
-from data_tools.building.run_tasks import open_runner
+from data_tools.building.partial import Interrupted
 from data_tools.check.check import CheckOptions, check
 from data_tools.check.findings import Roles
 from data_tools.inputs import source as inputs
@@ -490,13 +488,3 @@ def test_groups_and_held_out_values_keep_to_their_split(files: list[Path], tmp_p
             split_by="perturbation",
             held_out={"test": ["control"]},
         )
-
-
-def test_workers_that_die_leave_a_build_that_goes_on(tmp_path: Path) -> None:
-    with (
-        pytest.raises(Interrupted, match=r"died again and again.*the same command goes on"),
-        all_or_nothing(tmp_path / "store", {"the seed": "0"}) as partial,
-        open_runner(1, None, partial) as runner,
-    ):
-        runner.run(os._exit, [(1,)], [1], lambda done, all: None)
-    assert [path.name for path in tmp_path.iterdir()] == [".store.partial"]
