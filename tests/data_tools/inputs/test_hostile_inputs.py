@@ -197,11 +197,17 @@ def write_zarr(path: Path, version: int) -> Path:
     return path
 
 
+def array_of(folder: Path, name: str) -> str:
+    """Return where the values of a column lie: from anndata 0.13 on texts are a group of values and a mask."""
+    return f"{name}/values" if (folder / name / "values").is_dir() else name
+
+
 def edit(name: str, **values: object) -> Callable[[Path], None]:
     """Change what the metadata of an array say, its own and those that were consolidated."""
 
     def harm(folder: Path) -> None:
-        own = folder / name / (".zarray" if (folder / name / ".zarray").is_file() else "zarr.json")
+        array = folder / array_of(folder, name)
+        own = array / (".zarray" if (array / ".zarray").is_file() else "zarr.json")
         own.write_text(json.dumps(json.loads(own.read_text()) | values))
 
     return harm
@@ -224,14 +230,14 @@ def pickle_in(folder: Path) -> None:
 def pickle_in_consolidated(folder: Path) -> None:
     path = folder / ".zmetadata"
     tree = json.loads(path.read_text())
-    tree["metadata"]["obs/_index/.zarray"]["compressor"] = {"id": "pickle", "protocol": 5}
+    tree["metadata"][f"{array_of(folder, 'obs/_index')}/.zarray"]["compressor"] = {"id": "pickle", "protocol": 5}
     path.write_text(json.dumps(tree))
 
 
 def much_in_consolidated(folder: Path) -> None:
     path = folder / ".zmetadata"
     tree = json.loads(path.read_text())
-    tree["metadata"]["obs/_index/.zarray"]["shape"] = [10**11]
+    tree["metadata"][f"{array_of(folder, 'obs/_index')}/.zarray"]["shape"] = [10**11]
     path.write_text(json.dumps(tree))
 
 
