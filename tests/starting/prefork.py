@@ -27,7 +27,7 @@ def python() -> str:
     """Return the path of the command; the first call starts the process that it forks from."""
     if sys.platform != "linux":  # fork does not go together with what other systems load
         return sys.executable
-    folder = tempfile.TemporaryDirectory(prefix="prefork-")
+    folder = tempfile.TemporaryDirectory(prefix="prefork-", dir="/tmp")  # the path of a socket has to be short
     atexit.register(folder.cleanup)
     socket = Path(folder.name, "socket")
     command = Path(folder.name, "python")
