@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from bgen.errors import UserError
+from bgen.hub.contents import build_like
 from bgen.hub.directory import load_directory, save_model
 
 MODELS = Path(__file__).parent / "fixtures_0_1_0"
@@ -153,3 +155,18 @@ def test_the_card_shows_names_and_follows_none(tmp_path: Path) -> None:
     assert "\x1b" not in card
     assert "onerror" in card
     assert "x/y.png" in card
+
+
+class Reading(nn.Module):
+    """A part that reads a number as it is made, which no tensor without memory can give."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.first = self.weight[0].item()
+
+
+def test_a_part_that_needs_memory_to_be_made_is_bounded_by_the_file() -> None:
+    assert build_like(lambda: Reading(5), {"weight": (5,)}).first == 1.0
+    with pytest.raises(ValueError, match="ask for 6 numbers in one tensor"):
+        build_like(lambda: Reading(6), {"weight": (5,)})
