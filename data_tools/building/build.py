@@ -162,8 +162,7 @@ def name_cells(frames: Sequence[pd.DataFrame], report: Report) -> list[pd.DataFr
         column += "_"
     named = []
     for frame, name in zip(frames, names, strict=True):
-        index = pd.Index([f"{barcode}-{name}" for barcode in frame.index], name=frame.index.name)
-        named.append(frame.set_axis(index).assign(**{column: name}))
+        named.append(frame.set_axis(frame.index.astype(str) + f"-{name}").assign(**{column: name}))
     return named
 
 
