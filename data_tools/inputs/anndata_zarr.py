@@ -16,9 +16,8 @@ import zarr
 from anndata import AnnData
 
 from bgen.errors import UserError
-from bgen.store.format.sparse import plain
 from bgen.store.format.zarr_metadata import require_safe, require_whole
-from data_tools.inputs.source import Matrix, Source, csc_rows, csr_rows
+from data_tools.inputs.source import Matrix, Source
 
 
 @dataclass
@@ -27,14 +26,8 @@ class AnnDataZarrSource(Source):
 
     def _rows(self, name: str, step: int, start: int, stop: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         try:
-            item, about = cast("Any", zarr.open_group(self.path, mode="r"))[name], self.matrices[name]
-            if per_pass := self.rows_per_pass(name):
-                yield from csc_rows(item, about, per_pass, step, start, stop)
-            elif isinstance(item, zarr.Group):
-                yield from csr_rows(item, about.shape[1], step, start, stop, about.shape[0])
-            else:
-                for first in range(start, stop, step):
-                    yield first, sp.csr_matrix(plain(item[first : min(first + step, stop)]))
+            item = cast("Any", zarr.open_group(self.path, mode="r"))[name]
+            yield from self._stored_rows(item, name, step, start, stop)
         except (ValueError, KeyError) as error:  # how zarr says that a chunk is damaged
             raise UserError(f"{self.path}: '{name}' cannot be read ({error}). Is it damaged?") from error
 

@@ -18,10 +18,9 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from bgen.errors import UserError
-from bgen.store.format.sparse import plain
 from data_tools.inputs.hdf5 import open_hdf5
 from data_tools.inputs.in_memory import MemorySource, open_memory
-from data_tools.inputs.source import Matrix, Source, csc_rows, csr_rows
+from data_tools.inputs.source import Matrix, Source
 
 ANNOTATION = ("obs/", "var/", "raw/var/")
 """What is read whole when a file is opened."""
@@ -38,14 +37,7 @@ class H5adSource(Source):
 
     def _rows(self, name: str, step: int, start: int, stop: int) -> Iterator[tuple[int, sp.csr_matrix]]:
         with open_hdf5(self.path) as file:
-            item, about = file[self.group][name], self.matrices[name]
-            if per_pass := self.rows_per_pass(name):
-                yield from csc_rows(item, about, per_pass, step, start, stop)
-            elif isinstance(item, h5py.Group):
-                yield from csr_rows(item, about.shape[1], step, start, stop, about.shape[0])
-            else:
-                for first in range(start, stop, step):
-                    yield first, sp.csr_matrix(plain(item[first : min(first + step, stop)]))
+            yield from self._stored_rows(file[self.group][name], name, step, start, stop)
 
     def _everything(self) -> AnnData:
         with open_hdf5(self.path) as file:

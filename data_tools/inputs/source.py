@@ -129,6 +129,19 @@ class Source(abc.ABC):
         about = self.matrices[name]
         return max(1, int(self.n_cells * CSC_VALUES / max(about.stored, 1))) if about.layout == "csc" else None
 
+    def _stored_rows(
+        self, item: Any, name: str, step: int, start: int, stop: int
+    ) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """Yield blocks of rows of the matrix ``name``, stored as ``item``: a sparse matrix's group, or an array."""
+        about = self.matrices[name]
+        if per_pass := self.rows_per_pass(name):
+            yield from csc_rows(item, about, per_pass, step, start, stop)
+        elif about.layout == "csr":
+            yield from csr_rows(item, about.shape[1], step, start, stop, about.shape[0])
+        else:
+            for first in range(start, stop, step):
+                yield first, sp.csr_matrix(plain(item[first : min(first + step, stop)]))
+
     def read(self) -> AnnData:
         """Return everything that the file holds, in memory.
 
