@@ -229,6 +229,9 @@ def bench_perturb(
     steps: Annotated[
         int, typer.Option(min=2, max=MOST, help="Training steps of the VAE; the flow has half as many.")
     ] = 800,
+    sets: Annotated[
+        Path | None, typer.Option(help="Gene sets, .gmt: a baseline for unseen targets that shares them.")
+    ] = None,
     cell_eval: Annotated[bool, typer.Option("--cell-eval", help="Also cell-eval's figures (extra perturb).")] = False,
     overrides: Overrides = None,
 ) -> None:
@@ -243,9 +246,10 @@ def bench_perturb(
 
     columns = Columns(perturbation, control or "control", dose, within or [], separator)
     training = Training(steps, overrides or [])
-    done = compare(file, columns, leave, out, training, seeds=seeds, cell_eval=cell_eval, say=notes.print)
+    done = compare(file, columns, leave, out, training, seeds=seeds, cell_eval=cell_eval, say=notes.print, sets=sets)
     for left_out, found in done.items():
         results.print(f"\nLeft out: {left_out}", highlight=False)
+        results.print(found.scores.headline(), highlight=False)
         results.print(found.scores.table())
         for sentence in found.scores.sentences():
             results.print(sentence, highlight=False)

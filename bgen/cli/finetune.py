@@ -102,6 +102,7 @@ def finetune(
         typer.echo(json.dumps(told))
         return
     if tuned.scores is not None:
+        results.print(tuned.scores.headline(), highlight=False)
         results.print(tuned.scores.table())
         for sentence in tuned.scores.sentences():
             results.print(sentence, highlight=False)

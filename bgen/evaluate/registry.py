@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from bgen.errors import UserError, nearest
 from bgen.evaluate.metrics.metric import Metric
 from bgen.evaluate.protocols import distribution, perturbation, time_point
-from bgen.evaluate.protocols.perturbation import HeldOut, PerturbationScores
+from bgen.evaluate.protocols.perturbation import HeldOut
+from bgen.evaluate.protocols.perturbation_scores import PerturbationScores
 from bgen.evaluate.protocols.scores import Scores
 from bgen.evaluate.protocols.time_point import Pool, TimeScores
 from bgen.evaluate.reports.distribution import write_report

@@ -91,6 +91,7 @@ class HeldOutScores(Section):
     perturbations: list[str]
     rows: dict[str, dict[str, HeldOutFigure]] = Field(description="Model, baselines and ceiling to metric to figure.")
     words: list[str] = Field(description="The same in sentences.")
+    headline: str = Field("", description='The same in one sentence; "": of a protocol up to perturbation-v3.')
 
 
 class Perturbation(Section):

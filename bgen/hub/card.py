@@ -96,8 +96,9 @@ def _listed(title: str, names: list[str]) -> list[str]:
 
 
 def _held_out(scores: HeldOutScores) -> list[str]:
-    names = list(scores.rows["model"])
+    names = list(dict.fromkeys(name for figures in scores.rows.values() for name in figures))
     lines = [
+        *([in_markdown(scores.headline), ""] if scores.headline else []),
         f"Protocol `{scores.protocol}` on {len(scores.perturbations)} held-out perturbations"
         f" ({in_markdown(', '.join(scores.perturbations[:10]))}):",
         "",

@@ -142,7 +142,7 @@ def test_what_is_not_there_is_told() -> None:
     with pytest.raises(UserError, match=r"no metric 'w3'.*'w2'|no metric 'w3'.*'w1'"):
         choose_metrics("w2", "w3")
     assert find_protocol(CellsProtocol).id == "distribution-v1"
-    assert find_protocol(PerturbationProtocol).id == "perturbation-v3"
+    assert find_protocol(PerturbationProtocol).id == "perturbation-v4"
     assert find_protocol(TimePointProtocol).id == "time-point-v1"
     with pytest.raises(
         UserError, match=r"no protocol 'distribution-v9' for this question\. Did you mean 'distribution-v1'"

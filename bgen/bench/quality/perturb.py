@@ -1,4 +1,4 @@
-"""``bgen bench perturb``: leave parts of a screen out, predict them, and compare by the protocol ``perturbation-v3``.
+"""``bgen bench perturb``: leave parts of a screen out, predict them, and compare by the protocol ``perturbation-v4``.
 
 What is left out, each in its own trainings:
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,15 +31,18 @@ from bgen.bench.runs import store_of, train_whole
 from bgen.config.finetune import FinetuneConfig
 from bgen.errors import UserError, nearest
 from bgen.evaluate.protocols.cell_eval import Figures, average, cell_eval_figures, require_cell_eval
-from bgen.evaluate.protocols.perturbation import MODEL, HeldOut, PerturbationScores, join
+from bgen.evaluate.protocols.perturbation import HeldOut
+from bgen.evaluate.protocols.perturbation_scores import PerturbationScores, join
 from bgen.evaluate.registry import PerturbationProtocol, find_protocol
 from bgen.files import require_new_folder
+from bgen.genes.sets import GeneSets, read_gene_sets
 from bgen.genes.table import find_genes
 from bgen.progress import Say
 from bgen.tasks.columns import text_column
 from bgen.tasks.finetune.finetune import Request, finetune
 from bgen.tasks.load import Model
-from bgen.tasks.perturb.held_out import DOSE, Key, predict_held_out, screen_keys, split_screen
+from bgen.tasks.perturb.held_out import predict_held_out, split_screen
+from bgen.tasks.perturb.keys import DOSE, ScreenKeys, screen_keys
 from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, require_controls
 from bgen.tasks.user_cells import read_input
 from bgen.version import __version__
@@ -91,6 +93,7 @@ def bench_perturb(
     seeds: int,
     cell_eval: bool,
     say: Say,
+    sets: Path | None = None,
 ) -> dict[str, Found]:
     """Train and score every split, and write ``perturb.json`` and a page for each way to leave out.
 
@@ -100,6 +103,8 @@ def bench_perturb(
         Each as in :data:`WAYS`.
     cell_eval
         Compute the figures of that library, too.
+    sets
+        Gene sets (.gmt) for the baseline of unseen targets that needs them.
 
     Returns
     -------
@@ -109,10 +114,11 @@ def bench_perturb(
     Raises
     ------
     UserError
-        If the file, a column or what is to be left out is not there, or cell-eval is not installed.
+        If a file, a column or what is to be left out is not there, or cell-eval is not installed.
     """
     if cell_eval:
         require_cell_eval()
+    gene_sets = None if sets is None else read_gene_sets(sets)
     cells = read_input(path)
     columns = columns.resolved(cells)
     require_controls(columns.labels(cells), columns)
@@ -126,10 +132,10 @@ def bench_perturb(
     for text, of_seeds in planned.items():
         runs, figures = [], []
         for seed, parts in enumerate(of_seeds):
-            predicted = _predict(parts, columns, training, out / "run", seed, together=text == DOSES)
+            predicted = _predict(parts, columns, training, out / "run", seed, text, gene_sets)
             runs.append(join([protocol.evaluate(counts, held) for counts, held in predicted], "perturbations"))
             figures += [cell_eval_figures(held, seed=seed) for _, held in predicted if cell_eval]
-            say(f"{text}, seed {seed}: Pearson delta {runs[-1].mean(MODEL, 'pearson'):.3f}")
+            say(f"{text}, seed {seed}: {runs[-1].headline()}")
         alike = all(run.labels == runs[0].labels for run in runs)
         scores = join(runs, "seeds" if alike else "perturbations")
         found[text] = Found(scores, average(figures) if figures else None)
@@ -150,7 +156,7 @@ def splits(cells: AnnData, columns: Columns, way: str, what: str, seed: int) -> 
     def joined(names: tuple[str, ...]) -> str:
         return (JOIN if separator == WHOLE else separator).join(names)
 
-    sizes = Counter(key for key in keys if key[0] and key != columns.control_key)
+    sizes = {key: len(rows) for key, rows in keys.perturbed().items()}
     large = sorted((key for key, size in sizes.items() if size >= LEAST_CELLS), key=str)
     if way == GROUP:
         return _groups(cells, columns, keys, what)
@@ -177,15 +183,15 @@ def splits(cells: AnnData, columns: Columns, way: str, what: str, seed: int) -> 
     return [Split(", ".join(chosen), *split_screen(cells, columns, chosen, seed))]
 
 
-def _groups(cells: AnnData, columns: Columns, keys: Sequence[Key], column: str) -> list[Split]:
+def _groups(cells: AnnData, columns: Columns, keys: ScreenKeys, column: str) -> list[Split]:
     group = text_column(cells, column)
-    control = np.array([key == columns.control_key for key in keys])
+    control = keys.where(lambda key: key == columns.control_key)
+    perturbed = keys.where(lambda key: bool(key[0]))
     made = []
     for value in np.unique(group[group != ""]):
         here = group == value
-        elsewhere = {key for key, inside in zip(keys, here, strict=True) if not inside}
-        sizes = Counter(key for key, inside in zip(keys, here, strict=True) if inside)
-        known = np.array([key[0] != () and key in elsewhere and sizes[key] >= LEAST_CELLS for key in keys])
+        inside, outside = (np.bincount(keys.number[rows], minlength=len(keys.distinct)) for rows in (here, ~here))
+        known = perturbed & ((outside > 0) & (inside >= LEAST_CELLS))[keys.number]
         back = here & (known | control)
         if min((here & control).sum(), (~here & control).sum()) >= LEAST_CONTROLS and (back & ~control).any():
             made.append(Split(str(value), cells[~here].copy(), cells[back].copy()))
@@ -198,17 +204,27 @@ def _groups(cells: AnnData, columns: Columns, keys: Sequence[Key], column: str) 
 
 
 def _predict(
-    parts: Sequence[Split], columns: Columns, training: Training, folder: Path, seed: int, *, together: bool
+    parts: Sequence[Split],
+    columns: Columns,
+    training: Training,
+    folder: Path,
+    seed: int,
+    text: str,
+    gene_sets: GeneSets | None,
 ) -> list[tuple[sp.csr_matrix, list[HeldOut]]]:
     """Train on each split and predict; return the counts trained on, and what is to be scored by itself or together.
 
-    ``together``: doses, which share their controls.
+    ``text``: what is left out. Doses share their controls, and are scored together.
     """
+    way, what = _read(text)
+    together, contexts = way == DOSES, [what] if way == GROUP else None
     made: list[tuple[sp.csr_matrix, list[HeldOut]]] = []
     for part in parts:
         model = _train(part.train, columns, training, folder, seed)
         train, back = model.read(part.train), model.read(part.back)
-        held = predict_held_out(model, train, back, columns, seed=seed, shared_controls=together)
+        held = predict_held_out(
+            model, train, back, columns, seed=seed, shared_controls=together, contexts=contexts, gene_sets=gene_sets
+        )
         if not together and len(parts) > 1:
             held = [replace(one, label=f"{part.name}: {one.label}") for one in held]
         made.append((train.counts, held))

@@ -21,7 +21,8 @@ from rich.table import Table
 
 from bgen.errors import UserError
 from bgen.evaluate.metrics.space import log_cp10k
-from bgen.evaluate.protocols.perturbation import CEILING, CONTROL_COPY, MODEL, HeldOut
+from bgen.evaluate.protocols.perturbation import HeldOut
+from bgen.evaluate.protocols.perturbation_scores import CEILING, CONTROL_COPY, MODEL
 
 PROFILE = "full"
 SKIPPED = ["clustering_agreement"]

@@ -1,26 +1,29 @@
-"""The protocol ``perturbation-v3``: do predicted perturbed cells look like held-out real ones?
+"""The protocol ``perturbation-v4``: do predicted perturbed cells look like held-out real ones?
 
 Frozen: a change of any figure needs a new protocol id. For each held-out perturbation and each of several seeds the
 real perturbed and control cells are split into two halves: one is what predictions are compared with, the other is the
-ceiling, and chooses the genes with the clearest effects. So no row is measured on noise that chose its genes.
+ceiling, and tells which genes have the clearest effects. So no row is measured on noise that chose its genes.
 
 - An effect is the difference of mean log(1 + counts per 10,000) between perturbed and control cells. The control cells
 are real and the same in every row, even for a model that would predict its own (otherwise a model could win or lose the
 discrimination score by scaling its controls).
+- The model's effect is that of cells predicted from the *first* half of the control cells, against that half; the real
+effect is measured against the second. So a prediction gains nothing from the noise of the control cells. From the
+second half comes its effect with other noise, which the squared size of predictions is freed of noise with.
+- Genes that were perturbed themselves are left out of every figure per gene. Distances between cells keep them.
 - Control cells that the model and the baselines were trained on, too (``shared_controls``: doses of a drug with few
   vehicle cells), are not split: all of them are the reference of every effect, in both halves. With some 30 cells on
   either side, the noise of two references would be larger than the effect of the drug. One reference adds the same
   noise to all real and predicted effects: rows compare with each other, but their correlations not with those of other
   screens. Control cells moved by an effect that was measured against themselves would be closer to the truth than any
   sample can be, so baselines are then real cells (``populations``): of the nearest dose, of all training perturbations.
-- Callers predict as many cells as there are control cells to predict from (more only where the real ones need it): a
-  control cell that is used twice makes a population narrower. Up to ``perturbation-v2`` they were at least 500.
-- A baseline is an effect that needs no model: "control copy" (none) and what the caller gives: "train mean" (the
-  average effect over training perturbations), "additive", "same in training", "nearest dose". As cells it is the real
+- A baseline is an effect that needs no model: "control copy" (none) and what the caller gives. As cells it is the real
   control cells moved by the effect.
-- The slope is sum <predicted, real> / sum <other half, real> over perturbations and genes: the noise of the two halves
-  is independent, so that it does not enter the denominator.
-- Verdicts come from a paired bootstrap over perturbations of the difference to each baseline.
+- "ceiling" is the other half of the real cells. Its effect is as noisy as the real one, so shares that are freed of
+  noise are not given for it: they would be 1 by construction. "duplicate" is a positive control for them: the other
+  half drawn towards the mean of all held-out perturbations, as far as suits the others (after the interpolated
+  duplicate of bioRxiv 2025.10.20.683304). A figure that does not put it near the top cannot rank models.
+- What is done with the figures: :mod:`bgen.evaluate.protocols.perturbation_scores`.
 
 Axes: N cells, G genes, P held-out perturbations, D components.
 """
@@ -29,34 +32,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
-from rich.table import Table
 
 from bgen.arrays import F64
 from bgen.errors import UserError
-from bgen.evaluate.metrics.effects import TOP, PredictedEffect
+from bgen.evaluate.metrics.effects import PredictedEffect, RatioMetric, gene_weights, judged_genes
 from bgen.evaluate.metrics.metric import Metric
 from bgen.evaluate.metrics.registry import choose_metrics
 from bgen.evaluate.metrics.space import Space, fit_space, log_cp10k
+from bgen.evaluate.protocols.perturbation_scores import (
+    CEILING,
+    CONTROL_COPY,
+    DUPLICATE,
+    MODEL,
+    PerturbationScores,
+    measured,
+)
 
-PROTOCOL = "perturbation-v3"
+PROTOCOL = "perturbation-v4"
 MAX_CELLS = 500
 MIN_CELLS = 10
-BOOTSTRAPS = 2000
-CONTROL_COPY, TRAIN_MEAN, MODEL, CEILING = "control copy", "train mean", "model", "ceiling"
+NOISE_CELLS = 200
+"""Cells from which the covariance of genes is known well enough."""
 
 METRICS: tuple[Metric[PredictedEffect], ...] = (
-    *choose_metrics("pearson", "pearson_top", "direction", "slope"),
+    *choose_metrics("explained", "explained_de", "calibration"),
+    *choose_metrics("pearson", "specific", "pearson_top", "direction", "recovery"),
     replace(
         choose_metrics("energy")[0],
         title="E-distance",
         meaning="Energy distance of predicted and real perturbed cells.",
     ),
-    *choose_metrics("discrimination"),
+    *choose_metrics("shape", "discrimination"),
 )
 
 
@@ -67,7 +78,7 @@ class HeldOut:
     Attributes
     ----------
     label
-        Its name.
+        Its name, with what tells it apart from others: the dose, the replicate.
     real, control
         Counts ``[N, G]`` of real perturbed cells, and of real control cells of the same kind.
     predicted
@@ -75,11 +86,15 @@ class HeldOut:
     baselines
         Name to effect ``[G]``, without "control copy".
     targets
-        Genes that were perturbed themselves: the discrimination score leaves them out.
+        Genes that were perturbed themselves: figures per gene leave them out.
     shared_controls
         Whether ``control`` was trained on, too.
     populations
         Name of a baseline to counts of the real cells that it consists of; others are control cells moved by it.
+    name
+        The perturbation alone: what has the same name is one observation. Default: the label.
+    sources
+        Row in ``control`` of the cell that each predicted one was made from; None: of none in particular.
     """
 
     label: str
@@ -90,150 +105,13 @@ class HeldOut:
     targets: NDArray[np.int64]
     shared_controls: bool = False
     populations: Mapping[str, sp.csr_matrix] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class PerturbationScores:
-    """What was found.
-
-    Attributes
-    ----------
-    values
-        Row (model, baselines, ceiling) to metric to ``[seeds, P]``; NaN where a row has no such figure.
-    predicted, real
-        Effects ``[P, G]``, the real ones of all held-out cells.
-    """
-
-    labels: tuple[str, ...]
-    values: dict[str, dict[str, NDArray[np.float64]]]
-    predicted: NDArray[np.float64]
-    real: NDArray[np.float64]
-    protocol: str = PROTOCOL
-    metrics: tuple[Metric[Any], ...] = METRICS
-
-    def mean(self, row: str, key: str) -> float:
-        """Mean over perturbations and seeds."""
-        return float(np.nanmean(self.values[row][key]))
-
-    def interval(self, row: str, key: str) -> tuple[float, float]:
-        """95 % interval of the mean: bootstrap over perturbations, of their means over seeds."""
-        if key == "slope":
-            draws = self._slopes(row)
-        else:
-            values = self.values[row][key]
-            means = np.nanmean(values[:, np.isfinite(values).any(0)], 0)
-            draws = means[_draws(len(means))].mean(1)
-        low, high = np.quantile(draws, [0.025, 0.975])
-        return float(low), float(high)
-
-    def verdict(self, baseline: str, metric: Metric[Any]) -> str:
-        """Compare the model with a baseline: 95 % interval of a paired bootstrap over perturbations."""
-        if metric.key == "slope":
-            return self._slope_verdict(baseline)
-        difference = self.values[MODEL][metric.key].mean(0) - self.values[baseline][metric.key].mean(0)
-        if metric.better == "lower":
-            difference = -difference
-        difference = difference[np.isfinite(difference)]
-        if len(difference) < 2:
-            return "too few perturbations to tell"
-        return _in_words(difference[_draws(len(difference))].mean(1))
-
-    def _slope_verdict(self, baseline: str) -> str:
-        """Compare distances from 1, of which only the mean over perturbations has a meaning."""
-        off = {row: np.abs(self._slopes(row) - 1) for row in (MODEL, baseline)}
-        return _in_words(off[baseline] - off[MODEL])
-
-    def _slopes(self, row: str) -> NDArray[np.float64]:
-        """Return bootstrapped slopes: ratios of sums over perturbations, of those that have the row."""
-        products, size = self.values[row]["slope"].mean(0), self.values[CEILING]["slope"].mean(0)
-        there = np.isfinite(products)
-        draws = _draws(int(there.sum()))
-        slopes: NDArray[np.float64] = products[there][draws].mean(1) / size[there][draws].mean(1)
-        return slopes
-
-    def sentences(self) -> list[str]:
-        """Say in plain words where the model stands against each baseline."""
-        said = []
-        for row in self.values:
-            if row in (MODEL, CEILING):
-                continue
-            by_verdict: dict[str, list[str]] = {}
-            for metric in self.metrics:
-                if np.isfinite(self.values[row][metric.key]).any():
-                    by_verdict.setdefault(self.verdict(row, metric), []).append(metric.title)
-            parts = "; ".join(f"{verdict} it in {', '.join(titles)}" for verdict, titles in by_verdict.items())
-            said.append(f"{row}: the model is {parts}.")
-        return said
-
-    def as_json(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        rows = {
-            row: {
-                key: {
-                    "mean": _number(self.mean(row, key)),
-                    "interval": [_number(v) for v in self.interval(row, key)],
-                    "by_seed": [_number(v) for v in np.nanmean(v, 1)],
-                    "by_perturbation": [_number(v) for v in v.mean(0)],
-                }
-                for key, v in figures.items()
-                if np.isfinite(v).any()
-            }
-            for row, figures in self.values.items()
-        }
-        return {"protocol": self.protocol, "perturbations": list(self.labels), "rows": rows, "words": self.sentences()}
-
-    def table(self) -> Table:
-        """Return a table: a row per model, baseline and ceiling."""
-        seeds, n = next(iter(self.values[MODEL].values())).shape
-        table = Table(
-            title=f"Scores ({self.protocol})",
-            caption=f"Means over {n} held-out perturbations and {seeds} seeds, with 95 % intervals over perturbations.",
-            box=None,
-            pad_edge=False,
-        )
-        table.add_column("", no_wrap=True)
-        for metric in self.metrics:
-            table.add_column(metric.title, justify="right")
-        for row, figures in self.values.items():
-            cells = []
-            for metric in self.metrics:
-                if np.isfinite(figures[metric.key]).any():
-                    low, high = self.interval(row, metric.key)
-                    digits = metric.digits
-                    cells.append(f"{self.mean(row, metric.key):.{digits}f}\n{low:.{digits}f}..{high:.{digits}f}")
-                else:
-                    cells.append("-")
-            table.add_row(row, *cells)
-        return table
-
-
-def join(parts: Sequence[PerturbationScores], along: Literal["seeds", "perturbations"]) -> PerturbationScores:
-    """Join scores: of the same perturbations from several trainings, or of several perturbations.
-
-    A row that a part does not have is NaN there.
-    """
-    rows = list(dict.fromkeys(row for part in parts for row in part.values))
-    rows = [row for row in rows if row != CEILING] + [CEILING]
-
-    def values(part: PerturbationScores, row: str, key: str) -> NDArray[np.float64]:
-        return part.values[row][key] if row in part.values else np.full_like(part.values[MODEL][key], np.nan)
-
-    axis = 0 if along == "seeds" else 1
-    joined = {
-        row: {key: np.concatenate([values(part, row, key) for part in parts], axis) for key in parts[0].values[MODEL]}
-        for row in rows
-    }
-    predicted, real = [part.predicted for part in parts], [part.real for part in parts]
-    if along == "seeds":
-        return replace(parts[0], values=joined, predicted=np.mean(predicted, axis=0), real=np.mean(real, axis=0))
-    labels = tuple(label for part in parts for label in part.labels)
-    effects = np.concatenate(predicted), np.concatenate(real)
-    return replace(parts[0], labels=labels, values=joined, predicted=effects[0], real=effects[1])
+    name: str = ""
+    sources: NDArray[np.int64] | None = None
 
 
 def mean_log(counts: sp.csr_matrix) -> NDArray[np.float64]:
     """Mean of log(1 + counts per 10,000) over cells ``[G]``."""
-    return np.asarray(log_cp10k(counts).mean(0, dtype=np.float64)).ravel()
+    return _mean(log_cp10k(counts))
 
 
 def evaluate_perturbations(train: sp.csr_matrix, held_out: Sequence[HeldOut], *, seeds: int = 3) -> PerturbationScores:
@@ -242,7 +120,7 @@ def evaluate_perturbations(train: sp.csr_matrix, held_out: Sequence[HeldOut], *,
     Parameters
     ----------
     train
-        Counts of training cells: the embedding of the E-distance is fitted on them.
+        Counts of training cells: the embedding of the distances is fitted on them.
     held_out
         Perturbations that were not trained on (or not in these cells).
     seeds
@@ -261,14 +139,19 @@ def evaluate_perturbations(train: sp.csr_matrix, held_out: Sequence[HeldOut], *,
         )
     space = fit_space(train)
     runs = [_one_seed(space, held_out, seed) for seed in range(seeds)]
-    rows = runs[0].keys()
-    values = {row: {metric.key: np.array([run[row][metric.key] for run in runs]) for metric in METRICS} for row in rows}
+    figures = {row: {metric.key: measured(metric, [run[row] for run in runs]) for metric in METRICS} for row in runs[0]}
+    for metric in METRICS:
+        if isinstance(metric, RatioMetric):
+            figures[CEILING][metric.key] = figures[CEILING][metric.key].without()
     bases = [mean_log(one.control) for one in held_out]
     predicted, real = (
         np.array([mean_log(cells) - base for cells, base in zip(of_all, bases, strict=True)])
         for of_all in ([one.predicted for one in held_out], [one.real for one in held_out])
     )
-    return PerturbationScores(tuple(one.label for one in held_out), values, predicted, real)
+    for row, one in enumerate(held_out):
+        predicted[row, one.targets] = real[row, one.targets] = np.nan
+    labels, names = zip(*((one.label, one.name or one.label) for one in held_out), strict=True)
+    return PerturbationScores(tuple(labels), tuple(names), figures, predicted, real, PROTOCOL, METRICS)
 
 
 @dataclass(frozen=True)
@@ -277,97 +160,186 @@ class _Drawn:
 
     Attributes
     ----------
-    real
-        Effect ``[G]`` of the half.
-    top
-        Genes with the clearest effects in the other half.
+    real, other
+        Effects ``[G]`` of the half, and of the other one.
+    clearness, noise
+        As in :class:`PredictedEffect`.
+    errors
+        As its ``real_error``, ``weighted_error`` and ``predicted_error``.
     effects
         Row to effect ``[G]``.
+    halves
+        The model's two effects with independent noise.
     points
         Coordinates ``[n, D]`` of the half's cells, "real", and of each row's.
+    at_control
+        Those of control cells, which rows without points of their own move.
     """
 
     real: F64
-    top: NDArray[np.intp]
+    other: F64
+    clearness: F64
+    noise: F64
+    errors: dict[str, tuple[float, float]]
     effects: dict[str, F64]
+    halves: tuple[F64, F64]
     points: dict[str, NDArray[Any]]
+    at_control: NDArray[Any]
 
 
-def _one_seed(space: Space, held_out: Sequence[HeldOut], seed: int) -> dict[str, dict[str, list[float]]]:
-    names = list(dict.fromkeys(name for one in held_out for name in one.baselines))
+def _one_seed(space: Space, held_out: Sequence[HeldOut], seed: int) -> dict[str, list[PredictedEffect | None]]:
+    """Return what every row predicts of every perturbation; None where it says nothing of one."""
     drawn = [_draw(space, one, seed, number) for number, one in enumerate(held_out)]
-    real = [one.real for one in drawn]
-    size = float(np.mean([float(one.effects[CEILING] @ one.real) for one in drawn]))
+    targets = [one.targets for one in held_out]
+    real, other = (np.array(part) for part in ([one.real for one in drawn], [one.other for one in drawn]))
+    means = _mean_effect(other, targets), _mean_effect(real, targets)
+    for number, effect in enumerate(_duplicates(other, real, targets)):
+        drawn[number].effects[DUPLICATE] = effect
+    names = list(dict.fromkeys(name for one in held_out for name in one.baselines))
+    rows = [MODEL, CONTROL_COPY, *names, *([DUPLICATE] if len(drawn) > 2 else []), CEILING]
 
-    def evidence(row: str, own: int) -> PredictedEffect:
+    def evidence(row: str, own: int) -> PredictedEffect | None:
         one = drawn[own]
+        if row not in one.effects:
+            return None
+        effect = one.effects[row]
+        moved = one.at_control + effect @ space.components.T
         return PredictedEffect(
             real=one.points["real"],
-            other=one.points[row],
-            effect=one.effects[row],
+            other=one.points.get(row, moved),
+            effect=effect,
+            halves=one.halves if row == MODEL else (effect, effect),
             real_effects=real,
+            targets=targets,
             own=own,
-            top=one.top,
-            size=size,
-            targets=held_out[own].targets,
+            other_effect=one.other,
+            means=means,
+            clearness=one.clearness,
+            noise=one.noise,
+            real_error=one.errors["real"],
+            weighted_error=one.errors["weighted"],
+            predicted_error=one.errors["predicted"] if row == MODEL else (0.0, 0.0),
         )
 
-    return {
-        row: {
-            metric.key: [
-                metric.compute(evidence(row, own)) if row in one.effects else np.nan for own, one in enumerate(drawn)
-            ]
-            for metric in METRICS
-        }
-        for row in (MODEL, CONTROL_COPY, *names, CEILING)
-    }
+    return {row: [evidence(row, own) for own in range(len(drawn))] for row in rows}
 
 
 def _draw(space: Space, one: HeldOut, seed: int, number: int) -> _Drawn:
-    """Halve the real cells of the perturbation ``number`` and draw equally many cells for every row."""
+    """Halve the cells of the perturbation ``number`` and draw equally many for every row."""
     rng = np.random.default_rng([seed, number])
     order = rng.permutation(one.real.shape[0])
     first, second = one.real[order[: len(order) // 2]], one.real[order[len(order) // 2 :]]
     # The same halves for every perturbation: else a real effect would be furthest from its own other half, whose
     # controls are the rest of its own.
     shuffled = np.random.default_rng(seed).permutation(one.control.shape[0])
-    halves = [shuffled, shuffled] if one.shared_controls else np.array_split(shuffled, 2)
-    first_control, second_control = (one.control[half] for half in halves)
+    parts = np.array_split(shuffled, 2)
+    first_control, second_control = (one.control[shuffled if one.shared_controls else part] for part in parts)
     real, other = mean_log(second) - mean_log(second_control), mean_log(first) - mean_log(first_control)
+    noise = _noise(second) + (0 if one.shared_controls else _noise(second_control))
+    clearness = np.abs(other) / np.sqrt(np.maximum(_noise(first) + _noise(first_control), 1e-12))
+    genes = judged_genes(len(real), one.targets)
+    errors = _errors(second, second_control, gene_weights(clearness, genes)[genes], genes, shared=one.shared_controls)
+    halves, errors["predicted"] = _predicted_halves(one, parts, genes, rng)
+    model = mean_log(one.predicted) - mean_log(one.control) if one.shared_controls else halves[0]
+    effects = {MODEL: model, CEILING: other, CONTROL_COPY: np.zeros_like(real), **one.baselines}
     pools = {"real": second, MODEL: one.predicted, CEILING: first, **one.populations}
     n = min(MAX_CELLS, *(cells.shape[0] for cells in pools.values()))
     some = {name: cells[rng.permutation(cells.shape[0])[:n]] for name, cells in pools.items()}
     # With replacement if there are few: what matters is that every row has as many cells.
     controls = one.control[rng.choice(one.control.shape[0], n, replace=one.control.shape[0] < n)]
-    effects = {MODEL: mean_log(one.predicted) - mean_log(one.control), CEILING: other}
-    effects |= {CONTROL_COPY: np.zeros_like(real), **one.baselines}
     points: dict[str, NDArray[Any]] = {name: space.project(cells) for name, cells in some.items()}
-    at_control = space.project(controls)
-    points |= {row: at_control + effects[row] @ space.components.T for row in effects if row not in points}
-    return _Drawn(real, _clearest(first, first_control), effects, points)
+    return _Drawn(real, other, clearness, noise, errors, effects, halves, points, space.project(controls))
 
 
-def _clearest(perturbed: sp.csr_matrix, control: sp.csr_matrix) -> NDArray[np.intp]:
-    """Return the genes with the largest absolute Welch t between real perturbed and control cells."""
-    means, errors = [], []
-    for cells in (perturbed, control):
-        logs = log_cp10k(cells)
-        mean = np.asarray(logs.mean(0, dtype=np.float64)).ravel()
-        means.append(mean)
-        errors.append((np.asarray(logs.multiply(logs).mean(0)).ravel() - mean**2) / cells.shape[0])
-    t = np.abs(means[0] - means[1]) / np.sqrt(np.maximum(errors[0] + errors[1], 1e-12))
-    return np.argsort(-t, kind="stable")[:TOP]
+def _mean_effect(effects: F64, targets: Sequence[NDArray[np.int64]]) -> F64:
+    """Return the mean ``[G]`` of effects ``[P, G]``, for each gene over the perturbations of which it is no target."""
+    counted = np.ones(effects.shape, bool)
+    for row, genes in enumerate(targets):
+        counted[row, genes] = False
+    mean: F64 = (effects * counted).sum(0) / np.maximum(counted.sum(0), 1)
+    return mean
 
 
-def _draws(n: int) -> NDArray[np.intp]:
-    return np.random.default_rng(0).integers(n, size=(BOOTSTRAPS, n))
+def _duplicates(other: F64, real: F64, targets: Sequence[NDArray[np.int64]]) -> list[F64]:
+    """Return the other half's effect ``[G]`` of each of P perturbations, drawn towards the mean of the others.
+
+    m + a (r' - m), with the mean m of r' and the factor a = sum <r' - m, r - m> / sum |r' - m|^2 from all but that one.
+    """
+    if len(other) < 3:
+        return []
+    away = [effects - _mean_effect(effects, targets) for effects in (other, real)]
+    for row, genes in enumerate(targets):
+        away[0][row, genes] = away[1][row, genes] = 0
+    products, squares = (away[0] * away[1]).sum(1), (away[0] ** 2).sum(1)
+    made = []
+    for own in range(len(other)):
+        rest = np.delete(other, own, 0)
+        mean = _mean_effect(rest, [genes for at, genes in enumerate(targets) if at != own])
+        share = (products.sum() - products[own]) / max(float(squares.sum() - squares[own]), 1e-12)
+        made.append(mean + float(np.clip(share, 0, 1)) * (other[own] - mean))
+    return made
 
 
-def _in_words(differences: NDArray[np.float64]) -> str:
-    """Say what bootstrapped differences, of which positive is better, mean."""
-    low, high = np.quantile(differences, [0.025, 0.975])
-    return "better than" if low > 0 else "worse than" if high < 0 else "no better than"
+def _noise(cells: sp.csr_matrix) -> F64:
+    """Return the sampling variance ``[G]`` of the mean logarithm of cells."""
+    logs = log_cp10k(cells)
+    mean = np.asarray(logs.mean(0, dtype=np.float64)).ravel()
+    squares = np.asarray(logs.multiply(logs).mean(0, dtype=np.float64)).ravel()
+    variance: F64 = np.maximum(squares - mean**2, 0) / max(cells.shape[0] - 1, 1)
+    return variance
 
 
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+def _spread(logs: sp.csr_matrix, weights: F64 | None = None) -> tuple[float, float]:
+    """Return tr(S) and tr(S^2) of the covariance S between genes ``[N, G]``, from products of different cells."""
+    cells = logs[:NOISE_CELLS].toarray().astype(np.float64)
+    cells -= cells.mean(0)
+    if weights is not None:
+        cells *= np.sqrt(weights)
+    products = cells @ cells.T
+    n, own = len(cells), np.diag(products)
+    return float(own.sum()) / max(n - 1, 1), float((products**2).sum() - (own**2).sum()) / max(n * (n - 1), 1)
+
+
+def _errors(
+    perturbed: sp.csr_matrix, control: sp.csr_matrix, weights: F64, genes: NDArray[np.intp], *, shared: bool
+) -> dict[str, tuple[float, float]]:
+    """Return ``real_error`` and ``weighted_error`` of :class:`PredictedEffect`, from the cells of one half.
+
+    Without an effect r and r' are noise with the covariance C = S_p / n + S_c / m: <r', r> has the variance tr(C^2),
+    sum w (r^2 - noise) twice that of weighted genes. Control cells that both halves have (``shared``) add their own
+    squared noise to both.
+    """
+    logs = [log_cp10k(cells)[:, genes] for cells in (perturbed, control)]
+    n, m = perturbed.shape[0], control.shape[0]
+    found = {}
+    for name, some, times in (("real", None, 1), ("weighted", weights, 2)):
+        (_, own), (trace, of_control) = (_spread(part, some) for part in logs)
+        between = np.sqrt(own * of_control) / (n * m)
+        common = trace / m if shared else np.sqrt(times * of_control) / m
+        found[name] = (float(np.sqrt(times * (own / n**2 + 2 * between))), float(common))
+    return found
+
+
+def _predicted_halves(
+    one: HeldOut, parts: Sequence[NDArray[np.intp]], genes: NDArray[np.intp], rng: np.random.Generator
+) -> tuple[tuple[F64, F64], tuple[float, float]]:
+    """Return the effect of cells predicted from either part of the control cells, and the error of their product.
+
+    Where predicted cells have sources, what is noise is the difference of each to its source.
+    """
+    logs, of_control = log_cp10k(one.predicted), log_cp10k(one.control)
+    if one.sources is None:
+        rows = np.array_split(rng.permutation(one.predicted.shape[0]), 2)
+        noisy, n = _spread(logs[rows[0]][:, genes])[1], len(rows[0])
+        error = (float(np.sqrt(noisy)) / n, float(np.sqrt(_spread(of_control[parts[0]][:, genes])[1])) / len(parts[0]))
+    else:
+        rows = [np.flatnonzero(np.isin(one.sources, part)) for part in parts]
+        some = rng.permutation(len(one.sources))[:NOISE_CELLS]
+        moved = sp.csr_matrix(logs[some] - of_control[one.sources[some]])[:, genes]
+        error = float(np.sqrt(_spread(moved)[1])) / min(len(rows[0]), len(rows[1])), 0.0
+    first, second = (_mean(logs[row]) - _mean(of_control[part]) for row, part in zip(rows, parts, strict=True))
+    return (first, second), error
+
+
+def _mean(logs: sp.csr_matrix) -> F64:
+    return np.asarray(logs.mean(0, dtype=np.float64)).ravel()

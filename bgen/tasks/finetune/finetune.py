@@ -22,7 +22,7 @@ from torch import nn
 
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.errors import UserError
-from bgen.evaluate.protocols.perturbation import PerturbationScores
+from bgen.evaluate.protocols.perturbation_scores import PerturbationScores
 from bgen.evaluate.registry import PerturbationProtocol, find_protocol
 from bgen.hub.about import About, Finetuning, HeldOutScores, Parent
 from bgen.hub.directory import SavedModel, count_combinations, load_directory, save_model, update_about

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bgen.distributed import world as ranks
 from bgen.errors import UserError
-from bgen.evaluate.protocols.perturbation import PerturbationScores
+from bgen.evaluate.protocols.perturbation_scores import PerturbationScores
 from bgen.genes.network import Network, read_network
 from bgen.hub.about import About, EffectOf, EffectScale, Perturbation, RegulatoryNetwork
 from bgen.hub.directory import Module, SavedModel

@@ -16,7 +16,7 @@ from bgen.config.finetune import FinetuneConfig
 from bgen.config.load import load_finetune
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.errors import UserError
-from bgen.evaluate.protocols.perturbation import PerturbationScores
+from bgen.evaluate.protocols.perturbation_scores import PerturbationScores
 from bgen.hub.about import About
 from bgen.hub.directory import Module, SavedModel
 from bgen.progress import Say

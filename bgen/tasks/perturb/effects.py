@@ -1,11 +1,12 @@
 """Average effects of a screen's perturbations, and from them the effect of any set, dose or unseen target.
 
 Single perturbations are shrunk towards no effect, combinations towards the sum of their members, doses of one drug
-towards their common direction. Between trained doses the effect is interpolated over the logarithm of the dose; below
-the lowest it falls to zero with the dose, above the highest it stays the same. An unseen target is predicted by ridge
-regression on the rows of genes, shrunk towards the average perturbation, with a strength chosen by leaving
-perturbations out; with few targets among the genes, it is the average of all perturbations. If a regulatory network is
-known, a multiple of its prediction is added first, provided that this brings left-out perturbations closer.
+towards their common direction. Between trained doses the effect is interpolated over the logarithm of the dose, from
+a trained dose of 0 over the dose; below the lowest it falls to zero with the dose, above the highest it stays the
+same. An unseen target is predicted by ridge regression on the rows of genes, shrunk towards the average perturbation,
+with a strength chosen by leaving perturbations out; with few targets among the genes, it is the average of all
+perturbations. If a regulatory network is known, a multiple of its prediction is added first, provided that this
+brings left-out perturbations closer.
 
 Axes: R trained sets with their dose, P perturbations, G genes, E size of a gene's row, E' of its part from the network.
 """
@@ -89,8 +90,8 @@ class Effects:
         above = int(np.searchsorted(doses, dose))
         if above == len(doses):
             return values[-1]
-        low, high = np.log(doses[above - 1 : above + 1])
-        part = (np.log(dose) - low) / (high - low)
+        low, high = doses[above - 1 : above + 1]
+        part = np.log(dose / low) / np.log(high / low) if low > 0 else dose / high
         return (1 - part) * values[above - 1] + part * values[above]
 
     def without(self, row: int) -> Effects:

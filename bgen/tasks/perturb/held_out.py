@@ -1,8 +1,8 @@
 """Scores of a perturbation model on perturbations, or doses, that it was not trained on.
 
 The user names what is held out; its cells and a part of the control cells are kept from training, predicted from those
-control cells, and compared by the protocol ``perturbation-v3`` with baselines that need no model: control copy, train
-mean, the sum of the members' training effects for combinations, and the nearest trained dose.
+control cells, and compared by the protocol ``perturbation-v4`` with baselines that need no
+model (:mod:`bgen.tasks.perturb.baseline_rows`).
 
 Control cells, and the real cells of baselines, are those of the strata of the perturbed cells, in the same proportions:
 otherwise the difference between cell lines, say, would count as effect of a perturbation that one of them has.
@@ -12,7 +12,7 @@ Axes: N cells, G genes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -21,30 +21,25 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from bgen.errors import UserError, nearest
-from bgen.evaluate.metrics.space import log_cp10k
-from bgen.evaluate.protocols.perturbation import MIN_CELLS, TRAIN_MEAN, HeldOut, PerturbationScores
+from bgen.evaluate.protocols.perturbation import MIN_CELLS, HeldOut, mean_log
+from bgen.evaluate.protocols.perturbation_scores import PerturbationScores
 from bgen.evaluate.registry import PerturbationProtocol, find_protocol
+from bgen.genes.sets import GeneSets
 from bgen.genes.table import find_genes
 from bgen.order.keys import hash_keys
 from bgen.progress import Say
 from bgen.tasks.anndata_model import AnnDataModel
-from bgen.tasks.perturb.effect_estimates import log_effect
-from bgen.tasks.perturb.perturb import ALL, perturb_cells
-from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, common_strata, read_doses, require_controls, strata_codes
+from bgen.tasks.perturb.baseline_rows import BaselineRows
+from bgen.tasks.perturb.baselines import target_genes
+from bgen.tasks.perturb.keys import DOSE, Key, named, screen_keys
+from bgen.tasks.perturb.perturb import ALL, draw_controls, perturb_cells
+from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, common_strata, require_controls, strata_codes
 from bgen.tasks.user_cells import UserCells
 from data_tools.check.labels import JOIN
 from data_tools.check.quantities import read_quantities
 
 CONTROL_SHARE = 0.25
 """Share of the control cells that held-out perturbations are predicted from; if there are few, up to half."""
-
-NEAREST_DOSE = "nearest dose"
-
-DOSE = "@"
-"""Between a label and its dose: "dex@10"."""
-
-Key = tuple[tuple[str, ...], float | None]
-"""Members of a set, sorted, and the dose."""
 
 
 def split_screen(
@@ -89,7 +84,7 @@ def split_rows(
     keys = screen_keys(adata, columns)
     for text in held_out:
         wanted = _read(text, columns, label)
-        here = np.array([_agrees(key, wanted) for key in keys]) & ~control
+        here = keys.where(lambda key, wanted=wanted: _agrees(key, wanted)) & ~control
         if not here.any():
             names = sorted(set(label[~control].tolist()) - {""})
             raise UserError(f"--hold-out: no cell has the label '{text}'.{nearest(text, names)}")
@@ -117,23 +112,19 @@ def require_scorable(train: UserCells, back: AnnData, columns: Columns, genes: p
         are too few cells of it or of control cells of its strata.
     """
     keys, held_keys = screen_keys(train.adata, columns), screen_keys(back, columns)
-    control = np.array([key == columns.control_key for key in keys])
-    expressed = np.asarray(train.counts[control].sum(0)).ravel() > 0
-    trained = {name for key in keys for name in key[0] if key != columns.control_key}
+    expressed = np.asarray(train.counts[keys.rows(columns.control_key)].sum(0)).ravel() > 0
+    trained = {name for key in keys.distinct for name in key[0] if key != columns.control_key}
     stratum = strata_codes(back, columns)
-    rows_of = _rows(held_keys)
-    controls = rows_of.get(columns.control_key, np.zeros(0, np.int64))
-    for key, rows in rows_of.items():
-        if key == columns.control_key or not key[0]:
-            continue
-        shown = _named(key)
+    controls = held_keys.rows(columns.control_key)
+    for key, rows in held_keys.perturbed().items():
+        shown = named(key)
         for name, gene in zip(key[0], find_genes(genes, key[0]), strict=True):
             if name not in trained and (gene < 0 or not expressed[gene]):
                 raise UserError(
                     f"--hold-out {shown}: '{name}' cannot be predicted: no training cell has it, and it is no gene of"
                     f" the model that control cells express.{nearest(name, [*sorted(trained), *genes['id']])}"
                 )
-        doses = {other[1] for other in keys if other[1] is not None and set(other[0]) & set(key[0])}
+        doses = {other[1] for other in keys.distinct if other[1] is not None and set(other[0]) & set(key[0])}
         if doses and key[1] is None:
             raise UserError(f"--hold-out {shown}: some of its cells have no dose, though it is trained at doses.")
         real, _ = within_strata(stratum[rows], stratum[controls])
@@ -153,6 +144,8 @@ def predict_held_out(
     *,
     seed: int = 0,
     shared_controls: bool = False,
+    contexts: Sequence[str] | None = None,
+    gene_sets: GeneSets | None = None,
     say: Say | None = None,
 ) -> list[HeldOut]:
     """Predict every label of cells that were kept back from the control cells of the same strata among them.
@@ -163,54 +156,50 @@ def predict_held_out(
         What the model was trained on: baselines come from it.
     shared_controls
         Whether the control cells of ``back`` are in ``train``, too.
+    contexts
+        obs columns of what cells that were kept back may differ in from all others; default: the strata.
+    gene_sets
+        For the baseline of unseen targets that needs them.
     say
         Told which cells cannot be compared, since their stratum has too few control cells.
     """
-    counts, held = train.counts, back.counts
     keys, held_keys = screen_keys(train.adata, columns), screen_keys(back.adata, columns)
-    groups = _perturbed(keys, columns)
-    effects = _training_effects(counts, groups, keys, train.adata, columns)
-    mean = np.mean(list(effects.values()), axis=0)
-    rows_of = _rows(held_keys)
-    controls = rows_of[columns.control_key]
+    genes = model.saved.genes
+    contexts = columns.strata if contexts is None else contexts
+    baselines = BaselineRows(train.adata, train.counts, keys, columns, genes, contexts, gene_sets)
+    controls = held_keys.rows(columns.control_key)
     in_train, stratum = common_strata([train.adata, back.adata], columns)
     made = []
-    for key in sorted(rows_of, key=str):
-        if key == columns.control_key or not key[0]:
-            continue
-        every = rows_of[key]
+    for key, every in sorted(held_keys.perturbed().items(), key=lambda item: str(item[0])):
         _require_enough(key, stratum[every], stratum[controls], columns)
         kept, chosen = within_strata(stratum[every], stratum[controls])
         real, control = every[kept], controls[chosen]
         if say is not None and len(real) < len(every):
             say(
-                f"{_named(key)}: {len(every) - len(real):,} of {len(every):,} cells are not compared: too few control"
+                f"{named(key)}: {len(every) - len(real):,} of {len(every):,} cells are not compared: too few control"
                 f" cells have the same {', '.join(columns.strata)}."
             )
         n = max(len(control), -(-len(real) // 2))  # no control cell twice, as long as there are enough
         cells = back[control]
         predicted = perturb_cells(model, cells, key[0], control=ALL, dose=key[1], n=n, seed=seed)
-        targets = find_genes(model.saved.genes, key[0])
+        (targets,) = target_genes([key], genes)
         populations = {}
-        if shared_controls:
-            pools = {TRAIN_MEAN: np.concatenate(list(groups.values()))}
-            near = _nearest_dose(key, effects)
-            if near is not None:
-                pools[NEAREST_DOSE] = groups[near]
-            for name, pool in pools.items():
-                alike = within_strata(stratum[real], in_train[pool], least=1)[1]
-                if len(alike):
-                    populations[name] = counts[pool[alike]]
+        for name, pool in baselines.cells(key).items() if shared_controls else ():
+            alike = within_strata(stratum[real], in_train[pool], least=1)[1]
+            if len(alike):
+                populations[name] = train.counts[pool[alike]]
         made.append(
             HeldOut(
-                label=_named(key),
-                real=held[real],
-                control=held[control],
+                label=named(key),
+                real=back.counts[real],
+                control=cells.counts,
                 predicted=sp.csr_matrix(predicted.X),
-                baselines={TRAIN_MEAN: mean, **_baselines(key, effects)},
-                targets=targets[targets >= 0],
+                baselines=baselines.rows(key, targets, mean_log(cells.counts)),
+                targets=targets,
                 shared_controls=shared_controls,
                 populations=populations,
+                name=JOIN.join(key[0]),
+                sources=draw_controls(len(control), n, seed),
             )
         )
     return made
@@ -254,78 +243,13 @@ def _some(rows: NDArray[np.intp], n: int) -> NDArray[np.int64]:
 def _require_enough(key: Key, perturbed: NDArray[np.int64], control: NDArray[np.int64], columns: Columns) -> None:
     if not len(within_strata(perturbed, control)[1]):
         raise UserError(
-            f"--hold-out {_named(key)}: fewer than {LEAST_CONTROLS} control cells to predict it from"
+            f"--hold-out {named(key)}: fewer than {LEAST_CONTROLS} control cells to predict it from"
             f"{_of_strata(columns)}."
         )
 
 
 def _of_strata(columns: Columns) -> str:
     return f" (with the same {', '.join(columns.strata)})" if columns.strata else ""
-
-
-def _named(key: Key) -> str:
-    """Return a set and its dose as text."""
-    return JOIN.join(key[0]) if key[1] is None else f"{JOIN.join(key[0])}{DOSE}{key[1]:g}"
-
-
-def _rows(keys: Sequence[Key]) -> dict[Key, NDArray[np.int64]]:
-    """Return the numbers of the cells of every key."""
-    found: dict[Key, list[int]] = {}
-    for row, key in enumerate(keys):
-        found.setdefault(key, []).append(row)
-    return {key: np.array(rows, np.int64) for key, rows in found.items()}
-
-
-def _perturbed(keys: Sequence[Key], columns: Columns) -> dict[Key, NDArray[np.int64]]:
-    """Return the numbers of the cells of every set and dose."""
-    return {key: rows for key, rows in _rows(keys).items() if key[0] and key != columns.control_key}
-
-
-def _training_effects(
-    counts: sp.csr_matrix,
-    groups: Mapping[Key, NDArray[np.int64]],
-    keys: Sequence[Key],
-    train: AnnData,
-    columns: Columns,
-) -> dict[Key, NDArray[np.float64]]:
-    """Return the effect ``[G]`` on the mean logarithm of every set and dose in training, within strata."""
-    control = np.flatnonzero([key == columns.control_key for key in keys])
-    stratum = strata_codes(train, columns)
-    logs = log_cp10k(counts)
-    return {key: log_effect(logs, rows, control, stratum) for key, rows in groups.items()}
-
-
-def _baselines(key: Key, effects: Mapping[Key, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
-    names, dose = key
-    if key in effects:  # held out are other cells of it
-        return {"same in training": effects[key]}
-    found = {}
-    near = _nearest_dose(key, effects)
-    if near is not None:
-        found[NEAREST_DOSE] = effects[near]
-    if len(names) > 1 and all(((name,), dose) in effects for name in names):
-        found["additive"] = np.sum([effects[(name,), dose] for name in names], axis=0)
-    return found
-
-
-def _nearest_dose(key: Key, trained: Iterable[Key]) -> Key | None:
-    """Return the trained dose above 0 of the same set that is nearest on a logarithmic scale, if there is one."""
-    dose = key[1]
-    others = {other[1]: other for other in trained if other[0] == key[0] and other[1]}
-    if not dose or not others:
-        return None
-    return others[min(others, key=lambda other: abs(np.log(other / dose)))]
-
-
-def screen_keys(adata: AnnData, columns: Columns) -> list[Key]:
-    """Return the set and dose of every cell; controls, ``columns.control_key``, have no dose."""
-    label = columns.labels(adata)
-    doses, control = read_doses(adata, columns, label), columns.is_control(label)
-    members = {text: columns.grammar.members(str(text)) for text in np.unique(label)}
-    return [
-        columns.control_key if is_control else (members[text], None if np.isnan(dose) else float(dose))
-        for text, dose, is_control in zip(label, doses, control, strict=True)
-    ]
 
 
 def _read(text: str, columns: Columns, label: NDArray[np.str_]) -> Key:

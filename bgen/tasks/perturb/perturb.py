@@ -92,10 +92,8 @@ def perturb_cells(
     dose = read_dose(model, dose)
     sets, effect, unseen = ask(model, perturbation, dose)
     perturbation = perturbation if isinstance(perturbation, str) else JOIN.join(perturbation)
-    rng = np.random.default_rng(seed)
     wanted = adata.n_obs if n is None else n
-    rows = np.concatenate([rng.permutation(adata.n_obs) for _ in range(-(-wanted // adata.n_obs))])[:wanted]
-    rows = np.sort(rows)
+    rows = draw_controls(adata.n_obs, wanted, seed)
     keys = torch.from_numpy(hash_keys(seed, np.arange(wanted)).view(np.int64))
     latents = torch.from_numpy(whitened_latents(model, cells)[0])
     coded = model.covariates(cells)
@@ -136,6 +134,13 @@ def perturb_cells(
         "controls": of_controls,
     }
     return made
+
+
+def draw_controls(controls: int, n: int, seed: int) -> NDArray[np.int64]:
+    """Return the control cell that each of n predicted cells is made from, ascending; each once before any twice."""
+    rng = np.random.default_rng(seed)
+    rows = np.concatenate([rng.permutation(controls) for _ in range(-(-n // controls))])[:n]
+    return np.sort(rows)
 
 
 def choose_controls(

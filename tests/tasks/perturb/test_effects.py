@@ -18,6 +18,15 @@ def test_between_doses_the_nearer_one_weighs_more() -> None:
     assert drug.of(["d"], None, rows, nothing, {"d": -1}) == pytest.approx([0.5, 0.5])
 
 
+def test_a_trained_dose_of_none_is_where_the_effect_begins() -> None:
+    """Its logarithm is not taken."""
+    values = np.array([[0.2, 0.0], [1.0, 4.0]], np.float32)
+    drug = Effects([("d",), ("d",)], np.array([0.0, 8.0]), values)
+    rows, nothing = np.zeros((2, 1), np.float32), np.array([-1])
+    for dose, expected in ((0.0, [0.2, 0]), (2.0, [0.4, 1]), (4.0, [0.6, 2]), (8.0, [1, 4]), (9.0, [1, 4])):
+        np.testing.assert_allclose(drug.of(["d"], dose, rows, nothing, {"d": -1}), expected, atol=1e-6)
+
+
 def test_the_average_effect_does_not_hold_the_knock_downs_of_targets_themselves() -> None:
     """Each of four targets turns itself off and moves gene 4 alike."""
     values = np.zeros((4, 6), np.float32)

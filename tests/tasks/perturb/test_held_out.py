@@ -7,6 +7,7 @@ from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 
@@ -14,14 +15,9 @@ import bgen
 from bgen.errors import UserError
 from bgen.tasks.finetune.finetune import Request, finetune
 from bgen.tasks.load import Model
-from bgen.tasks.perturb.held_out import (
-    _nearest_dose,
-    _training_effects,
-    predict_held_out,
-    screen_keys,
-    split_rows,
-    within_strata,
-)
+from bgen.tasks.perturb.baseline_rows import BaselineRows
+from bgen.tasks.perturb.held_out import predict_held_out, split_rows, within_strata
+from bgen.tasks.perturb.keys import screen_keys
 from bgen.tasks.perturb.screen import Columns
 
 QUICK = ["train.steps=2", "train.eval_every=2", "train.global_batch=64", "track.progress=false"]
@@ -182,16 +178,11 @@ def test_baselines_are_compared_within_strata() -> None:
     shares = {"a": np.r_[np.full(5, 0.18), np.full(5, 0.02)], "b": np.r_[np.full(5, 0.02), np.full(5, 0.18)]}
     counts = sp.csr_matrix(rng.poisson([1000 * shares[one] for one in line]).astype(np.float32))
     cells = anndata.AnnData(counts, obs={"line": line, "perturbation": label})
-    keys = screen_keys(cells, COLUMNS)
-    rows = {(("p",), None): np.flatnonzero(label == "p")}
-    [effect] = _training_effects(counts, rows, keys, cells, COLUMNS).values()
-    assert np.abs(effect).max() < 0.1
-    [across] = _training_effects(counts, rows, keys, cells, Columns("perturbation", "control")).values()
-    assert np.abs(across).max() > 0.3
+    genes = pd.DataFrame({"id": [f"g{number}" for number in range(10)], "symbol": ""})
 
+    def effect(columns: Columns) -> np.ndarray:
+        rows = BaselineRows(cells, counts, screen_keys(cells, columns), columns, genes)
+        return rows.rows((("p",), None), np.array([], np.int64), np.zeros(10))["same in training"]
 
-def test_the_nearest_dose_is_so_on_a_logarithmic_scale() -> None:
-    trained = [(("d",), 0.0), (("d",), 1.0), (("d",), 10.0), (("e",), 4.0)]
-    assert _nearest_dose((("d",), 4.0), trained) == (("d",), 10.0)
-    assert _nearest_dose((("d",), 2.0), trained) == (("d",), 1.0)
-    assert _nearest_dose((("f",), 4.0), trained) is None
+    assert np.abs(effect(COLUMNS)).max() < 0.1
+    assert np.abs(effect(Columns("perturbation", "control"))).max() > 0.3

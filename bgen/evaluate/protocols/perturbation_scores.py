@@ -1,0 +1,390 @@
+"""Scores of predicted perturbations: means, intervals, verdicts and sentences.
+
+What is resampled in thought is the **perturbation**: its replicates, strata and doses are one observation, because what
+makes one hard to predict is the same in all of them. A mean is that over perturbations of their means; its interval is
+Student's, with one degree of freedom less than there are perturbations: a percentile bootstrap over few of them is too
+short. A ratio of sums has the interval of its linear approximation. A verdict is such an interval of the paired
+difference between model and baseline, and there is none below :data:`LEAST_PERTURBATIONS`.
+
+A ratio is given where what is below the line is clearly not noise, and is NaN elsewhere: where nothing happens, there
+is no effect of which a share could be explained.
+
+What intervals do not know: all effects are measured from the same control cells, so they share that noise.
+
+Axes: S seeds, U units (perturbations, each maybe in several replicates or at several doses), C perturbations, G genes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+from scipy.stats import t as student
+
+from bgen.arrays import F64
+from bgen.evaluate.metrics.effects import RatioMetric
+from bgen.evaluate.metrics.metric import Metric
+
+CONTROL_COPY, MODEL, CEILING, DUPLICATE = "control copy", "model", "ceiling", "duplicate"
+LEAST_PERTURBATIONS = 8
+"""Perturbations below which nothing is claimed."""
+
+LEVEL = 0.05
+CLEAR = 3.0
+"""Standard errors above which what is below the line of a ratio is not noise."""
+
+MAIN = "explained"
+"""The figure of the headline."""
+
+BETTER, WORSE, UNCLEAR, TOO_FEW = "better than", "worse than", "not told from", "too few perturbations to tell"
+Verdict = Literal["better than", "worse than", "not told from", "too few perturbations to tell"]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One figure of one row: ``over [S, U]``, NaN where it is not defined.
+
+    For ratios also ``under [S, U]``, and ``error [2, S, U]``, the standard error of ``under`` if there were no effect:
+    its own, and that which units share.
+    """
+
+    over: F64
+    under: F64 | None = None
+    error: F64 | None = None
+
+    def of(self, units: NDArray[np.bool_]) -> Figures:
+        """Return those of some units."""
+        parts = [None if part is None else part[..., units] for part in (self.under, self.error)]
+        return Figures(self.over[..., units], *parts)
+
+    def without(self) -> Figures:
+        """Return the same, not defined."""
+        return replace(self, over=np.full_like(self.over, np.nan))
+
+    def of_seed(self, seed: int) -> Figures:
+        """Return those of one seed."""
+        some = slice(seed, seed + 1)
+        under = None if self.under is None else self.under[some]
+        return Figures(self.over[some], under, None if self.error is None else self.error[:, some])
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """Which units have the figure at any seed ``[U]``."""
+        return np.asarray(np.isfinite(self.over).any(0))
+
+    def by_unit(self) -> tuple[F64, F64]:
+        """Return means over seeds of both sides ``[U]``; under is 1 where the figure is no ratio."""
+        over: F64 = np.nanmean(self.over, 0)
+        under: F64 = np.ones_like(over) if self.under is None else self.under.mean(0)
+        return over, under
+
+    def is_clear(self) -> bool:
+        """Whether the sum below the line is not noise."""
+        if self.under is None or self.error is None:
+            return True
+        own, shared = self.error.mean(1)
+        total = float(self.under.mean(0).sum())
+        return total > 1e-12 and total > CLEAR * float(np.sqrt((own**2).sum() + shared.sum() ** 2))
+
+
+@dataclass(frozen=True)
+class PerturbationScores:
+    """What was found.
+
+    Attributes
+    ----------
+    labels
+        Of the U units.
+    names
+        Perturbation of each.
+    figures
+        Row (model, baselines, duplicate, ceiling) to metric to figures.
+    predicted, real
+        Effects ``[U, G]``, the real ones of all held-out cells; NaN at genes that were perturbed themselves.
+    """
+
+    labels: tuple[str, ...]
+    names: tuple[str, ...]
+    figures: dict[str, dict[str, Figures]]
+    predicted: F64
+    real: F64
+    protocol: str
+    metrics: tuple[Metric[Any], ...]
+
+    @property
+    def n_perturbations(self) -> int:
+        """C."""
+        return len(set(self.names))
+
+    @property
+    def baselines(self) -> list[str]:
+        """Rows that the model is compared with."""
+        return [row for row in self.figures if row not in (MODEL, DUPLICATE, CEILING)]
+
+    def has(self, row: str, key: str) -> bool:
+        """Whether a row has a figure."""
+        return bool(np.isfinite(self.mean(row, key)))
+
+    def mean(self, row: str, key: str) -> float:
+        """Mean over perturbations and seeds; a ratio of such means; NaN where it is not defined."""
+        return self._estimate(self.figures[row][key])[0]
+
+    def interval(self, row: str, key: str) -> tuple[float, float]:
+        """95 % interval over perturbations; NaN for one perturbation, and where the figure is not defined."""
+        estimate, error, n = self._estimate(self.figures[row][key])
+        return _interval(estimate, error, n)
+
+    def by_unit(self, row: str, key: str) -> F64:
+        """Return the figure of each unit ``[U]``; of a ratio, such that their mean is the ratio where C = U."""
+        figures = self.figures[row][key]
+        values = np.full(len(self.labels), np.nan)
+        known = figures.known
+        if self.has(row, key):
+            over, under = figures.of(known).by_unit()
+            values[known] = over / self._per_perturbation(under, known).mean()
+        return values
+
+    def verdict(self, baseline: str, metric: Metric[Any]) -> Verdict | None:
+        """Compare the model with a baseline: None where either has no such figure, or none is better than another."""
+        mine, theirs = self.figures[MODEL][metric.key], self.figures[baseline][metric.key]
+        both = mine.known & theirs.known
+        if metric.better == "one" or not (
+            self.has(MODEL, metric.key) and self.has(baseline, metric.key) and both.any()
+        ):
+            return None
+        ours, other = mine.of(both), theirs.of(both)
+        difference = replace(ours, over=ours.over - other.over)
+        estimate, error, n = self._estimate(difference, both)
+        if n < LEAST_PERTURBATIONS:
+            return TOO_FEW
+        low, high = _interval(estimate, error, n)
+        if not np.isfinite(low):
+            return None
+        if metric.better == "lower":
+            low, high = -high, -low
+        return BETTER if low > 0 else WORSE if high < 0 else UNCLEAR
+
+    def _per_perturbation(self, values: F64, units: NDArray[np.bool_]) -> F64:
+        """Return means ``[C]`` of values of some units."""
+        _, number = np.unique(np.array(self.names)[units], return_inverse=True)
+        means: F64 = np.bincount(number, values) / np.bincount(number)
+        return means
+
+    def _estimate(self, figures: Figures, units: NDArray[np.bool_] | None = None) -> tuple[float, float, int]:
+        """Return an estimate, its standard error (NaN for one perturbation) and the number of perturbations.
+
+        ``units``: those of ``figures``, if not all.
+        """
+        there = np.ones(len(self.labels), bool) if units is None else units.copy()
+        known = figures.known
+        there[there] = known
+        if not known.any() or not figures.of(known).is_clear():
+            return float("nan"), float("nan"), 0
+        over, under = (self._per_perturbation(part, there) for part in figures.of(known).by_unit())
+        estimate = float(over.sum() / under.sum())
+        n = len(over)
+        if n < 2:
+            return estimate, float("nan"), n
+        off = (over - estimate * under) / under.mean()
+        return estimate, float(np.sqrt((off**2).sum() / (n - 1) / n)), n
+
+    def sentences(self) -> list[str]:
+        """Say in plain words where the model stands against each baseline, and how large its effects are."""
+        said, compared = [], 0
+        for row in self.baselines:
+            by_verdict: dict[str, list[str]] = {}
+            for metric in self.metrics:
+                found = self.verdict(row, metric)
+                if found is not None:
+                    by_verdict.setdefault(found, []).append(metric.title)
+            compared += sum(len(titles) for verdict, titles in by_verdict.items() if verdict != TOO_FEW)
+            if TOO_FEW in by_verdict:
+                said.append(f"{row}: {TOO_FEW} ({self.n_perturbations}; {LEAST_PERTURBATIONS} are needed).")
+            elif by_verdict:
+                parts = "; ".join(f"{verdict} it in {', '.join(titles)}" for verdict, titles in by_verdict.items())
+                said.append(f"{row}: the model is {parts}.")
+        said += self._of_size()
+        if compared:
+            said.append(
+                f"{compared} comparisons at {_percent(LEVEL)} each: about {LEVEL * compared:.0f} of them would come out"
+                " better or worse if nothing differed."
+            )
+        return said
+
+    def _of_size(self) -> list[str]:
+        """Say whether predicted effects have the size that they should have."""
+        if "calibration" not in self.figures[MODEL]:
+            return []
+        if not self._has_effects():
+            return ["No effect to measure: the real cells differ from control cells by no more than noise."]
+        if not self.has(MODEL, "calibration"):
+            return ["Calibration: the model predicts no effect that is more than noise."]
+        factor, (low, high) = self.mean(MODEL, "calibration"), self.interval(MODEL, "calibration")
+        if self.n_perturbations < LEAST_PERTURBATIONS:
+            return [f"Calibration: {factor:.2f}; {TOO_FEW} whether predicted effects are too large or too small."]
+        size = "too large" if high < 1 else "too small" if low > 1 else "not shown to be too large or too small"
+        return [f"Calibration: {factor:.2f} ({low:.2f} to {high:.2f}): predicted effects are {size}."]
+
+    def _has_effects(self) -> bool:
+        return any(self.has(row, MAIN) for row in self.figures if MAIN in self.figures[row])
+
+    def headline(self) -> str:
+        """Say the result in one sentence."""
+        n = self.n_perturbations
+        held_out = f"{n} held-out perturbation{'s' if n > 1 else ''}"
+        main = next((metric for metric in self.metrics if metric.key == MAIN), None)
+        if main is None:
+            first = self.metrics[0]
+            return f"{first.title} of the model over {held_out}: {self.mean(MODEL, first.key):.{first.digits}f}."
+        if not self._has_effects():
+            return f"No effect to measure: the cells of {held_out} differ from control cells by no more than noise."
+        share = self.mean(MODEL, MAIN)
+        said = (
+            f"The model explains {_percent(share)} of the effects of {held_out}"
+            if share > 0
+            else f"The model explains nothing of the effects of {held_out} ({_percent(share)}: no effect is nearer)"
+        )
+        others = {row: self.mean(row, MAIN) for row in self.baselines if row != CONTROL_COPY and self.has(row, MAIN)}
+        best = max(others, key=lambda row: others[row], default=None)
+        if best is None or others[best] <= 0:
+            best, what = CONTROL_COPY, "no baseline explains more than no effect does"
+        else:
+            what = f"the best baseline ({best}) explains {_percent(others[best])}"
+        verdict = self.verdict(best, main)
+        if verdict in (None, TOO_FEW):
+            return f"{said}; {what}: {TOO_FEW} which is better ({LEAST_PERTURBATIONS} are needed)."
+        than = "that" if best == CONTROL_COPY else "it"
+        told = {
+            BETTER: f"is better than {than}",
+            WORSE: f"is worse than {than}",
+            UNCLEAR: f"cannot be told from {than}",
+        }
+        return f"{said}; {what}, and the model {told[str(verdict)]}."
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        rows = {
+            row: {
+                metric.key: {
+                    "mean": _number(self.mean(row, metric.key)),
+                    "interval": [_number(v) for v in self.interval(row, metric.key)],
+                    "by_seed": [_number(v) for v in self._by_seed(row, metric.key)],
+                    "by_perturbation": [_number(v) for v in self.by_unit(row, metric.key)],
+                }
+                for metric in self.metrics
+                if self.has(row, metric.key)
+            }
+            for row in self.figures
+        }
+        return {
+            "protocol": self.protocol,
+            "headline": self.headline(),
+            "perturbations": list(self.labels),
+            "rows": rows,
+            "words": self.sentences(),
+        }
+
+    def _by_seed(self, row: str, key: str) -> list[float]:
+        figures = self.figures[row][key]
+        return [self._estimate(figures.of_seed(seed))[0] for seed in range(len(figures.over))]
+
+    def table(self) -> Table:
+        """Return a table: a line per figure, a column per row."""
+        seeds = len(self.figures[MODEL][self.metrics[0].key].over)
+        table = Table(
+            title=f"Scores ({self.protocol})",
+            caption=f"Means over {self.n_perturbations} held-out perturbations and {seeds} seeds, with 95 % intervals"
+            " over perturbations.",
+            box=None,
+            pad_edge=False,
+        )
+        table.add_column("")
+        for row in self.figures:
+            table.add_column(row, justify="right")
+        for metric in self.metrics:
+            table.add_row(metric.title, *(self.cell(row, metric) for row in self.figures))
+        return table
+
+    def cell(self, row: str, metric: Metric[Any], between: str = "\n") -> str:
+        """Return a figure with its interval as text."""
+        if not self.has(row, metric.key):
+            return "-"
+        low, high = self.interval(row, metric.key)
+        digits = metric.digits
+        mean = f"{self.mean(row, metric.key):.{digits}f}"
+        return f"{mean}{between}{low:.{digits}f}..{high:.{digits}f}" if np.isfinite(low) else mean
+
+
+def join(parts: Sequence[PerturbationScores], along: Literal["seeds", "perturbations"]) -> PerturbationScores:
+    """Join scores: of the same perturbations from several trainings, or of several perturbations.
+
+    A row that a part does not have is NaN there.
+    """
+    last = [DUPLICATE, CEILING]
+    rows = list(dict.fromkeys(row for part in parts for row in part.figures))
+    rows = [row for row in rows if row not in last] + [row for row in last if row in rows]
+
+    def of(part: PerturbationScores, row: str, key: str) -> Figures:
+        if row in part.figures:
+            return part.figures[row][key]
+        like = part.figures[MODEL][key]
+        nothing = [None if some is None else np.full_like(some, np.nan) for some in (like.under, like.error)]
+        return Figures(np.full_like(like.over, np.nan), *nothing)
+
+    axis = -2 if along == "seeds" else -1
+
+    def joined(some: Sequence[F64 | None]) -> F64 | None:
+        there = [part for part in some if part is not None]
+        return np.concatenate(there, axis) if there else None
+
+    figures: dict[str, dict[str, Figures]] = {}
+    for row in rows:
+        figures[row] = {}
+        for metric in parts[0].metrics:
+            found = [of(part, row, metric.key) for part in parts]
+            over = np.concatenate([one.over for one in found], axis)
+            figures[row][metric.key] = Figures(
+                over, joined([one.under for one in found]), joined([one.error for one in found])
+            )
+    predicted, real = [part.predicted for part in parts], [part.real for part in parts]
+    if along == "seeds":
+        return replace(parts[0], figures=figures, predicted=np.mean(predicted, axis=0), real=np.mean(real, axis=0))
+    return replace(
+        parts[0],
+        labels=tuple(label for part in parts for label in part.labels),
+        names=tuple(name for part in parts for name in part.names),
+        figures=figures,
+        predicted=np.concatenate(predicted),
+        real=np.concatenate(real),
+    )
+
+
+def measured(metric: Metric[Any], evidence: Sequence[Sequence[Any]]) -> Figures:
+    """Return a metric's figures from evidence of S seeds and U units; None where a unit has none."""
+
+    def values(compute: Any) -> F64:
+        return np.array([[np.nan if one is None else compute(one) for one in of_seed] for of_seed in evidence])
+
+    if not isinstance(metric, RatioMetric):
+        return Figures(values(metric.compute))
+    errors = np.stack([values(lambda e, at=at: metric.error(e)[at]) for at in (0, 1)])
+    return Figures(values(metric.compute), values(metric.under), errors)
+
+
+def _interval(estimate: float, error: float, n: int) -> tuple[float, float]:
+    if n < 2:
+        return float("nan"), float("nan")
+    away = float(student.ppf(1 - LEVEL / 2, n - 1)) * error
+    return estimate - away, estimate + away
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
