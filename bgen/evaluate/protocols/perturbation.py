@@ -138,16 +138,13 @@ def evaluate_perturbations(train: sp.csr_matrix, held_out: Sequence[HeldOut], *,
             f" too few: {', '.join(short) or 'perturbations or seeds'}."
         )
     space = fit_space(train)
-    runs = [_one_seed(space, held_out, seed) for seed in range(seeds)]
+    drawn = [_draw(space, one, number, seeds) for number, one in enumerate(held_out)]
+    runs = [_one_seed(space, held_out, [of_seeds[seed] for of_seeds, _ in drawn]) for seed in range(seeds)]
     figures = {row: {metric.key: measured(metric, [run[row] for run in runs]) for metric in METRICS} for row in runs[0]}
     for metric in METRICS:
         if isinstance(metric, RatioMetric):
             figures[CEILING][metric.key] = figures[CEILING][metric.key].without()
-    bases = [mean_log(one.control) for one in held_out]
-    predicted, real = (
-        np.array([mean_log(cells) - base for cells, base in zip(of_all, bases, strict=True)])
-        for of_all in ([one.predicted for one in held_out], [one.real for one in held_out])
-    )
+    predicted, real = (np.array([effects[at] for _, effects in drawn]) for at in (0, 1))
     for row, one in enumerate(held_out):
         predicted[row, one.targets] = real[row, one.targets] = np.nan
     labels, names = zip(*((one.label, one.name or one.label) for one in held_out), strict=True)
@@ -187,9 +184,10 @@ class _Drawn:
     at_control: NDArray[Any]
 
 
-def _one_seed(space: Space, held_out: Sequence[HeldOut], seed: int) -> dict[str, list[PredictedEffect | None]]:
+def _one_seed(
+    space: Space, held_out: Sequence[HeldOut], drawn: Sequence[_Drawn]
+) -> dict[str, list[PredictedEffect | None]]:
     """Return what every row predicts of every perturbation; None where it says nothing of one."""
-    drawn = [_draw(space, one, seed, number) for number, one in enumerate(held_out)]
     targets = [one.targets for one in held_out]
     real, other = (np.array(part) for part in ([one.real for one in drawn], [one.other for one in drawn]))
     means = _mean_effect(other, targets), _mean_effect(real, targets)
@@ -224,31 +222,52 @@ def _one_seed(space: Space, held_out: Sequence[HeldOut], seed: int) -> dict[str,
     return {row: [evidence(row, own) for own in range(len(drawn))] for row in rows}
 
 
-def _draw(space: Space, one: HeldOut, seed: int, number: int) -> _Drawn:
-    """Halve the cells of the perturbation ``number`` and draw equally many for every row."""
-    rng = np.random.default_rng([seed, number])
-    order = rng.permutation(one.real.shape[0])
-    first, second = one.real[order[: len(order) // 2]], one.real[order[len(order) // 2 :]]
+def _draw(space: Space, one: HeldOut, number: int, seeds: int) -> tuple[list[_Drawn], tuple[F64, F64]]:
+    """Return what is drawn of the perturbation ``number`` at each seed, and the predicted and real effects of all."""
+    real, control, predicted = (log_cp10k(cells) for cells in (one.real, one.control, one.predicted))
+    effects = _mean(predicted) - _mean(control), _mean(real) - _mean(control)
+    drawn = [
+        _draw_once(space, one, (real, control, predicted), np.random.default_rng([seed, number]), seed)
+        for seed in range(seeds)
+    ]
+    return drawn, effects
+
+
+def _draw_once(
+    space: Space,
+    one: HeldOut,
+    logs: tuple[sp.csr_matrix, sp.csr_matrix, sp.csr_matrix],
+    rng: np.random.Generator,
+    seed: int,
+) -> _Drawn:
+    """Halve the cells of one perturbation and draw equally many for every row; ``logs``: real, control, predicted."""
+    real_cells, control_cells, predicted = logs
+    order = rng.permutation(real_cells.shape[0])
+    first, second = real_cells[order[: len(order) // 2]], real_cells[order[len(order) // 2 :]]
     # The same halves for every perturbation: else a real effect would be furthest from its own other half, whose
     # controls are the rest of its own.
-    shuffled = np.random.default_rng(seed).permutation(one.control.shape[0])
+    shuffled = np.random.default_rng(seed).permutation(control_cells.shape[0])
     parts = np.array_split(shuffled, 2)
-    first_control, second_control = (one.control[shuffled if one.shared_controls else part] for part in parts)
-    real, other = mean_log(second) - mean_log(second_control), mean_log(first) - mean_log(first_control)
+    first_control, second_control = (control_cells[shuffled if one.shared_controls else part] for part in parts)
+    real, other = _mean(second) - _mean(second_control), _mean(first) - _mean(first_control)
     noise = _noise(second) + (0 if one.shared_controls else _noise(second_control))
     clearness = np.abs(other) / np.sqrt(np.maximum(_noise(first) + _noise(first_control), 1e-12))
     genes = judged_genes(len(real), one.targets)
     errors = _errors(second, second_control, gene_weights(clearness, genes)[genes], genes, shared=one.shared_controls)
-    halves, errors["predicted"] = _predicted_halves(one, parts, genes, rng)
-    model = mean_log(one.predicted) - mean_log(one.control) if one.shared_controls else halves[0]
+    halves, errors["predicted"] = _predicted_halves(one, predicted, control_cells, parts, genes, rng)
+    model = _mean(predicted) - _mean(control_cells) if one.shared_controls else halves[0]
     effects = {MODEL: model, CEILING: other, CONTROL_COPY: np.zeros_like(real), **one.baselines}
-    pools = {"real": second, MODEL: one.predicted, CEILING: first, **one.populations}
+    pools = {"real": second, MODEL: predicted, CEILING: first}
+    pools |= {name: log_cp10k(cells) for name, cells in one.populations.items()}
     n = min(MAX_CELLS, *(cells.shape[0] for cells in pools.values()))
-    some = {name: cells[rng.permutation(cells.shape[0])[:n]] for name, cells in pools.items()}
-    # With replacement if there are few: what matters is that every row has as many cells.
-    controls = one.control[rng.choice(one.control.shape[0], n, replace=one.control.shape[0] < n)]
-    points: dict[str, NDArray[Any]] = {name: space.project(cells) for name, cells in some.items()}
-    return _Drawn(real, other, clearness, noise, errors, effects, halves, points, space.project(controls))
+    # With replacement if there are few controls: what matters is that every row has as many cells.
+    rows = rng.choice(control_cells.shape[0], n, replace=control_cells.shape[0] < n)
+    points = {name: _project(space, cells[rng.permutation(cells.shape[0])[:n]]) for name, cells in pools.items()}
+    return _Drawn(real, other, clearness, noise, errors, effects, halves, points, _project(space, control_cells[rows]))
+
+
+def _project(space: Space, logs: sp.csr_matrix) -> NDArray[Any]:
+    return np.asarray(logs @ space.components.T) - space.origin
 
 
 def _mean_effect(effects: F64, targets: Sequence[NDArray[np.int64]]) -> F64:
@@ -280,18 +299,15 @@ def _duplicates(other: F64, real: F64, targets: Sequence[NDArray[np.int64]]) -> 
     return made
 
 
-def _noise(cells: sp.csr_matrix) -> F64:
-    """Return the sampling variance ``[G]`` of the mean logarithm of cells."""
-    logs = log_cp10k(cells)
-    mean = np.asarray(logs.mean(0, dtype=np.float64)).ravel()
-    squares = np.asarray(logs.multiply(logs).mean(0, dtype=np.float64)).ravel()
-    variance: F64 = np.maximum(squares - mean**2, 0) / max(cells.shape[0] - 1, 1)
+def _noise(logs: sp.csr_matrix) -> F64:
+    """Return the sampling variance ``[G]`` of the mean of cells."""
+    variance: F64 = np.maximum(_mean(logs.multiply(logs)) - _mean(logs) ** 2, 0) / max(logs.shape[0] - 1, 1)
     return variance
 
 
 def _spread(logs: sp.csr_matrix, weights: F64 | None = None) -> tuple[float, float]:
-    """Return tr(S) and tr(S^2) of the covariance S between genes ``[N, G]``, from products of different cells."""
-    cells = logs[:NOISE_CELLS].toarray().astype(np.float64)
+    """Return tr(S) and tr(S^2), S the covariance of genes over cells ``[N, G]``, from products of different cells."""
+    cells = logs.toarray().astype(np.float64)
     cells -= cells.mean(0)
     if weights is not None:
         cells *= np.sqrt(weights)
@@ -309,7 +325,7 @@ def _errors(
     sum w (r^2 - noise) twice that of weighted genes. Control cells that both halves have (``shared``) add their own
     squared noise to both.
     """
-    logs = [log_cp10k(cells)[:, genes] for cells in (perturbed, control)]
+    logs = [cells[:NOISE_CELLS][:, genes] for cells in (perturbed, control)]
     n, m = perturbed.shape[0], control.shape[0]
     found = {}
     for name, some, times in (("real", None, 1), ("weighted", weights, 2)):
@@ -321,17 +337,24 @@ def _errors(
 
 
 def _predicted_halves(
-    one: HeldOut, parts: Sequence[NDArray[np.intp]], genes: NDArray[np.intp], rng: np.random.Generator
+    one: HeldOut,
+    logs: sp.csr_matrix,
+    of_control: sp.csr_matrix,
+    parts: Sequence[NDArray[np.intp]],
+    genes: NDArray[np.intp],
+    rng: np.random.Generator,
 ) -> tuple[tuple[F64, F64], tuple[float, float]]:
     """Return the effect of cells predicted from either part of the control cells, and the error of their product.
 
     Where predicted cells have sources, what is noise is the difference of each to its source.
     """
-    logs, of_control = log_cp10k(one.predicted), log_cp10k(one.control)
     if one.sources is None:
-        rows = np.array_split(rng.permutation(one.predicted.shape[0]), 2)
-        noisy, n = _spread(logs[rows[0]][:, genes])[1], len(rows[0])
-        error = (float(np.sqrt(noisy)) / n, float(np.sqrt(_spread(of_control[parts[0]][:, genes])[1])) / len(parts[0]))
+        rows = np.array_split(rng.permutation(logs.shape[0]), 2)
+        noisy = [
+            float(np.sqrt(_spread(cells[some[:NOISE_CELLS]][:, genes])[1])) / len(some)
+            for cells, some in ((logs, rows[0]), (of_control, parts[0]))
+        ]
+        error = noisy[0], noisy[1]
     else:
         rows = [np.flatnonzero(np.isin(one.sources, part)) for part in parts]
         some = rng.permutation(len(one.sources))[:NOISE_CELLS]

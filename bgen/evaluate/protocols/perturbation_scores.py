@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -170,9 +171,15 @@ class PerturbationScores:
 
     def _per_perturbation(self, values: F64, units: NDArray[np.bool_]) -> F64:
         """Return means ``[C]`` of values of some units."""
-        _, number = np.unique(np.array(self.names)[units], return_inverse=True)
-        means: F64 = np.bincount(number, values) / np.bincount(number)
+        number = self._number[units]
+        sizes = np.bincount(number)
+        means: F64 = np.bincount(number, values)[sizes > 0] / sizes[sizes > 0]
         return means
+
+    @cached_property
+    def _number(self) -> NDArray[np.intp]:
+        """Number of the perturbation of each unit ``[U]``."""
+        return np.unique(self.names, return_inverse=True)[1]
 
     def _estimate(self, figures: Figures, units: NDArray[np.bool_] | None = None) -> tuple[float, float, int]:
         """Return an estimate, its standard error (NaN for one perturbation) and the number of perturbations.

@@ -28,7 +28,7 @@ class Screen:
         shared = self._effect(strength)
         self.effects = [0.7 * shared + self._effect(strength) for _ in range(n)]
         self.control = self.cells(np.zeros(GENES), controls)
-        self.real = [self.cells(effect, real) for effect in self.effects]
+        self.real = [self.moved(effect, self.cells(np.zeros(GENES), real)) for effect in self.effects]
         self.sources = np.arange(controls)
         self.truth = np.array([self._on_mean_log(effect) for effect in self.effects])
 
@@ -128,7 +128,7 @@ def test_a_predictor_of_what_can_be_known_is_calibrated_and_an_inflated_one_is_n
     known = screen.truth.mean(0)
     made = [
         replace(one, baselines={"known": known, "x 2.5": 2.5 * known})
-        for one in screen.held_out(screen.real.__getitem__)
+        for one in screen.held_out(screen.real.__getitem__, paired=False)
     ]
     scores = evaluate_perturbations(screen.control, made, seeds=2)
     assert scores.mean("known", "calibration") == pytest.approx(1, abs=0.1)
@@ -140,9 +140,9 @@ def test_a_predictor_of_what_can_be_known_is_calibrated_and_an_inflated_one_is_n
 def test_a_screen_in_which_nothing_happens_has_no_effect_to_measure() -> None:
     for seed in range(3):
         screen = Screen(seed, 8, strength=0.0, real=60, controls=200)
-        scores = evaluate_perturbations(
-            screen.control, screen.held_out(lambda _, s=screen: s.cells(np.zeros(GENES), 80), paired=False), seeds=2
-        )
+        other = [screen.cells(np.zeros(GENES), 80) for _ in screen.real]
+        made = screen.held_out(other.__getitem__, paired=False)
+        scores = evaluate_perturbations(screen.control, made, seeds=2)
         assert not scores.has(MODEL, "explained")
         assert not scores.has(MODEL, "calibration")
         assert np.isnan(scores.interval(MODEL, "explained")).all()
@@ -186,7 +186,7 @@ def test_a_prediction_gains_nothing_from_the_noise_of_the_controls() -> None:
     screen = Screen(4, 8, strength=0.0, real=200)
     other = screen.cells(np.zeros(GENES), 200)
     made = [replace(one, control=screen.control[:24], sources=None) for one in screen.held_out(lambda _: other)]
-    scores = evaluate_perturbations(screen.control, made, seeds=20)
+    scores = evaluate_perturbations(screen.control, made, seeds=6)
     assert abs(scores.mean(MODEL, "pearson")) < 0.1
     assert abs(scores.mean(CEILING, "pearson")) < 0.15
 
@@ -214,7 +214,7 @@ def test_a_baseline_may_consist_of_real_cells(screen: Screen) -> None:
     of_cells = [replace(one, baselines=nothing, populations={"cells": one.predicted}) for one in made]
     scores = evaluate_perturbations(screen.control, of_cells, seeds=2)
     assert scores.mean("moved", "energy") == pytest.approx(scores.mean(CONTROL_COPY, "energy"))
-    assert scores.mean("cells", "energy") == pytest.approx(scores.mean(MODEL, "energy"), abs=0.05)
+    assert scores.mean("cells", "energy") == pytest.approx(scores.mean(MODEL, "energy"), abs=0.15)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,7 @@ def test_the_mean_effect_three_times(twelve: Screen) -> None:
 
 
 def test_few_cells_drawn_again_and_again(twelve: Screen) -> None:
-    typical = np.argsort(np.abs(twelve.control.toarray() - twelve.control.mean(0)).sum(1))[:20]
+    typical = np.argsort(np.abs(twelve.control.toarray() - twelve.control.toarray().mean(0)).sum(1))[:20]
     scores = scored(
         twelve,
         lambda number: twelve.moved(twelve.effects[number], twelve.control[twelve.rng.choice(typical, 200)]),
@@ -287,8 +287,8 @@ def test_genes_permuted_over_cells(twelve: Screen) -> None:
 
 
 def test_controls_of_another_replicate(twelve: Screen) -> None:
-    shift = twelve.rng.normal(0, 0.3, GENES)
-    scores = scored(twelve, lambda _: twelve.cells(shift, 300), paired=False)
+    shift = twelve.rng.normal(0, 0.8, GENES)
+    scores = scored(twelve, lambda _: twelve.cells(shift, 200), paired=False)
     for key in ("explained", "energy"):
         assert scores.verdict(CONTROL_COPY, BY_KEY[key]) == "worse than", key
     assert scores.verdict(CONTROL_COPY, BY_KEY["specific"]) != "better than"

@@ -25,13 +25,13 @@ def test_every_cell_has_the_key_of_its_label_and_dose(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Grammar, "members", counted)
     obs = pd.DataFrame({"p": label * 50, "dose": dose * 50}, index=[str(row) for row in range(450)])
     cells = anndata.AnnData(np.zeros((450, 1), np.float32), obs=obs)
-    keys = screen_keys(cells, Columns("p", "ctrl", "dose"))
+    keys = screen_keys(cells, Columns("p", "ctrl", "dose", separator="+"))
     control = (("ctrl",), None)
     pair, alone = (("A", "B"), 1.0), (("A",), None)
     assert [keys.distinct[number] for number in keys.number[:9]] == [
         pair, control, pair, alone, ((), None), (("A",), 0.0), (("A",), 2.0), (("A",), 2.0), control,
     ]  # fmt: skip
-    assert len(asked) == 7  # labels with a dose, not cells
+    assert len(asked) < 20  # a few times for each label, not for each of 450 cells
     assert keys.rows(pair)[:4].tolist() == [0, 2, 9, 11]
     assert keys.rows((("new",), None)).tolist() == []
     assert list(keys.perturbed()) == [pair, alone, (("A",), 0.0), (("A",), 2.0)]
