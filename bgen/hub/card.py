@@ -74,7 +74,7 @@ def model_card(
         lines += ["", f"Covariates of encoder and decoder: {in_markdown(', '.join(config['covariates']))}."]
     lines += ["", "## How good it is", ""]
     if about.perturbation is not None and about.perturbation.held_out is not None:
-        lines += _held_out(about.perturbation.held_out)
+        lines += held_out_lines(about.perturbation.held_out)
     elif metrics is not None:
         lines += _scores(metrics)
     else:
@@ -95,7 +95,8 @@ def _listed(title: str, names: list[str]) -> list[str]:
     return ["", f"{title}: {in_markdown(', '.join(names[:50]))}{', ...' if len(names) > 50 else ''}."]
 
 
-def _held_out(scores: HeldOutScores) -> list[str]:
+def held_out_lines(scores: HeldOutScores) -> list[str]:
+    """Return the lines of the card that say how well perturbations were predicted, by whatever protocol."""
     names = list(dict.fromkeys(name for figures in scores.rows.values() for name in figures))
     lines = [
         *([in_markdown(scores.headline), ""] if scores.headline else []),

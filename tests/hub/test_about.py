@@ -21,6 +21,7 @@ from bgen.hub.about import (
     Training,
     read_about,
 )
+from bgen.hub.card import held_out_lines
 
 FILE = Path("model/config.json")
 SCREEN = About(
@@ -97,3 +98,23 @@ def test_fields_of_the_first_version_find_their_group(more: dict[str, Any], grou
 def test_what_is_not_known_or_wrong_is_told(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_about({"version": 2, **OLD, **change}, FILE)
+
+
+def test_scores_of_an_older_protocol_are_read_and_shown() -> None:
+    """What a model directory says of perturbations that were held out under perturbation-v3: no headline, a slope."""
+    figure = {"mean": 0.3, "interval": [0.2, 0.4], "by_seed": [0.3], "by_perturbation": [0.3]}
+    rows = {"model": {"pearson": figure, "slope": figure}, "ceiling": {"pearson": figure}}
+    old = {"protocol": "perturbation-v3", "perturbations": ["A"], "rows": rows, "words": ["train mean: better."]}
+    tree = SCREEN.as_json()
+    tree["perturbation"]["held_out"] = old
+    about = read_about(json.loads(json.dumps(tree)), FILE)
+    assert about.as_json() == tree
+    assert about.perturbation is not None
+    assert about.perturbation.held_out is not None
+    card = "\n".join(held_out_lines(about.perturbation.held_out))
+    assert "Protocol `perturbation-v3` on 1 held-out perturbations" in card
+    assert "| model | 0.3 | 0.3 |" in card
+    assert "| ceiling | 0.3 |  |" in card
+    assert "train mean: better" in card
+    new = about.perturbation.held_out.model_copy(update={"headline": "The model explains all."})
+    assert held_out_lines(new)[0] == "The model explains all."

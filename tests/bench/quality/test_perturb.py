@@ -71,14 +71,19 @@ def test_bench_perturb_as_in_its_example(bgen: Any, cells: anndata.AnnData, tmp_
     cells.write_h5ad(tmp_path / "cells.h5ad")
     asked = ["bench", "perturb", tmp_path / "cells.h5ad", "--within", "cell_type", "--seeds", 1, "--steps", 20]
     asked += ["--out", tmp_path / "out", "vae.kl_weight=0.2"]
-    done = bgen(*asked, "--leave", "group:batch", "--leave", "targets:2")
+    targets = [name for name in cells.obs["perturbation"].unique() if name in cells.var_names]
+    (tmp_path / "sets.gmt").write_text("\n".join(f"s{at}\t\t" + "\t".join(targets[at::2]) for at in range(2)))
+    done = bgen(*asked, "--leave", "group:batch", "--leave", "targets:2", "--sets", tmp_path / "sets.gmt")
     assert done.code == 0, done
     told = json.loads((tmp_path / "out" / "perturb.json").read_text())["left_out"]
-    assert set(told["group:batch"]["rows"]) == {"model", "control copy", "train mean", "same in training", "ceiling"}
+    of_group = ["model", "control copy", "train mean", "train mean, by cells", "same in training", "latent shift"]
+    assert list(told["group:batch"]["rows"]) == [*of_group, "duplicate", "ceiling"]
     assert len(told["targets:2"]["perturbations"]) == 2
     low, high = told["group:batch"]["rows"]["model"]["pearson"]["interval"]
     assert low < told["group:batch"]["rows"]["model"]["pearson"]["mean"] < high
-    assert "control copy: the model is" in done.out
+    assert "gene sets" in told["targets:2"]["rows"]
+    assert told["group:batch"]["headline"] in " ".join(done.out.split())
+    assert told["targets:2"]["headline"] in (tmp_path / "out" / "targets-2.html").read_text()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "group-batch.html",
         "perturb.json",

@@ -192,7 +192,9 @@ def test_held_out_perturbations_are_scored(bgen: Any, demo: Any, cells: anndata.
     about = json.loads((tmp_path / "out/model/config.json").read_text())["about"]
     assert pair not in ["+".join(row["set"]) for row in about["perturbation"]["effects"]]
     assert "| control copy |" in (tmp_path / "out/model/README.md").read_text()
-    assert scores["words"][0] in (tmp_path / "out/report.html").read_text()
+    page = (tmp_path / "out/report.html").read_text()
+    assert scores["words"][0] in page
+    assert scores["headline"] in page
 
 
 def test_few_controls_are_shared_between_training_and_prediction(cells: anndata.AnnData) -> None:
