@@ -41,8 +41,11 @@ CLEAR = 3.0
 MAIN = "explained"
 """The figure of the headline."""
 
-BETTER, WORSE, UNCLEAR, TOO_FEW = "better than", "worse than", "not told from", "too few perturbations to tell"
 Verdict = Literal["better than", "worse than", "not told from", "too few perturbations to tell"]
+BETTER: Verdict = "better than"
+WORSE: Verdict = "worse than"
+UNCLEAR: Verdict = "not told from"
+TOO_FEW: Verdict = "too few perturbations to tell"
 
 
 @dataclass(frozen=True)

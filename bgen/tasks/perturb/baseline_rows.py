@@ -129,7 +129,7 @@ class BaselineRows:
         """Return the training cells that baselines for a dose consist of."""
         near = nearest_dose(key, self.groups)
         own = [rows for other, rows in self.groups.items() if other[0] == key[0] and other[1] and other != key]
-        found = {}
+        found: dict[str, I64] = {}
         if any(other[0] != key[0] for other in self.groups):
             found |= dict.fromkeys((TRAIN_MEAN, WEIGHTED_MEAN), np.concatenate(list(self.groups.values())))
         if near is not None:

@@ -13,6 +13,7 @@ Axes: N cells, G genes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -84,7 +85,7 @@ def split_rows(
     keys = screen_keys(adata, columns)
     for text in held_out:
         wanted = _read(text, columns, label)
-        here = keys.where(lambda key, wanted=wanted: _agrees(key, wanted)) & ~control
+        here = keys.where(partial(_agrees, wanted)) & ~control
         if not here.any():
             names = sorted(set(label[~control].tolist()) - {""})
             raise UserError(f"--hold-out: no cell has the label '{text}'.{nearest(text, names)}")
@@ -263,5 +264,5 @@ def _read(text: str, columns: Columns, label: NDArray[np.str_]) -> Key:
     return columns.grammar.members(name), float(read.numbers[0])
 
 
-def _agrees(key: Key, wanted: Key) -> bool:
+def _agrees(wanted: Key, key: Key) -> bool:
     return key[0] == wanted[0] and wanted[1] in (None, key[1])

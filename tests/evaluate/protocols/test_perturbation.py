@@ -143,8 +143,8 @@ def test_a_screen_in_which_nothing_happens_has_no_effect_to_measure() -> None:
         other = [screen.cells(np.zeros(GENES), 80) for _ in screen.real]
         made = screen.held_out(other.__getitem__, paired=False)
         scores = evaluate_perturbations(screen.control, made, seeds=2)
-        assert not scores.has(MODEL, "explained")
-        assert not scores.has(MODEL, "calibration")
+        for key in ("explained", "explained_de", "calibration"):
+            assert not scores.has(MODEL, key), key
         assert np.isnan(scores.interval(MODEL, "explained")).all()
         assert scores.headline().startswith("No effect to measure")
         assert any(sentence.startswith("No effect to measure") for sentence in scores.sentences())
