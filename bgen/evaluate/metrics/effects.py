@@ -47,8 +47,10 @@ class PredictedEffect(Points):
         r' ``[G]`` of that one.
     means
         Mean effect ``[G]`` over the P perturbations, twice with independent noise: first for predictions, then for r.
-    clearness
-        Absolute t ``[G]`` of the effect in the other cells, which r does not hold.
+    scale
+        Root of the product of the mean squared sizes, over the P, of predicted and of real effects less their means.
+    clearness, real_clearness
+        Absolute t ``[G]`` of the effect in the other cells, which r does not hold, and in those of r.
     noise
         Sampling variance ``[G]`` of r.
     real_error, weighted_error, predicted_error
@@ -63,7 +65,9 @@ class PredictedEffect(Points):
     own: int
     other_effect: F64
     means: tuple[F64, F64]
+    scale: float
     clearness: F64
+    real_clearness: F64
     noise: F64
     real_error: tuple[float, float] = (0.0, 0.0)
     weighted_error: tuple[float, float] = (0.0, 0.0)
@@ -83,7 +87,7 @@ class PredictedEffect(Points):
     @cached_property
     def top(self) -> NDArray[np.intp]:
         """The genes with the clearest effects, at most :data:`TOP`."""
-        return self.genes[np.argsort(-self.clearness[self.genes], kind="stable")[:TOP]]
+        return clearest(self.clearness, self.genes)
 
     @cached_property
     def weights(self) -> F64:
@@ -112,6 +116,11 @@ def judged_genes(n: int, targets: NDArray[np.int64]) -> NDArray[np.intp]:
     return np.setdiff1d(np.arange(n), targets)
 
 
+def clearest(clearness: F64, genes: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Return the :data:`TOP` clearest of some genes."""
+    return genes[np.argsort(-clearness[genes], kind="stable")[:TOP]]
+
+
 def gene_weights(clearness: F64, genes: NDArray[np.intp]) -> F64:
     """Return weights of genes ``[G]``: t^2 - 1, what the effect has beyond noise, of mean 1; 0 for other genes."""
     weights = np.zeros_like(clearness)
@@ -127,15 +136,16 @@ def correlation(x: F64, y: F64) -> float:
 
 
 def specific(e: PredictedEffect) -> float:
-    """Return the correlation of p and r after the mean effect of all perturbations is taken off both sides.
+    """Return <p - m, r - m'> / scale: what p and r share beyond the mean effect of all perturbations.
 
-    The mean for p comes from other cells than that for r, so that noise is not shared. Deviations of r from its mean
-    add up to 0: a prediction that is the same for every perturbation gets 0 on average, whatever it is. With one
-    perturbation it is not defined. After Systema (Viñas Torné et al., Nat. Biotechnol. 2025).
+    Its mean over perturbations is a correlation over all of them and their genes. m' is the mean of r, and m that in
+    other cells, so that noise is not shared. Deviations of r from its mean add up to 0 at each gene: a prediction that
+    is the same for every perturbation gets exactly 0, whatever it is. With one perturbation it is not defined. The
+    reference is that of Systema (Viñas Torné et al., Nat. Biotechnol. 2025).
     """
     if len(e.real_effects) < 2:
         return float("nan")
-    return correlation((e.effect - e.means[0])[e.genes], (e.real_effect - e.means[1])[e.genes])
+    return float((e.effect - e.means[0])[e.genes] @ (e.real_effect - e.means[1])[e.genes]) / max(e.scale, 1e-12)
 
 
 def direction(effect: F64, real: F64) -> float:
@@ -208,7 +218,7 @@ METRICS: tuple[Metric[PredictedEffect], ...] = (
     ),
     RatioMetric(
         "explained_de",
-        "explained, DE-weighted",
+        "explained (DE-weighted)",
         "higher",
         2,
         "The same with a weight per gene: t² - 1 of its effect in other cells.",
@@ -239,12 +249,12 @@ METRICS: tuple[Metric[PredictedEffect], ...] = (
         "specific",
         "higher",
         3,
-        "The same after the mean effect of all perturbations is taken off: what is particular to each.",
+        "Correlation of what is left without the mean effect of all perturbations: what is particular to each.",
         specific,
     ),
     Metric(
         "pearson_top",
-        f"Pearson, top {TOP} DE",
+        f"Pearson (top {TOP} DE)",
         "higher",
         3,
         "Pearson delta over the genes with the clearest effects.",
@@ -252,7 +262,7 @@ METRICS: tuple[Metric[PredictedEffect], ...] = (
     ),
     Metric(
         "direction",
-        f"direction, top {TOP} DE",
+        f"direction (top {TOP} DE)",
         "higher",
         3,
         "Share of those genes moved to the right side; 0.5: chance.",
@@ -263,8 +273,8 @@ METRICS: tuple[Metric[PredictedEffect], ...] = (
         "DE recovery",
         "higher",
         3,
-        "How often one of those genes is predicted to move more than another gene; 0.5: chance.",
-        lambda e: recovery(e.effect[e.genes], np.isin(e.genes, e.top)),
+        f"How often one of the {TOP} clearest genes is predicted to move more than another gene; 0.5: chance.",
+        lambda e: recovery(e.effect[e.genes], np.isin(e.genes, clearest(e.real_clearness, e.genes))),
     ),
     Metric(
         "shape",

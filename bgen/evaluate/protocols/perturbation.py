@@ -22,7 +22,8 @@ second half comes its effect with other noise, which the squared size of predict
 - "ceiling" is the other half of the real cells. Its effect is as noisy as the real one, so shares that are freed of
   noise are not given for it: they would be 1 by construction. "duplicate" is a positive control for them: the other
   half drawn towards the mean of all held-out perturbations, as far as suits the others (after the interpolated
-  duplicate of bioRxiv 2025.10.20.683304). A figure that does not put it near the top cannot rank models.
+  duplicate of bioRxiv 2025.10.20.683304). A figure that does not put it near the top cannot rank models. It has the
+  noise of half of the cells, so an effect from many training cells may be above it.
 - What is done with the figures: :mod:`bgen.evaluate.protocols.perturbation_scores`.
 
 Axes: N cells, G genes, P held-out perturbations, D components.
@@ -159,7 +160,7 @@ class _Drawn:
     ----------
     real, other
         Effects ``[G]`` of the half, and of the other one.
-    clearness, noise
+    clearness, real_clearness, noise
         As in :class:`PredictedEffect`.
     errors
         As its ``real_error``, ``weighted_error`` and ``predicted_error``.
@@ -176,6 +177,7 @@ class _Drawn:
     real: F64
     other: F64
     clearness: F64
+    real_clearness: F64
     noise: F64
     errors: dict[str, tuple[float, float]]
     effects: dict[str, F64]
@@ -196,6 +198,16 @@ def _one_seed(
     names = list(dict.fromkeys(name for one in held_out for name in one.baselines))
     rows = [MODEL, CONTROL_COPY, *names, *([DUPLICATE] if len(drawn) > 2 else []), CEILING]
 
+    def size(effects: Sequence[tuple[int, F64]], mean: F64) -> float:
+        """Mean squared size of effects less their mean, at the genes that are judged."""
+        away = [(effect - mean)[judged_genes(len(mean), targets[at])] for at, effect in effects]
+        return float(np.mean([one @ one for one in away]))
+
+    scales = {}
+    for row in rows:
+        there = [(at, one.effects[row]) for at, one in enumerate(drawn) if row in one.effects]
+        scales[row] = float(np.sqrt(size(there, means[0]) * size([(at, real[at]) for at, _ in there], means[1])))
+
     def evidence(row: str, own: int) -> PredictedEffect | None:
         one = drawn[own]
         if row not in one.effects:
@@ -212,7 +224,9 @@ def _one_seed(
             own=own,
             other_effect=one.other,
             means=means,
+            scale=scales[row],
             clearness=one.clearness,
+            real_clearness=one.real_clearness,
             noise=one.noise,
             real_error=one.errors["real"],
             weighted_error=one.errors["weighted"],
@@ -252,6 +266,7 @@ def _draw_once(
     real, other = _mean(second) - _mean(second_control), _mean(first) - _mean(first_control)
     noise = _noise(second) + (0 if one.shared_controls else _noise(second_control))
     clearness = np.abs(other) / np.sqrt(np.maximum(_noise(first) + _noise(first_control), 1e-12))
+    real_clearness = np.abs(real) / np.sqrt(np.maximum(_noise(second) + _noise(second_control), 1e-12))
     genes = judged_genes(len(real), one.targets)
     errors = _errors(second, second_control, gene_weights(clearness, genes)[genes], genes, shared=one.shared_controls)
     halves, errors["predicted"] = _predicted_halves(one, predicted, control_cells, parts, genes, rng)
@@ -263,7 +278,18 @@ def _draw_once(
     # With replacement if there are few controls: what matters is that every row has as many cells.
     rows = rng.choice(control_cells.shape[0], n, replace=control_cells.shape[0] < n)
     points = {name: _project(space, cells[rng.permutation(cells.shape[0])[:n]]) for name, cells in pools.items()}
-    return _Drawn(real, other, clearness, noise, errors, effects, halves, points, _project(space, control_cells[rows]))
+    return _Drawn(
+        real,
+        other,
+        clearness,
+        real_clearness,
+        noise,
+        errors,
+        effects,
+        halves,
+        points,
+        _project(space, control_cells[rows]),
+    )
 
 
 def _project(space: Space, logs: sp.csr_matrix) -> NDArray[Any]:

@@ -41,11 +41,12 @@ CLEAR = 3.0
 MAIN = "explained"
 """The figure of the headline."""
 
-Verdict = Literal["better than", "worse than", "not told from", "too few perturbations to tell"]
-BETTER: Verdict = "better than"
-WORSE: Verdict = "worse than"
-UNCLEAR: Verdict = "not told from"
+Verdict = Literal["better", "worse", "no clear difference", "too few perturbations to tell"]
+BETTER: Verdict = "better"
+WORSE: Verdict = "worse"
+UNCLEAR: Verdict = "no clear difference"
 TOO_FEW: Verdict = "too few perturbations to tell"
+_ORDER: tuple[Verdict, ...] = (BETTER, WORSE, UNCLEAR)
 
 
 @dataclass(frozen=True)
@@ -213,15 +214,15 @@ class PerturbationScores:
                     by_verdict.setdefault(found, []).append(metric.title)
             compared += sum(len(titles) for verdict, titles in by_verdict.items() if verdict != TOO_FEW)
             if TOO_FEW in by_verdict:
-                said.append(f"{row}: {TOO_FEW} ({self.n_perturbations}; {LEAST_PERTURBATIONS} are needed).")
+                said.append(f"Against {row}: {TOO_FEW} ({self.n_perturbations}; {LEAST_PERTURBATIONS} are needed).")
             elif by_verdict:
-                parts = "; ".join(f"{verdict} it in {', '.join(titles)}" for verdict, titles in by_verdict.items())
-                said.append(f"{row}: the model is {parts}.")
+                parts = (f"{name} in {', '.join(by_verdict[name])}" for name in _ORDER if name in by_verdict)
+                said.append(f"Against {row}: {'; '.join(parts)}.")
         said += self._of_size()
         if compared:
             said.append(
-                f"{compared} comparisons at {_percent(LEVEL)} each: about {LEVEL * compared:.0f} of them would come out"
-                " better or worse if nothing differed."
+                f"{compared} comparison{'s' if compared > 1 else ''} at {_percent(LEVEL)} each: about"
+                f" {LEVEL * compared:.0f} of them would come out better or worse if nothing differed."
             )
         return said
 
@@ -256,7 +257,7 @@ class PerturbationScores:
         said = (
             f"The model explains {_percent(share)} of the effects of {held_out}"
             if share > 0
-            else f"The model explains nothing of the effects of {held_out} ({_percent(share)}: no effect is nearer)"
+            else f"The model explains nothing of the effects of {held_out} (predicting no effect is nearer)"
         )
         others = {row: self.mean(row, MAIN) for row in self.baselines if row != CONTROL_COPY and self.has(row, MAIN)}
         best = max(others, key=lambda row: others[row], default=None)

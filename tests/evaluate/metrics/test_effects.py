@@ -95,7 +95,9 @@ def evidence(**changed: object) -> PredictedEffect:
         own=0,
         other_effect=np.array([1.0, 1.0, -1.0, -70.0]),
         means=(np.array([0.5, 1.0, 0.0, 0.0]), np.array([0.5, 1.5, -0.5, 0.0])),
+        scale=4.0,
         clearness=np.array([2.0, 1.0, 3.0, 99.0]),
+        real_clearness=np.array([1.0, 2.0, 3.0, 99.0]),
         noise=np.full(4, 0.5),
     )
     return replace(given, **changed)  # type: ignore[arg-type]
@@ -123,7 +125,7 @@ def test_what_the_records_compute() -> None:
         "explained_de": 2 * w @ (p * r) - w @ p**2,
         "calibration": p @ r,
         "pearson": np.corrcoef(p, r)[0, 1],
-        "specific": np.corrcoef(p - [0.5, 1, 0], r - [0.5, 1.5, -0.5])[0, 1],
+        "specific": (p - [0.5, 1, 0]) @ (r - [0.5, 1.5, -0.5]) / 4,
         "direction": 1.0,
         "recovery": np.nan,
         "discrimination": 1.0,

@@ -40,7 +40,7 @@ def claims(draw: object, names: list[str] | None, times: int) -> float:
     claimed = 0
     for _ in range(times):
         found = scores(dict(zip((MODEL, CONTROL_COPY), draw(), strict=True)), names)  # type: ignore[operator]
-        claimed += found.verdict(CONTROL_COPY, PEARSON) in ("better than", "worse than")
+        claimed += found.verdict(CONTROL_COPY, PEARSON) in ("better", "worse")
     return claimed / times
 
 
@@ -73,16 +73,16 @@ def test_nothing_is_claimed_of_few_perturbations() -> None:
     few = np.linspace(0.80, 0.82, 7)
     found = scores({MODEL: few, CONTROL_COPY: few - 0.5, "train mean": few - 0.6})
     assert found.verdict(CONTROL_COPY, PEARSON) == "too few perturbations to tell"
-    assert found.sentences()[0] == "control copy: too few perturbations to tell (7; 8 are needed)."
+    assert found.sentences()[0] == "Against control copy: too few perturbations to tell (7; 8 are needed)."
     assert not any("comparisons" in sentence for sentence in found.sentences())
     replicates = scores({MODEL: np.repeat(few, 3), CONTROL_COPY: np.repeat(few - 0.5, 3)}, list("abcdefg" * 3))
     assert replicates.verdict(CONTROL_COPY, PEARSON) == "too few perturbations to tell"
     enough = np.linspace(0.80, 0.82, 8)
     found = scores({MODEL: enough, CONTROL_COPY: enough - 0.5})
-    assert found.verdict(CONTROL_COPY, PEARSON) == "better than"
+    assert found.verdict(CONTROL_COPY, PEARSON) == "better"
     assert found.sentences() == [
-        "control copy: the model is better than it in Pearson delta.",
-        "1 comparisons at 5 % each: about 0 of them would come out better or worse if nothing differed.",
+        "Against control copy: better in Pearson delta.",
+        "1 comparison at 5 % each: about 0 of them would come out better or worse if nothing differed.",
     ]
 
 
@@ -107,7 +107,7 @@ def test_a_ratio_is_that_of_sums_and_within_its_interval() -> None:
     assert high - low < 0.1
     assert found.mean(MODEL, "explained") == pytest.approx(found.figures[MODEL]["explained"].over.sum() / under.sum())
     assert np.mean(found.by_unit(MODEL, "explained")) == pytest.approx(found.mean(MODEL, "explained"))
-    assert found.verdict(CONTROL_COPY, EXPLAINED) == "better than"
+    assert found.verdict(CONTROL_COPY, EXPLAINED) == "better"
     nothing = scores({MODEL: rng.normal(0, 1e-3, 30), CONTROL_COPY: np.zeros(30)}, None, rng.normal(0, 1e-3, 30))
     assert not nothing.has(MODEL, "explained")
     assert nothing.verdict(CONTROL_COPY, EXPLAINED) is None
@@ -137,7 +137,9 @@ def test_the_headline_names_the_best_baseline() -> None:
         " 40 %, and the model is better than it."
     )
     worse = scores({row: share + rng.normal(0, 0.01, 12) for row, share in (rows | {MODEL: -1.0}).items()}, None, under)
-    assert worse.headline().startswith("The model explains nothing of the effects of 12 held-out perturbations (-50 %")
+    assert worse.headline().startswith(
+        "The model explains nothing of the effects of 12 held-out perturbations (predicting no"
+    )
     assert worse.headline().endswith("and the model is worse than it.")
     few = scores({row: np.full(3, share) for row, share in rows.items()}, None, under[:3])
     assert few.headline().endswith(
