@@ -1,10 +1,13 @@
 """Scores of predicted perturbations: means, intervals, verdicts and sentences.
 
 What is resampled in thought is the **perturbation**: its replicates, strata and doses are one observation, because what
-makes one hard to predict is the same in all of them. A mean is that over perturbations of their means; its interval is
-Student's, with one degree of freedom less than there are perturbations: a percentile bootstrap over few of them is too
-short. A ratio of sums has the interval of its linear approximation. A verdict is such an interval of the paired
-difference between model and baseline, and there is none below :data:`LEAST_PERTURBATIONS`.
+makes one hard to predict is the same in all of them. A mean is that over perturbations of their means. Its interval is
+the wider on each side of Student's, with one degree of freedom less than there are perturbations, and of Hall's, which
+allows for skewness (J. R. Stat. Soc. B 1992): a percentile bootstrap over few perturbations is too short, and
+differences are skewed, since a few strong perturbations weigh most. A ratio of sums has the interval of its linear
+approximation. A verdict is such an interval of the paired difference between model and baseline, and there is none
+below :data:`LEAST_PERTURBATIONS`. Simulated claims without a difference, of a nominal 5 %, for 8 to 60 perturbations:
+4 to 5 % for normal differences, 4 to 5 % for exponential ones, 5 to 8 % for log-normal ones.
 
 A ratio is given where what is below the line is clearly not noise, and is NaN elsewhere: where nothing happens, there
 is no effect of which a share could be explained.
@@ -140,8 +143,8 @@ class PerturbationScores:
 
     def interval(self, row: str, key: str) -> tuple[float, float]:
         """95 % interval over perturbations; NaN for one perturbation, and where the figure is not defined."""
-        estimate, error, n = self._estimate(self.figures[row][key])
-        return _interval(estimate, error, n)
+        estimate, off = self._estimate(self.figures[row][key])
+        return _interval(estimate, off)
 
     def by_unit(self, row: str, key: str) -> F64:
         """Return the figure of each unit ``[U]``; of a ratio, such that their mean is the ratio where C = U."""
@@ -163,10 +166,10 @@ class PerturbationScores:
             return None
         ours, other = mine.of(both), theirs.of(both)
         difference = replace(ours, over=ours.over - other.over)
-        estimate, error, n = self._estimate(difference, both)
-        if n < LEAST_PERTURBATIONS:
+        estimate, off = self._estimate(difference, both)
+        if len(off) < LEAST_PERTURBATIONS:
             return TOO_FEW
-        low, high = _interval(estimate, error, n)
+        low, high = _interval(estimate, off)
         if not np.isfinite(low):
             return None
         if metric.better == "lower":
@@ -185,8 +188,8 @@ class PerturbationScores:
         """Number of the perturbation of each unit ``[U]``."""
         return np.unique(self.names, return_inverse=True)[1]
 
-    def _estimate(self, figures: Figures, units: NDArray[np.bool_] | None = None) -> tuple[float, float, int]:
-        """Return an estimate, its standard error (NaN for one perturbation) and the number of perturbations.
+    def _estimate(self, figures: Figures, units: NDArray[np.bool_] | None = None) -> tuple[float, F64]:
+        """Return an estimate, and how far off each perturbation is ``[C]``: the estimate is as noisy as their mean.
 
         ``units``: those of ``figures``, if not all.
         """
@@ -194,14 +197,10 @@ class PerturbationScores:
         known = figures.known
         there[there] = known
         if not known.any() or not figures.of(known).is_clear():
-            return float("nan"), float("nan"), 0
+            return float("nan"), np.zeros(0)
         over, under = (self._per_perturbation(part, there) for part in figures.of(known).by_unit())
         estimate = float(over.sum() / under.sum())
-        n = len(over)
-        if n < 2:
-            return estimate, float("nan"), n
-        off = (over - estimate * under) / under.mean()
-        return estimate, float(np.sqrt((off**2).sum() / (n - 1) / n)), n
+        return estimate, (over - estimate * under) / under.mean()
 
     def sentences(self) -> list[str]:
         """Say in plain words where the model stands against each baseline, and how large its effects are."""
@@ -386,11 +385,24 @@ def measured(metric: Metric[Any], evidence: Sequence[Sequence[Any]]) -> Figures:
     return Figures(values(metric.compute), values(metric.under), errors)
 
 
-def _interval(estimate: float, error: float, n: int) -> tuple[float, float]:
+def _interval(estimate: float, off: F64) -> tuple[float, float]:
+    """Return the interval of an estimate from the deviations ``[C]`` of perturbations, of mean 0; NaN for one of them.
+
+    Hall's transformation makes the statistic t of skewed values symmetric: g(t) = t + a t^2 / 3 + a^2 t^3 / 27 + a / 6,
+    with the skewness divided by sqrt(C) as a.
+    """
+    n = len(off)
     if n < 2:
         return float("nan"), float("nan")
-    away = float(student.ppf(1 - LEVEL / 2, n - 1)) * error
-    return estimate - away, estimate + away
+    error = float(np.sqrt((off**2).sum() / (n - 1) / n))
+    reach = float(student.ppf(1 - LEVEL / 2, n - 1))
+    ends = [-reach, reach]
+    spread = float(np.sqrt((off**2).mean()))
+    a = float((off**3).mean()) / spread**3 * np.sqrt(n - 1) / (n - 2) if n > 2 and spread > 1e-12 else 0.0
+    if abs(a) > 1e-6:
+        halls = [3 / a * (float(np.cbrt(1 + a * (end - a / 6))) - 1) for end in ends]
+        ends = [min(ends[0], halls[0]), max(ends[1], halls[1])]
+    return estimate - ends[1] * error, estimate - ends[0] * error
 
 
 def _percent(share: float) -> str:
