@@ -27,6 +27,10 @@ TOP = 20
 """Number of genes with the clearest real effects, to which some figures are limited."""
 
 
+Chance = tuple[float, float, float]
+"""Expected value, own standard error and shared standard error of a term without any effect."""
+
+
 @dataclass(frozen=True, eq=False)
 class PredictedEffect(Points):
     """The predicted effect of one perturbation beside the real ones; as points, its predicted and real cells.
@@ -53,9 +57,9 @@ class PredictedEffect(Points):
         Absolute t ``[G]`` of the effect in the other cells, which r does not hold, and in those of r.
     noise
         Sampling variance ``[G]`` of r.
-    real_error, weighted_error, predicted_error
-        Standard error that <r', r>, sum w (r^2 - noise) and <p_1, p_2> would have without any effect: that of its own
-        cells, and that of control cells, which perturbations may share.
+    real_chance, weighted_chance, predicted_chance
+        What <r', r>, sum w (r^2 - noise) and <p_1, p_2> would be without any effect: the expected value, the standard
+        error from the perturbation's own cells, and that from control cells, which perturbations may share.
     """
 
     effect: F64
@@ -69,9 +73,9 @@ class PredictedEffect(Points):
     clearness: F64
     real_clearness: F64
     noise: F64
-    real_error: tuple[float, float] = (0.0, 0.0)
-    weighted_error: tuple[float, float] = (0.0, 0.0)
-    predicted_error: tuple[float, float] = (0.0, 0.0)
+    real_chance: Chance = (0.0, 0.0, 0.0)
+    weighted_chance: Chance = (0.0, 0.0, 0.0)
+    predicted_chance: Chance = (0.0, 0.0, 0.0)
 
     @property
     def real_effect(self) -> F64:
@@ -103,12 +107,12 @@ class RatioMetric(Metric[PredictedEffect]):
     ----------
     under
         The term of the sum below the line.
-    error
-        What the standard error of that term would be without any effect, see :class:`PredictedEffect`.
+    chance
+        What that term would be without any effect.
     """
 
     under: Callable[[PredictedEffect], float]
-    error: Callable[[PredictedEffect], tuple[float, float]]
+    chance: Callable[[PredictedEffect], Chance]
 
 
 def judged_genes(n: int, targets: NDArray[np.int64]) -> NDArray[np.intp]:
@@ -214,7 +218,7 @@ METRICS: tuple[Metric[PredictedEffect], ...] = (
         "Share of the real effects that is predicted, freed of noise: 1 all, 0 as good as no effect, below 0 worse.",
         lambda e: explained(e.effect[e.genes], (e.halves[0][e.genes], e.halves[1][e.genes]), e.real_effect[e.genes]),
         lambda e: float(e.other_effect[e.genes] @ e.real_effect[e.genes]),
-        lambda e: e.real_error,
+        lambda e: e.real_chance,
     ),
     RatioMetric(
         "explained_de",
@@ -224,7 +228,7 @@ METRICS: tuple[Metric[PredictedEffect], ...] = (
         "The same with a weight per gene: t² - 1 of its effect in other cells.",
         lambda e: explained(e.weights * e.effect, (e.weights * e.halves[0], e.halves[1]), e.real_effect),
         lambda e: float(e.weights @ (e.real_effect**2 - e.noise)),
-        lambda e: e.weighted_error,
+        lambda e: e.weighted_chance,
     ),
     RatioMetric(
         "calibration",
@@ -234,7 +238,7 @@ METRICS: tuple[Metric[PredictedEffect], ...] = (
         "The multiple of predicted effects that would be nearest to the real ones: below 1 they are too large.",
         lambda e: float(e.effect[e.genes] @ e.real_effect[e.genes]),
         lambda e: float(e.halves[0][e.genes] @ e.halves[1][e.genes]),
-        lambda e: e.predicted_error,
+        lambda e: e.predicted_chance,
     ),
     Metric(
         "pearson",

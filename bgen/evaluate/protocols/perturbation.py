@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 
 from bgen.arrays import F64
 from bgen.errors import UserError
-from bgen.evaluate.metrics.effects import PredictedEffect, RatioMetric, gene_weights, judged_genes
+from bgen.evaluate.metrics.effects import Chance, PredictedEffect, RatioMetric, gene_weights, judged_genes
 from bgen.evaluate.metrics.metric import Metric
 from bgen.evaluate.metrics.registry import choose_metrics
 from bgen.evaluate.metrics.space import Space, fit_space, log_cp10k
@@ -162,8 +162,8 @@ class _Drawn:
         Effects ``[G]`` of the half, and of the other one.
     clearness, real_clearness, noise
         As in :class:`PredictedEffect`.
-    errors
-        As its ``real_error``, ``weighted_error`` and ``predicted_error``.
+    chance
+        Its ``real_chance``, ``weighted_chance`` and ``predicted_chance``.
     effects
         Row to effect ``[G]``.
     halves
@@ -179,7 +179,7 @@ class _Drawn:
     clearness: F64
     real_clearness: F64
     noise: F64
-    errors: dict[str, tuple[float, float]]
+    chance: dict[str, Chance]
     effects: dict[str, F64]
     halves: tuple[F64, F64]
     points: dict[str, NDArray[Any]]
@@ -228,9 +228,9 @@ def _one_seed(
             clearness=one.clearness,
             real_clearness=one.real_clearness,
             noise=one.noise,
-            real_error=one.errors["real"],
-            weighted_error=one.errors["weighted"],
-            predicted_error=one.errors["predicted"] if row == MODEL else (0.0, 0.0),
+            real_chance=one.chance["real"],
+            weighted_chance=one.chance["weighted"],
+            predicted_chance=one.chance["predicted"] if row == MODEL else (0.0, 0.0, 0.0),
         )
 
     return {row: [evidence(row, own) for own in range(len(drawn))] for row in rows}
@@ -268,8 +268,8 @@ def _draw_once(
     clearness = np.abs(other) / np.sqrt(np.maximum(_noise(first) + _noise(first_control), 1e-12))
     real_clearness = np.abs(real) / np.sqrt(np.maximum(_noise(second) + _noise(second_control), 1e-12))
     genes = judged_genes(len(real), one.targets)
-    errors = _errors(second, second_control, gene_weights(clearness, genes)[genes], genes, shared=one.shared_controls)
-    halves, errors["predicted"] = _predicted_halves(one, predicted, control_cells, parts, genes, rng)
+    chance = _chances(second, second_control, gene_weights(clearness, genes)[genes], genes, shared=one.shared_controls)
+    halves, chance["predicted"] = _predicted_halves(one, predicted, control_cells, parts, genes, rng)
     model = _mean(predicted) - _mean(control_cells) if one.shared_controls else halves[0]
     effects = {MODEL: model, CEILING: other, CONTROL_COPY: np.zeros_like(real), **one.baselines}
     pools = {"real": second, MODEL: predicted, CEILING: first}
@@ -284,7 +284,7 @@ def _draw_once(
         clearness,
         real_clearness,
         noise,
-        errors,
+        chance,
         effects,
         halves,
         points,
@@ -342,23 +342,23 @@ def _spread(logs: sp.csr_matrix, weights: F64 | None = None) -> tuple[float, flo
     return float(own.sum()) / max(n - 1, 1), float((products**2).sum() - (own**2).sum()) / max(n * (n - 1), 1)
 
 
-def _errors(
+def _chances(
     perturbed: sp.csr_matrix, control: sp.csr_matrix, weights: F64, genes: NDArray[np.intp], *, shared: bool
-) -> dict[str, tuple[float, float]]:
-    """Return ``real_error`` and ``weighted_error`` of :class:`PredictedEffect`, from the cells of one half.
+) -> dict[str, Chance]:
+    """Return ``real_chance`` and ``weighted_chance`` of :class:`PredictedEffect`, from the cells of one half.
 
     Without an effect r and r' are noise with the covariance C = S_p / n + S_c / m: <r', r> has the variance tr(C^2),
-    sum w (r^2 - noise) twice that of weighted genes. Control cells that both halves have (``shared``) add their own
-    squared noise to both.
+    sum w (r^2 - noise) twice that of weighted genes. Control cells that both halves have (``shared``) add the same
+    noise to both: its square, expected to be tr(S_c) / m, with twice the variance.
     """
     logs = [cells[:NOISE_CELLS][:, genes] for cells in (perturbed, control)]
     n, m = perturbed.shape[0], control.shape[0]
-    found = {}
+    found: dict[str, Chance] = {}
     for name, some, times in (("real", None, 1), ("weighted", weights, 2)):
         (_, own), (trace, of_control) = (_spread(part, some) for part in logs)
         between = np.sqrt(own * of_control) / (n * m)
-        common = trace / m if shared else np.sqrt(times * of_control) / m
-        found[name] = (float(np.sqrt(times * (own / n**2 + 2 * between))), float(common))
+        common = np.sqrt((2 if shared else times) * of_control) / m
+        found[name] = trace / m if shared else 0.0, float(np.sqrt(times * (own / n**2 + 2 * between))), float(common)
     return found
 
 
@@ -369,8 +369,8 @@ def _predicted_halves(
     parts: Sequence[NDArray[np.intp]],
     genes: NDArray[np.intp],
     rng: np.random.Generator,
-) -> tuple[tuple[F64, F64], tuple[float, float]]:
-    """Return the effect of cells predicted from either part of the control cells, and the error of their product.
+) -> tuple[tuple[F64, F64], Chance]:
+    """Return the effect of cells predicted from either part of the control cells, and their product by chance.
 
     Where predicted cells have sources, what is noise is the difference of each to its source.
     """
@@ -380,14 +380,14 @@ def _predicted_halves(
             float(np.sqrt(_spread(cells[some[:NOISE_CELLS]][:, genes])[1])) / len(some)
             for cells, some in ((logs, rows[0]), (of_control, parts[0]))
         ]
-        error = noisy[0], noisy[1]
+        chance = 0.0, noisy[0], noisy[1]
     else:
         rows = [np.flatnonzero(np.isin(one.sources, part)) for part in parts]
         some = rng.permutation(len(one.sources))[:NOISE_CELLS]
         moved = sp.csr_matrix(logs[some] - of_control[one.sources[some]])[:, genes]
-        error = float(np.sqrt(_spread(moved)[1])) / min(len(rows[0]), len(rows[1])), 0.0
+        chance = 0.0, float(np.sqrt(_spread(moved)[1])) / min(len(rows[0]), len(rows[1])), 0.0
     first, second = (_mean(logs[row]) - _mean(of_control[part]) for row, part in zip(rows, parts, strict=True))
-    return (first, second), error
+    return (first, second), chance
 
 
 def _mean(logs: sp.csr_matrix) -> F64:

@@ -56,17 +56,17 @@ _ORDER: tuple[Verdict, ...] = (BETTER, WORSE, UNCLEAR)
 class Figures:
     """One figure of one row: ``over [S, U]``, NaN where it is not defined.
 
-    For ratios also ``under [S, U]``, and ``error [2, S, U]``, the standard error of ``under`` if there were no effect:
-    its own, and that which units share.
+    For ratios also ``under [S, U]``, and ``chance [3, S, U]``, what ``under`` would be if there were no effect: its
+    expected value, its own standard error, and that which units share.
     """
 
     over: F64
     under: F64 | None = None
-    error: F64 | None = None
+    chance: F64 | None = None
 
     def of(self, units: NDArray[np.bool_]) -> Figures:
         """Return those of some units."""
-        parts = [None if part is None else part[..., units] for part in (self.under, self.error)]
+        parts = [None if part is None else part[..., units] for part in (self.under, self.chance)]
         return Figures(self.over[..., units], *parts)
 
     def without(self) -> Figures:
@@ -77,7 +77,7 @@ class Figures:
         """Return those of one seed."""
         some = slice(seed, seed + 1)
         under = None if self.under is None else self.under[some]
-        return Figures(self.over[some], under, None if self.error is None else self.error[:, some])
+        return Figures(self.over[some], under, None if self.chance is None else self.chance[:, some])
 
     @property
     def known(self) -> NDArray[np.bool_]:
@@ -92,10 +92,10 @@ class Figures:
 
     def is_clear(self) -> bool:
         """Whether the sum below the line is not noise."""
-        if self.under is None or self.error is None:
+        if self.under is None or self.chance is None:
             return True
-        own, shared = self.error.mean(1)
-        total = float(self.under.mean(0).sum())
+        expected, own, shared = self.chance.mean(1)
+        total = float(self.under.mean(0).sum() - expected.sum())
         return total > 1e-12 and total > CLEAR * float(np.sqrt((own**2).sum() + shared.sum() ** 2))
 
 
@@ -342,7 +342,7 @@ def join(parts: Sequence[PerturbationScores], along: Literal["seeds", "perturbat
         if row in part.figures:
             return part.figures[row][key]
         like = part.figures[MODEL][key]
-        nothing = [None if some is None else np.full_like(some, np.nan) for some in (like.under, like.error)]
+        nothing = [None if some is None else np.full_like(some, np.nan) for some in (like.under, like.chance)]
         return Figures(np.full_like(like.over, np.nan), *nothing)
 
     axis = -2 if along == "seeds" else -1
@@ -358,7 +358,7 @@ def join(parts: Sequence[PerturbationScores], along: Literal["seeds", "perturbat
             found = [of(part, row, metric.key) for part in parts]
             over = np.concatenate([one.over for one in found], axis)
             figures[row][metric.key] = Figures(
-                over, joined([one.under for one in found]), joined([one.error for one in found])
+                over, joined([one.under for one in found]), joined([one.chance for one in found])
             )
     predicted, real = [part.predicted for part in parts], [part.real for part in parts]
     if along == "seeds":
@@ -381,8 +381,8 @@ def measured(metric: Metric[Any], evidence: Sequence[Sequence[Any]]) -> Figures:
 
     if not isinstance(metric, RatioMetric):
         return Figures(values(metric.compute))
-    errors = np.stack([values(lambda e, at=at: metric.error(e)[at]) for at in (0, 1)])
-    return Figures(values(metric.compute), values(metric.under), errors)
+    chance = np.stack([values(lambda e, at=at: metric.chance(e)[at]) for at in range(3)])
+    return Figures(values(metric.compute), values(metric.under), chance)
 
 
 def _interval(estimate: float, off: F64) -> tuple[float, float]:

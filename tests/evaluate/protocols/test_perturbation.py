@@ -208,6 +208,19 @@ def test_few_controls_that_are_shared_are_the_reference_of_every_effect() -> Non
     assert shared.mean(MODEL, "energy") == pytest.approx(split.mean(MODEL, "energy"))
 
 
+def test_shared_controls_alone_are_no_effect_and_a_real_one_is_seen() -> None:
+    """All effects are measured from the same few control cells: their noise is in each of them."""
+    for strength, seen in ((0.0, False), (0.6, True)):
+        screen = Screen(6, 5, strength=strength, real=60)
+        made = [
+            replace(one, control=screen.control[:50], sources=None, baselines={}, shared_controls=True)
+            for one in screen.held_out(screen.real.__getitem__)
+        ]
+        scores = evaluate_perturbations(screen.control, made, seeds=2)
+        assert scores.has(CONTROL_COPY, "explained") == seen
+        assert scores.headline().startswith("No effect to measure") != seen
+
+
 def test_a_baseline_may_consist_of_real_cells(screen: Screen) -> None:
     nothing = {"moved": np.zeros(GENES), "cells": np.zeros(GENES)}
     made = screen.held_out(lambda number: screen.moved(screen.effects[number]))

@@ -27,9 +27,9 @@ def scores(
     """Scores with one figure: a plain one, or, with ``under``, a ratio; values ``[U]``."""
     metric = PEARSON if under is None else EXPLAINED
     n = len(values[MODEL])
-    error = None if under is None else np.full((2, 1, n), 1e-3)
+    chance = None if under is None else np.array([0, 1e-3, 1e-3])[:, None, None] * np.ones((1, n))
     figures = {
-        row: {metric.key: Figures(over[None], None if under is None else under[None], error)}
+        row: {metric.key: Figures(over[None], None if under is None else under[None], chance)}
         for row, over in values.items()
     }
     labels = tuple(f"u{number}" for number in range(n))
@@ -143,12 +143,11 @@ def test_a_ratio_is_that_of_sums_and_within_its_interval() -> None:
 def test_how_often_noise_counts_as_an_effect() -> None:
     """Sums of pure noise with the stated error, some of it shared by all perturbations."""
     rng = np.random.default_rng(3)
-    error = np.stack([np.full((1, 20), 1.0), np.full((1, 20), 0.5)])
-    clear = [
-        Figures(np.zeros((1, 20)), rng.normal(size=(1, 20)) + 0.5 * rng.normal(), error).is_clear() for _ in range(2000)
-    ]
-    assert np.mean(clear) < 0.005
-    assert Figures(np.zeros((1, 20)), np.full((1, 20), 3.0), error).is_clear()
+    chance = np.array([0.3, 1.0, 0.5])[:, None, None] * np.ones((1, 20))
+    nothing = np.zeros((1, 20))
+    noise = 0.3 + rng.normal(size=(2000, 1, 20)) + 0.5 * rng.normal(size=(2000, 1, 1))
+    assert np.mean([Figures(nothing, under, chance).is_clear() for under in noise]) < 0.005
+    assert Figures(nothing, np.full((1, 20), 3.0), chance).is_clear()
 
 
 def test_the_headline_names_the_best_baseline() -> None:

@@ -40,7 +40,7 @@ def scores() -> PerturbationScores:
             over = (0.5 if np.isnan(share) else share) + rng.normal(0, 0.05, (2, 12))
             if isinstance(metric, RatioMetric):
                 over = np.full((2, 12), share) + rng.normal(0, 0.05, (2, 12))
-                figures[row][metric.key] = Figures(over, np.ones((2, 12)), np.zeros((2, 2, 12)))
+                figures[row][metric.key] = Figures(over, np.ones((2, 12)), np.zeros((3, 2, 12)))
             else:
                 figures[row][metric.key] = Figures(over)
     real = rng.normal(size=(12, 30))

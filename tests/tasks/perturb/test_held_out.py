@@ -62,6 +62,12 @@ def test_held_out_cells_are_compared_with_controls_of_their_strata(
     of_line = kept[(kept.obs["perturbation"] == "control") & (kept.obs["line"] == "line_b")]
     assert one.control.shape[0] == of_line.n_obs
     assert abs(one.control - model.counts(of_line)).nnz == 0
+    assert one.name == screen.uns["only_b"]
+    assert list(one.baselines) == ["train mean", "train mean, by cells"]
+    # Each predicted cell is its source, but for the effect.
+    assert one.sources is not None
+    off = np.abs(one.predicted - one.control[one.sources]).sum(1).mean()
+    assert off < 0.5 * np.abs(one.predicted - one.control[np.roll(one.sources, 1)]).sum(1).mean()
     [pooled] = predict_held_out(model, *parts, Columns("perturbation", "control"))
     assert pooled.control.shape[0] == (kept.obs["perturbation"] == "control").sum()
     # The genes that set the lines apart respond as they did before the lines were set apart.
