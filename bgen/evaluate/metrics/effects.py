@@ -52,7 +52,7 @@ class PredictedEffect(Points):
     means
         Mean effect ``[G]`` over the P perturbations, twice with independent noise: first for predictions, then for r.
     scale
-        Root of the product of the mean squared sizes, over the P, of predicted and of real effects less their means.
+        Size of real effects less their mean over that of predicted ones: roots of mean squares over the P.
     clearness, real_clearness
         Absolute t ``[G]`` of the effect in the other cells, which r does not hold, and in those of r.
     noise
@@ -140,16 +140,25 @@ def correlation(x: F64, y: F64) -> float:
 
 
 def specific(e: PredictedEffect) -> float:
-    """Return <p - m, r - m'> / scale: what p and r share beyond the mean effect of all perturbations.
+    """Return <p - m, r - m'>: what p and r share beyond the mean effect of all perturbations.
 
-    Its mean over perturbations is a correlation over all of them and their genes. m' is the mean of r, and m that in
-    other cells, so that noise is not shared. Deviations of r from its mean add up to 0 at each gene: a prediction that
-    is the same for every perturbation gets exactly 0, whatever it is. With one perturbation it is not defined. The
-    reference is that of Systema (Viñas Torné et al., Nat. Biotechnol. 2025).
+    m' is the mean of r, and m that in other cells, so that noise is not shared. Deviations of r from its mean add up to
+    0 at each gene: a prediction that is the same for every perturbation gets exactly 0 in sum, whatever it is. With one
+    perturbation it is not defined. The reference is that of Systema (Viñas Torné et al., Nat. Biotechnol. 2025).
     """
     if len(e.real_effects) < 2:
         return float("nan")
-    return float((e.effect - e.means[0])[e.genes] @ (e.real_effect - e.means[1])[e.genes]) / max(e.scale, 1e-12)
+    return float((e.effect - e.means[0])[e.genes] @ (e.real_effect - e.means[1])[e.genes])
+
+
+def specific_size(e: PredictedEffect) -> float:
+    """Return (scale |p - m|^2 + |r - m'|^2 / scale) / 2.
+
+    Its sum over perturbations is the root of the product of both sums of squares: :func:`specific` over it is a
+    correlation over all perturbations and genes.
+    """
+    predicted, real = (e.effect - e.means[0])[e.genes], (e.real_effect - e.means[1])[e.genes]
+    return float(e.scale * (predicted @ predicted) + (real @ real) / e.scale) / 2
 
 
 def direction(effect: F64, real: F64) -> float:
@@ -248,13 +257,15 @@ METRICS: tuple[Metric[PredictedEffect], ...] = (
         "Correlation over genes of predicted and real effects.",
         lambda e: correlation(e.effect[e.genes], e.real_effect[e.genes]),
     ),
-    Metric(
+    RatioMetric(
         "specific",
         "specific",
         "higher",
         3,
         "Correlation of what is left without the mean effect of all perturbations: what is particular to each.",
         specific,
+        specific_size,
+        lambda _: (0.0, 0.0, 0.0),
     ),
     Metric(
         "pearson_top",

@@ -164,14 +164,12 @@ class PerturbationScores:
             self.has(MODEL, metric.key) and self.has(baseline, metric.key) and both.any()
         ):
             return None
-        ours, other = mine.of(both), theirs.of(both)
-        difference = replace(ours, over=ours.over - other.over)
-        estimate, off = self._estimate(difference, both)
+        (ours, off), (other, other_off) = (self._estimate(figures.of(both), both) for figures in (mine, theirs))
         if len(off) < LEAST_PERTURBATIONS:
             return TOO_FEW
-        low, high = _interval(estimate, off)
-        if not np.isfinite(low):
+        if len(off) != len(other_off):  # among these the figure is noise in one of them
             return None
+        low, high = _interval(ours - other, off - other_off)
         if metric.better == "lower":
             low, high = -high, -low
         return BETTER if low > 0 else WORSE if high < 0 else UNCLEAR
@@ -246,6 +244,8 @@ class PerturbationScores:
         """Say the result in one sentence."""
         n = self.n_perturbations
         held_out = f"{n} held-out perturbation{'s' if n > 1 else ''}"
+        if n < len(self.labels):
+            held_out += f" ({len(self.labels)} with their replicates and doses)"
         main = next((metric for metric in self.metrics if metric.key == MAIN), None)
         if main is None:
             first = self.metrics[0]

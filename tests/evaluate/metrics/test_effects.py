@@ -95,7 +95,7 @@ def evidence(**changed: object) -> PredictedEffect:
         own=0,
         other_effect=np.array([1.0, 1.0, -1.0, -70.0]),
         means=(np.array([0.5, 1.0, 0.0, 0.0]), np.array([0.5, 1.5, -0.5, 0.0])),
-        scale=4.0,
+        scale=2.0,
         clearness=np.array([2.0, 1.0, 3.0, 99.0]),
         real_clearness=np.array([1.0, 2.0, 3.0, 99.0]),
         noise=np.full(4, 0.5),
@@ -125,14 +125,20 @@ def test_what_the_records_compute() -> None:
         "explained_de": 2 * w @ (p * r) - w @ p**2,
         "calibration": p @ r,
         "pearson": np.corrcoef(p, r)[0, 1],
-        "specific": (p - [0.5, 1, 0]) @ (r - [0.5, 1.5, -0.5]) / 4,
+        "specific": (p - [0.5, 1, 0]) @ (r - [0.5, 1.5, -0.5]),
         "direction": 1.0,
         "recovery": np.nan,
         "discrimination": 1.0,
     }
     for key, value in expected.items():
         assert BY_KEY[key].compute(here) == pytest.approx(value, nan_ok=True), key
-    unders = {"explained": r @ [1, 1, -1], "explained_de": w @ (r**2 - 0.5), "calibration": p @ p}
+    sizes = ((p - [0.5, 1, 0]) ** 2).sum(), ((r - [0.5, 1.5, -0.5]) ** 2).sum()
+    unders = {
+        "explained": r @ [1, 1, -1],
+        "explained_de": w @ (r**2 - 0.5),
+        "calibration": p @ p,
+        "specific": (2 * sizes[0] + sizes[1] / 2) / 2,
+    }
     for key, value in unders.items():
         metric = BY_KEY[key]
         assert isinstance(metric, RatioMetric)

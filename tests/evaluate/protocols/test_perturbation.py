@@ -104,6 +104,17 @@ def test_the_truth_is_at_the_top_and_nothing_is_not(honest: PerturbationScores) 
     assert honest.headline().endswith("and the model is better than it.") or "cannot be told" in honest.headline()
 
 
+def test_what_is_specific_is_a_correlation_over_all_perturbations(screen: Screen) -> None:
+    made = [
+        replace(one, baselines={"row": effect})
+        for one, effect in zip(screen.held_out(screen.real.__getitem__, paired=False), screen.truth, strict=True)
+    ]
+    found = evaluate_perturbations(screen.control, made, seeds=2).mean("row", "specific")
+    real = np.array([mean_log(one.real) - mean_log(one.control) for one in made])
+    expected = np.corrcoef((screen.truth - screen.truth.mean(0)).ravel(), (real - real.mean(0)).ravel())[0, 1]
+    assert found == pytest.approx(expected, abs=0.06)  # real effects of half of the cells
+
+
 def test_the_duplicate_is_near_the_top_in_every_figure_that_ranks_models(honest: PerturbationScores) -> None:
     for key in ("explained", "explained_de", "pearson", "specific", "discrimination"):
         assert honest.mean(DUPLICATE, key) > honest.mean("train mean", key) + 0.1
