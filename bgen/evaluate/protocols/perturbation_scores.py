@@ -265,7 +265,7 @@ class PerturbationScores:
         else:
             what = f"the best baseline ({best}) explains {_percent(others[best])}"
         verdict = self.verdict(best, main)
-        if verdict in (None, TOO_FEW):
+        if verdict is None or verdict == TOO_FEW:
             return f"{said}; {what}: {TOO_FEW} which is better ({LEAST_PERTURBATIONS} are needed)."
         than = "that" if best == CONTROL_COPY else "it"
         told = {
@@ -273,7 +273,7 @@ class PerturbationScores:
             WORSE: f"is worse than {than}",
             UNCLEAR: f"cannot be told from {than}",
         }
-        return f"{said}; {what}, and the model {told[str(verdict)]}."
+        return f"{said}; {what}, and the model {told[verdict]}."
 
     def as_json(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
@@ -406,7 +406,7 @@ def _interval(estimate: float, off: F64) -> tuple[float, float]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    return f"{100 * min(share, 1):.0f} %"  # a share that is freed of noise may come out above all
 
 
 def _number(value: float) -> float | None:
