@@ -58,6 +58,8 @@ def measure_effects(logs: sp.csr_matrix, groups: Sequence[I64], control: I64, st
     Within strata: control cells weigh such that strata have the proportions of each group. The same as
     :func:`bgen.tasks.perturb.effect_estimates.log_effect` of each group, in two products of matrices.
     """
+    if not groups:
+        return np.zeros((0, logs.shape[1]))
     sizes = [len(rows) for rows in groups]
     rows = np.repeat(np.arange(len(groups)), sizes)
     share = np.repeat(1 / np.maximum(sizes, 1), sizes)

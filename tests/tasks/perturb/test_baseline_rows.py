@@ -94,3 +94,10 @@ def test_doses_have_the_nearest_and_the_average_and_real_cells() -> None:
     assert list(pools) == ["nearest dose", "average dose"]  # one drug: no other perturbation to average
     assert set(cells.obs["dose"].iloc[pools["nearest dose"]]) in ({10.0}, {100.0})
     assert len(pools["average dose"]) == treated.sum()
+
+
+def test_without_trained_perturbations_there_are_none() -> None:
+    cells = screen(["ctrl"], ["a"])
+    found = rows_of(cells, Columns("p", "ctrl"), ["line"])
+    assert found.rows((("G5",), 1.0), np.array([5]), np.zeros(12)) == {}
+    assert found.cells((("G5",), 1.0)) == {}
