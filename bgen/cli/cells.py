@@ -174,10 +174,8 @@ def annotate(
         rare = ", ".join(f"{name} ({n})" for name, n in told["too_rare"].items())
         said.append(f"Labels of too few cells to learn from, whose cells are annotated like the others: {rare}.")
     if "macro_f1" in told:
-        said.append(
-            f"Macro-F1, cross-validated on the reference: {told['macro_f1']:.3f}"
-            f" (same classifier on principal components: {told['macro_f1_pca']:.3f})."
-        )
+        scores = ", ".join(f"{name} {score:.3f}" for name, score in told["macro_f1"].items())
+        said.append(f"Macro-F1, cross-validated on the reference: {scores}. Labels were told by {told['seen']}.")
     _finish(cells, out, read.matched, told, said, as_json)
 
 
