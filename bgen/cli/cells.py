@@ -253,7 +253,7 @@ def integrate(
             f"Mixing of batches (1 is perfect): {told['mixing']:.2f}; principal components {told['mixing_pca']:.2f}."
         )
     for figure, values in told.get("scib", {}).items():
-        said.append(f"{figure:>20} {values['model']:.3f}; principal components {values['PCA']:.3f}.")
+        said.append(f"{figure:>20} " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
     if told["cells_of_unknown_batches"]:
         said.append(f"{told['cells_of_unknown_batches']:,} cells are of batches that the model does not know.")
     _finish(cells, out, read.matched, told, said, as_json)
