@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import hashlib
 import io
 import json
@@ -23,9 +24,12 @@ from pathlib import Path
 import anndata
 import numpy as np
 import scipy.sparse as sp
+import typer.main
 from mutations import HOSTILE, Rng, any_file, mutate_h5, mutate_zarr, pick
 
 from bgen.cli.main import main
+
+typer.main.get_command = functools.cache(typer.main.get_command)  # made of all functions, once
 
 SENSELESS = ["99999999999999999999", "1e400", "0x10", "-0", " ", "a=b", "=", "[", "{a: [}", "--x"]
 """What nobody should type, besides."""
