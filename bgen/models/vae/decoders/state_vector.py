@@ -70,7 +70,7 @@ class StateVectorDecoder(Decoder):
     @torch.no_grad()
     def shift_genes(self, shifts: Tensor) -> None:
         """See :class:`Decoder`."""
-        self.logits.bias += shifts
+        self.logits.bias.add_(shifts)
 
     @torch.no_grad()
     def start_genes(self, known: int, shares: Tensor) -> None:

@@ -75,7 +75,7 @@ class LinearDecoder(Decoder):
     @torch.no_grad()
     def shift_genes(self, shifts: Tensor) -> None:
         """See Decoder."""
-        self.level += shifts
+        self.level.add_(shifts)
 
     @torch.no_grad()
     def start_genes(self, known: int, shares: Tensor) -> None:
