@@ -45,6 +45,7 @@ NOT_DECLARED = {
     "bionemo": "a loader that the bench measures in an environment of its own",
     "cellstream": "a loader that the bench measures in an environment of its own",
     "flask": "the tests see by it whether all of MLflow is there, and not only mlflow-skinny",
+    "harmonypy": "stands beside an integration where it is installed; it is under the GPL",
     "lightning": "comes with scvi-tools",
     "mamba_ssm": "built for the GPU at hand: see the README",
     "scdataset": "a loader that the bench measures in an environment of its own",

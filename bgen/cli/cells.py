@@ -174,10 +174,8 @@ def annotate(
         rare = ", ".join(f"{name} ({n})" for name, n in told["too_rare"].items())
         said.append(f"Labels of too few cells to learn from, whose cells are annotated like the others: {rare}.")
     if "macro_f1" in told:
-        said.append(
-            f"Macro-F1, cross-validated on the reference: {told['macro_f1']:.3f}"
-            f" (same classifier on principal components: {told['macro_f1_pca']:.3f})."
-        )
+        scores = ", ".join(f"{name} {score:.3f}" for name, score in told["macro_f1"].items())
+        said.append(f"Macro-F1, cross-validated on the reference: {scores}. Labels were told by {told['seen']}.")
     _finish(cells, out, read.matched, told, said, as_json)
 
 
@@ -255,7 +253,7 @@ def integrate(
             f"Mixing of batches (1 is perfect): {told['mixing']:.2f}; principal components {told['mixing_pca']:.2f}."
         )
     for figure, values in told.get("scib", {}).items():
-        said.append(f"{figure:>20} {values['model']:.3f}; principal components {values['PCA']:.3f}.")
+        said.append(f"{figure:>20} " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
     if told["cells_of_unknown_batches"]:
         said.append(f"{told['cells_of_unknown_batches']:,} cells are of batches that the model does not know.")
     _finish(cells, out, read.matched, told, said, as_json)

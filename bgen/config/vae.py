@@ -61,6 +61,10 @@ class VAEConfig(Section):
         0.5,
         description="Share of cells thinned for the encoder; the kept fraction is uniform in (0.3, 1).",
     )
+    fit_levels: bool = Field(
+        False,
+        description="After training, move each gene's logit to where the likelihood of training cells is highest.",
+    )
     recompute: bool = Field(False, description="Activation checkpointing of the residual blocks: less memory, slower.")
     transfer_from: PositiveInt | None = Field(
         None,

@@ -34,8 +34,8 @@ def losses(run: Path, kind: str = "train") -> list[float]:
 
 
 def arguments(demo: Any, stage: str, run: Path) -> list[str]:
-    more = [f"flow.vae={demo.vae}", "train.ema=0.99"] if stage == "flow" else ["train.patience=3"]
-    return ["train", f"demo/{stage}", f"out={run}", f"data.store={demo.store}", *SETTINGS, *more]
+    more = [f"flow.vae={demo.vae}"] if stage == "flow" else ["train.patience=3", "vae.fit_levels=true"]
+    return ["train", f"demo/{stage}", f"out={run}", f"data.store={demo.store}", "train.ema=0.99", *SETTINGS, *more]
 
 
 @pytest.fixture(scope="module", params=["vae", "flow"])

@@ -104,8 +104,8 @@ def test_memory_by_stage_and_offload() -> None:
     by = {(m.zero, m.offload): m for m in made.memory}
     assert list(by) == [(0, False), (1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
     P = 4 * made.trained
-    assert (by[0, False].weights, by[0, False].optimizer) == (P, 2 * P + P)  # the last for the best weights
-    assert by[1, False].optimizer == 3 * (P // 4) + P // 4
+    assert (by[0, False].weights, by[0, False].optimizer) == (P, 2 * P + 2 * P)  # the last for the average and the best
+    assert by[1, False].optimizer == 3 * (P // 4) + 2 * (P // 4)
     assert by[1, True].device < by[1, False].device < by[0, False].device
     assert by[1, True].host > by[1, False].host
     assert made.chosen == by[1, False]

@@ -20,6 +20,7 @@ from bgen.models.codec import Codec, log_library
 from bgen.models.likelihoods.negative_binomial import NegativeBinomial, ZeroInflatedNegativeBinomial
 from bgen.models.vae.decoders.registry import build_decoder
 from bgen.models.vae.encoders.registry import build_encoder
+from bgen.models.vae.levels import LevelStats
 from bgen.models.vae.thinning import thin
 from bgen.models.vae.whitening import WhiteningStats
 from bgen.nn.mup import learning_rate_scales, start_heads
@@ -124,6 +125,20 @@ class VAE(Codec):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
         self.log_library_range.copy_(bounds)
+
+    def level_stats(self) -> LevelStats:
+        """Empty statistics of the right size, on this model's device."""
+        return LevelStats(self.n_genes, self.latent_mean.device)
+
+    @torch.no_grad()
+    def accumulate_levels(self, stats: LevelStats, batch: CellBatch) -> None:
+        """Add a batch to ``stats``, each cell explained by a posterior sample."""
+        mean, logvar = self.encode(batch)
+        stats.add(batch, self.decode(self.posterior_sample(mean, logvar, batch.keys), batch.library, batch.obs))
+
+    def fit_levels(self, stats: LevelStats) -> None:
+        """Move the genes by one Newton step of ``stats``, already reduced over ranks."""
+        self.decoder.shift_genes(stats.step())
 
     def latents_flops(self, cells: int, nonzeros: int) -> int:
         """See :class:`Codec`: the encoder's."""

@@ -1,11 +1,12 @@
 """``bgen annotate``: labels with a probability, and none where the model cannot tell.
 
-A logistic regression on the latent state of the cells. It learns from the user's own labelled cells or, if there are
-none, from cells that the model generates for each of its training labels. It abstains for two reasons: no label is
-probable enough, or the cell lies further from the reference than reference cells lie from each other. Such a cell may
-be of a type that the reference does not hold, which a probability cannot tell.
+A logistic regression. It learns from the user's own labelled cells, and sees of them what tells labels apart best by
+cross-validation: the model's latent states, principal components, or the most variable genes. If no cell has a label,
+it learns the latent states of cells that the model generates for each of its training labels. It abstains for two
+reasons: no label is probable enough, or the cell's latent state lies further from the reference than those of reference
+cells lie from each other. Such a cell may be of a type that the reference lacks, which a probability cannot tell.
 
-Axes: N cells, D latent size, K labels.
+Axes: N cells, D features (of latent states: the latent size), K labels.
 """
 
 from __future__ import annotations
@@ -13,26 +14,27 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 from anndata import AnnData
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score
-from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_predict
+from sklearn.metrics import f1_score, log_loss
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 
+from bgen.arrays import I64
 from bgen.errors import UserError, nearest
-from bgen.evaluate.metrics.space import fit_space
 from bgen.models.annotator import Annotator
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.names import key, keys
 from bgen.tasks.anndata_model import AnnDataModel
+from bgen.tasks.cells.features import GENES, Features, component_features, gene_features, latent_features
 from bgen.tasks.columns import text_column
 from bgen.tasks.time.trajectories import generate_as_trained
 from bgen.tasks.user_cells import UserCells
@@ -46,28 +48,13 @@ GENERATED_CELLS = 200
 
 NEIGHBOURS = 5
 NOVEL_QUANTILE = 0.995
-STRENGTHS = [0.003, 0.03, 0.3, 3.0]
+STRENGTHS = [0.0003, 0.003, 0.03, 0.3, 3.0]
 """Inverse strengths of the penalty, of which cross-validated log-likelihood chooses one, so that probabilities are
 calibrated.
 """
 
-
-@dataclass(frozen=True)
-class Head:
-    """A classifier on latent states, and how far from its reference a cell may lie."""
-
-    classifier: GridSearchCV
-    neighbours: NearestNeighbors
-    reach: float
-
-    def probabilities(self, latents: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return ``[N, K]`` for whitened latents ``[N, D]``."""
-        return np.asarray(self.classifier.predict_proba(latents))
-
-    def novelty(self, latents: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return ``[N]``: distance to the 5th nearest reference cell, relative to that among reference cells."""
-        distance, _ = self.neighbours.kneighbors(latents, n_neighbors=NEIGHBOURS)
-        return np.asarray(distance[:, -1] / self.reach)
+MOST_COMPARED = 2_000
+"""Reference cells that the comparison takes, and from which a classifier of genes learns, at most."""
 
 
 def annotate_cells(
@@ -107,25 +94,30 @@ def annotate_cells(
         return _with_its_own_head(model, cells, threshold)
     adata = cells.adata
     latents = _whitened(model, model.encode(cells)[0])
+    features = latent_features(latents)
     given = text_column(adata, label) if label in adata.obs else np.full(len(cells), "")
     given, rare = without_rare(given)
     labelled = given != ""
     summary: dict[str, Any] = {"model": model.saved.fingerprint(), "label": label, "threshold": threshold}
     if labelled.any():
-        reference, names = latents[labelled], given[labelled]
+        rows, names = np.flatnonzero(labelled), given[labelled]
+        require_labels(names)
         summary["reference"] = "labelled cells of the data"
+        features, scores = choose(cells.counts, features, given, rows, seed)
+        summary["macro_f1"] = scores
+        reference, learnt = latents[rows], rows[_some(names, seed)] if features.name == GENES else rows
+        classifier = fit_classifier(features.of(learnt), given[learnt])
     else:
         reference, names = _generated_reference(model, label, adata, seed)
+        require_labels(names)
         summary["reference"] = "cells generated by the model"
-    head = fit_head(reference, names)
+        classifier = fit_classifier(reference, names)
     summary["reference_cells"] = _by_key(Counter(names.tolist()))
     summary["too_rare"] = _by_key(rare)
-    if labelled.any():
-        baseline = fit_space(cells.counts).project(cells.counts[labelled])
-        summary["macro_f1"] = cross_validated_f1(reference, names)
-        summary["macro_f1_pca"] = cross_validated_f1(baseline, names)
-    probabilities, novelty = head.probabilities(latents), head.novelty(latents)
-    annotated = _told(cells, label, head.classifier.classes_.astype(str), probabilities, threshold, novelty)
+    summary["seen"] = features.name
+    probabilities = np.concatenate([classifier.predict_proba(block) for block in features.blocks(len(cells))])
+    novelty = relative_distance(latents, reference)
+    annotated = _told(cells, label, classifier.classes_.astype(str), probabilities, threshold, novelty)
     told = annotated.obs[f"{key(label)}_bgen"].to_numpy()
     query = told[~labelled] if not labelled.all() else told
     summary["query_cells"] = len(query)
@@ -202,14 +194,8 @@ def _told(
     return annotated
 
 
-def fit_head(latents: NDArray[np.float32], labels: NDArray[np.str_]) -> Head:
-    """Fit the classifier on whitened latents ``[N, D]`` with their labels ``[N]``.
-
-    Raises
-    ------
-    UserError
-        If there is one label only, or a label has fewer than five cells.
-    """
+def require_labels(labels: NDArray[np.str_]) -> None:
+    """Raise UserError if there is one label ``[N]`` only, or one has fewer than five cells."""
     names, numbers = np.unique(labels, return_counts=True)
     if len(names) < 2:
         raise UserError(f"All reference cells have the label '{names[0]}': at least two labels are needed.")
@@ -219,33 +205,69 @@ def fit_head(latents: NDArray[np.float32], labels: NDArray[np.str_]) -> Head:
             f"These labels have fewer than {LEAST_CELLS} reference cells: {', '.join(short)}. Label more cells, or"
             " empty their label so that they are annotated like the others."
         )
-    classifier = _classifier(numbers)
+
+
+def choose(
+    counts: sp.csr_matrix, latents: Features, labels: NDArray[np.str_], rows: I64, seed: int
+) -> tuple[Features, dict[str, float]]:
+    """Return what tells labels ``[N]`` of the reference cells ``rows`` apart best, and the macro-F1 of each candidate.
+
+    Candidates are latents, principal components and the most variable genes of counts ``[N, G]``, each by
+    cross-validation on the same reference cells; of equals the first is taken.
+    """
+    some = rows[_some(labels[rows], seed)]
+    candidates = [latents, component_features(counts), gene_features(counts)]
+    scores = {features.name: cross_validated_f1(features.of(some), labels[some]) for features in candidates}
+    return max(candidates, key=lambda features: scores[features.name]), scores
+
+
+def _some(labels: NDArray[np.str_], seed: int) -> I64:
+    """Return places of about :data:`MOST_COMPARED` of the labels ``[N]``, ascending; rare ones stay."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    kept = []
+    for name in np.unique(labels):
+        places = order[labels[order] == name]
+        kept.append(places[: max(LEAST_CELLS, round(MOST_COMPARED * len(places) / max(len(labels), MOST_COMPARED)))])
+    return np.sort(np.concatenate(kept))
+
+
+def relative_distance(latents: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return ``[N]``: distance to the 5th nearest of the reference cells, relative to that among themselves."""
+    neighbours = NearestNeighbors().fit(reference)
+    among, _ = neighbours.kneighbors(reference, n_neighbors=NEIGHBOURS + 1)  # the first is the cell itself
+    distance, _ = neighbours.kneighbors(latents, n_neighbors=NEIGHBOURS)
+    return np.asarray(distance[:, -1] / np.quantile(among[:, -1], NOVEL_QUANTILE))
+
+
+def fit_classifier(features: NDArray[np.float32], labels: NDArray[np.str_]) -> LogisticRegression:
+    """Fit the classifier on features ``[N, D]``, of about unit variance, with their labels ``[N]``."""
+    classifier, _ = _cross_validated(features, labels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        classifier.fit(latents, labels)
-    neighbours = NearestNeighbors().fit(latents)
-    among, _ = neighbours.kneighbors(latents, n_neighbors=NEIGHBOURS + 1)  # the first is the cell itself
-    return Head(classifier, neighbours, float(np.quantile(among[:, -1], NOVEL_QUANTILE)))
+        return classifier.fit(features, labels)
 
 
 def cross_validated_f1(features: NDArray[np.float32], labels: NDArray[np.str_]) -> float:
     """Return the macro-F1 of the same kind of classifier on features ``[N, D]``, each cell predicted from others."""
-    numbers = np.unique(labels, return_counts=True)[1]
     scaled = (features - features.mean(0)) / np.maximum(features.std(0), 1e-6)
+    return float(f1_score(labels, _cross_validated(scaled, labels)[1], average="macro"))
+
+
+def _cross_validated(
+    features: NDArray[np.float32], labels: NDArray[np.str_]
+) -> tuple[LogisticRegression, NDArray[np.str_]]:
+    """Return the classifier, not fitted, of the best strength, and the label of each cell as told from others."""
+    names, numbers = np.unique(labels, return_counts=True)
+    folds = StratifiedKFold(min(5, int(numbers.min())), shuffle=True, random_state=0)
+    found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        chosen = _classifier(numbers).fit(scaled, labels).best_estimator_
-        told = cross_val_predict(chosen, scaled, labels, cv=_folds(numbers))
-    return float(f1_score(labels, told, average="macro"))
-
-
-def _classifier(numbers: NDArray[np.intp]) -> GridSearchCV:
-    model = LogisticRegression(max_iter=300)
-    return GridSearchCV(model, {"C": STRENGTHS}, cv=_folds(numbers), scoring="neg_log_loss")
-
-
-def _folds(numbers: NDArray[np.intp]) -> StratifiedKFold:
-    return StratifiedKFold(min(5, int(numbers.min())), shuffle=True, random_state=0)
+        for strength in STRENGTHS:
+            model = LogisticRegression(C=strength, max_iter=300)
+            told = cross_val_predict(model, features, labels, cv=folds, method="predict_proba")
+            found.append((log_loss(labels, told, labels=names), model, names[told.argmax(1)]))
+    _, best, told = min(found, key=lambda entry: entry[0])
+    return best, told
 
 
 def _whitened(model: AnnDataModel, latents: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -15,6 +15,7 @@ from anndata import AnnData
 
 from bgen.errors import UserError, nearest
 from bgen.evaluate.metrics.integration import UNINTEGRATED, require_scib, scib_figures
+from bgen.evaluate.metrics.integrators import other_integrations
 from bgen.evaluate.metrics.mixing import batch_mixing
 from bgen.evaluate.metrics.space import fit_space
 from bgen.tasks.anndata_model import AnnDataModel
@@ -50,7 +51,8 @@ def integrate_cells(
         With ``obsm['X_bgen_integrated'] [N, D]``, expected counts at the cell's own size in ``layers['integrated']``
         (NaN for genes that the model does not know), and in ``uns['bgen_integrate']`` how well batches mix
         (:func:`bgen.evaluate.metrics.mixing.batch_mixing`), beside uncorrected principal components; with ``label``
-        the figures of scib-metrics of both (:func:`bgen.evaluate.metrics.integration.scib_figures`) under ``scib``.
+        the figures of scib-metrics of both (:func:`bgen.evaluate.metrics.integration.scib_figures`) under ``scib``, and
+        those of Harmony and scVI where they are installed (:mod:`bgen.evaluate.metrics.integrators`).
 
     Raises
     ------
@@ -96,7 +98,8 @@ def integrate_cells(
         summary["mixing"] = batch_mixing(z, values)
         summary["mixing_pca"] = batch_mixing(components, values)
         if types is not None:
-            summary["scib"] = scib_figures({"model": z, UNINTEGRATED: components}, values, types)
+            others = other_integrations(counts, components, values)
+            summary["scib"] = scib_figures({"model": z, UNINTEGRATED: components, **others}, values, types)
     integrated.uns["bgen_integrate"] = summary
     return integrated
 

@@ -11,6 +11,7 @@ from bgen.errors import UserError
 from bgen.models.vae.vae import VAE
 from bgen.store.store import Store
 from bgen.train.stages.from_store import StoreStage
+from bgen.train.stages.levels import fit_levels
 from bgen.train.stages.whitening import fit_whitening, keyed_sample
 
 START_CELLS = 8_192
@@ -35,8 +36,10 @@ class VAEStage(StoreStage):
         self.module.initialise_genes(self._mean_counts())
 
     def finish(self, module: nn.Module) -> None:
-        """Fit the whitening of the latents on training cells, shared among the ranks."""
+        """Fit the genes' levels and the whitening of the latents on training cells, shared among the ranks."""
         assert isinstance(module, VAE)
+        if self.config.vae.fit_levels:
+            fit_levels(module, self.reader, self.config.data.split, self.world)
         fit_whitening(module, self.reader, self.config.data.split, self.world)
 
     def _mean_counts(self) -> Tensor:

@@ -240,3 +240,75 @@ def test_training_beats_a_negative_binomial_per_gene_on_held_out_cells() -> None
     assert drawn.dtype == torch.int32
     assert drawn.min() >= 0
     assert 0.7 < drawn.sum(1).float().mean() / size.exp().mean() < 1.3
+
+
+def fitted(vae: VAE, batch: CellBatch, steps: int) -> VAE:
+    for _ in range(steps):
+        stats = vae.level_stats()
+        vae.accumulate_levels(stats, batch)
+        vae.fit_levels(stats)
+    return vae
+
+
+def untrained(likelihood: str, counts: Tensor) -> VAE:
+    """A VAE whose levels are off: by those of the cells' average, and by what its random weights add."""
+    vae = model(likelihood).eval()
+    vae.initialise_genes(counts.mean(0))
+    vae.decoder.shift_genes(0.3 * torch.randn(60, generator=torch.Generator().manual_seed(1)))
+    return vae
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+def test_no_other_levels_explain_the_cells_better(likelihood: str) -> None:
+    counts = low_rank_counts(2000, 3)
+    batch = batch_of(counts, obs={"batch": torch.arange(2000) % 3})
+    vae = untrained(likelihood, counts)
+
+    @torch.no_grad()
+    def nll() -> float:
+        return float(vae(batch)["nll"].double().mean())
+
+    before = nll()
+    fitted(vae, batch, 3)
+    best = nll()
+    assert best < before - 0.5
+    for move in torch.randn(4, 60, generator=torch.Generator().manual_seed(2)):
+        vae.decoder.shift_genes(0.05 * move)
+        assert nll() > best
+        vae.decoder.shift_genes(-0.05 * move)
+
+
+def test_drawn_cells_have_the_measured_means() -> None:
+    counts = low_rank_counts(4000, 3)
+    batch = batch_of(counts, obs={"batch": torch.full((4000,), -1)})
+
+    def off(vae: VAE) -> Tensor:
+        mean, logvar = vae.encode(batch)
+        drawn = vae.decode(vae.posterior_sample(mean, logvar, batch.keys), batch.library, {}).mean
+        return (drawn.mean(0) / counts.mean(0)).log().abs().mean()
+
+    with torch.no_grad():
+        before = off(untrained("nb", counts))
+        assert off(fitted(untrained("nb", counts), batch, 3)) < 0.3 * before
+
+
+def test_ranks_add_up() -> None:
+    whole, parts = model().eval(), model().eval()
+    batch = batch_of(COUNTS, obs=OBS)
+    fitted(whole, batch, 1)
+    first, second = parts.level_stats(), parts.level_stats()
+    parts.accumulate_levels(first, take(COUNTS, batch, slice(0, 9)))
+    parts.accumulate_levels(second, take(COUNTS, batch, slice(9, 24)))
+    first.sums += second.sums
+    parts.fit_levels(first)
+    torch.testing.assert_close(parts.decoder.logits.bias, whole.decoder.logits.bias)
+
+
+def test_a_gene_that_nobody_counts_hardly_moves() -> None:
+    counts = COUNTS.clone()
+    counts[:, 7] = 0
+    vae = model().eval()
+    vae.initialise_genes(counts.mean(0))
+    before = vae.decoder.logits.bias[7].item()
+    fitted(vae, batch_of(counts, obs=OBS), 3)
+    assert vae.decoder.logits.bias[7].item() == pytest.approx(before, abs=0.01)

@@ -45,7 +45,9 @@ def test_labels_are_learnt_from_the_users_cells(model: Model, cells: anndata.Ann
     assert score > shuffled + 0.15
     assert np.allclose(told.obsm["label_probabilities"].sum(axis=1), 1)
     assert told.obs["label_probability"].between(0, 1).all()
-    assert {"macro_f1", "macro_f1_pca"} <= set(told.uns["bgen_annotate"])
+    scores = told.uns["bgen_annotate"]["macro_f1"]
+    assert set(scores) == {"latent states", "principal components", "variable genes"}
+    assert scores[told.uns["bgen_annotate"]["seen"]] == max(scores.values())
 
 
 def test_what_the_model_cannot_tell_is_unknown(model: Model, cells: anndata.AnnData) -> None:

@@ -11,7 +11,8 @@ import scipy.sparse as sp
 
 import bgen
 from bgen.tasks.cells import denoise
-from bgen.tasks.cells.annotate import cross_validated_f1
+from bgen.tasks.cells.annotate import choose, cross_validated_f1
+from bgen.tasks.cells.features import latent_features
 
 
 def test_a_rare_label_that_is_never_found_halves_the_figure() -> None:
@@ -19,6 +20,22 @@ def test_a_rare_label_that_is_never_found_halves_the_figure() -> None:
     features = rng.normal(size=(200, 3)).astype(np.float32)  # say nothing of the labels
     labels = np.repeat(["common", "rare"], [184, 16])
     assert cross_validated_f1(features, labels) == pytest.approx(0.48, abs=0.03)
+
+
+def test_labels_are_told_by_what_tells_them_apart() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(["A", "B", "rare"], [150, 140, 10])
+    mean = np.full((300, 40), 3.0)
+    mean[labels == "B", 0] = mean[labels == "rare", 1] = 30.0  # one gene of many, and few components know of it
+    counts = sp.csr_matrix(rng.poisson(mean).astype(np.float32))
+    noise = rng.normal(size=(300, 4)).astype(np.float32)
+    truth = (labels[:, None] == np.unique(labels)).astype(np.float32)
+    rows = np.arange(0, 300, 2)
+    chosen, scores = choose(counts, latent_features(noise), labels, rows, seed=0)
+    assert chosen.name != "latent states"
+    assert scores[chosen.name] > scores["latent states"] + 0.3
+    assert choose(counts, latent_features(truth), labels, rows, seed=0)[0].name == "latent states"
+    assert choose(counts, latent_features(noise), labels, rows, seed=0)[1] == scores
 
 
 def test_calibration_compares_one_half_with_what_the_other_tells(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:

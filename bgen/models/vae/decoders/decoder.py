@@ -37,6 +37,10 @@ class Decoder(nn.Module, ABC):
         """Start at the genes' average proportions, from their mean counts ``[G]`` over training cells."""
 
     @abstractmethod
+    def shift_genes(self, shifts: Tensor) -> None:
+        """Move each gene's logit by its shift, whatever the state: shifts ``[G]``."""
+
+    @abstractmethod
     def start_genes(self, known: int, shares: Tensor) -> None:
         """Let new genes (all but the first ``known``) start at their shares, whatever the state; change no old row.
 

@@ -68,6 +68,11 @@ class StateVectorDecoder(Decoder):
         self.logits.bias.copy_(proportions.log() - proportions.log().mean())
 
     @torch.no_grad()
+    def shift_genes(self, shifts: Tensor) -> None:
+        """See :class:`Decoder`."""
+        self.logits.bias.add_(shifts)
+
+    @torch.no_grad()
     def start_genes(self, known: int, shares: Tensor) -> None:
         """See :class:`Decoder`.
 

@@ -73,6 +73,11 @@ class LinearDecoder(Decoder):
         self.level.copy_((mean_counts + 1e-6).log())
 
     @torch.no_grad()
+    def shift_genes(self, shifts: Tensor) -> None:
+        """See Decoder."""
+        self.level.add_(shifts)
+
+    @torch.no_grad()
     def start_genes(self, known: int, shares: Tensor) -> None:
         """See Decoder."""
         self.factors[:, known:] = 0
