@@ -105,7 +105,7 @@ LABEL_METRICS: tuple[Metric[Labelled], ...] = (
         3,
         "Share of cells of a label that a classifier trained on real cells takes for it; mean over labels.",
         lambda p: mean_over_labels(p.agreements),
-        0.06,
+        0.1,
     ),
     Metric(
         "energy_within",

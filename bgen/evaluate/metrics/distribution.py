@@ -232,7 +232,7 @@ METRICS: tuple[Metric[Populations], ...] = (
         3,
         "Least effort of moving generated cells onto real ones in the embedding.",
         lambda p: transport(p.between, 2),
-        0.03,
+        0.05,
         relative=True,
     ),
     Metric[Populations](

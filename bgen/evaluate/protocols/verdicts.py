@@ -14,8 +14,9 @@ halves, squared, estimates its variance at n places (the delete-half jackknife, 
 complementary halves, McCarthy, Rev. Int. Stat. Inst. 1969). No cell occurs twice, as it would in a bootstrap, which
 nearest-neighbour figures do not survive; what depends on the number of cells, such as the bias of W2, is the same in
 both halves. Where a statistic's noise falls faster than 1 / sqrt(n), as of MMD^2 and energy distance of equal
-populations, the error is overstated by sqrt(2), which makes verdicts stricter. Where it does not fall, because single cells decide the
-figure (:attr:`bgen.evaluate.metrics.metric.Metric.erratic`), the error of a half is taken for that of the whole.
+populations, the error is overstated by sqrt(2), which makes verdicts stricter. Where it does not fall, because single
+cells decide the figure (:attr:`bgen.evaluate.metrics.metric.Metric.erratic`), the error of a half is taken for that of
+the whole.
 
 The error is that of one sample of n places. Several seeds make the figures steadier and the error better known; they
 do not make it smaller, because they share test cells.
@@ -136,7 +137,8 @@ class Judgement:
             return "at the ceiling"
         if self.better:
             return "better than the baseline"
-        return "worse than the baseline" if self.worse and not self.equivalent else "cannot tell"
+        # A baseline that beats real cells, as with cells that are too typical of their label, is no reproach.
+        return "worse than the baseline" if self.worse and self.differs else "cannot tell"
 
 
 def judge(model: float, baseline: float, ceiling: float, errors: Errors, margin: float) -> Judgement:
