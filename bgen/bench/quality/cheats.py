@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,8 @@ def doublets(m: Material) -> Made:
 def replaced_type(m: Material) -> Made:
     """Fresh cells, but those of the rarest label are of the commonest."""
     rows = np.flatnonzero(m.fresh_labels == m.rarest)
-    stand_in = m.like(np.full(len(rows), m.common))
-    return _with_rows(m.fresh, rows, m.train[stand_in]), m.fresh_labels
+    stand_in = m.rng.choice(np.flatnonzero(m.fresh_labels == m.common), len(rows))
+    return _with_rows(m.fresh, rows, m.fresh[stand_in]), m.fresh_labels
 
 
 def copies(m: Material) -> Made:
@@ -245,10 +245,11 @@ def as_cells(counts: sparse.csr_matrix, labels: Labels) -> AnnData:
 
 def score_cheat(divided: Divided, cheat: Cheat, **options: Any) -> Scores:
     """Score the cells of a cheat as if a model had made them; ``options`` go to the protocol's ``evaluate``."""
-    counts, labels = cheat.make(divided.material)
-    n, test = cheat.cells, divided.test
+    material, test, n = divided.material, divided.test, cheat.cells
     if n is not None:
-        counts, labels, test = counts[:n], labels[:n], test[:n].copy()
+        material = replace(material, fresh=material.fresh[:n], fresh_labels=material.fresh_labels[:n])
+        test = test[:n].copy()
+    counts, labels = cheat.make(material)
     return protocol.evaluate(divided.train, test, as_cells(counts, labels), cell_type=LABEL, **options)
 
 

@@ -2,8 +2,8 @@
 
 Generated or real (Lopez-Paz and Oquab, ICLR 2017): distances in some components do not see a small shift of every
 gene; a classifier on all genes does. It is trained on four fifths of the cells and asked about the rest, five times
-(boosted trees: two thirds, three times). Real and generated cells of one place are in the same fold, so every fold holds
-as many of the one as of the other.
+(boosted trees: two thirds, three times). Real and generated cells of one place are in the same fold, so every fold
+holds as many of the one as of the other.
 
 Doublets: two real cells in one, of whose molecules each stays with probability one half, so that neither library size
 nor number of genes tells. Gradient boosting on the embedding learns to tell them from single cells, and calls a doublet
@@ -102,7 +102,7 @@ def _products(features: sparse.csc_matrix) -> NDArray[np.float64]:
 
 
 def _logistic(kernel: NDArray[np.float64], y: NDArray[np.float64], strength: float) -> NDArray[np.float64]:
-    """Return the coefficients a ``[cells]`` by Newton's method in the stable form (Rasmussen and Williams 2006, 3.1)."""
+    """Return the coefficients a ``[cells]`` by Newton's method in the stable form (Rasmussen and Williams, 3.1)."""
     f = np.zeros(len(y))
     a = f
     for _ in range(NEWTON):

@@ -97,9 +97,9 @@ def test_headline_in_plain_words() -> None:
     copied = Memorisation(1.0, 2.0, 0.05, 0.0, 0.001, 0.5, 0.5, 300)
     scores = Scores("p", 10, 3, {}, parts, asked=("Asked for kind (2 labels), delivered.",), copied=copied)
     assert scores.headline() == (
-        f"Asked for kind (2 labels), delivered. {copied.sentence()} Generated cells are as good as unseen real cells in"
-        " 2 of 4 measures (the baseline: in 1), better than the baseline in 1 more and clearly worse than real cells in 2"
-        " (2-Wasserstein, 2-Wasserstein)."
+        f"Asked for kind (2 labels), delivered. {copied.sentence()} Generated cells are as good as unseen real cells"
+        " in 2 of 4 measures (the baseline: in 1), better than the baseline in 1 more and clearly worse than real cells"
+        " in 2 (2-Wasserstein, 2-Wasserstein)."
     )
     honest = replace(copied, p_copies=0.5)
     assert replace(scores, copied=honest, asked=()).headline().startswith("Generated cells are")
