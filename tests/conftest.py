@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import warnings
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import typer.main
 
 from bgen.store.format.manifest import Source
 from bgen.store.store import Store
@@ -21,6 +23,8 @@ from data_tools.building.splits import DEFAULT, assign
 from data_tools.building.write import Contents, write_store
 
 ROOT = Path(__file__).resolve().parent.parent
+# Commands run in this process by the hundred: what typer makes of their functions is made once.
+typer.main.get_command = functools.cache(typer.main.get_command)
 sys.path[:0] = [str(ROOT / "tests/starting"), str(ROOT / "tests")]
 
 

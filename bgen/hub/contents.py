@@ -21,6 +21,7 @@ from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.overrides import TorchFunctionMode
 
 from bgen.config.flow import SampleConfig
 from bgen.config.section import Section
@@ -34,6 +35,12 @@ MOST_JSON = 64 << 20
 
 SPARE = 64
 """Tensors that building a model may make beside those that it keeps; twice as many as it keeps are always allowed."""
+
+_FILLS = {
+    *(Tensor.normal_, Tensor.uniform_),
+    *(getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")),
+}
+"""What fills a tensor with numbers and returns it."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -159,7 +166,7 @@ def build_like(make: Callable[[], Made], shapes: Mapping[str, tuple[int, ...]]) 
     """
     with torch.random.fork_rng(devices=[]), at_most(3 * len(shapes) + SPARE, None):
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _NothingDrawn():
                 wanted = {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
         except RuntimeError:  # a part that reads a number as it is made, which takes memory
             wanted = None
@@ -171,6 +178,18 @@ def build_like(make: Callable[[], Made], shapes: Mapping[str, tuple[int, ...]]) 
     total = sum(int(np.prod(shape, dtype=object)) for shape in shapes.values())
     with at_most(3 * len(shapes) + SPARE, total):
         return make()
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out what fills tensors: where they have no memory, torch loads its compiler for that, in two seconds."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        options = options or {}
+        if function in _FILLS:
+            return arguments[0] if arguments else options["tensor"]
+        return function(*arguments, **options)
 
 
 @contextmanager

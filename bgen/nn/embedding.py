@@ -23,7 +23,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        turns = torch.logspace(math.log2(0.25), math.log2(_HIGHEST), _FREQUENCIES, base=2.0)
+        # On the CPU also where a module is made without memory: torch loads its compiler for a sequence there.
+        turns = torch.logspace(math.log2(0.25), math.log2(_HIGHEST), _FREQUENCIES, base=2.0, device="cpu")
         self.register_buffer("frequencies", 2 * math.pi * turns, persistent=False)
         self.network = nn.Sequential(nn.Linear(2 * _FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 

@@ -29,8 +29,9 @@ class Rotary(nn.Module):
 
     def __init__(self, channels: int, shortest: float, longest: float) -> None:
         super().__init__()
+        # On the CPU also where a module is made without memory, as in :class:`bgen.nn.embedding.TimeEmbedding`.
         period_F = torch.logspace(
-            math.log(shortest), math.log(longest), channels // 2, base=math.e, dtype=torch.float64
+            math.log(shortest), math.log(longest), channels // 2, base=math.e, dtype=torch.float64, device="cpu"
         )
         self.register_buffer("frequency", (2 * math.pi / period_F).float(), persistent=False)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from torch import Tensor
+
 from bgen.data.batch import CellBatch
 from bgen.data.packed import PackedBatch
+from bgen.distributed import world as ranks
 from bgen.errors import UserError
 from bgen.train.stages.stage import Stage
 
@@ -90,14 +93,7 @@ class Batches:
                 found = next(self._batches)
             except OSError as error:
                 self._batches = None
-                now = time.perf_counter()
-                self._waiting(None if self._failed_at else f"the data cannot be read ({error}): trying again")
-                self._failed_at = self._failed_at or now
-                if now - self._failed_at > self._patience:
-                    self.given_up = (
-                        f"The data could not be read for {self._patience:g} s (train.data_patience): {error}. "
-                        "When the store is back, go on with --resume."
-                    )
+                self._failed(error)
                 self._sleep()
                 if alone and self.given_up is not None:
                     raise UserError(self.given_up) from error
@@ -111,6 +107,45 @@ class Batches:
                 self._step += 1
                 self._failed_at, self._pause = None, LOOK
                 return found, time.perf_counter() - begin
+
+    def valid(self, stopped: Callable[[], bool]) -> Iterator[tuple[CellBatch, Tensor]] | None:
+        """Return the stage's held-out batches, once every rank has read its own.
+
+        The ranks hear of each other after every attempt, so none waits for another longer than for one of these.
+
+        Parameters
+        ----------
+        stopped
+            Called after each attempt on every rank, with the same answer on all.
+
+        Returns
+        -------
+        Iterator or None
+            None on all ranks, if a signal has come, or if the patience of a rank has run out (``given_up`` says so).
+        """
+        while True:
+            batches = None
+            try:
+                batches = self._stage.valid_batches()
+            except OSError as error:
+                self._failed(error)
+            if not ranks.agree_max(batches is None):
+                self._failed_at, self._pause = None, LOOK
+                return batches
+            if stopped() or ranks.agree_max(self.given_up is not None):
+                return None
+            self._sleep()
+
+    def _failed(self, error: OSError) -> None:
+        """Say what went wrong at this attempt, and give up if the outage has lasted longer than the patience."""
+        now = time.perf_counter()
+        self._waiting(None if self._failed_at else f"the data cannot be read ({error}): trying again")
+        self._failed_at = self._failed_at or now
+        if now - self._failed_at > self._patience:
+            self.given_up = (
+                f"The data could not be read for {self._patience:g} s (train.data_patience): {error}. "
+                "When the store is back, go on with --resume."
+            )
 
     def _sleep(self) -> None:
         """Pause before the next attempt, each time longer; a signal or the end of the patience ends the pause."""

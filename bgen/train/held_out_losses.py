@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from bgen.data.batch import CellBatch
 from bgen.distributed import world as ranks
 from bgen.errors import UserError, nearest
 from bgen.train.engine.engine import Engine
-from bgen.train.stages.stage import Stage
 
 
 @torch.no_grad()
-def held_out_losses(engine: Engine, stage: Stage, stopped: Callable[[], bool]) -> dict[str, float] | None:
+def held_out_losses(
+    engine: Engine, batches: Iterator[tuple[CellBatch, Tensor]], monitor: str, stopped: Callable[[], bool]
+) -> dict[str, float] | None:
     """Mean of each of the module's losses over the held-out cells.
 
     Parameters
     ----------
     engine
         Computes the losses with its present weights, in evaluation mode.
-    stage
-        Gives the cells.
+    batches
+        This rank's share of the cells, with weights, as :meth:`bgen.train.stages.stage.Stage.valid_batches` gives it.
+    monitor
+        Name of the loss that is watched.
     stopped
         Called before each batch on every rank, with the same answer on all; True ends the evaluation, which then
         returns None.
@@ -30,14 +34,14 @@ def held_out_losses(engine: Engine, stage: Stage, stopped: Callable[[], bool]) -
     Raises
     ------
     UserError
-        If the module has no loss of the name that the stage watches.
+        If the module has no loss of that name.
     """
     sums: dict[str, Tensor] = {}
     weights = torch.zeros((), dtype=torch.float64)
     device = ranks.current().device
     engine.train(False)
     try:
-        for batch, weight in stage.valid_batches():
+        for batch, weight in batches:
             if stopped():
                 return None
             losses = engine.forward(batch.to(device))
@@ -49,8 +53,8 @@ def held_out_losses(engine: Engine, stage: Stage, stopped: Callable[[], bool]) -
                 sums[name] = sums[name] + total if name in sums else total
     finally:
         engine.train()
-    if stage.monitor not in sums:
-        raise UserError(f"the held-out losses have no '{stage.monitor}' to watch.{nearest(stage.monitor, sums)}")
+    if monitor not in sums:
+        raise UserError(f"the held-out losses have no '{monitor}' to watch.{nearest(monitor, sums)}")
     names = sorted(sums)
     totals = torch.cat([torch.stack([sums[name] for name in names]).cpu(), weights[None]])
     *by_name, weight_all = ranks.all_sum(totals).tolist()

@@ -219,7 +219,7 @@ class Trainer:
         peak = peak_flops(device_name(self.world.device), train.precision)
         self.throughput = Throughput(None if peak is None else peak * self.world.size)
         self.hosts = HostReport(train.straggler_ratio, self.config.track.system)
-        asked_to_stop = state.evaluating and not self._validate()
+        asked_to_stop = state.evaluating and not self._validate(batches)
         drawn: Sequence[CellBatch | PackedBatch] | None = None
         before: Sequence[CellBatch | PackedBatch] | None = None
         while state.step < train.steps and not state.stopped_early and not asked_to_stop:
@@ -241,7 +241,7 @@ class Trainer:
                 self._report()
             begin = time.perf_counter()
             if train.eval_every and (state.step % train.eval_every == 0 or last):
-                asked_to_stop = not self._validate()  # at once, if a signal came already
+                asked_to_stop = not self._validate(batches)  # at once, if a signal came already
             self._save(asked_to_stop)
             self.throughput.pause(time.perf_counter() - begin)
         if asked_to_stop and not self._complete:
@@ -391,8 +391,8 @@ class Trainer:
                 f"step, the others {slow['median']:g} s"
             )
 
-    def _validate(self) -> bool:
-        """Held-out losses, of the moving average where there is one; False if a signal came in between."""
+    def _validate(self, batches: Batches) -> bool:
+        """Held-out losses, of the moving average where there is one; False if a signal came, or no data, before all."""
         state, train = self.state, self.config.train
         state.evaluating = True
 
@@ -400,8 +400,11 @@ class Trainer:
             self._beat()
             return bool(ranks.agree_max(self._signals.received is not None))
 
-        with self.engine.swapped_in(self.weights.judged):
-            means = held_out_losses(self.engine, self.stage, stopped)
+        cells = batches.valid(stopped)
+        means = None
+        if cells is not None:
+            with self.engine.swapped_in(self.weights.judged):
+                means = held_out_losses(self.engine, cells, self.stage.monitor, stopped)
         if means is None:
             return False
         state.evaluating = False

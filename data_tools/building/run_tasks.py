@@ -28,6 +28,9 @@ DEATHS = 3
 START_SECONDS = 60
 """How long workers may take to start."""
 
+LOOK_SECONDS = 5
+"""How often to look whether a Dask scheduler is still there."""
+
 
 class Runner(Protocol):
     """Does tasks, in any order."""
@@ -145,7 +148,8 @@ class OnDask:
                 f"A worker of the build died again and again ({failure}). It may have run out of memory: use fewer."
             )
         if isinstance(failure, CancelledError) or (failure is not None and self.client.status != "running"):
-            raise Interrupted(f"The Dask cluster was lost ({type(failure).__name__}: {failure}).")
+            said = str(failure).partition("\n")[0]
+            raise Interrupted(f"The Dask cluster was lost ({type(failure).__name__}: {said}).")
         if failure is not None:
             raise failure
 
@@ -153,34 +157,32 @@ class OnDask:
         self, task: Task, arguments: Sequence[tuple[Any, ...]], work: Sequence[int], done: Done
     ) -> BaseException | None:
         """Run tasks and return the first error."""
-        from distributed import as_completed
+        from distributed import wait as wait_for
 
         waiting = deque(zip(arguments, work, strict=True))
-        sizes: dict[Any, int] = {}
+        running: dict[Any, int] = {}
+        most = 2 * sum(self.client.nthreads().values())
         finished = 0
-        running = as_completed()
-
-        def start() -> None:
-            one, size = waiting.popleft()
-            future = self.client.submit(task, *one, pure=False)
-            sizes[future.key] = size
-            running.add(future)
-
-        for _ in range(min(len(waiting), 2 * sum(self.client.nthreads().values()))):
-            start()
         failure: BaseException | None = None
-        for future in running:
+        while running or (waiting and failure is None):
+            while waiting and len(running) < most and failure is None:
+                one, size = waiting.popleft()
+                running[self.client.submit(task, *one, pure=False)] = size
             try:
-                error = future.exception()
+                done_now = wait_for(list(running), timeout=LOOK_SECONDS, return_when="FIRST_COMPLETED").done
+            except TimeoutError:
+                if self.client.status in ("closing", "closed"):  # the futures of a lost scheduler are never done
+                    return CancelledError("its scheduler does not answer")
+                continue
             except CancelledError as cancelled:
-                error = cancelled
-            if error is None:
-                finished += sizes[future.key]
-                done(finished, sum(work))
-            elif failure is None:
-                failure = error
-            if waiting and failure is None:
-                start()
+                return failure or cancelled
+            for future in done_now:
+                size = running.pop(future)
+                error = future.exception()
+                if error is None:
+                    finished += size
+                    done(finished, sum(work))
+                failure = failure or error
         return failure
 
 

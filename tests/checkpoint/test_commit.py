@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from prefork import python
 
 from bgen.checkpoint import commit, files, shards
 from bgen.checkpoint.commit import Checkpoints, SaveError
@@ -211,7 +211,7 @@ for moment in ("write_synced", "sync", "sha256"):
 
 def test_killed_at_any_moment_of_the_commit(tmp_path: Path) -> None:
     """A process dies at the n-th call of one of the commit's building blocks in the second save."""
-    done = subprocess.run([sys.executable, "-c", DYING, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = subprocess.run([python(), "-c", DYING, str(tmp_path)], capture_output=True, text=True, check=True)
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len(lines) == 9
     assert [code for _, _, code in lines].count(str(-signal.SIGKILL)) >= 7

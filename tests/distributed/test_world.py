@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from prefork import python
 
 from bgen.distributed import world as ranks
 from bgen.distributed.report import report_user_error
@@ -125,7 +126,7 @@ def test_collectives_and_the_second_time_out() -> None:
     common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO],
+            [python(), "-c", TWO],
             env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

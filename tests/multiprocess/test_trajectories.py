@@ -12,12 +12,13 @@ from prefork import torchrun
 
 from bgen.track.record import read
 
-STEPS = 10
+STEPS = 4
 SETTINGS = [
     f"train.steps={STEPS}",
     "train.global_batch=192",
-    "train.eval_every=10",
+    "train.eval_every=4",
     "train.log_every=1",
+    "train.eval_cells=192",
     "train.ema=0.9",
     "track.mlflow=false",
     "track.progress=false",

@@ -19,7 +19,7 @@ import threading
 import traceback
 from pathlib import Path
 
-import deepspeed  # noqa: F401
+import torch._dynamo
 import torch.distributed.launcher  # noqa: F401
 
 import bgen.cli.train

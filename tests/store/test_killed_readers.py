@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from prefork import python
 
 from bgen.data.loader import CountReader, TrainLoader
 from bgen.store.format.manifest import Source
@@ -72,7 +73,7 @@ def atlas(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(atlas: Path, world: int, first: int, out: Path) -> list[subprocess.Popen[bytes]]:
     return [
         subprocess.Popen(
-            [sys.executable, "-c", READ, *map(str, (atlas, rank, world, first, STEPS, out / f"{first}-{rank}"))],
+            [python(), "-c", READ, *map(str, (atlas, rank, world, first, STEPS, out / f"{first}-{rank}"))],
             cwd=Path(__file__).parent,
             env={"PYTHONPATH": ":".join([str(Path(__file__).parents[2]), str(Path(__file__).parent), *sys.path])},
         )

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from bgen.config.data import Access
 from bgen.data.batch import CellBatch
-from bgen.data.loader import CountReader, TrainLoader
+from bgen.data.loader import CountReader, TrainLoader, valid_batches
 from bgen.data.skip_damage import SkippingReader
+from bgen.distributed import world as ranks
 from bgen.errors import Unreachable, UserError
 from bgen.store.open import open_store
 from bgen.store.store import Store
@@ -33,6 +35,9 @@ class Reading:
 
     def train_batches(self, start_step: int) -> Iterator[Sequence[CellBatch]]:
         return TrainLoader(self.reader, self.order, seed=5, prefetch=1).steps(start_step)
+
+    def valid_batches(self) -> Iterator[tuple[CellBatch, Tensor]]:
+        return iter(valid_batches(self.reader, "valid", seed=5, cells=100, micro_batch=16))
 
 
 def read_with_outage(
@@ -93,3 +98,37 @@ def test_a_store_that_is_away_is_one_message_for_everybody_else(store: Store, tm
     with pytest.raises(UserError, match="cannot be reached") as caught:
         reader.read_cells(np.arange(5))
     assert isinstance(caught.value, Unreachable)
+
+
+def test_held_out_cells_are_waited_for(store: Store, tmp_path: Path) -> None:
+    ranks.start(30)
+    copy = Path(shutil.copytree(store.folder, tmp_path / "store"))
+    expected = list(Reading(CountReader(store)).valid_batches())
+    reading = Reading(CountReader(open_store(copy)))
+    shards, said = copy / "counts", []
+
+    def waiting(problem: str | None) -> None:
+        said.append(problem)
+        if len(said) == 2:
+            (tmp_path / "away").rename(shards)
+
+    shards.rename(tmp_path / "away")
+    found = Batches(reading, 0, 60.0, 1000.0, waiting, lambda: False).valid(lambda: False)  # type: ignore[arg-type]
+    assert found is not None
+    for (batch, weight), (there, its_weight) in zip(found, expected, strict=True):
+        assert np.array_equal(batch.counts, there.counts)
+        assert np.array_equal(weight, its_weight)
+    assert len(said) == 2
+    assert "the data cannot be read" in str(said[0])
+
+
+@pytest.mark.parametrize("ended_by", ["patience", "signal"])
+def test_held_out_cells_are_not_waited_for_any_longer(ended_by: str, store: Store, tmp_path: Path) -> None:
+    ranks.start(30)
+    copy = Path(shutil.copytree(store.folder, tmp_path / "store"))
+    reading = Reading(CountReader(open_store(copy)))
+    shutil.rmtree(copy / "counts")
+    patience, signal = (0.0, False) if ended_by == "patience" else (60.0, True)
+    batches = Batches(reading, 0, patience, 1000.0, lambda problem: None, lambda: signal)  # type: ignore[arg-type]
+    assert batches.valid(lambda: signal) is None
+    assert (batches.given_up is not None) == (ended_by == "patience")

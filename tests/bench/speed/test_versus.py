@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import scipy.sparse as sp
+from prefork import python
 from scipy import stats
 
 import bgen
@@ -28,7 +29,7 @@ from bgen.errors import UserError
 def run(job: Job) -> dict[str, Any]:
     here = Path(bgen.__file__).parents[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here)}
-    command = [sys.executable, versus_worker.__file__, json.dumps(asdict(job))]
+    command = [python(), versus_worker.__file__, json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=job.folder, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

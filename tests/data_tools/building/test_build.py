@@ -17,6 +17,7 @@ import pandas as pd
 import psutil
 import pytest
 import scipy.sparse as sp
+from prefork import python
 
 from bgen.data.loader import CountReader
 from bgen.errors import UserError
@@ -218,7 +219,7 @@ SCRIPT = """
 
 
 def start_build(tasks: int, out: Path, files: list[Path]) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tasks), str(out), *map(str, files)]
+    command = [python(), "-c", textwrap.dedent(SCRIPT), str(tasks), str(out), *map(str, files)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import hashlib
 import io
 import json
@@ -23,12 +24,18 @@ from pathlib import Path
 import anndata
 import numpy as np
 import scipy.sparse as sp
+import typer.main
 from mutations import HOSTILE, Rng, any_file, mutate_h5, mutate_zarr, pick
 
 from bgen.cli.main import main
 
+typer.main.get_command = functools.cache(typer.main.get_command)  # made of all functions, once
+
 SENSELESS = ["99999999999999999999", "1e400", "0x10", "-0", " ", "a=b", "=", "[", "{a: [}", "--x"]
 """What nobody should type, besides."""
+
+OUTPUTS = ("a/b/c/out", "a/b/c/--")
+"""Where commands write: the second, where an option was taken for the value of --out."""
 
 LIMIT = 60.0
 """Seconds that a case may take."""
@@ -120,6 +127,9 @@ def command_case(folder: Path, sources: Path, rng: Rng) -> tuple[str, Command]:
         ["export", str(sources / "run"), *out],
     ]
     command = list(pick(rng, commands))
+    if command[0] == "evaluate":  # the model tells its scores
+        copy_folder(sources / "model", folder / "model")
+        command[1] = str(folder / "model")
     said = []
     for _ in range(int(rng.integers(1, 3))):
         at = int(rng.integers(1, len(command)))
@@ -225,7 +235,8 @@ def judge(command: Command, code: int | str, out: str, err: str, wrong: str | No
         return f"exit code {code}"
     told = len(re.findall(r"^error", err, re.M)) + err.count("─ Error ─")
     findings = command[:2] in (["data", "check"], ["data", "build"]) and out  # a table of them is printed instead
-    if told != 1 and not findings:
+    usage = out.lstrip().startswith("Usage:")  # of a group that was given no command
+    if told != 1 and not findings and not usage:
         return "no single message"
     if re.search(r"[\x00-\x08\x0b-\x1f\x7f]", re.sub(r"\x1b\[[0-9;]*m", "", err)):
         return "control characters"
@@ -251,7 +262,7 @@ def run(kind: str, seed: int, first: int, last: int, sources: Path, work: Path) 
             continue
         log.write(json.dumps({"case": number, "damage": said, "command": command}) + "\n")
         log.flush()
-        inputs = fingerprint(around, leave=("a/b/c/out",))
+        inputs = fingerprint(around, leave=OUTPUTS)
         peak_memory()
         begin = time.perf_counter()
         faulthandler.dump_traceback_later(LIMIT, exit=True)
@@ -259,7 +270,7 @@ def run(kind: str, seed: int, first: int, last: int, sources: Path, work: Path) 
         faulthandler.cancel_dump_traceback_later()
         seconds, memory = time.perf_counter() - begin, peak_memory()
         fault = judge(command, code, out, err, invalid(folder, command) if code == 0 else None)
-        touched = [item for item in fingerprint(around, leave=("a/b/c/out",)).items() if item not in inputs.items()]
+        touched = [item for item in fingerprint(around, leave=OUTPUTS).items() if item not in inputs.items()]
         if command[0] == "evaluate" and code == 0:  # the model and its card tell its scores
             touched = [item for item in touched if not item[0].endswith(("model/metrics.json", "model/README.md"))]
         if touched:
