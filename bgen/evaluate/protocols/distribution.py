@@ -260,14 +260,11 @@ class _Gathered:
     def scores(self, name: str = "") -> list[Score]:
         """Return the scores of one group."""
         squares = np.concatenate(self.squares[name])
-        return [
-            Score(
-                metric,
-                *(Estimate(tuple(run[row][place] for run in self.figures[name])) for row in ROWS),
-                errors=errors_of(squares[:, place]),
-            )
-            for place, metric in enumerate(self.metrics[name])
-        ]
+        scores = []
+        for place, metric in enumerate(self.metrics[name]):
+            rows = [Estimate(tuple(run[row][place] for run in self.figures[name])) for row in ROWS]
+            scores.append(Score(metric, rows[0], rows[1], rows[2], errors_of(squares[:, place])))
+        return scores
 
     def condition_scores(self) -> dict[str, list[Score]]:
         """Return the scores of each condition, by its name."""

@@ -285,7 +285,10 @@ class Scores:
                 notes=tuple(told["notes"]),
                 labels=tuple(LabelScore(**label) for label in told.get("labels", ())),
                 numbers=tuple(
-                    NumberScore(**{k: tuple(v) if isinstance(v, list) else v for k, v in number.items()})
+                    NumberScore(
+                        number["condition"],
+                        *(tuple(number[what]) for what in ("asked", "told", "asked_real", "told_real")),
+                    )
                     for number in told.get("numbers", ())
                 ),
                 asked=tuple(told.get("asked", ())),
@@ -329,12 +332,10 @@ def _score(key: str, entry: Mapping[str, Any]) -> Score:
 
     metric = Metric(key, entry["title"], entry["better"], entry.get("digits", 3), "", again, entry.get("margin", 0.0))
     errors = entry.get("errors")
-    return Score(
-        metric,
-        *(Estimate(tuple(entry[row]["values"])) for row in ROWS),
-        errors=None if errors is None else Errors(**errors),
-        said=entry["verdict"] if errors is None else None,
-    )
+    model, baseline, ceiling = (Estimate(tuple(entry[row]["values"])) for row in ROWS)
+    if errors is None:
+        return Score(metric, model, baseline, ceiling, said=entry["verdict"])
+    return Score(metric, model, baseline, ceiling, Errors(**errors))
 
 
 def _estimate_json(estimate: Estimate) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def test_real_cells_are_at_the_ceiling_and_the_baseline_is_not(draw: Draw) -> No
     assert [s.metric.key for s in scores.scores if s.judgement is None or s.judgement.differs] == []
     assert scores.notes == ()
     good = ("better than the baseline", "at the ceiling")
-    assert {scores[key].verdict for key in ("energy", "mmd2", "correlation")} <= set(good)
+    assert sum(score.verdict in good for score in scores.scores) >= 3
     assert scores.copied is not None
     assert not scores.copied.found
     easy = evaluate(train, test, baseline_cells(train, real, cell_type="kind", seed=9), cell_type="kind", seeds=2)
