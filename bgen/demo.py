@@ -108,6 +108,7 @@ def run_demo(
     with progress() as advance:
         scores = score(out / "model", out / "store", out / "report", seed=seed, progress=advance)
     console.print(scores.table())
+    console.print(scores.headline(), highlight=False)
     console.print()
     console.print(f"model    {out / 'model'}          bgen.load('{out / 'model'}')", highlight=False)
     console.print(f"MLflow   {out / 'mlflow.db'}", highlight=False)

@@ -209,6 +209,26 @@ def bench_cells(
         say=notes.print,
     )
     results.print(compared.table())
+    results.print(compared.headline(), highlight=False)
+
+
+@app.command("cheats")
+def bench_cheats(
+    file: Annotated[Path, typer.Argument(help="An .h5ad of counts.")],
+    label: Annotated[str, typer.Option(help="obs column of cell types.")],
+    out: Annotated[Path, typer.Option(help="Folder for cheats.json.")],
+    cells: Annotated[int, typer.Option(min=20, max=1000, help="Cells on each side of a comparison.")] = 600,
+    seeds: Annotated[int, typer.Option(min=2, max=1000, help="Repetitions of every figure.")] = 3,
+) -> None:
+    """Pass off cells that are made to deceive as a model's, and tell which measure catches them.
+
+    Example: `bgen bench cheats cells.h5ad --label cell_type --cells 60 --seeds 2 --out bench-cheats`
+    """
+    from bgen.bench.quality.cheats import bench_cheats as score
+
+    told = score(file, out, label=label, cells=cells, seeds=seeds, say=notes.print)
+    results.print(told.table())
+    results.print(told.headline(), highlight=False)
 
 
 @app.command("perturb")

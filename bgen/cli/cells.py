@@ -119,6 +119,7 @@ def evaluate(
         typer.echo(json.dumps(scores.as_json()))
     else:
         results.print(scores.table())
+        results.print(scores.headline(), highlight=False)
         results.print(f"Report: {out / 'report.html'}")
 
 

@@ -37,6 +37,7 @@ class ScoreCells(Protocol):
         generated: AnnData,
         *,
         cell_type: str | None = None,
+        conditions: Sequence[str] = (),
         seeds: int = 3,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Scores:

@@ -123,7 +123,8 @@ def _scores(metrics: Mapping[str, Any]) -> list[str]:
         "| measure | model | baseline | ceiling | verdict |",
         "|---|---|---|---|---|",
     ]
+    per = "cell type" if metrics["protocol"] == "distribution-v1" else "cluster of cells"
     for metric in metrics["metrics"].values():
         values = " | ".join(f"{metric[row]['mean']:.4g} ± {metric[row]['sd']:.2g}" for row in _ROWS)
         lines.append(f"| {metric['title']} ({metric['better']} is better) | {values} | {metric['verdict']} |")
-    return [*lines, "", "Baseline: a negative binomial per cell type. Ceiling: real cells against real cells."]
+    return [*lines, "", f"Baseline: a negative binomial per {per}. Ceiling: real cells against real cells."]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ from anndata import AnnData
 
 from bgen.data.as_anndata import read_anndata
 from bgen.errors import MOST_SEEDS, UserError, require_number
-from bgen.evaluate.metrics.memorisation import memorisation
 from bgen.evaluate.metrics.space import log_cp10k
 from bgen.evaluate.protocols.scores import Scores
 from bgen.evaluate.registry import CellsProtocol, find_protocol
@@ -84,9 +82,10 @@ def score(
         if progress:
             progress("evaluating", done, total)
 
-    scores = chosen.evaluate(train, test, cells, cell_type=cell_type, seeds=seeds, on_progress=advance)
-    copied = memorisation(sp.csr_matrix(train.X), sp.csr_matrix(test.X), sp.csr_matrix(cells.X), seed=seed)
-    scores = replace(scores, notes=(*scores.notes, copied.sentence()))
+    asked = [name for name in loaded.conditions if name in cells.obs]
+    scores = chosen.evaluate(
+        train, test, cells, cell_type=cell_type, conditions=asked, seeds=seeds, on_progress=advance
+    )
     out.mkdir(parents=True, exist_ok=True)
     scores.save(out / "metrics.json")
     chosen.report(

@@ -6,7 +6,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from scipy import sparse
 
 from bgen.errors import UserError
 from bgen.evaluate import registry
-from bgen.evaluate.metrics import counts, distribution, effects
+from bgen.evaluate.metrics import conditions, counts, distribution, effects
 from bgen.evaluate.metrics.distribution import Points
 from bgen.evaluate.metrics.metric import Metric
 from bgen.evaluate.metrics.registry import METRICS, choose_metrics
@@ -85,7 +85,7 @@ def test_the_protocol_of_the_page_takes_a_metric_from_outside(demo: Any, tmp_pat
     )
     for protocol, keys in (("sizes-v1", ["w2", "energy", "library_ks"]), ("sizes-v2", ["w2", "library_gap"])):
         table, told, page, card = run(demo, tmp_path / protocol, protocol)
-        assert (told["protocol"], list(told["metrics"])) == (protocol, keys)
+        assert (told["protocol"], list(told["metrics"])[: len(keys)]) == (protocol, keys)
         for key in keys:
             for text in (table, page, card):
                 assert METRICS[key].title in text
@@ -95,7 +95,14 @@ def test_the_protocol_of_the_page_takes_a_metric_from_outside(demo: Any, tmp_pat
 
 
 def evaluate_medians(
-    train: AnnData, test: AnnData, generated: AnnData, *, cell_type: str | None = None, seeds: int = 3, on_progress: Any
+    train: AnnData,
+    test: AnnData,
+    generated: AnnData,
+    *,
+    cell_type: str | None = None,
+    conditions: Sequence[str] = (),
+    seeds: int = 3,
+    on_progress: Any,
 ) -> Scores:
     """A protocol of its own: distance of the medians of halves, with training cells as baseline."""
     space = fit_space(sparse.csr_matrix(train.X))
@@ -131,7 +138,7 @@ def test_a_metric_and_a_protocol_of_ones_own_go_to_table_json_page_and_card(demo
 
 
 def test_every_metric_has_a_key_of_its_own() -> None:
-    every = [*distribution.METRICS, *counts.METRICS, *effects.METRICS]
+    every = [*distribution.METRICS, *counts.METRICS, *conditions.METRICS, *effects.METRICS]
     assert len(METRICS) == len(every)
     for protocol in PROTOCOLS.values():
         for metric in protocol.metrics:
@@ -141,12 +148,12 @@ def test_every_metric_has_a_key_of_its_own() -> None:
 def test_what_is_not_there_is_told() -> None:
     with pytest.raises(UserError, match=r"no metric 'w3'.*'w2'|no metric 'w3'.*'w1'"):
         choose_metrics("w2", "w3")
-    assert find_protocol(CellsProtocol).id == "distribution-v1"
+    assert find_protocol(CellsProtocol).id == "distribution-v2"
     assert find_protocol(PerturbationProtocol).id == "perturbation-v4"
     assert find_protocol(TimePointProtocol).id == "time-point-v1"
     with pytest.raises(
-        UserError, match=r"no protocol 'distribution-v9' for this question\. Did you mean 'distribution-v1'"
+        UserError, match=r"no protocol 'distribution-v9' for this question\. Did you mean 'distribution-v2'"
     ):
         find_protocol(CellsProtocol, "distribution-v9")
-    with pytest.raises(UserError, match="no protocol 'distribution-v1' for this question"):
-        find_protocol(PerturbationProtocol, "distribution-v1")
+    with pytest.raises(UserError, match="no protocol 'distribution-v2' for this question"):
+        find_protocol(PerturbationProtocol, "distribution-v2")

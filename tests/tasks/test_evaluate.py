@@ -11,8 +11,8 @@ import pytest
 
 from bgen.errors import UserError
 from bgen.evaluate.metrics.memorisation import memorisation
+from bgen.evaluate.protocols import distribution as module
 from bgen.store.open import open_store
-from bgen.tasks import evaluate as module
 from bgen.tasks.evaluate import score
 from data_tools.building.build import build
 from data_tools.check.check import CheckOptions, check
@@ -58,9 +58,9 @@ def test_copies_are_looked_for_among_the_training_cells(
 ) -> None:
     seen: list[int] = []
 
-    def look(train: Any, test: Any, generated: Any, *, seed: int) -> Any:
+    def look(train: Any, test: Any, generated: Any) -> Any:
         seen.extend(len(counts.toarray()) for counts in (train, test))
-        return memorisation(train, test, generated, seed=seed)
+        return memorisation(train, test, generated)
 
     monkeypatch.setattr(module, "memorisation", look)
     score(demo.model, demo.store, tmp_path / "out", seeds=2)

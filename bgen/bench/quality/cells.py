@@ -1,11 +1,11 @@
 """``bgen bench cells``: train on four fifths of a data set, generate, and compare with the other fifth.
 
 Rows: the flow at several numbers of solver steps; bgen's VAE with latents of the training cells (the aggregate
-posterior); a negative binomial per type; scvi-tools, from its prior and from its aggregate posterior; real cells. All
-rows have as many cells as there are test cells. For each seed cells are split, variable genes chosen on the training
-cells and everything trained anew, with the configurations ``vae`` and ``flow``.
+posterior); a negative binomial per type and one around each of 50 clusters; scvi-tools, from its prior and from its
+aggregate posterior; real cells. All rows have as many cells as there are test cells. For each seed cells are split,
+variable genes chosen on the training cells and everything trained anew, with the configurations ``vae`` and ``flow``.
 
-Figures are those of the protocol ``distribution-v1`` (:mod:`bgen.evaluate.protocols.distribution`): the embedding is
+Figures are those of the protocol ``distribution-v2`` (:mod:`bgen.evaluate.protocols.distribution`): the embedding is
 fitted on a random half of the training cells, and the real cells of the last row come from the other half. No row is
 given the types of the test cells.
 """
@@ -38,6 +38,7 @@ from bgen.errors import UserError
 from bgen.evaluate.metrics.counts import variable_genes
 from bgen.evaluate.metrics.memorisation import memorisation
 from bgen.evaluate.protocols import distribution as protocol
+from bgen.evaluate.protocols.baselines import fit_type_negative_binomial
 from bgen.evaluate.protocols.inputs import read_cells
 from bgen.evaluate.protocols.scores import Estimate
 from bgen.files import require_new_folder, write_h5ad
@@ -52,12 +53,13 @@ from data_tools.building.build import build
 from data_tools.check.check import check
 
 TEST_SHARE, VALID_SHARE = 0.2, 0.1
-REAL, TYPES, POSTERIOR = "real cells", "NB per type", "VAE, aggregate posterior"
+REAL, TYPES, CLUSTERS = "real cells", "NB per type", "NB per cluster"
+POSTERIOR = "VAE, aggregate posterior"
 PEER = {"prior": "scvi-tools, prior", "posterior": "scvi-tools, aggregate posterior"}
 TIMED = 3
 """Generations of which the fastest counts."""
 
-SAID = ("w2", "mmd2", "nn_accuracy", "precision", "recall")
+SAID = ("w2", "mmd2", "nn_accuracy", "classifier", "precision", "recall")
 """Keys of the figures that are told while it runs."""
 
 Figures = dict[str, dict[str, float]]
@@ -89,6 +91,20 @@ class Comparison:
         rows = {row: {key: self.estimate(row, key).mean for key in figures} for row, figures in self.runs[0].items()}
         return {**self.facts, "means": rows, "seeds": self.runs}
 
+    def headline(self) -> str:
+        """Return one sentence to quote: the first row, beside real cells and the stronger baseline."""
+        first = next(iter(self.runs[0]))
+        ratio = Estimate(tuple(run[first]["w2"] / run[REAL]["w2"] for run in self.runs))
+        copied = sum(run[first]["memorised"] > 0 for run in self.runs)
+        told = [f"a W2 of {_shown(ratio, 3)} of that of real cells"]
+        for key, name in (("classifier", "a classifier's AUC"), ("precision", "precision"), ("recall", "recall")):
+            row, base, real = (self.estimate(r, key).mean for r in (first, CLUSTERS, REAL))
+            told.append(f"{name} {row:.3f} (real cells {real:.3f}, negative binomial per cluster {base:.3f})")
+        return (
+            f"Generated cells of {self.facts['data']} ({first}, {self.facts['genes']:,} genes, {len(self.runs)} splits)"
+            f" have {', '.join(told)}; training cells are repeated in {copied} of {len(self.runs)} splits."
+        )
+
     def table(self) -> Table:
         """Return the figures that are looked at most; the others are in the file."""
         table = Table(
@@ -99,13 +115,13 @@ class Comparison:
             pad_edge=False,
         )
         table.add_column("")
-        for name in ("W2", "/ real", "MMD²", "1-NN", "precision", "recall", "p copied", "cells/s"):
+        for name in ("W2", "/ real", "MMD²", "1-NN", "classifier", "precision", "recall", "p copied", "cells/s"):
             table.add_column(name, justify="right")
         real = np.array(self.estimate(REAL, "w2").values)
         for row, figures in self.runs[0].items():
             ratio = Estimate(tuple(np.array(self.estimate(row, "w2").values) / real))
             cells = [_shown(self.estimate(row, "w2"), 2), _shown(ratio, 3)]
-            keys = {"mmd2": 4, "nn_accuracy": 3, "precision": 3, "recall": 3}
+            keys = {"mmd2": 4, "nn_accuracy": 3, "classifier": 3, "precision": 3, "recall": 3}
             cells += [_shown(self.estimate(row, key), digits) for key, digits in keys.items()]
             if "p_copied" in figures:
                 found = self.estimate(row, "memorised").mean > 0
@@ -252,7 +268,9 @@ def generated(
     rng = np.random.default_rng([seed, 2])
     cells = read_cells({"train": split.train}, split.cell_type, typed=("train",))["train"]
     labels = np.full(len(cells), "") if cells.types is None else cells.types
-    pools[TYPES] = protocol.fit_baseline(cells).sample(rng.permutation(labels)[:n], seed)
+    wanted = rng.permutation(labels)[:n]
+    pools[TYPES] = fit_type_negative_binomial(cells.counts, labels).sample(wanted, seed)
+    pools[CLUSTERS] = protocol.fit_baseline(cells).sample(wanted if cells.types is not None else ["all"] * n, seed)
     return pools, rates
 
 

@@ -35,6 +35,8 @@ SHARES = (0.005, 0.01, 0.02, 0.05)
 """Shares of all compared cells, those with the smallest ratios, among which generated ones may be too many."""
 
 PERMUTATIONS = 4000
+MOST_CELLS = 5000
+"""Cells of either set that are looked at."""
 TOGETHER = 2000
 """Cells whose similarities to all training cells are held at once."""
 
@@ -53,7 +55,7 @@ class Memorisation:
         Probability of as many exact copies, as many cells that are near to one training cell alone, and as many that
         are alike one training cell alone, if generated cells were as new as held-out ones.
     cells
-        Cells on each side.
+        Generated cells that were looked at.
     """
 
     distance: float
@@ -92,37 +94,41 @@ class Memorisation:
         """Return everything as plain JSON values."""
         return {**asdict(self), "found": self.found}
 
+    @classmethod
+    def from_json(cls, told: dict[str, Any]) -> Memorisation:
+        """Return what :meth:`as_json` gave."""
+        return cls(**{name: value for name, value in told.items() if name != "found"})
+
 
 def memorisation(
     train: sparse.csr_matrix, test: sparse.csr_matrix, generated: sparse.csr_matrix, *, seed: int = 0
 ) -> Memorisation:
     """Compare generated with held-out cells by their nearest training cells.
 
-    All are raw counts ``[N, G]`` of the same genes. The embedding is fitted on half of the held-out cells, which are
-    left out of the comparison, and not on training cells, because their own noise would push all others away (see
-    :mod:`bgen.evaluate.protocols.distribution`).
+    All are raw counts ``[N, G]`` of the same genes. Copies and likeness are looked for in all cells of both sets (at
+    most :data:`MOST_CELLS`), which need not be equally many. The embedding is fitted on half of the held-out cells,
+    which are left out of the comparison of distances, and not on training cells, because their own noise would push
+    all others away (see :mod:`bgen.evaluate.protocols.distribution`).
     """
     rng = np.random.default_rng(seed)
-    order = rng.permutation(test.shape[0])
-    fitted, compared = np.array_split(order, 2)
-    space = fit_space(test[fitted])
-    n = min(len(compared), generated.shape[0])
-    real, made = test[compared[:n]], generated[rng.permutation(generated.shape[0])[:n]]
+    real, made = (x[rng.permutation(x.shape[0])[:MOST_CELLS]] for x in (test, generated))
+    fitted, compared = np.array_split(np.arange(real.shape[0]), 2)
+    space = fit_space(real[fitted])
+    n = min(len(compared), made.shape[0])
     search = NearestNeighbors(n_neighbors=min(NEIGHBOUR, train.shape[0])).fit(space.project(train))
-    near_real, near_made = (search.kneighbors(space.project(x))[0] for x in (real, made))
-    alike_made, alike_real = _unlikeness(train, made), _unlikeness(train, real)
+    near_real, near_made = (search.kneighbors(space.project(x[-n:]))[0] for x in (real, made))
     known = set(_digests(train))
     copied, copied_real = (sum(digest in known for digest in _digests(x)) for x in (made, real))
-    counted = [[copied, n - copied], [copied_real, n - copied_real]]
+    counted = [[copied, made.shape[0] - copied], [copied_real, real.shape[0] - copied_real]]
     return Memorisation(
         distance=float(np.median(near_made[:, 0])),
         distance_real=float(np.median(near_real[:, 0])),
-        copies=copied / n,
-        copies_real=copied_real / n,
+        copies=copied / made.shape[0],
+        copies_real=copied_real / real.shape[0],
         p_copies=float(stats.fisher_exact(np.array(counted), "greater").pvalue),
         p_near=_excess(_alone(near_made), _alone(near_real), rng),
-        p_alike=_excess(_alone(alike_made), _alone(alike_real), rng),
-        cells=n,
+        p_alike=_excess(_alone(_unlikeness(train, made)), _alone(_unlikeness(train, real)), rng),
+        cells=made.shape[0],
     )
 
 

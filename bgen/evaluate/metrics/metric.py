@@ -33,6 +33,13 @@ class Metric(Generic[Evidence]):
         What it says, in one sentence.
     compute
         From the evidence to the value.
+    margin
+        How much worse than real cells still counts as equal to them, in the figure's unit; 0: nothing does.
+    relative
+        The margin is a share of the ceiling's value instead: for distances whose unit is that of the embedding.
+    erratic
+        Single cells can decide the figure, as with variances of rare genes, so that its noise hardly shrinks from half
+        of the cells to all of them: the error of halves counts in full.
     """
 
     key: str
@@ -41,6 +48,9 @@ class Metric(Generic[Evidence]):
     digits: int
     meaning: str
     compute: Callable[[Evidence], float]
+    margin: float = 0.0
+    relative: bool = False
+    erratic: bool = False
 
 
 def shortfall(value: float, better: Better) -> float:

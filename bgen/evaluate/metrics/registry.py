@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from bgen.errors import UserError, nearest
-from bgen.evaluate.metrics import counts, distribution, effects
+from bgen.evaluate.metrics import conditions, counts, distribution, effects
 from bgen.evaluate.metrics.metric import Metric
 
-_OWN: tuple[Metric[Any], ...] = (*distribution.METRICS, *counts.METRICS, *effects.METRICS)
+_OWN: tuple[Metric[Any], ...] = (*distribution.METRICS, *counts.METRICS, *conditions.METRICS, *effects.METRICS)
 
 METRICS: dict[str, Metric[Any]] = {metric.key: metric for metric in _OWN}
 """Key to metric."""

@@ -1,6 +1,6 @@
-"""The baseline of generated cells: a negative binomial per cell type, with independent genes.
+"""The baselines of generated cells: negative binomials with independent genes, one per cell type or one per cluster.
 
-Axes: N cells, G genes, K cell types.
+Axes: N cells, G genes, K cell types or clusters.
 """
 
 from __future__ import annotations
@@ -10,9 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
+from sklearn.cluster import KMeans
 
-from bgen.evaluate.metrics.space import library_size
+from bgen.evaluate.metrics.space import fit_space, library_size
+from bgen.evaluate.protocols.inputs import JOINT
 
+CLUSTERS = 50
+LEAST = 10
+"""Cells of a cluster; a type with fewer has the negative binomial of all cells of its first condition, or of all."""
 _ROWS = 512  # cells drawn at a time: bounds the dense part to _ROWS x G
 
 
@@ -102,3 +107,85 @@ def fit_type_negative_binomial(counts: sparse.csr_matrix, labels: ArrayLike) -> 
         log_library_mean=mean,
         log_library_sd=np.sqrt(variance),
     )
+
+
+@dataclass(frozen=True)
+class ClusterNegativeBinomial:
+    """A negative binomial around each of some clusters of cells, within their types; made by :func:`fit_clusters`.
+
+    ``members`` says which clusters of ``inner`` a label has, and the share of its cells in each.
+    """
+
+    inner: TypeNegativeBinomial
+    members: dict[str, tuple[tuple[str, ...], NDArray[np.float64]]]
+
+    def sample(self, labels: ArrayLike, seed: int) -> sparse.csr_matrix:
+        """Draw one cell for each label; int32 counts [N, G] in the order of the labels. Same seed, same cells.
+
+        A label that was not there is drawn as its first condition is, and if that was not there either, as any cell.
+        """
+        wanted = np.asarray(labels).astype(str)
+        rng = np.random.default_rng([seed, 5])
+        chosen = np.empty(len(wanted), dtype=object)
+        for label in np.unique(wanted).tolist():
+            known = label if label in self.members else label.split(JOINT)[0]
+            places = np.flatnonzero(wanted == label)
+            clusters, shares = self.members.get(known, self.members[""])
+            # In the right proportions, not only in expectation: chance is not what a baseline is judged for.
+            heights = (rng.random() + np.arange(len(places))) / len(places)
+            picked = np.searchsorted(np.cumsum(shares), heights * shares.sum(), side="right").clip(
+                max=len(clusters) - 1
+            )
+            chosen[places] = np.array(clusters, dtype=object)[rng.permutation(picked)]
+        return self.inner.sample(chosen.astype(str), seed)
+
+
+def fit_clusters(counts: sparse.csr_matrix, labels: ArrayLike, clusters: int = CLUSTERS) -> ClusterNegativeBinomial:
+    """Cluster raw counts [N, G] by k-means on their principal components, within each label, and fit each by moments.
+
+    A label gets its share of the clusters, at least one, and none with fewer than :data:`LEAST` cells on average; a
+    cluster that is smaller joins the nearest one of its label.
+    """
+    names = np.asarray(labels).astype(str)
+    points = fit_space(counts).project(counts)
+    first = np.array([name.split(JOINT)[0] for name in names.tolist()])
+    codes = np.empty(len(names), dtype=object)
+    own: dict[str, list[str]] = {}
+    for label in np.unique(names).tolist():
+        cells = np.flatnonzero(names == label)
+        if len(cells) < LEAST:
+            continue
+        k = max(1, min(round(clusters * len(cells) / len(names)), len(cells) // LEAST))
+        parts = _cluster(points[cells], k)
+        codes[cells] = [f"{label}{JOINT}{part}" for part in parts.tolist()]
+        own[label] = sorted(set(codes[cells].tolist()))
+    rare = np.array([code is None for code in codes.tolist()])
+    for group in np.unique(first[rare]).tolist():  # too few of their own: they share one with their first condition
+        codes[rare & (first == group)] = f"{group}{JOINT}few"
+    coded = codes.astype(str)
+    inner = fit_type_negative_binomial(counts, coded)
+    shares = {name: np.flatnonzero(names == name) for name in np.unique(names).tolist()}
+    shares |= {name: np.flatnonzero(first == name) for name in np.unique(first).tolist() if name not in shares}
+    shares[""] = np.arange(len(names))
+    members = {}
+    for name, cells in shares.items():
+        if name in np.unique(names[rare]):
+            cells = np.flatnonzero(first == name.split(JOINT)[0])
+        if len(cells) < LEAST:
+            cells = shares[""]
+        there, number = np.unique(coded[cells], return_counts=True)
+        members[name] = tuple(there.tolist()), number / number.sum()
+    return ClusterNegativeBinomial(inner, members)
+
+
+def _cluster(points: NDArray[np.floating], k: int) -> NDArray[np.intp]:
+    """Return the cluster of each point, ``[N]``; clusters that are too small join the nearest large one."""
+    if k == 1:
+        return np.zeros(len(points), np.intp)
+    found = KMeans(k, n_init=1, random_state=0).fit(points)
+    parts = np.asarray(found.labels_, dtype=np.intp)
+    large = np.flatnonzero(np.bincount(parts, minlength=k) >= LEAST)
+    if len(large) == 0:
+        return np.zeros(len(points), np.intp)
+    gaps = ((found.cluster_centers_[:, None] - found.cluster_centers_[large][None]) ** 2).sum(-1)
+    return np.asarray(large[gaps.argmin(axis=1)][parts], dtype=np.intp)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -13,24 +13,53 @@ from scipy import sparse
 
 from bgen.errors import UserError, nearest
 
+JOINT = " | "
+"""Between the values of several conditions in one label."""
 UNLABELLED = "(unlabelled)"
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Raw counts [N, G] of one set of cells, and their types (str [N]) where a column was named and is there."""
+    """One set of cells.
+
+    Attributes
+    ----------
+    counts
+        Raw counts [N, G].
+    types
+        What cells are matched by, str [N]: the type, or all categorical conditions together.
+    labels, numbers
+        Conditions by column: str and float64 [N].
+    """
 
     counts: sparse.csr_matrix
     types: NDArray[np.str_] | None
+    labels: Mapping[str, NDArray[np.str_]] = field(default_factory=dict)
+    numbers: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return int(self.counts.shape[0])
 
+    def take(self, rows: NDArray[np.intp]) -> Cells:
+        """Return some of the cells."""
+        return Cells(
+            self.counts[rows],
+            None if self.types is None else self.types[rows],
+            {name: column[rows] for name, column in self.labels.items()},
+            {name: column[rows] for name, column in self.numbers.items()},
+        )
 
-def read_cells(sets: Mapping[str, AnnData], cell_type: str | None, typed: tuple[str, ...]) -> dict[str, Cells]:
+
+def read_cells(
+    sets: Mapping[str, AnnData],
+    cell_type: str | None,
+    typed: tuple[str, ...],
+    conditions: Sequence[str] = (),
+) -> dict[str, Cells]:
     """Check named sets of cells together and return their counts.
 
     The first set defines the genes. Sets named in ``typed`` must have the obs column ``cell_type``; the others may.
+    ``conditions`` are further columns, of which those count that every set has: numbers as numbers, all else as labels.
     All findings are raised in one UserError.
     """
     reference_name, reference = next(iter(sets.items()))
@@ -44,14 +73,34 @@ def read_cells(sets: Mapping[str, AnnData], cell_type: str | None, typed: tuple[
             problems.append(f"{name}: no column '{cell_type}' in obs.{nearest(cell_type, cells.obs.columns)}")
     if problems:
         raise UserError("\n".join(problems))
-    return {name: Cells(counts[name], cell_types(cells, cell_type)) for name, cells in sets.items()}
+    shared = [c for c in dict.fromkeys(conditions) if c != cell_type and all(c in cells.obs for cells in sets.values())]
+    numbers = [c for c in shared if all(_is_number(cells.obs[c]) for cells in sets.values())]
+    named = [c for c in shared if c not in numbers]
+    everywhere = cell_type is not None and all(cell_type in cells.obs for cells in sets.values())
+    found = {}
+    for name, cells in sets.items():
+        labels = {c: _labels(cells, c) for c in ([str(cell_type), *named] if everywhere else named)}
+        types = cell_types(cells, cell_type)
+        if labels and (everywhere or cell_type is None):
+            columns = list(labels.values())
+            types = np.array([JOINT.join(values) for values in zip(*columns, strict=True)]).astype(str)
+        found[name] = Cells(counts[name], types, labels, {c: cells.obs[c].to_numpy(np.float64) for c in numbers})
+    return found
+
+
+def _is_number(column: pd.Series) -> bool:
+    return bool(pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column))
 
 
 def cell_types(cells: AnnData, cell_type: str | None) -> NDArray[np.str_] | None:
     """Return the column as strings [N], missing values named; None if no column is named or it is not there."""
     if cell_type is None or cell_type not in cells.obs:
         return None
-    column: pd.Series = cells.obs[cell_type].astype(object)
+    return _labels(cells, cell_type)
+
+
+def _labels(cells: AnnData, name: str) -> NDArray[np.str_]:
+    column: pd.Series = cells.obs[name].astype(object)
     return column.where(column.notna(), UNLABELLED).to_numpy().astype(str)
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,7 @@ from bgen.errors import UserError
 from bgen.evaluate.metrics import distribution
 from bgen.evaluate.metrics.metric import Metric
 from bgen.evaluate.metrics.registry import choose_metrics
-from bgen.evaluate.protocols.scores import CLOSE, NOISE, SHORT, STYLES, Estimate, Verdict
+from bgen.evaluate.protocols.scores import SHORT, STYLES, Estimate
 from bgen.flow.displacement import displace, draw, transport_plan
 
 PROTOCOL = "time-point-v1"
@@ -45,6 +45,13 @@ MAX_CELLS = 1000
 MIN_CELLS = 10
 PLAN_CELLS = 2000
 """Cells of each neighbour that the transport plan is found for, at most."""
+
+Verdict = Literal[
+    "at the ceiling", "better than the baseline", "no better than the baseline", "worse than the baseline"
+]
+# A difference counts if it exceeds the noise and a tenth of the way from ceiling to baseline.
+NOISE = 3.0
+CLOSE = 0.1
 
 METRICS: tuple[Metric[distribution.Populations], ...] = choose_metrics("w1", "w2", "energy", "mmd2")
 

@@ -12,9 +12,11 @@ from anndata import AnnData
 from bgen.evaluate.metrics.metric import ARROWS
 from bgen.evaluate.protocols.scores import ROWS, Score, Scores
 from bgen.evaluate.reports import pictures
+from bgen.evaluate.reports.conditions import condition_section
 from bgen.evaluate.reports.page import facts_table, figure, write_page
 
 _CLASSES = {
+    "cannot tell": "even",
     "at the ceiling": "best",
     "better than the baseline": "good",
     "no better than the baseline": "even",
@@ -55,6 +57,9 @@ def write_report(
     sets = pictures.read_sets({"train": train, "real": test, "generated": generated, "baseline": baseline}, cell_type)
     panels = pictures.joint_layout(sets)
     parts = [f'<p class="note">{escape(note)}</p>' for note in scores.notes]
+    if scores.copied is not None:
+        parts.append(f'<p class="{"note" if scores.copied.found else "small"}">{escape(scores.copied.sentence())}</p>')
+    parts += condition_section(scores)
     parts += [_score_section(scores)]
     coloured = f"Colour is {cell_type}. " if cell_type else ""
     parts += [
@@ -91,7 +96,7 @@ def write_report(
 def _score_section(scores: Scores) -> str:
     keys = {
         "model": "the generated cells",
-        "baseline": "cells drawn from a negative binomial per cell type, genes independent: what is easy",
+        "baseline": "cells drawn from a negative binomial around each of 50 clusters, genes independent: what is easy",
         "ceiling": "other real cells in place of generated ones: what is possible",
     }
     legend = "; ".join(f"{_dot(row)}<b>{row}</b>: {meaning}" for row, meaning in keys.items())
@@ -106,7 +111,10 @@ def _score_section(scores: Scores) -> str:
 </tbody>
 </table></div>
 <p class="small">Mean <span class="sd">± standard deviation</span> of {scores.subsamples} subsamples. ↓ lower is better,
-↑ higher is better, →½ one half is best. A difference counts if it exceeds the noise of the subsamples.</p>"""
+↑ higher is better, →½ one half is best. <b>At the ceiling</b>: as good as other real cells, within the margin of the
+measure, while the baseline is not. <b>Better, worse</b>: clearly another figure than the baseline's. <b>Cannot
+tell</b>: neither is sure, or the baseline is as good as real cells too. {len(scores.scores)} measures are judged, each
+wrong in at most 5 %: among so many, one or another may be.</p>"""
 
 
 def _score_row(score: Score) -> str:
@@ -120,8 +128,22 @@ def _score_row(score: Score) -> str:
     verdict = score.verdict
     return (
         f'<tr><td>{name}<span class="meaning">{escape(score.metric.meaning)}</span></td>{numbers}'
-        f'<td>{_strip(score)}</td><td class="verdict {_CLASSES[verdict]}">{verdict}</td></tr>'
+        f'<td>{_strip(score)}</td><td class="verdict {_CLASSES[verdict]}">{verdict}{_reason(score)}</td></tr>'
     )
+
+
+def _reason(score: Score) -> str:
+    """Return what else is known where the verdict alone would leave the reader to guess."""
+    told = score.judgement
+    if told is None:
+        return ""
+    if told.equivalent and told.easy:
+        words = "as good as real cells, and so is the baseline"
+    elif told.differs:
+        words = "clearly worse than real cells"
+    else:
+        return ""
+    return f'<span class="meaning">{words}</span>'
 
 
 def _strip(score: Score) -> str:

@@ -43,6 +43,10 @@ td .meaning {{ color: #595959; font-size: .8rem; display: block; line-height: 1.
 .key {{ display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .3em; }}
 .best {{ color: #00664b; font-weight: 600; }} .good {{ color: #00664b; }} .even {{ color: #7a4f00; }}
 .bad {{ color: #a31515; font-weight: 600; }}
+@media (max-width: 640px) {{
+  body {{ padding: 1.25rem .9rem 3rem; }} h1 {{ font-size: 1.4rem; }} .headline {{ font-size: 1.05rem; }}
+  figure.narrow img {{ width: 100%; }} td:first-child {{ min-width: 9rem; }}
+}}
 table.facts {{ width: auto; }} table.facts td:first-child {{ min-width: 0; color: #595959; padding-right: 1.5rem; }}
 </style>
 </head>

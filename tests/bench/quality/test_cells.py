@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bgen.bench.quality import cells
-from bgen.bench.quality.cells import PEER, POSTERIOR, REAL, TYPES, bench_cells
+from bgen.bench.quality.cells import CLUSTERS, PEER, POSTERIOR, REAL, TYPES, bench_cells
 from bgen.errors import UserError
 
 TINY = ["vae.train.steps=20", "flow.train.steps=20"]
@@ -29,12 +29,14 @@ def test_the_example_of_the_help_runs(bgen: Any, demo: Any, tmp_path: Path, monk
     done = bgen(*shlex.split(re.search(r"Example: bgen (bench cells .*?flow\.train\.steps=\d+)", shown)[1]))  # type: ignore[index]
     assert done.code == 0, done
     assert "recall" in done.out
+    said = " ".join(done.out.split())
+    assert "Generated cells of cells.h5ad (bgen, 50 steps, 100 genes, 2 splits) have a W2 of" in said
     assert [path.name for path in (tmp_path / "bench").iterdir()] == ["cells.json"]
     told = json.loads((tmp_path / "bench" / "cells.json").read_text())
     given = anndata.read_h5ad(demo.cells)
     assert (told["train"] + told["test"], told["genes"]) == (given.n_obs, 100)
     flow = ["bgen, 50 steps", "bgen, 4 steps", "bgen, 1 step"]
-    assert list(told["means"]) == [*flow, f"bgen {POSTERIOR}", TYPES, REAL]
+    assert list(told["means"]) == [*flow, f"bgen {POSTERIOR}", TYPES, CLUSTERS, REAL]
     assert len(told["seeds"]) == 2
     for row, figures in told["means"].items():
         # Every row has the same genes in the same order: even a hardly trained model knows which are abundant.

@@ -42,7 +42,7 @@ def test_report_is_one_file_with_sentence_table_and_pictures(draw: Draw, tmp_pat
     for score in scores.scores:
         assert score.metric.title in page
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert len(images) == 4
+    assert len(images) == (6 if cell_type else 4)  # two of the labels
     for image in images:
         pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(image)))
         assert pixels.std() > 0.03  # not blank
