@@ -99,7 +99,7 @@ class PredictedEffect(Points):
         return gene_weights(self.clearness, self.genes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RatioMetric(Metric[PredictedEffect]):
     """A ratio of sums over perturbations; ``compute`` gives the term of the sum above the line.
 
@@ -226,8 +226,8 @@ METRICS: tuple[Metric[PredictedEffect], ...] = (
         2,
         "Share of the real effects that is predicted, freed of noise: 1 all, 0 as good as no effect, below 0 worse.",
         lambda e: explained(e.effect[e.genes], (e.halves[0][e.genes], e.halves[1][e.genes]), e.real_effect[e.genes]),
-        lambda e: float(e.other_effect[e.genes] @ e.real_effect[e.genes]),
-        lambda e: e.real_chance,
+        under=lambda e: float(e.other_effect[e.genes] @ e.real_effect[e.genes]),
+        chance=lambda e: e.real_chance,
     ),
     RatioMetric(
         "explained_de",
@@ -236,8 +236,8 @@ METRICS: tuple[Metric[PredictedEffect], ...] = (
         2,
         "The same with a weight per gene: t² - 1 of its effect in other cells.",
         lambda e: explained(e.weights * e.effect, (e.weights * e.halves[0], e.halves[1]), e.real_effect),
-        lambda e: float(e.weights @ (e.real_effect**2 - e.noise)),
-        lambda e: e.weighted_chance,
+        under=lambda e: float(e.weights @ (e.real_effect**2 - e.noise)),
+        chance=lambda e: e.weighted_chance,
     ),
     RatioMetric(
         "calibration",
@@ -246,8 +246,8 @@ METRICS: tuple[Metric[PredictedEffect], ...] = (
         2,
         "The multiple of predicted effects that would be nearest to the real ones: below 1 they are too large.",
         lambda e: float(e.effect[e.genes] @ e.real_effect[e.genes]),
-        lambda e: float(e.halves[0][e.genes] @ e.halves[1][e.genes]),
-        lambda e: e.predicted_chance,
+        under=lambda e: float(e.halves[0][e.genes] @ e.halves[1][e.genes]),
+        chance=lambda e: e.predicted_chance,
     ),
     Metric(
         "pearson",
@@ -264,8 +264,8 @@ METRICS: tuple[Metric[PredictedEffect], ...] = (
         3,
         "Correlation of what is left without the mean effect of all perturbations: what is particular to each.",
         specific,
-        specific_size,
-        lambda _: (0.0, 0.0, 0.0),
+        under=specific_size,
+        chance=lambda _: (0.0, 0.0, 0.0),
     ),
     Metric(
         "pearson_top",
