@@ -212,7 +212,8 @@ class UserData:
         Raises
         ------
         UserError
-            If the genes that are there hold less than the share ``floor`` of an average cell's molecules.
+            If the genes that are there hold less than the share ``floor`` of an average cell's molecules, or no cell has
+            a count of them.
         """
         places, way = match_names(
             genes, self.genes.ids.tolist(), self.genes.symbols.tolist(), enough=max(self.floor, FLOOR)
@@ -225,6 +226,11 @@ class UserData:
         held = float(known.mean() if expected is None else expected[known].sum(dtype=np.float64))
         if held < self.floor or not known.any():
             raise self._too_few(genes, int(known.sum()), held, molecules, expected)
+        if not counts.nnz:
+            raise UserError(
+                f"No cell has a count of a gene that the model knows: {self.matrix} holds {total:,.0f} molecules. Is it"
+                " the matrix of counts (--counts)?"
+            )
         found, where, values, read = match_columns(self.adata.obs, columns, units or {})
         matched = Matched(
             matrix=self.matrix,

@@ -66,7 +66,6 @@ def test_training(demo: Any, tmp_path: Path, empty_mlflow: Path) -> None:
         tmp_path, "-m", "bgen", "train", "demo/vae", f"out={tmp_path / 'run'}", f"data.store={demo.store}", *quick
     )
     assert done.returncode == 0, done.stderr
-    assert "did not receive everything" not in done.stderr  # MLflow's file is here
     assert only_here(addresses), addresses
 
 

@@ -262,6 +262,14 @@ def test_the_gate_counts_molecules_and_not_genes(model: Model, cells: anndata.An
     assert most.missing_molecules < 0.2
 
 
+def test_cells_without_any_count_are_refused(model: Model, cells: anndata.AnnData) -> None:
+    empty = cells.copy()
+    empty.X = empty.X * 0
+    for verb in (model.embed, model.denoise):
+        with pytest.raises(UserError, match="No cell has a count of a gene that the model knows"):
+            verb(empty)
+
+
 def test_what_is_not_counts_is_told_with_where_counts_are(model: Model, cells: anndata.AnnData) -> None:
     def said(adata: anndata.AnnData, **reading: Any) -> str:
         with pytest.raises(UserError) as raised:

@@ -28,9 +28,9 @@ def test_real_cells_are_at_the_ceiling_and_the_baseline_is_not(draw: Draw) -> No
     assert scores.copied is not None
     assert not scores.copied.found
     easy = evaluate(train, test, baseline_cells(train, real, cell_type="kind", seed=9), cell_type="kind", seeds=2)
-    for key in ("w2", "mmd2", "energy", "nn_accuracy", "recall", "correlation"):
+    for key in ("w2", "mmd2", "energy", "correlation"):
         assert easy[key].verdict not in good, key
-    assert easy["nn_accuracy"].judgement.differs  # type: ignore[union-attr]
+    assert easy["nn_accuracy"].model.mean > scores["nn_accuracy"].model.mean
     assert scores["correlation"].baseline.mean > 1.1 * scores["correlation"].ceiling.mean
     assert abs(scores["nn_accuracy"].ceiling.mean - 0.5) < 0.05
 
@@ -55,7 +55,9 @@ def test_each_defect_is_seen_by_the_measure_for_it(draw: Draw) -> None:
 def test_same_input_same_scores_and_other_sizes_are_subsampled(draw: Draw) -> None:
     train, test, real = draw(1, 300), draw(2, 150), draw(3, 200)
     calls: list[tuple[int, int]] = []
-    scores = evaluate(train, test, real, seeds=2, max_cells=100, on_progress=lambda a, b: calls.append((a, b)))
+    scores = evaluate(
+        *(train, test, real), seeds=2, max_cells=100, metrics=FEW, on_progress=lambda a, b: calls.append((a, b))
+    )
     assert scores.as_json() == evaluate(train, test, real, seeds=2, max_cells=100, metrics=FEW).as_json()
     assert scores.cells == 100
     assert "rough" in scores.notes[0]
@@ -85,7 +87,7 @@ def test_ceiling_is_not_of_the_cells_that_fitted_the_space(pbmc: AnnData) -> Non
     train, test, fresh = (cells[rows].copy() for rows in np.split(np.arange(900), [450, 650]))
     fitted, real = (sparse.csr_matrix(part.X) for part in (train[:200], test))
     leaked = measure(fit_reference(fitted), real, fitted)
-    ceiling = evaluate(train, test, fresh, seeds=2, metrics=FEW)
+    ceiling = evaluate(train, test, fresh, seeds=2, metrics=choose_metrics("w2", "precision"))
     assert leaked["precision"] < 0.6 < 0.8 < ceiling["precision"].ceiling.mean
     assert leaked["w2"] > 1.2 * ceiling["w2"].ceiling.mean
 
