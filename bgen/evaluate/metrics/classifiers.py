@@ -167,12 +167,10 @@ def fit_doublets(counts: sparse.csr_matrix) -> DoubletCaller:
     quarter = cells.shape[0] // 4
     fitted, trained, last = cells[:quarter], cells[quarter:-quarter], cells[-quarter:]
     space = fit_space(fitted)
-    singles = space.project(trained)
-    made = space.project(simulated_doublets(trained, MADE * len(singles), rng))
-    x, y = np.concatenate([singles, made]), np.repeat([0, 1], [len(singles), len(made)])
-    weights = np.where(y == 0, float(MADE), 1.0)
+    singles = np.repeat(space.project(trained), MADE, axis=0)  # weights would do, and take scikit-learn a minute
+    made = space.project(simulated_doublets(trained, len(singles), rng))
     model = HistGradientBoostingClassifier(max_iter=80, max_leaf_nodes=15, early_stopping=False, random_state=0)
-    model.fit(x, y, sample_weight=weights)
+    model.fit(np.concatenate([singles, made]), np.repeat([0, 1], len(singles)))
     return DoubletCaller(space, model, float(np.quantile(model.decision_function(space.project(last)), 1 - CALLED)))
 
 
