@@ -212,8 +212,8 @@ class UserData:
         Raises
         ------
         UserError
-            If the genes that are there hold less than the share ``floor`` of an average cell's molecules, or no cell has
-            a count of them.
+            If the genes that are there hold less than the share ``floor`` of an average cell's molecules, or if no cell
+            has a count of them.
         """
         places, way = match_names(
             genes, self.genes.ids.tolist(), self.genes.symbols.tolist(), enough=max(self.floor, FLOOR)
