@@ -28,7 +28,7 @@ from bgen.evaluate.metrics.classifiers import simulated_doublets, thinned
 from bgen.evaluate.protocols import distribution as protocol
 from bgen.evaluate.protocols.baselines import fit_type_negative_binomial
 from bgen.evaluate.protocols.scores import Scores
-from bgen.files import require_new_folder
+from bgen.files import require_new_folder, write_result
 from bgen.progress import Say
 from bgen.tasks.user_cells import read_input
 from bgen.version import __version__
@@ -342,7 +342,7 @@ def bench_cheats(
                 "scores": scores.as_json()["metrics"],
             }
         )
-        (out / "cheats.json").write_text(json.dumps({**facts, "rows": told.rows}, indent=1) + "\n", encoding="utf-8")
+        write_result(out / "cheats.json", json.dumps({**facts, "rows": told.rows}, indent=1) + "\n")
         say(f"{cheat.name}: {scores.headline()}")
     return told
 
