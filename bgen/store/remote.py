@@ -20,7 +20,7 @@ from bgen.config.data import Access
 from bgen.errors import Unreachable, UserError
 from bgen.files import write_whole
 from bgen.store.cache import DiskCache
-from bgen.store.format.manifest import NAME, Manifest, hash_bytes, read_checked, read_manifest, require_written
+from bgen.store.format.manifest import MOST_BYTES, NAME, Manifest, hash_bytes, read_checked, read_manifest, require_written
 from bgen.store.format.shards import WHOLE, Stream
 from bgen.store.store import Store
 
@@ -86,6 +86,24 @@ class RemoteFiles:
         if start is not None and stop is not None and len(result.value) != stop - start:
             raise ValueError(f"{self.url}/{name} was cut off: bytes {start} to {stop} are not there")
         return bytes(result.value)
+
+    def read_at_most(self, name: str, most: int) -> bytes:
+        """Return a file, unless it has more than ``most`` bytes.
+
+        Raises
+        ------
+        ValueError
+            If it has, or is not there.
+        OSError
+            If it cannot be reached.
+        """
+        try:
+            self.read(name, most, most + 1)
+        except OSError as error:
+            if "OUT_OF_RANGE" not in str(error):
+                raise
+            return self.read(name)
+        raise ValueError(f"{self.url}/{name} has more than {most:,} bytes")
 
     def exists(self, name: str) -> bool:
         """Whether a file is there.
@@ -154,9 +172,9 @@ class Mirror:
     def __init__(self, files: RemoteFiles) -> None:
         self.files = files
         try:
-            text = files.read(NAME)
-        except ValueError:
-            raise UserError(f"There is no store at {files.url}: it has no {NAME}.") from None
+            text = files.read_at_most(NAME, MOST_BYTES)
+        except ValueError as error:
+            raise UserError(f"There is no store at {files.url}: {error}.") from None
         except OSError as error:
             raise Unreachable(str(error)) from None
         # one folder for each manifest: a store that was built again is not mixed up with the one before
@@ -190,7 +208,7 @@ class Mirror:
         problems = []
         for name, file in manifest.files.items():
             try:
-                if hash_bytes(self.files.read(name)) != file:
+                if hash_bytes(self.files.read_at_most(name, file.bytes)) != file:
                     problems.append(f"{name} does not have the bytes that were written (its checksum differs)")
             except (ValueError, OSError) as error:
                 problems.append(str(error))

@@ -16,7 +16,7 @@ import numpy as np
 from bgen.arrays import I64
 from bgen.errors import Unreachable, UserError
 from bgen.files import write_whole
-from bgen.store.format.manifest import File, check_files, hash_file, require_inside
+from bgen.store.format.manifest import MOST_BYTES, File, check_files, hash_file, require_inside
 from bgen.store.format.shards import Stream
 from bgen.store.remote import Access, Mirror, RemoteFiles, is_remote
 from bgen.store.store import Store
@@ -104,7 +104,12 @@ class TarStore(Store):
     def _read_index(self, folder: Path) -> dict[str, Any]:
         """Return webdataset.json, and have blocks.npy in the folder."""
         try:
-            text = (folder / INDEX).read_bytes() if self._mirror is None else self._mirror.files.read(INDEX)
+            if self._mirror is not None:
+                text = self._mirror.files.read_at_most(INDEX, MOST_BYTES)
+            elif (folder / INDEX).stat().st_size <= MOST_BYTES:
+                text = (folder / INDEX).read_bytes()
+            else:
+                raise ValueError(f"it has more than {MOST_BYTES >> 20} MiB")
             index = json.loads(text)
             fingerprint = index.pop("fingerprint")
             for name in index["shards"]:
@@ -112,7 +117,8 @@ class TarStore(Store):
             if hashlib.sha256(json.dumps(index, indent=1).encode()).hexdigest() != fingerprint:
                 raise ValueError("it was changed after it was written")
             if self._mirror is not None:
-                write_whole(folder / BLOCKS, self._mirror.files.read(BLOCKS))
+                size = File.model_validate(index["blocks"]).bytes
+                write_whole(folder / BLOCKS, self._mirror.files.read_at_most(BLOCKS, size))
             if not (folder / BLOCKS).is_file() or hash_file(folder / BLOCKS) != File.model_validate(index["blocks"]):
                 raise ValueError(f"{BLOCKS} does not have the bytes that were written")
             index["shards"] = {name: File.model_validate(file) for name, file in index["shards"].items()}

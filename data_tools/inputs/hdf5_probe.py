@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import json
 import os
+import resource
 import selectors
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import IO
 
 import h5py
+import numpy as np
+import psutil
 
 from bgen.errors import UserError
 
@@ -26,6 +29,9 @@ PATIENCE = 40.0
 
 PIECE = 100_000
 """Texts that are read at once."""
+
+ROOM = 1 << 30
+"""Bytes that the process may take beside what it has: a few bytes of a damaged file promise any number of them."""
 
 MOST_TEXTS = 1000
 """Texts for each byte that is stored; one with more is refused later, for the memory that it would take."""
@@ -91,7 +97,14 @@ def require_readable(path: Path) -> None:
 
 
 def probe(path: str, out: IO[str]) -> None:
-    """Read all that :func:`require_readable` names."""
+    """Read all that :func:`require_readable` names.
+
+    Raises
+    ------
+    ValueError
+        If the texts are longer together than the file: no writer lets them share bytes, and read they would not.
+    """
+    room = Path(path).stat().st_size
     with h5py.File(path, "r") as file:
         names: list[str] = ["/"]
         file.visit(names.append)
@@ -102,13 +115,19 @@ def probe(path: str, out: IO[str]) -> None:
             texts = isinstance(item, h5py.Dataset) and item.shape is not None and item.dtype.kind == "O"
             if texts and item.size <= MOST_TEXTS * item.id.get_storage_size():
                 for start in range(0, len(item) if item.shape else 1, PIECE):
-                    _ = item[start : start + PIECE] if item.shape else item[()]
+                    piece = np.ravel(item[start : start + PIECE] if item.shape else item[()])
+                    room -= sum(map(len, piece))
+                    if room < 0:
+                        raise ValueError(f"the texts of '{name}' share bytes, and would take far more than the file")
                     print(".", file=out, flush=True)
             print(".", file=out, flush=True)
 
 
 def main() -> None:
     """Answer each line of standard input."""
+    held, (_, most) = psutil.Process().memory_info().vms, resource.getrlimit(resource.RLIMIT_AS)
+    if sys.platform == "linux":  # elsewhere the size of the address space says nothing
+        resource.setrlimit(resource.RLIMIT_AS, (held + ROOM if most < 0 else min(held + ROOM, most), most))
     for line in sys.stdin:
         try:
             probe(json.loads(line), sys.stdout)

@@ -189,6 +189,22 @@ def test_what_cannot_be_reached_is_named(store: Store, server: RangeServer, tmp_
         RemoteStore("http://127.0.0.1:1/atlas", access=access(tmp_path))
 
 
+@pytest.mark.parametrize(("place", "name"), [("atlas", "manifest.json"), ("deep/tars", "webdataset.json")])
+def test_a_manifest_without_an_end_is_not_read(
+    place: str, name: str, server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("remote", "webdataset_store", "format.manifest"):
+        monkeypatch.setattr(f"bgen.store.{module}.MOST_BYTES", 100_000)
+    with (tmp_path / "www" / place / name).open("a") as file:
+        file.write(" " * 200_000)
+    server.seen.clear()
+    with pytest.raises(UserError, match=f"{name}.* has more than 100,000 bytes"):
+        open_store(f"{server.url}/{place}", access=access(tmp_path))
+    assert not any(asked.split()[0].endswith(name) and asked.endswith(" ") for asked in server.seen)  # none asks for all
+    with pytest.raises(UserError, match=f"{name}.*has more than 0 MiB"):
+        open_store(tmp_path / "www" / place)
+
+
 def test_remote_damage_is_found_and_named(server: RangeServer, tmp_path: Path) -> None:
     www = tmp_path / "www/atlas"
     flip(www / "gaps/c/0/0", 1000)

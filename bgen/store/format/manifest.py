@@ -18,6 +18,9 @@ from bgen.errors import Unreachable, UserError
 NAME = "manifest.json"
 VERSION = 1
 
+MOST_BYTES = 128 << 20
+"""Bytes of a manifest or an index, at most: that of a store of a billion cells has half as many."""
+
 Number = Annotated[int, Field(ge=0, lt=1 << 62)]
 
 
@@ -140,6 +143,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is not a store: it has no {NAME}. `bgen data build` writes one when it has finished."
         )
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES >> 20} MiB")
         tree: Any = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}). Build the store again.") from None

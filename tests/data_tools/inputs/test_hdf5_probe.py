@@ -60,3 +60,16 @@ def test_a_library_that_hangs_or_crashes_is_ended(file: Path, monkeypatch: pytes
     with pytest.raises(UserError, match="the HDF5 library crashed"):
         require_readable(file)
     require_readable(file)
+
+
+@pytest.mark.parametrize(("rows", "length"), [(4000, 100_000), (200_000, 3_000_000)], ids=["many", "no memory for it"])
+def test_texts_that_share_their_bytes_are_refused(rows: int, length: int, tmp_path: Path) -> None:
+    path = tmp_path / "cells.h5ad"
+    with h5py.File(path, "w") as file:
+        texts = file.create_dataset("barcodes", rows, h5py.string_dtype(), chunks=(rows,))
+        texts[0] = "A" * length
+        at = texts.id.get_chunk_info(0)
+        place = texts.id.read_direct_chunk(at.chunk_offset)[1][:16]  # of the text: its length, and where it lies
+        texts.id.write_direct_chunk(at.chunk_offset, place * rows)
+    with pytest.raises(UserError, match=r"cells\.h5ad: cannot be read \(.*(share bytes|memory allocation failed)"):
+        require_readable(path)
