@@ -101,7 +101,7 @@ class Comparison:
                 gaps = [self._gaps(name, key) for name in (MODEL, row, REAL)]
                 trainings = np.array([one.shortfall(metric.better).values for one in three]).T
                 errors = errors_of(np.stack(gaps, axis=-1), trainings)
-                told[row] = Score(metric, *three, errors=errors).verdict
+                told[row] = Score(metric, three[0], three[1], three[2], errors).verdict
         return told
 
     def _gaps(self, row: str, key: str) -> F64:

@@ -142,8 +142,9 @@ class TimeScores:
     def score(self, metric: Metric[Any]) -> Score:
         """Return a figure of the model beside its strongest baseline and the ceiling."""
         rows = ("model", self.strongest(metric.key), "ceiling")
-        figures, gaps = ([of[metric.key][row] for row in rows] for of in (self.figures, self.gaps))
-        return Score(metric, *figures, errors=errors_of(np.stack(gaps, axis=-1)))  # type: ignore[arg-type]
+        model, baseline, ceiling = (self.figures[metric.key][row] for row in rows)
+        gaps = np.stack([self.gaps[metric.key][row] for row in rows], axis=-1)
+        return Score(metric, model, baseline, ceiling, errors_of(gaps))
 
     def verdict(self, key: str) -> str:
         """Judge the model by one figure, against the strongest baseline."""
