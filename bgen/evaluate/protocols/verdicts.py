@@ -181,3 +181,12 @@ def judge(model: float, baseline: float, ceiling: float, errors: Errors, margin:
         better=baseline - model - t * errors.baseline > 0,
         worse=baseline - model + t * errors.baseline < 0,
     )
+
+
+def judge_cells(model: NDArray[np.float64], baseline: NDArray[np.float64]) -> Verdict:
+    """Judge losses of the same cells ``[N]`` (lower is better) without a ceiling, by their paired differences."""
+    gained = baseline - model
+    clear = float(stats.t.ppf(1 - LEVEL, len(gained) - 1) * gained.std(ddof=1) / np.sqrt(len(gained)))
+    if gained.mean() > clear:
+        return "better than the baseline"
+    return "worse than the baseline" if gained.mean() < -clear else "cannot tell"

@@ -13,7 +13,7 @@ from bgen.evaluate.metrics.counts import CountedPopulations
 from bgen.evaluate.metrics.distribution import Points
 from bgen.evaluate.metrics.metric import Metric, shortfall
 from bgen.evaluate.metrics.registry import choose_metrics
-from bgen.evaluate.protocols.verdicts import ROWS, Errors, errors_of, half_gaps, judge
+from bgen.evaluate.protocols.verdicts import ROWS, Errors, errors_of, half_gaps, judge, judge_cells
 
 N = 60
 QUICK = choose_metrics("energy", "nn_accuracy", "precision", "library_ks")
@@ -165,3 +165,12 @@ def test_noise_never_brings_a_model_to_the_ceiling() -> None:
     assert verdicts == sorted(verdicts, reverse=True)
     assert verdicts[0]
     assert not verdicts[-1]
+
+
+def test_losses_of_the_same_cells_are_judged_by_their_differences() -> None:
+    rng = np.random.default_rng(6)
+    hard = rng.gamma(2.0, 100.0, 400)  # cells differ far more than methods
+    assert judge_cells(hard - 1 + rng.normal(size=400), hard) == "better than the baseline"
+    assert judge_cells(hard + 1 + rng.normal(size=400), hard) == "worse than the baseline"
+    claimed = [judge_cells(hard + rng.normal(size=400), hard) != "cannot tell" for _ in range(400)]
+    assert np.mean(claimed) <= at_most(400)
