@@ -31,7 +31,9 @@ from mutations import HOSTILE, Rng, any_file, mutate_h5, mutate_zarr, pick
 from bgen.cli.main import main
 from data_tools.inputs import hdf5_probe
 
-hdf5_probe.PATIENCE = 4.0  # the library hangs on some of these files; one that it is taken to hang on is refused as well
+hdf5_probe.PATIENCE = (
+    4.0  # the library hangs on some of these files; one that it is taken to hang on is refused as well
+)
 typer.main.get_command = functools.cache(typer.main.get_command)  # made of all functions, once
 
 SENSELESS = ["99999999999999999999", "1e400", "0x10", "-0", " ", "a=b", "=", "[", "{a: [}", "--x"]
