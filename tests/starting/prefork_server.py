@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 
 import torch._dynamo
-import torch.distributed.launcher  # noqa: F401
+import torch.distributed.launcher
 
 import bgen.cli.train
 import bgen.demo
