@@ -83,7 +83,7 @@ def test_scores_stand_beside_baselines_where_the_truth_is_there(bgen: Any, here:
     done = bgen("interpolate", "model", "cells.h5ad", "--time", 24, "--out", "at24.h5ad", "--json")
     assert done.code == 0, done
     score = json.loads(done.out)["scores"]["24"]
-    assert score["protocol"] == "time-point-v1"
+    assert score["protocol"] == "time-point-v2"
     rows = score["metrics"]["w2"]["rows"]
     assert list(rows) == ["model", "previous", "next", "OT-midpoint", "OT-midpoint as counts", "ceiling"]
     assert rows["ceiling"]["mean"] < rows["previous"]["mean"]

@@ -224,6 +224,8 @@ METRICS: tuple[Metric[Populations], ...] = (
         3,
         "Mean distance that cells must be moved in the embedding.",
         lambda p: transport(p.between, 1),
+        0.05,
+        relative=True,
     ),
     Metric[Points](
         "w2",

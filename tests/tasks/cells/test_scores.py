@@ -54,9 +54,11 @@ def test_calibration_compares_one_half_with_what_the_other_tells(demo: Any, monk
         return Nothing()
 
     monkeypatch.setattr(denoise, "split_molecules", lambda counts, seed: (first, second))
-    monkeypatch.setattr(denoise, "molecular_cross_validation", lambda *args, **options: {})
+    losses = {"model": np.arange(40.0), "pca": np.arange(40.0) + 1, "raw": np.full(40, 90.0)}
+    monkeypatch.setattr(denoise, "molecular_cross_validation", lambda *args, **options: losses)
     monkeypatch.setattr(denoise, "_expected", lambda model, cells, *args: cells.counts.toarray())
     monkeypatch.setattr(denoise, "calibration", look)
-    denoise.denoising_scores(model, cells)
+    scores = denoise.denoising_scores(model, cells)
+    assert (scores["model"], scores["baseline"], scores["verdict"]) == (19.5, "pca", "better than the baseline")
     assert (compared[0] == 2).all()
     assert (compared[1] == 1).all()
