@@ -30,5 +30,7 @@ class FinetuneConfig(RunConfig):
     @model_validator(mode="after")
     def _levels_belong_to_a_store(self) -> FinetuneConfig:
         if self.flow.fit_levels:
-            raise ValueError("flow.fit_levels: fine-tuning does not fit levels, `bgen train flow` does; leave it at false")
+            raise ValueError(
+                "flow.fit_levels: fine-tuning does not fit levels, `bgen train flow` does; set it to false"
+            )
         return self

@@ -133,9 +133,9 @@ def test_a_fine_tuning_names_its_parent_and_nothing_that_it_does_not_use(tmp_pat
 def test_levels_are_fitted_where_cells_are_generated_one_by_one() -> None:
     flow = ["data.store=store", "flow.vae=vae", "train.global_batch=64"]
     assert load_config("flow", flow).flow.fit_levels
-    with pytest.raises(UserError, match="flow.fit_levels"):
+    with pytest.raises(UserError, match=r"flow\.fit_levels"):
         load_config("flow", [*flow, "data.trajectories={system: [donor], times: 2, cells: 8}"])
-    with pytest.raises(UserError, match="flow.fit_levels"):
+    with pytest.raises(UserError, match=r"flow\.fit_levels"):
         load_finetune("finetune", ["parent=model", "flow.fit_levels=true"])
 
 

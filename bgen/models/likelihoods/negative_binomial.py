@@ -90,8 +90,8 @@ class NegativeBinomial:
     def rate_given(self, counts: Tensor) -> Tensor:
         """Return the expected Poisson rate behind each of the dense counts ``[B, G]``.
 
-        A negative binomial is a Poisson variable whose rate varies as a gamma variable does. Given the count x, that rate
-        has the mean (x + theta) mu / (mu + theta).
+        A negative binomial is a Poisson variable whose rate is a gamma variable. Given the count x, the mean of that
+        rate is (x + theta) mu / (mu + theta).
         """
         mu, theta = self.rate, self.log_theta.exp()
         return (counts + theta) * (mu / (mu + theta))

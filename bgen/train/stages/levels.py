@@ -16,6 +16,7 @@ from bgen.distributed.world import World, all_sum
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.vae.levels import LevelStats
 from bgen.models.vae.vae import VAE
+from bgen.nn.random import mix
 from bgen.order.keys import hash_keys
 from bgen.train.stages.whitening import keyed_sample
 
@@ -28,14 +29,17 @@ EXPLAINED_DRAWS = 8_192
 COMPARED_CELLS = 65_536
 """Training cells that generated ones are compared with, at most."""
 
-COMPARED_DRAWS = 16_384
-"""Cells that are generated, at least: several under the conditions of each cell where there are fewer cells."""
+COMPARED_LATENTS = 16_384
+"""Latents that are generated, at least: several under the conditions of each cell where there are fewer cells."""
+
+COMPARED_COUNTS = 4
+"""Cells that are drawn from each latent. They are cheaper than latents, and most of a gene's chance is theirs."""
 
 GENERATION = 1
 """Seed of the keys of generated cells, apart from those that a user's cells have."""
 
-STEPS = 3
-"""Newton steps; the draws are the same in each, so that they converge."""
+EXPLAINED_STEPS, COMPARED_STEPS = 3, 2
+"""Newton steps; the draws are the same in each, so that they converge. A trained VAE is near what is compared."""
 
 ENTRIES = 1 << 22
 """Cells of a batch times genes, at most."""
@@ -48,7 +52,7 @@ def fit_levels(vae: VAE, reader: CountReader, split: str, world: World) -> None:
         for batch in _batches(vae, reader, split, world, EXPLAINED_CELLS, EXPLAINED_DRAWS):
             vae.accumulate_levels(stats, batch)
 
-    _newton(vae, sweep)
+    _newton(vae, sweep, EXPLAINED_STEPS)
 
 
 def fit_generated_levels(
@@ -64,18 +68,22 @@ def fit_generated_levels(
     latents: list[Tensor] = []
 
     def sweep(stats: LevelStats) -> None:
-        for place, batch in enumerate(_batches(vae, reader, split, world, COMPARED_CELLS, COMPARED_DRAWS, GENERATION)):
+        for place, batch in enumerate(
+            _batches(vae, reader, split, world, COMPARED_CELLS, COMPARED_LATENTS, GENERATION)
+        ):
             if place == len(latents):
                 conditions = {name: batch.obs[name] for name in flow.conditions.names}
                 latents.append(flow.sample(conditions, len(batch), batch.keys, settings).cpu())
-            vae.accumulate_generated_levels(stats, batch, latents[place].to(world.device))
+            for draw in range(COMPARED_COUNTS):
+                again = replace(batch, keys=mix(batch.keys + draw))
+                vae.accumulate_generated_levels(stats, again, latents[place].to(world.device))
 
-    _newton(vae, sweep)
+    _newton(vae, sweep, COMPARED_STEPS)
 
 
-def _newton(vae: VAE, sweep: Callable[[LevelStats], None]) -> None:
-    """Take :data:`STEPS` steps, each after a ``sweep`` that adds this rank's share of the cells."""
-    for _ in range(STEPS):
+def _newton(vae: VAE, sweep: Callable[[LevelStats], None], steps: int) -> None:
+    """Take Newton steps, each after a ``sweep`` that adds this rank's share of the cells."""
+    for _ in range(steps):
         stats = vae.level_stats()
         sweep(stats)
         stats.sums.copy_(all_sum(stats.sums.cpu()))
