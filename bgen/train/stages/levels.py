@@ -32,7 +32,7 @@ COMPARED_CELLS = 65_536
 COMPARED_LATENTS = 16_384
 """Latents that are generated, at least: several under the conditions of each cell where there are fewer cells."""
 
-COMPARED_COUNTS = 4
+COMPARED_COUNTS = 2
 """Cells that are drawn from each latent. They are cheaper than latents, and most of a gene's chance is theirs."""
 
 GENERATION = 1

@@ -69,7 +69,7 @@ def test_generated_cells_have_the_measured_means(likelihood: str, monkeypatch: p
     moved = 0.3 * torch.randn(GENES)
     vae.decoder.shift_genes(moved)
     wrong = means(cells.counts) - means(generated(flow, obs, 1))
-    monkeypatch.setattr(levels, "COMPARED_LATENTS", 2 * CELLS)
+    monkeypatch.setattr(levels, "COMPARED_LATENTS", CELLS)
     levels.fit_generated_levels(flow, SETTINGS, cells, "train", ranks.start())
     right = means(cells.counts) - means(generated(flow, obs, 1))
     assert right.square().mean() < 0.1 * wrong.square().mean()
