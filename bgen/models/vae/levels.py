@@ -16,10 +16,11 @@ The maximum is where each gene's mean of (x - mu) / (1 + mu / theta) over cells 
 
 **Generating** (:meth:`LevelStats.compare`), for a flow's copy of its VAE: cells that the flow generates have each
 gene's mean of h(x) = log(1 + 10,000 x / (the cell's counts)) of the training cells. The gap is the difference of the
-sums of h over as many cells of both kinds, and the slope what the sum over generated cells gains by the logit. That is
-E[lambda (h(x + 1) - h(x))] for a Poisson variable x of the rate lambda, so with r the mean rate given x
+sums of h over as many cells of both kinds, and the slope what the sum over generated cells gains by the logit. If x is
+Poisson of the rate lambda, and h' what h would be with one more count of the gene, that is E[lambda (h' - h)]. So with
+r the mean rate given x
 
-    slope_g = sum_cells r (h(x + 1) - h(x)).
+    slope_g = sum_cells r (h' - h).
 
 Axes: B cells, G genes.
 """
@@ -71,9 +72,10 @@ class LevelStats:
         measured = torch.log1p(batch.counts * per_count[batch.rows]).double()
         self.sums[0].index_add_(0, batch.indices, measured)
         drawn = likelihood.sample(keys)
-        per_count = TARGET_SUM / drawn.sum(dim=1, keepdim=True).clamp_min(1)
-        generated = torch.log1p(drawn * per_count)
-        gained = likelihood.rate_given(drawn) * (torch.log1p((drawn + 1) * per_count) - generated)
+        total = drawn.sum(dim=1, keepdim=True)
+        generated = torch.log1p(drawn * (TARGET_SUM / total.clamp_min(1)))
+        one_more = torch.log1p((drawn + 1) * (TARGET_SUM / (total + 1)))
+        gained = likelihood.rate_given(drawn) * (one_more - generated)
         self.sums[0] -= generated.sum(dim=0, dtype=torch.float64)
         self.sums[1] += gained.sum(dim=0, dtype=torch.float64)
 
