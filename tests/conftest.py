@@ -47,11 +47,12 @@ def private_extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 @pytest.fixture(scope="session", autouse=True)
 def no_hurry() -> Iterator[None]:
-    """On a busy machine MLflow's process may need minutes for what takes seconds."""
+    """On a busy machine MLflow's process may need minutes for what takes seconds; it is not kept from its work here."""
     from bgen.track import mirror
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mirror, "CLOSE_SQLITE", 900.0)
+        patch.setattr(mirror, "NICENESS", 0)
         yield
 
 

@@ -92,7 +92,7 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "loops", ["nb", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sparse", "thinning", "ssd"))]
+    "loops", ["forward", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nb", "sparse", "thinning", "ssd"))]
 )
 def test_compiling_and_loading_give_the_same_bits(loops: str, tmp_path: Path) -> None:
     command = [sys.executable, LOOPS, loops]

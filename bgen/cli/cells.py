@@ -209,7 +209,7 @@ def denoise(
     said = [
         "Poisson deviance on molecules held out (lower is better): "
         f"{scores['model']:.1f}; best PCA {scores['pca']:.1f}, mean profile {scores['mean']:.1f},"
-        f" raw {scores['raw']:.1f}."
+        f" raw {scores['raw']:.1f}. Against the best of these: {scores.get('verdict', 'cannot tell')}."
     ]
     if "calibration" in scores:
         covered = scores["calibration"]

@@ -98,18 +98,22 @@ def check_options(
 @app.command()
 def simulate(
     out: Annotated[Path, typer.Option(help="The .h5ad to write.")],
-    preset: Annotated[str, typer.Option(help="tiny or demo.")] = "demo",
+    preset: Annotated[
+        str, typer.Option(help="tiny or demo (lineages over time); atlas or crowd (screens in many contexts).")
+    ] = "demo",
     cells: Annotated[int | None, typer.Option(min=1, max=MOST_CELLS, help="Cells; default: the preset's.")] = None,
     genes: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="Genes; default: the preset's.")] = None,
     seed: Seed = 0,
 ) -> None:
-    """Simulate counts with known truth: lineages over time, a gene network, knock-outs, doses, batches.
+    """Simulate counts with known truth: lineages over time, a gene network, knock-outs, doses, batches; or screens.
 
     Example: `bgen data simulate --preset demo --out cells.h5ad`
     """
-    from data_tools.simulate.simulate import simulate as draw
+    from data_tools.simulate.screens import SCREENS, simulate_screens
+    from data_tools.simulate.simulate import simulate as simulate_lineages
 
     require_new_file(out)
+    draw = simulate_screens if preset in SCREENS else simulate_lineages
     adata = draw(preset, cells=cells, genes=genes, seed=seed)
     write_h5ad(adata, out)
     results.print(f"{adata.n_obs:,} cells x {adata.n_vars:,} genes: {out}")

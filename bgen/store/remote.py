@@ -20,7 +20,15 @@ from bgen.config.data import Access
 from bgen.errors import Unreachable, UserError
 from bgen.files import write_whole
 from bgen.store.cache import DiskCache
-from bgen.store.format.manifest import MOST_BYTES, NAME, Manifest, hash_bytes, read_checked, read_manifest, require_written
+from bgen.store.format.manifest import (
+    MOST_BYTES,
+    NAME,
+    Manifest,
+    hash_bytes,
+    read_checked,
+    read_manifest,
+    require_written,
+)
 from bgen.store.format.shards import WHOLE, Stream
 from bgen.store.store import Store
 

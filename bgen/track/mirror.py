@@ -27,6 +27,8 @@ CLOSE_SQLITE = 60.0
 CLOSE_SERVER = 8.0
 # Seconds between two looks at the record.
 PACE = 2.0
+# Added to the process's niceness: the lowest priority.
+NICENESS = 19
 # Longest pause between attempts when the server is down, in seconds.
 PAUSE = 60.0
 
@@ -39,7 +41,7 @@ class Mirror:
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bgen.track.mirror"],
+            [sys.executable, "-m", "bgen.track.mirror", str(NICENESS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -132,12 +134,12 @@ class Follower:
 
 
 def main() -> None:
-    """Follow the record that the first line of the input names."""
+    """Follow the record that the first line of the input names; the argument is how nice to be."""
     for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"):  # Slurm sends them to all processes of a step
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(os, "nice"):
-        os.nice(19)
+        os.nice(int(sys.argv[1]))
     Follower(MlflowRun(Target(**json.loads(sys.stdin.readline()))), sys.stdin).follow()
 
 

@@ -14,7 +14,7 @@ import anndata
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from prefork import torchrun
+from prefork import python, torchrun
 
 
 def test_help_is_quick_and_needs_no_torch() -> None:
@@ -145,7 +145,9 @@ def test_deepspeed_settings_are_shown(bgen: Any) -> None:
     assert shown["train_micro_batch_size_per_gpu"] == 32
 
 
-def test_plan_and_doctor_speak_json(bgen: Any, demo: Any) -> None:
+def test_plan_and_doctor_speak_json(bgen: Any, demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", python())  # of which the doctor starts ranks
+    monkeypatch.setenv("PYTHON_EXEC", python())
     planned = json.loads(bgen("plan", "demo/vae", f"data.store={demo.store}", "--json").out)
     assert planned
     wrong(bgen("plan", "demo/vae", f"data.store={demo.store}", "--gpu", "H1000"), "no GPU 'H1000'")

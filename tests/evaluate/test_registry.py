@@ -150,7 +150,7 @@ def test_what_is_not_there_is_told() -> None:
         choose_metrics("w2", "w3")
     assert find_protocol(CellsProtocol).id == "distribution-v2"
     assert find_protocol(PerturbationProtocol).id == "perturbation-v4"
-    assert find_protocol(TimePointProtocol).id == "time-point-v1"
+    assert find_protocol(TimePointProtocol).id == "time-point-v2"
     with pytest.raises(
         UserError, match=r"no protocol 'distribution-v9' for this question\. Did you mean 'distribution-v2'"
     ):

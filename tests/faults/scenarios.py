@@ -101,7 +101,7 @@ def slow_disk(folder: Path) -> TrainResult:
 
     def pause(name: str) -> None:
         if main and once(folder, name):
-            time.sleep(5)
+            time.sleep(4)
 
     def write(path: Path, *arguments: Any) -> dict[str, Any]:
         pause("shards")

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from launching import environment
+from prefork import python
 from torch import Tensor
 from toy import ToyStage, run, toy_config
 
@@ -287,7 +288,7 @@ def test_a_lock_that_a_killed_build_left(tmp_path: Path) -> None:
         "{'steps': 2, 'zero': 2, 'offload': {'optimizer': 'cpu'}}))"
     )
     variables = environment() | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
-    subprocess.run([sys.executable, "-c", code.replace("'", '"')], env=variables, check=True, timeout=200)
+    subprocess.run([python(), "-c", code.replace("'", '"')], env=variables, check=True, timeout=200)
     assert files.committed(tmp_path / "run" / "checkpoints")
 
 

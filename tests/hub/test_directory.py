@@ -42,7 +42,7 @@ def test_export_of_a_run_with_shipped_settings_is_what_training_exported(
     if stage != "vae":
         few.append(f"flow.vae={demo.vae}")
     if stage == "trajectories":
-        few.append("data.trajectories={system: [donor], times: 2, cells: 16}")
+        few += ["data.trajectories={system: [donor], times: 2, cells: 16}", "flow.backbone.width=64"]
     trained = bgen("train", stage, f"out={tmp_path / 'run'}", f"data.store={demo.store}", *few)
     assert trained.code == 0, trained
     exported = bgen("export", tmp_path / "run", "--out", tmp_path / "model")

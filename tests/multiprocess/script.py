@@ -26,6 +26,7 @@ from bgen.errors import UserError
 from bgen.train.trainer import Trainer
 
 AVERAGED = {"ema": 0.9, "patience": 20, "eval_every": 5}
+SHORT = {"steps": 20, "checkpoint_every": 10}
 
 
 def two_ranks(folder: Path) -> dict[str, Any]:
@@ -33,21 +34,20 @@ def two_ranks(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     rank = int(os.environ["RANK"])
     for zero in (0, 1, 3):
-        straight, _ = run(toy_config(folder / f"straight_{zero}", {"zero": zero, **AVERAGED}))
+        straight, _ = run(toy_config(folder / f"straight_{zero}", SHORT | {"zero": zero, **AVERAGED}))
         found[f"straight_{zero}"] = straight.losses
-        halves = toy_config(folder / f"halves_{zero}", {"zero": zero, **AVERAGED, "micro_batch": 2})
+        halves = toy_config(folder / f"halves_{zero}", SHORT | {"zero": zero, **AVERAGED, "micro_batch": 2})
         # One rank alone is asked to stop.
-        first, _ = run(halves, stop_after=25 if rank == 1 else 0)
+        first, _ = run(halves, stop_after=10 if rank == 1 else 0)
         second, stage = run(halves, resume=True)
         found[f"halves_{zero}"] = first.losses + second.losses
         found[f"interrupted_{zero}"] = first.interrupted, first.step
         found[f"weights_{zero}"] = [float(w.double().sum()) for w in stage.module.state_dict().values()]
-        resumed, _ = run(toy_config(folder / f"one_rank_{zero}", {"zero": zero}), resume=True)
+        resumed, _ = run(toy_config(folder / f"one_rank_{zero}", SHORT | {"zero": zero}), resume=True)
         # Saving after a conversion, and resuming from that.
-        again, _ = run(toy_config(folder / f"one_rank_{zero}", {"zero": zero, "steps": 60}), resume=True)
+        again, _ = run(toy_config(folder / f"one_rank_{zero}", SHORT | {"zero": zero, "steps": 25}), resume=True)
         found[f"from_one_rank_{zero}"] = resumed.losses + again.losses
         found[f"poisoned_{zero}"] = poisoned(folder / f"poisoned_{zero}", zero)
-    found["imported"] = [name for name in ("deepspeed", "mlflow", "scipy.stats") if name in sys.modules]
     return found
 
 
@@ -94,7 +94,8 @@ def poisoned(folder: Path, zero: int) -> dict[str, Any]:
 def plain(folder: Path) -> dict[str, Any]:
     """A short run."""
     result, _ = run(toy_config(folder / "run", {"steps": 5}))
-    return {"losses": result.losses, "threads": torch.get_num_threads()}
+    imported = [name for name in ("deepspeed", "mlflow", "scipy.stats") if name in sys.modules]
+    return {"losses": result.losses, "threads": torch.get_num_threads(), "imported": imported}
 
 
 def impossible(folder: Path) -> dict[str, Any]:

@@ -11,22 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from prefork import torchrun
+from prefork import python, torchrun
 from safetensors.torch import load_file
 
 from bgen.track.record import read
 
-STEPS = 50
+STEPS = 20
 SETTINGS = [
     f"train.steps={STEPS}",
     "train.global_batch=64",
-    "train.checkpoint_every=25",
-    "train.eval_every=25",
+    "train.checkpoint_every=10",
+    "train.eval_every=10",
     "train.log_every=1",
     "track.mlflow=false",
     "track.progress=false",
 ]
 DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--module"]
+"""Python, started by :mod:`prefork`, executes it, and it starts its ranks alike."""
 
 
 def losses(run: Path, kind: str = "train") -> list[float]:
@@ -42,7 +43,7 @@ def arguments(demo: Any, stage: str, run: Path) -> list[str]:
 
 @pytest.fixture(scope="module", params=["vae", "flow"])
 def whole(request: pytest.FixtureRequest, bgen: Any, demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A run of 50 steps on one rank, uninterrupted."""
+    """A run of 20 steps on one rank, uninterrupted."""
     run = tmp_path_factory.mktemp("whole") / request.param
     made = bgen(*arguments(demo, request.param, run))
     assert made.code == 0, made.err
@@ -54,12 +55,12 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(whole: Any, bgen: Any, demo
     stage, run = whole
     stopped = tmp_path / "stopped"
     shutil.copytree(run, stopped)
-    shutil.rmtree(stopped / "checkpoints" / "step_00000050")
+    shutil.rmtree(stopped / "checkpoints" / "step_00000020")
     shutil.rmtree(stopped / "model")
     made = bgen(*arguments(demo, stage, stopped), "--resume")
     assert made.code == 0, made.err
     resumed = [row for row in read(stopped / "record.jsonl") if row.get("event") == "resume"]
-    assert [row["step"] for row in resumed] == [25]
+    assert [row["step"] for row in resumed] == [10]
     assert losses(stopped) == losses(run)
     assert losses(stopped, "valid") == losses(run, "valid")
     before, after = (load_file(folder / "model" / "model.safetensors") for folder in (run, stopped))
@@ -86,7 +87,7 @@ def test_parameters_in_parts_train_the_same(whole: Any, bgen: Any, demo: Any, tm
     raw.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
     parts = tmp_path / "parts"
     shutil.copytree(run, parts)
-    for folder in ("checkpoints/step_00000050", "model"):
+    for folder in ("checkpoints/step_00000020", "model"):
         shutil.rmtree(parts / folder)
     settings = ["train.zero=3", f"train.deepspeed={raw}", "vae.recompute=true", "train.micro_batch=16"]
     made = bgen(*arguments(demo, stage, parts), *settings, "--resume")
@@ -103,7 +104,9 @@ def test_two_ranks_train_as_one(whole: Any, demo: Any, tmp_path: Path) -> None:
     """Started by the deepspeed launcher, or by torchrun."""
     stage, run = whole
     two = tmp_path / "two"
-    launcher, more = (DEEPSPEED, {"DS_ACCELERATOR": "cpu"}) if stage == "vae" else ([*torchrun(2), "-m"], {})
+    launcher, more = [*torchrun(2), "-m"], {}
+    if stage == "vae":
+        launcher, more = [python(), *DEEPSPEED], {"DS_ACCELERATOR": "cpu", "PREFORK_EXECUTABLE": python()}
     command = [*launcher, "bgen", *arguments(demo, stage, two)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from prefork import python
 from rich.console import Console
 
 from bgen.operate import doctor as module
@@ -43,6 +44,8 @@ def test_a_wrong_sum_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     (tmp_path / "failing_rank.py").write_text("raise AssertionError('rank 0: 2.0 instead of 3.0')\n")
     monkeypatch.setattr(module, "_source", lambda: str(tmp_path))
     monkeypatch.setattr(module, "RANK", "failing_rank")
+    monkeypatch.setattr(module.sys, "executable", python())
+    monkeypatch.setenv("PYTHON_EXEC", python())
     (finding,) = module.two_ranks(timeout=100)
     assert (finding.status, "2.0 instead of 3.0" in finding.text) == ("error", True)
 

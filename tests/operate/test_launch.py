@@ -6,12 +6,12 @@ import os
 import re
 import stat
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from prefork import python
 
 from bgen.config.load import load_config
 from bgen.errors import UserError
@@ -435,13 +435,14 @@ def test_ranks_on_this_machine(bgen: Any, demo: Any, tmp_path: Path, ranks: int)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHON_EXEC", python())
         made = launch(
             "demo/vae",
             "local",
             ranks_per_node=ranks,
             device="cpu",
             overrides=[f"out={tmp_path}/launched", *common],
-            settings=[f"python={sys.executable}"],
+            settings=[f"python={python()}"],
             submit=True,
         )
     assert made.code == 0

@@ -3,7 +3,8 @@
 torch, DeepSpeed and bgen take some six seconds to import, and most tests that start a process say nothing about that.
 ``python()`` is a command that takes the arguments of Python and behaves like it, but the process that does the work is
 forked from one that has imported everything (:mod:`prefork_server`). Arguments, environment, folder, files and signals
-are the caller's, and so is the way it ends. torchrun starts its ranks so, too, where ``PYTHON_EXEC`` names the command.
+are the caller's, and so is the way it ends. torchrun starts its ranks so, too, where ``PYTHON_EXEC`` names the command;
+where ``PREFORK_EXECUTABLE`` names it, it is the ``sys.executable`` of the processes that it starts.
 
 What a process does before it imports torch, and how many threads it takes, cannot be tested so: ``sys.executable`` can.
 """

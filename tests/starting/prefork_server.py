@@ -20,12 +20,16 @@ import traceback
 from pathlib import Path
 
 import torch._dynamo
-import torch.distributed.launcher  # noqa: F401
+import torch.distributed.launcher
 
 import bgen.cli.train
 import bgen.demo
 import bgen.tasks.finetune.finetune
-import bgen.train.run  # noqa: F401
+import bgen.train.run
+
+if torch.version.cuda is None and torch.version.hip is None:  # else it would have to choose an accelerator
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    bgen.train.engine.engine.import_deepspeed()
 
 
 def serve(path: str) -> list[str]:
@@ -95,6 +99,7 @@ def begin(asked: dict, files: list[int]) -> list[str]:
     os.environ.clear()
     os.environ.update(asked["environment"])
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.executable = os.environ.get("PREFORK_EXECUTABLE", sys.executable)
     sys.path[:1] = [path for path in given if path not in sys.path[1:]]  # in place of the server's folder
     return asked["arguments"]
 

@@ -38,6 +38,7 @@ class RangeServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the body waits until the headers have arrived
     server: RangeServer
 
     def do_GET(self) -> None:
@@ -84,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serve(folder: Path, failures: int = 0) -> Iterator[RangeServer]:
     server = RangeServer(folder, failures)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield server

@@ -200,7 +200,7 @@ def test_a_manifest_without_an_end_is_not_read(
     server.seen.clear()
     with pytest.raises(UserError, match=f"{name}.* has more than 100,000 bytes"):
         open_store(f"{server.url}/{place}", access=access(tmp_path))
-    assert not any(asked.split()[0].endswith(name) and asked.endswith(" ") for asked in server.seen)  # none asks for all
+    assert not any(asked.split()[0].endswith(name) and asked.endswith(" ") for asked in server.seen)  # in parts only
     with pytest.raises(UserError, match=f"{name}.*has more than 0 MiB"):
         open_store(tmp_path / "www" / place)
 

@@ -188,7 +188,7 @@ def test_symbols_and_ensembl_ids_meet_in_the_models_table(
 
 def test_every_verb_reads_alike(bgen: Any, demo: Any, course: Path, model: Model, tmp_path: Path) -> None:
     """Counts in raw/X and gene ids in a column of var, for verbs that take more than counts."""
-    plain = anndata.read_h5ad(demo.cells)
+    plain = anndata.read_h5ad(demo.cells)[::3].copy()
     strange = in_raw(in_a_column(plain))
     strange.write_h5ad(tmp_path / "strange.h5ad")
     plain.write_h5ad(tmp_path / "plain.h5ad")

@@ -19,6 +19,7 @@ from bgen.distributed import world as ranks
 from bgen.errors import Unreachable, UserError
 from bgen.store.open import open_store
 from bgen.store.store import Store
+from bgen.train import data_outage
 from bgen.train.data_outage import Batches
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "store"))
@@ -43,7 +44,7 @@ class Reading:
 def read_with_outage(
     reader: CountReader, away: Callable[[], object], back: Callable[[], object]
 ) -> tuple[list[np.ndarray], list[str]]:
-    """Read 26 steps; the store goes away before the third, and comes back when training waits for it."""
+    """Read 13 steps; the store goes away before the third, and comes back when training waits for it."""
     said: list[str] = []
 
     def waiting(problem: str | None) -> None:
@@ -53,7 +54,7 @@ def read_with_outage(
 
     batches = Batches(Reading(reader), 0, 60.0, 1000.0, waiting, lambda: False)  # type: ignore[arg-type]
     found = []
-    for step in range(26):
+    for step in range(13):
         if step == 2:
             away()
         micro_batches, _ = batches.next(alone=True)
@@ -63,6 +64,12 @@ def read_with_outage(
     assert batches._batches is not None
     batches._batches.close()  # type: ignore[attr-defined]
     return found, said
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pause for less between attempts."""
+    monkeypatch.setattr(data_outage, "LOOK", 0.05)
 
 
 @pytest.mark.parametrize("place", ["disk", "server"])

@@ -5,7 +5,7 @@ of the real cells against the other. With forecast (courses of counts) the point
 the trend of the mean stands instead of next and midpoint. Everything that learns is trained anew for each point and
 seed, on the other time points alone. On latent courses W1 is exact, between all real cells and all cells of a row (for
 the OT-midpoint, its whole weighted plan), as in published tables; the other figures are between equally many cells.
-Courses of counts are scored by the protocol ``time-point-v1``, in principal components of the time points that were not
+Courses of counts are scored by the protocol ``time-point-v2``, in principal components of the time points that were not
 left out.
 """
 
@@ -25,19 +25,24 @@ from numpy.typing import NDArray
 from rich.table import Table
 from scipy.spatial.distance import cdist
 
+from bgen.arrays import F64
 from bgen.bench.quality.ot_cfm import STEPS, ot_cfm
 from bgen.bench.quality.time_counts import read_simulated, read_worm, score_missing_time
 from bgen.bench.quality.time_latents import Course, Recipe, generate, recipe, train
 from bgen.errors import UserError, nearest
-from bgen.evaluate.metrics.distribution import median_bandwidth
-from bgen.evaluate.protocols.scores import Estimate
-from bgen.evaluate.protocols.time_point import METRICS, Pool, interpolation_baselines, measure, paired_verdict
+from bgen.evaluate.metrics.distribution import Populations, median_bandwidth
+from bgen.evaluate.metrics.registry import choose_metrics
+from bgen.evaluate.protocols.scores import Estimate, Score
+from bgen.evaluate.protocols.time_point import METRICS, Pool, interpolation_baselines, measure
+from bgen.evaluate.protocols.verdicts import errors_of, half_gaps
 from bgen.files import require_new_folder
 from bgen.progress import Say
 
 MODEL, REAL = "bgen flow", "real halves"
 Figures = dict[str, dict[str, float]]
 """Row to metric key to figure."""
+Gaps = dict[str, dict[str, F64]]
+"""Metric key to row to gaps."""
 
 
 def read_emt(path: Path) -> Course:
@@ -66,10 +71,15 @@ NAMES = [*LATENT, *COUNTS]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Figures of every left-out time point and seed: ``runs[point][seed]``."""
+    """Figures of every left-out time point and seed: ``runs[point][seed]``.
+
+    ``gaps[point][seed]`` is what errors are made of (:func:`bgen.evaluate.protocols.verdicts.half_gaps`): metric key to
+    row to the gaps of all splits.
+    """
 
     data: str
     runs: dict[float, list[Figures]]
+    gaps: dict[float, list[Gaps]]
 
     def rows(self) -> list[str]:
         """Names of the rows."""
@@ -82,10 +92,22 @@ class Comparison:
         return Estimate(tuple(float(np.mean([self.runs[p][s][row][key] for p in points])) for s in seeds))
 
     def verdicts(self, key: str) -> dict[str, str]:
-        """Judge the flow against each other row by the mean over points."""
-        model, real = self.estimate(MODEL, key), self.estimate(REAL, key)
-        others = [row for row in self.rows() if row not in (MODEL, REAL)]
-        return {row: paired_verdict(model, self.estimate(row, key), real) for row in others}
+        """Judge the flow against each other row by the mean over points: what such trainings make, on these cells."""
+        (metric,) = choose_metrics(key)
+        told = {}
+        for row in self.rows():
+            if row not in (MODEL, REAL):
+                three = [self.estimate(name, key) for name in (MODEL, row, REAL)]
+                gaps = [self._gaps(name, key) for name in (MODEL, row, REAL)]
+                trainings = np.array([one.shortfall(metric.better).values for one in three]).T
+                errors = errors_of(np.stack(gaps, axis=-1), trainings)
+                told[row] = Score(metric, three[0], three[1], three[2], errors).verdict
+        return told
+
+    def _gaps(self, row: str, key: str) -> F64:
+        """Return the gaps of the mean over points, of all splits and seeds."""
+        of_points = [np.concatenate([seed[key][row] for seed in seeds]) for seeds in self.gaps.values()]
+        return np.mean(of_points, axis=0)
 
     def as_json(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
@@ -160,13 +182,13 @@ def bench_time(
     out.mkdir(parents=True, exist_ok=True)
     if data in LATENT:
         settings = recipe(steps=steps, forecast=both, solver_steps=solver_steps)
-        runs = _latent(data, path, out, seeds, points, settings, steps or STEPS, say)
+        runs, gaps = _latent(data, path, out, seeds, points, settings, steps or STEPS, say)
     else:
         cells, system = COUNTS[data](path)
         gap = float(np.median(np.diff(np.unique(cells.obs["time"]))))
         settings = recipe(steps=steps, scale=gap, forecast=forecast or both, solver_steps=solver_steps)
-        runs = _counts(data, (cells, system), out, seeds, points, settings, forecast, say)
-    compared = Comparison(data, runs)
+        runs, gaps = _counts(data, (cells, system), out, seeds, points, settings, forecast, say)
+    compared = Comparison(data, runs, gaps)
     (out / "time.json").write_text(json.dumps(compared.as_json(), indent=1) + "\n", encoding="utf-8")
     return compared
 
@@ -180,9 +202,10 @@ def _latent(
     settings: Recipe,
     peer_steps: int,
     say: Say,
-) -> dict[float, list[Figures]]:
+) -> tuple[dict[float, list[Figures]], dict[float, list[Gaps]]]:
     course = LATENT[data](path)
     runs: dict[float, list[Figures]] = {}
+    gaps: dict[float, list[Gaps]] = {}
     for point in _inner(course.times, points):
         rest, real = course.without(point), course.at(point)
         before, after = max(t for t in rest.times if t < point), min(t for t in rest.times if t > point)
@@ -200,8 +223,9 @@ def _latent(
             halves = rng.permutation(real)[: len(real) // 2 * 2].reshape(2, -1, real.shape[1])
             found[REAL] = measure(halves[0], halves[1], bandwidth)
             runs.setdefault(point, []).append(found)
+            gaps.setdefault(point, []).append(_gaps_of(real, pools, halves, bandwidth, seed))
             say(_line(data, point, seed, found))
-    return runs
+    return runs, gaps
 
 
 def _counts(
@@ -213,9 +237,10 @@ def _counts(
     settings: Recipe,
     forecast: bool,
     say: Say,
-) -> dict[float, list[Figures]]:
+) -> tuple[dict[float, list[Figures]], dict[float, list[Gaps]]]:
     cells, system = course
     runs: dict[float, list[Figures]] = {}
+    gaps: dict[float, list[Gaps]] = {}
     for point in _inner(sorted(cells.obs["time"].unique().tolist()), points):
         for seed in range(seeds):
             folder = out / f"time{point:g}-seed{seed}"
@@ -227,8 +252,10 @@ def _counts(
                 for row in scores.figures["w1"]
             }
             runs.setdefault(point, []).append(found)
+            own = {key: {rows.get(row, row): gap for row, gap in of.items()} for key, of in scores.gaps.items()}
+            gaps.setdefault(point, []).append(own)
             say(_line(data, point, seed, found))
-    return runs
+    return runs, gaps
 
 
 def _inner(times: list[float], points: list[float] | None) -> list[float]:
@@ -242,11 +269,26 @@ def _inner(times: list[float], points: list[float] | None) -> list[float]:
 
 def _figures(real: NDArray[Any], pool: Pool, bandwidth: float, rng: np.random.Generator) -> dict[str, float]:
     """Return the figures of a row: W1 with all its cells, the others with as many as there are real ones."""
-    weights = np.full(len(pool.points), 1 / len(pool.points)) if pool.weights is None else pool.weights
+    weights = _weights(pool)
     as_many = Pool(pool.points, weights).draw(len(real), rng)
     uniform = np.full(len(real), 1 / len(real))
     w1 = float(ot.emd2(weights, uniform, cdist(pool.points, real), numItermax=10_000_000))
     return {**measure(real, as_many, bandwidth), "w1": w1}
+
+
+def _gaps_of(real: NDArray[Any], pools: dict[str, Pool], halves: NDArray[Any], bandwidth: float, seed: int) -> Gaps:
+    """Return the gaps of every row, those of :data:`REAL` for half as many cells."""
+    rng = np.random.default_rng([seed, 5])
+    others = {row: Pool(pool.points, _weights(pool)).draw(len(real), rng) for row, pool in pools.items()}
+    evidence = {row: Populations(real, other, bandwidth) for row, other in others.items()}
+    found = half_gaps(evidence, METRICS, rng, len(real))
+    of_real = half_gaps({REAL: Populations(halves[0], halves[1], bandwidth)}, METRICS, rng, len(halves[0]))
+    whole = np.concatenate([found, of_real], axis=1)
+    return {m.key: dict(zip([*evidence, REAL], whole[:, :, at].T, strict=True)) for at, m in enumerate(METRICS)}
+
+
+def _weights(pool: Pool) -> NDArray[np.float64]:
+    return np.full(len(pool.points), 1 / len(pool.points)) if pool.weights is None else pool.weights
 
 
 def _line(data: str, point: float, seed: int, found: Figures) -> str:

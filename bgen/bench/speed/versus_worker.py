@@ -123,6 +123,7 @@ def bgen(job: Job) -> Trained:
         "train.eval_every": 0,
         "train.patience": 0,
         "train.log_every": per_epoch,
+        "track.mlflow": False,  # its process would take a core
     }
     result = train(load_config("vae", [f"{name}={value}" for name, value in settings.items()]))
     rows = [row for row in read(result.record) if row["kind"] == "train"]

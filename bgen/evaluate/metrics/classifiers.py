@@ -16,11 +16,11 @@ Axes: N cells on each side, G genes, D components.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg, sparse, stats
-from sklearn.ensemble import HistGradientBoostingClassifier
 
 from bgen.evaluate.metrics.space import Space, fit_space, log_cp10k
 
@@ -134,7 +134,7 @@ class DoubletCaller:
     """Made by :func:`fit_doublets`. ``space`` was fitted on other cells than those that the model was trained on."""
 
     space: Space
-    model: HistGradientBoostingClassifier
+    model: Any
     least: float
 
     def call(self, counts: sparse.csr_matrix) -> NDArray[np.bool_]:
@@ -169,12 +169,16 @@ def fit_doublets(counts: sparse.csr_matrix) -> DoubletCaller:
     space = fit_space(fitted)
     singles = np.repeat(space.project(trained), MADE, axis=0)  # weights would do, and take scikit-learn a minute
     made = space.project(simulated_doublets(trained, len(singles), rng))
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
     model = HistGradientBoostingClassifier(max_iter=80, max_leaf_nodes=15, early_stopping=False, random_state=0)
     model.fit(np.concatenate([singles, made]), np.repeat([0, 1], len(singles)))
     return DoubletCaller(space, model, float(np.quantile(model.decision_function(space.project(last)), 1 - CALLED)))
 
 
-def _trees() -> HistGradientBoostingClassifier:
+def _trees() -> Any:
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
     return HistGradientBoostingClassifier(
         max_iter=30, max_leaf_nodes=8, max_bins=63, early_stopping=False, random_state=0
     )

@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
-import ot
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import cdist, pdist
 
@@ -157,6 +156,8 @@ def precision_recall(real: ArrayLike, generated: ArrayLike, k: int = NEIGHBOURS)
 def transport(distances: NDArray[np.float64], power: int) -> float:
     """Return the exact Wasserstein distance of order 1 or 2 of uniform weights, from distances ``[N, N]``."""
     weights = np.full(len(distances), 1.0 / len(distances))
+    import ot
+
     cost = float(ot.emd2(weights, weights, distances**power, numItermax=_EMD_ITERATIONS))
     return float(max(cost, 0.0) ** (1 / power))
 
@@ -224,6 +225,8 @@ METRICS: tuple[Metric[Populations], ...] = (
         3,
         "Mean distance that cells must be moved in the embedding.",
         lambda p: transport(p.between, 1),
+        0.05,
+        relative=True,
     ),
     Metric[Points](
         "w2",

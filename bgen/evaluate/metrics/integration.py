@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
-from sklearn.neighbors import NearestNeighbors
 
 from bgen.errors import UserError
 
@@ -95,6 +94,7 @@ def scib_figures(
 def _neighbours(points: NDArray[np.float32], k: int) -> Any:
     """Return the ``k`` nearest neighbours (a cell is its own first), exactly: the library's own search is not."""
     from scib_metrics.nearest_neighbors import NeighborsResults
+    from sklearn.neighbors import NearestNeighbors
 
     distances, indices = NearestNeighbors(n_neighbors=k).fit(points).kneighbors(points)
     return NeighborsResults(indices=indices, distances=distances)

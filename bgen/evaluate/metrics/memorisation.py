@@ -20,8 +20,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse, stats
-from sklearn.neighbors import NearestNeighbors
-from sklearn.preprocessing import normalize
 
 from bgen.evaluate.metrics.space import fit_space, log_cp10k
 
@@ -115,6 +113,8 @@ def memorisation(
     fitted, compared = np.array_split(np.arange(real.shape[0]), 2)
     space = fit_space(real[fitted])
     n = min(len(compared), made.shape[0])
+    from sklearn.neighbors import NearestNeighbors
+
     search = NearestNeighbors(n_neighbors=min(NEIGHBOUR, train.shape[0])).fit(space.project(train))
     near_real, near_made = (search.kneighbors(space.project(x[-n:]))[0] for x in (real, made))
     known = set(_digests(train))
@@ -145,6 +145,8 @@ def _unlikeness(train: sparse.csr_matrix, cells: sparse.csr_matrix) -> NDArray[n
     """
     seen = np.asarray((train > 0).sum(0)).ravel()
     weight = sparse.diags(np.log((1 + train.shape[0]) / (1 + seen)))
+    from sklearn.preprocessing import normalize
+
     features, queries = (normalize(log_cp10k(x) @ weight).astype(np.float32) for x in (train, cells))
     k = min(NEIGHBOUR, train.shape[0])
     found = []

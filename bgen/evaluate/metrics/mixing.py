@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.neighbors import NearestNeighbors
 
 NEIGHBOURS = 15
 
@@ -18,6 +17,8 @@ def batch_mixing(points: NDArray[np.float32], batches: ArrayLike) -> float:
     1 is perfectly mixed, 0 fully apart. ``points [N, D]``, ``batches [N]``; dimensions count as they are scaled. High
     mixing alone means little: an embedding that holds nothing mixes best, so look at a biological label beside it.
     """
+    from sklearn.neighbors import NearestNeighbors  # slow to import, as all of scikit-learn: only where it is used
+
     names = np.asarray(batches).astype(str)
     _, codes, numbers = np.unique(names, return_inverse=True, return_counts=True)
     k = min(NEIGHBOURS, len(names) - 1)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from sklearn.decomposition import PCA
 
 TARGET_SUM = 1e4
 COMPONENTS = 30
@@ -62,6 +61,8 @@ def fit_space(train: sparse.csr_matrix, components: int = COMPONENTS) -> Space:
     count = min(components, min(train.shape) - 1)
     if count < 1:
         raise ValueError(f"principal components need at least two cells and two genes, got {train.shape}")
+    from sklearn.decomposition import PCA
+
     pca = PCA(n_components=count, svd_solver="arpack", random_state=0).fit(log_cp10k(train))
     axes = np.asarray(pca.components_, dtype=np.float32)
     return Space(components=axes, origin=(axes @ np.asarray(pca.mean_, dtype=np.float32).ravel()).astype(np.float32))

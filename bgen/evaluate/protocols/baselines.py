@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
-from sklearn.cluster import KMeans
 
 from bgen.evaluate.metrics.space import fit_space, library_size
 from bgen.evaluate.protocols.inputs import JOINT
@@ -182,6 +181,8 @@ def _cluster(points: NDArray[np.floating], k: int) -> NDArray[np.intp]:
     """Return the cluster of each point, ``[N]``; clusters that are too small join the nearest large one."""
     if k == 1:
         return np.zeros(len(points), np.intp)
+    from sklearn.cluster import KMeans
+
     found = KMeans(k, n_init=1, random_state=0).fit(points)
     parts = np.asarray(found.labels_, dtype=np.intp)
     large = np.flatnonzero(np.bincount(parts, minlength=k) >= LEAST)

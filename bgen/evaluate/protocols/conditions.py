@@ -16,10 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
-from sklearn.ensemble import HistGradientBoostingRegressor
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from bgen.evaluate.metrics.conditions import LABEL_METRICS, NUMBER_METRICS, Labelled, Numbered
 from bgen.evaluate.metrics.distribution import Points
@@ -42,8 +38,8 @@ READ_CELLS = 5000
 class Judges:
     """What reads labels and numbers from coordinates, by condition; made by :func:`fit_judges`."""
 
-    labels: dict[str, Pipeline]
-    numbers: dict[str, HistGradientBoostingRegressor]
+    labels: dict[str, Any]
+    numbers: dict[str, Any]
 
     def tell(self, condition: str, points: NDArray[np.floating], counts: Any) -> NDArray[np.float64]:
         """Return the numbers ``[N]`` that cells have, by their coordinates or, for a library size, their counts."""
@@ -63,6 +59,11 @@ def label_columns(cells: Cells) -> dict[str, NDArray[np.str_]]:
 
 def fit_judges(space: Space, cells: Cells) -> Judges:
     """Learn from real cells. A condition of which they have one value only has no judge."""
+    from sklearn.ensemble import HistGradientBoostingRegressor
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     some = cells.take(np.random.default_rng(0).permutation(len(cells))[:LEARNED_CELLS])
     points = space.project(some.counts)
     readers, numbers = {}, {}

@@ -48,7 +48,7 @@ from bgen.evaluate.protocols import conditions as asked
 from bgen.evaluate.protocols.baselines import ClusterNegativeBinomial, fit_clusters
 from bgen.evaluate.protocols.inputs import JOINT, Cells, read_cells
 from bgen.evaluate.protocols.scores import Estimate, NumberScore, Score, Scores
-from bgen.evaluate.protocols.verdicts import ROWS, errors_of, half_squares
+from bgen.evaluate.protocols.verdicts import ROWS, errors_of, half_gaps
 
 PROTOCOL = "distribution-v2"
 MAX_CELLS = 1000  # exact W2 grows with the cube of the number of cells
@@ -225,7 +225,7 @@ class _Gathered:
     def __init__(self, metrics: Sequence[Metric[CountedPopulations]]) -> None:
         self.metrics: dict[str, tuple[Metric[Any], ...]] = {"": tuple(metrics)}
         self.figures: dict[str, list[dict[str, list[float]]]] = {}
-        self.squares: dict[str, list[NDArray[np.float64]]] = {}
+        self.gaps: dict[str, list[NDArray[np.float64]]] = {}
         self.labelled: dict[str, dict[str, list[Labelled]]] = {}
         self.numbers: list[NumberScore] = []
 
@@ -246,8 +246,8 @@ class _Gathered:
             if not all(row in rows for row in ROWS):
                 continue
             self.figures.setdefault(name, []).append({row: rows[f"figures {row}"] for row in ROWS})
-            squares = half_squares({row: rows[row] for row in ROWS}, self.metrics[name], rng, len(drawn.test))
-            self.squares.setdefault(name, []).append(squares)
+            gaps = half_gaps({row: rows[row] for row in ROWS}, self.metrics[name], rng, len(drawn.test))
+            self.gaps.setdefault(name, []).append(gaps)
             if isinstance(rows["model"], Numbered) and not any(number.condition == name for number in self.numbers):
                 cells = np.arange(min(SHOWN_CELLS, len(drawn.test)))
                 shown = [getattr(rows[row], what)[cells] for row in ("model", "ceiling") for what in ("asked", "told")]
@@ -259,11 +259,11 @@ class _Gathered:
 
     def scores(self, name: str = "") -> list[Score]:
         """Return the scores of one group."""
-        squares = np.concatenate(self.squares[name])
+        gaps = np.concatenate(self.gaps[name])
         scores = []
         for place, metric in enumerate(self.metrics[name]):
             rows = [Estimate(tuple(run[row][place] for run in self.figures[name])) for row in ROWS]
-            scores.append(Score(metric, rows[0], rows[1], rows[2], errors_of(squares[:, place])))
+            scores.append(Score(metric, rows[0], rows[1], rows[2], errors_of(gaps[:, :, place])))
         return scores
 
     def condition_scores(self) -> dict[str, list[Score]]:

@@ -221,7 +221,11 @@ class Scores:
         """Return what one would quote: what was asked for, whether cells are copied, and how many measures say what."""
         if self.told is not None:
             return self.told
-        sentences = list(self.asked)
+        # of each sentence what comes before its figures; labels, which may hold anything, come before them
+        clauses = [sentence.rpartition(": ")[0] or sentence.rstrip(".") for sentence in self.asked]
+        sentences = []
+        if clauses:
+            sentences.append("; ".join([clauses[0], *(clause.removeprefix("Asked ") for clause in clauses[1:])]) + ".")
         if self.copied is not None and self.copied.found:
             sentences.append(self.copied.sentence())
         return " ".join([*sentences, self._counted()])

@@ -1,4 +1,4 @@
-"""The protocol ``time-point-v1``: whether a generated time point is nearer to the real one than baselines without
+"""The protocol ``time-point-v2``: whether a generated time point is nearer to the real one than baselines without
 learning.
 
 Frozen: a change of any figure needs a new protocol id. The cells of one time point were kept from the model. They are
@@ -13,8 +13,9 @@ For each of several seeds the real cells are halved at random. Every row is comp
 the ceiling is n cells of the other: n is the same for all, since every figure here depends on it. n = min(half of the
 real cells, cells of the smallest row, 1,000).
 
-The verdict on a figure is against its strongest baseline. All rows of a seed see the same real cells, so a difference
-between rows is judged by its own spread over the seeds.
+The verdict on a figure is against its strongest baseline, by the rules and the errors of
+:mod:`bgen.evaluate.protocols.verdicts`: all rows of a seed see the same real cells, which are halved again and again.
+``time-point-v1`` had the same figures; its verdicts got looser with noise.
 
 Interpolated cells have less scatter than measured ones. W1 and W2 of few cells in many dimensions reward that: there
 the OT-midpoint may come out below the ceiling. Energy distance and MMD do not.
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,21 +38,18 @@ from bgen.errors import UserError
 from bgen.evaluate.metrics import distribution
 from bgen.evaluate.metrics.metric import Metric
 from bgen.evaluate.metrics.registry import choose_metrics
-from bgen.evaluate.protocols.scores import SHORT, STYLES, Estimate
+from bgen.evaluate.protocols.scores import SHORT, STYLES, Estimate, Score
+from bgen.evaluate.protocols.verdicts import errors_of, half_gaps
 from bgen.flow.displacement import displace, draw, transport_plan
 
-PROTOCOL = "time-point-v1"
+PROTOCOL = "time-point-v2"
 MAX_CELLS = 1000
 MIN_CELLS = 10
 PLAN_CELLS = 2000
 """Cells of each neighbour that the transport plan is found for, at most."""
 
-Verdict = Literal[
-    "at the ceiling", "better than the baseline", "no better than the baseline", "worse than the baseline"
-]
-# A difference counts if it exceeds the noise and a tenth of the way from ceiling to baseline.
-NOISE = 3.0
-CLOSE = 0.1
+TOLD = ("margin", "errors", "equivalent", "baseline_equivalent", "verdict")
+"""What a file holds of a verdict."""
 
 METRICS: tuple[Metric[distribution.Populations], ...] = choose_metrics("w1", "w2", "energy", "mmd2")
 
@@ -119,12 +117,20 @@ def forecast_baselines(previous: NDArray[Any], before: NDArray[Any] | None, rati
 
 @dataclass(frozen=True)
 class TimeScores:
-    """Figures of one time point: metric key to row to estimate. Rows: model, the baselines, ceiling."""
+    """Figures of one time point: metric key to row to estimate. Rows: model, the baselines, ceiling.
+
+    Attributes
+    ----------
+    gaps
+        What errors are made of (:func:`bgen.evaluate.protocols.verdicts.half_gaps`): metric key to row to the gaps of
+        all splits.
+    """
 
     cells: int
     subsamples: int
     setting: dict[str, int | float | str]
     figures: dict[str, dict[str, Estimate]]
+    gaps: dict[str, dict[str, F64]]
     protocol: str = PROTOCOL
     metrics: tuple[Metric[Any], ...] = METRICS
 
@@ -133,10 +139,16 @@ class TimeScores:
         rows = {row: e.mean for row, e in self.figures[key].items() if row not in ("model", "ceiling")}
         return min(rows, key=lambda row: rows[row])
 
-    def verdict(self, key: str) -> Verdict:
+    def score(self, metric: Metric[Any]) -> Score:
+        """Return a figure of the model beside its strongest baseline and the ceiling."""
+        rows = ("model", self.strongest(metric.key), "ceiling")
+        model, baseline, ceiling = (self.figures[metric.key][row] for row in rows)
+        gaps = np.stack([self.gaps[metric.key][row] for row in rows], axis=-1)
+        return Score(metric, model, baseline, ceiling, errors_of(gaps))
+
+    def verdict(self, key: str) -> str:
         """Judge the model by one figure, against the strongest baseline."""
-        rows = self.figures[key]
-        return paired_verdict(rows["model"], rows[self.strongest(key)], rows["ceiling"])
+        return self.score(next(metric for metric in self.metrics if metric.key == key)).verdict
 
     def headline(self) -> str:
         """Return one sentence in plain words."""
@@ -157,9 +169,9 @@ class TimeScores:
                     "better": m.better,
                     "rows": {row: {"mean": e.mean, "sd": e.sd} for row, e in self.figures[m.key].items()},
                     "strongest_baseline": self.strongest(m.key),
-                    "verdict": self.verdict(m.key),
+                    **{name: told[name] for name in TOLD},
                 }
-                for m in self.metrics
+                for m, told in ((m, self.score(m).as_json()) for m in self.metrics)
             },
         }
 
@@ -184,21 +196,6 @@ class TimeScores:
         verdicts = [self.verdict(m.key) for m in self.metrics]
         table.add_row("verdict", *(Text(SHORT[verdict], style=STYLES[verdict]) for verdict in verdicts))
         return table
-
-
-def paired_verdict(model: Estimate, baseline: Estimate, ceiling: Estimate) -> Verdict:
-    """Judge figures of which lower is better, taken on the same real cells at each seed."""
-
-    def clearly_above(a: Estimate, b: Estimate) -> bool:
-        differences = Estimate(tuple(x - y for x, y in zip(a.values, b.values, strict=True)))
-        margin = max(NOISE * differences.sd, CLOSE * abs(baseline.mean - ceiling.mean))
-        return differences.mean > margin
-
-    if clearly_above(model, baseline):
-        return "worse than the baseline"
-    if not clearly_above(baseline, model):
-        return "no better than the baseline"
-    return "better than the baseline" if clearly_above(model, ceiling) else "at the ceiling"
 
 
 def measure(real: NDArray[Any], other: NDArray[Any], bandwidth: float) -> dict[str, float]:
@@ -247,13 +244,22 @@ def evaluate_time_point(
     context = np.concatenate([pool.points[:MAX_CELLS] for pool in baselines.values()])
     bandwidth = distribution.median_bandwidth(context[np.random.default_rng(0).permutation(len(context))[:MAX_CELLS]])
     measured: dict[str, list[dict[str, float]]] = {}
+    gaps: list[F64] = []
     for seed in range(seeds):
         rng = np.random.default_rng([seed, 2])
         halves = real[rng.permutation(len(real))[: 2 * n]]
-        for row, pool in rows.items():
-            measured.setdefault(row, []).append(measure(halves[:n], pool.draw(n, rng), bandwidth))
-        measured.setdefault("ceiling", []).append(measure(halves[:n], halves[n:], bandwidth))
-    figures = {
-        m.key: {row: Estimate(tuple(run[m.key] for run in runs)) for row, runs in measured.items()} for m in METRICS
-    }
-    return TimeScores(n, seeds, dict(setting or {}), figures)
+        drawn = {row: pool.draw(n, rng) for row, pool in rows.items()} | {"ceiling": halves[n:]}
+        for row, other in drawn.items():
+            measured.setdefault(row, []).append(measure(halves[:n], other, bandwidth))
+        evidence = {row: distribution.Populations(halves[:n], other, bandwidth) for row, other in drawn.items()}
+        gaps.append(half_gaps(evidence, METRICS, np.random.default_rng([seed, 3]), n))
+    return TimeScores(
+        n,
+        seeds,
+        dict(setting or {}),
+        {m.key: {row: Estimate(tuple(run[m.key] for run in runs)) for row, runs in measured.items()} for m in METRICS},
+        {
+            m.key: dict(zip(measured, np.moveaxis(np.concatenate(gaps)[:, :, at], 1, 0), strict=True))
+            for at, m in enumerate(METRICS)
+        },
+    )

@@ -63,7 +63,7 @@ class Errors:
     easy
         Of baseline - ceiling.
     splits
-        Halvings.
+        Halvings, or fewer degrees of freedom where trainings differ.
     """
 
     ceiling: float
@@ -77,35 +77,64 @@ class Errors:
         return float(stats.t.ppf(1 - LEVEL, self.splits))
 
 
-def half_squares(
+def half_gaps(
     rows: Mapping[str, Any], metrics: Sequence[Metric[Any]], rng: np.random.Generator, n: int, splits: int = SPLITS
 ) -> NDArray[np.float64]:
-    """Return the squared halves of differences between halves: ``[splits, metrics, 3]``, in the order of
-    :class:`Errors`.
+    """Return half the difference of each shortfall between random halves of n places: ``[splits, rows, metrics]``.
+
+    The square of a gap estimates the variance of a shortfall at n places, and that of the difference of two rows' gaps
+    the variance of their difference.
 
     Parameters
     ----------
     rows
-        Evidence (:class:`Halved`) of model, baseline and ceiling, n places each.
+        Evidence (:class:`Halved`), n places each, matched place by place.
     """
-    found = np.zeros((splits, len(metrics), 3))
+    gaps = np.zeros((splits, len(rows), len(metrics)))
     for split in range(splits):
         order = rng.permutation(n)
         halves = order[: n // 2], order[n // 2 : 2 * (n // 2)]
-        differences = []
-        for half in halves:
-            taken = [rows[row].take(np.sort(half)) for row in ROWS]
-            s = np.array([[shortfall(m.compute(evidence), m.better) for m in metrics] for evidence in taken])
-            differences.append(np.stack([s[0] - s[2], s[1] - s[0], s[1] - s[2]], axis=-1))
-        found[split] = ((differences[0] - differences[1]) / 2) ** 2
-    found[:, [m.erratic for m in metrics]] *= 2
-    return found
+        one, other = (
+            [
+                [shortfall(m.compute(evidence), m.better) for m in metrics]
+                for evidence in (whole.take(np.sort(half)) for whole in rows.values())
+            ]
+            for half in halves
+        )
+        gaps[split] = (np.array(one) - np.array(other)) / 2
+    gaps[:, :, [m.erratic for m in metrics]] *= np.sqrt(2)
+    return gaps
 
 
-def errors_of(squares: NDArray[np.float64]) -> Errors:
-    """Return the errors of one metric from ``[splits, 3]``, the splits of all seeds."""
-    ceiling, baseline, easy = np.sqrt(squares.mean(axis=0))
-    return Errors(float(ceiling), float(baseline), float(easy), len(squares))
+def errors_of(gaps: NDArray[np.float64], trainings: NDArray[np.float64] | None = None) -> Errors:
+    """Return the errors of one metric.
+
+    Parameters
+    ----------
+    gaps
+        Of model, baseline and ceiling ``[splits, 3]`` (:func:`half_gaps`), the splits of all seeds.
+    trainings
+        Their shortfalls ``[S, 3]`` in S trainings on the same cells, at least 2, where the verdict is on what such
+        trainings make: the variance of their mean joins that of the cells. The degrees of freedom are Welch's
+        and Satterthwaite's, rounded down, the fewest of the three.
+    """
+    squares = (_contrasts(gaps) ** 2).mean(axis=0)
+    freedom = np.full(3, float(len(gaps)))
+    if trainings is not None:
+        number = len(trainings)
+        between = _contrasts(trainings).var(axis=0, ddof=1) / number
+        whole = squares + between
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shared = whole**2 / (squares**2 / len(gaps) + between**2 / (number - 1))
+        freedom, squares = np.where(whole > 0, shared, freedom), whole
+    ceiling, baseline, easy = np.sqrt(squares)
+    return Errors(float(ceiling), float(baseline), float(easy), max(1, int(freedom.min())))
+
+
+def _contrasts(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return model - ceiling, baseline - model and baseline - ceiling of ``[..., 3]``."""
+    model, baseline, ceiling = np.moveaxis(rows, -1, 0)
+    return np.stack([model - ceiling, baseline - model, baseline - ceiling], axis=-1)
 
 
 @dataclass(frozen=True)
@@ -152,3 +181,12 @@ def judge(model: float, baseline: float, ceiling: float, errors: Errors, margin:
         better=baseline - model - t * errors.baseline > 0,
         worse=baseline - model + t * errors.baseline < 0,
     )
+
+
+def judge_cells(model: NDArray[np.float64], baseline: NDArray[np.float64]) -> Verdict:
+    """Judge losses of the same cells ``[N]`` (lower is better) without a ceiling, by their paired differences."""
+    gained = baseline - model
+    clear = float(stats.t.ppf(1 - LEVEL, len(gained) - 1) * gained.std(ddof=1) / np.sqrt(len(gained)))
+    if gained.mean() > clear:
+        return "better than the baseline"
+    return "worse than the baseline" if gained.mean() < -clear else "cannot tell"

@@ -68,6 +68,7 @@ def agreement_figure(labels: Sequence[LabelScore]) -> Figure:
     names = [f"{label.label} ({label.cells}, {label.cells_real})" for label in shown]
     axis.set_yticks(places, [_short(name) for name in names])
     axis.set_xlim(-0.03, 1.03)
+    axis.set_ylim(-0.6, len(shown) - 0.4)
     axis.set_xlabel("share that agrees", color=TEXT)
     axis.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2)
     clean(axis)
@@ -87,6 +88,7 @@ def energy_figure(labels: Sequence[LabelScore]) -> Figure:
         axis.scatter(values, places, marker=marker, s=size, color=COLOURS[name], label=name, zorder=3)
     axis.axvline(0, color="#cccccc", linewidth=1)
     axis.set_yticks(places, [_short(label.label) for label in shown])
+    axis.set_ylim(-0.6, len(shown) - 0.4)
     axis.set_xlabel("energy distance", color=TEXT)
     axis.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3)
     clean(axis)
@@ -98,10 +100,15 @@ def number_figure(number: NumberScore) -> Figure:
     """Draw what was delivered against what was asked for."""
     drawn = Figure(figsize=(WIDTH, 3.6))
     axis = drawn.subplots()
-    axis.scatter(number.asked_real, number.told_real, s=14, color="#b5b5b5", linewidths=0, label="real")
-    axis.scatter(
-        number.asked, number.told, s=12, color=COLOURS["generated"], linewidths=0, alpha=0.7, label="generated"
-    )
+    values = np.unique([*number.asked, *number.asked_real])
+    # at a few times or doses, generated cells would lie on real ones
+    aside = 0.15 * np.diff(values).min() if len(values) > 1 else 0.0
+    for asked, told, side, name in (
+        (number.asked_real, number.told_real, -aside, "real"),
+        (number.asked, number.told, aside, "generated"),
+    ):
+        across = np.asarray(asked) + side
+        axis.scatter(across, told, s=12, color=COLOURS[name], linewidths=0, alpha=0.6, label=name)
     axis.set_xlabel(f"{number.condition}, asked for", color=TEXT)
     axis.set_ylabel("delivered", color=TEXT)
     axis.legend(frameon=False, fontsize=9)
@@ -120,11 +127,14 @@ def _label_table(labels: Sequence[LabelScore]) -> str:
         mark = '<td class="verdict bad">not delivered</td>' if label.missed else "<td></td>"
         rows.append(
             f'<tr><td>{escape(label.label)}</td><td class="number">{label.agreed} of {label.cells}</td>'
-            f'<td class="number">{label.agreed_real} of {label.cells_real}</td>{energies}{mark}</tr>'
+            f'<td class="number">{label.agreed_real} of {label.cells_real}</td>{mark}{energies}</tr>'
         )
-    head = "".join(f'<th class="number">{text}</th>' for text in ("generated", "real", "energy", "baseline", "real"))
+    agreement, energy = (
+        "".join(f'<th class="number">{text}</th>' for text in texts)
+        for texts in (("generated", "real"), ("energy", "baseline", "real"))
+    )
     return (
-        f'<div class="wide"><table><thead><tr><th>label</th>{head}<th></th></tr></thead>'
+        f'<div class="wide"><table><thead><tr><th>label</th>{agreement}<th></th>{energy}</tr></thead>'
         f"<tbody>\n{chr(10).join(rows)}\n</tbody></table></div>"
     )
 

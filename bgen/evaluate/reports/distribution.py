@@ -105,7 +105,7 @@ def _score_section(scores: Scores) -> str:
     return f"""<h2>Scores</h2>
 <p>Every row compares {scores.cells:,} cells with {scores.cells:,} held-out real cells. {legend}.</p>
 <div class="wide"><table>
-<thead><tr><th>measure</th>{head}<th style="white-space:nowrap">worse … better</th><th>verdict</th></tr></thead>
+<thead><tr><th>measure</th>{head}<th class="strip">worse … better</th><th>verdict</th></tr></thead>
 <tbody>
 {rows}
 </tbody>
@@ -128,7 +128,8 @@ def _score_row(score: Score) -> str:
     verdict = score.verdict
     return (
         f'<tr><td>{name}<span class="meaning">{escape(score.metric.meaning)}</span></td>{numbers}'
-        f'<td>{_strip(score)}</td><td class="verdict {_CLASSES[verdict]}">{verdict}{_reason(score)}</td></tr>'
+        f'<td class="strip">{_strip(score)}</td>'
+        f'<td class="verdict {_CLASSES[verdict]}">{verdict}{_reason(score)}</td></tr>'
     )
 
 

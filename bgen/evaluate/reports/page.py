@@ -39,13 +39,15 @@ td {{ border-bottom: 1px solid #e5e5e5; padding: .4rem .6rem .4rem 0; vertical-a
 td.number, th.number {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
 td:first-child {{ min-width: 14rem; }}
 td .meaning {{ color: #595959; font-size: .8rem; display: block; line-height: 1.35; }}
+th.strip {{ white-space: nowrap; }}
 .sd {{ color: #767676; font-size: .8em; }}
 .key {{ display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .3em; }}
 .best {{ color: #00664b; font-weight: 600; }} .good {{ color: #00664b; }} .even {{ color: #7a4f00; }}
 .bad {{ color: #a31515; font-weight: 600; }}
 @media (max-width: 640px) {{
   body {{ padding: 1.25rem .9rem 3rem; }} h1 {{ font-size: 1.4rem; }} .headline {{ font-size: 1.05rem; }}
-  figure.narrow img {{ width: 100%; }} td:first-child {{ min-width: 9rem; }}
+  figure.narrow img {{ width: 100%; }} table {{ font-size: .78rem; }} td:first-child {{ min-width: 5rem; }}
+  th, td {{ padding-right: .4rem; }} td:first-child .meaning, .sd, .strip {{ display: none; }}
 }}
 table.facts {{ width: auto; }} table.facts td:first-child {{ min-width: 0; color: #595959; padding-right: 1.5rem; }}
 </style>

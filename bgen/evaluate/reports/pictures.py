@@ -24,7 +24,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from sklearn.manifold import TSNE
 
 from bgen.evaluate.metrics.counts import GeneMoments, gene_moments, genes_per_cell
 from bgen.evaluate.metrics.space import fit_space, library_size
@@ -73,6 +72,8 @@ def joint_layout(sets: Mapping[str, Cells]) -> list[Panel]:
     perplexity = min(30.0, (len(points) - 1) / 4)
     if points.shape[1] < 2:
         points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
+    from sklearn.manifold import TSNE
+
     plane = (
         TSNE(init="pca", perplexity=perplexity, random_state=0, max_iter=600).fit_transform(points).astype(np.float32)
     )

@@ -22,11 +22,6 @@ import scipy.sparse as sp
 import torch
 from anndata import AnnData
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score, log_loss
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.neighbors import NearestNeighbors
 
 from bgen.arrays import I64
 from bgen.errors import UserError, nearest
@@ -233,14 +228,18 @@ def _some(labels: NDArray[np.str_], seed: int) -> I64:
 
 def relative_distance(latents: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return ``[N]``: distance to the 5th nearest of the reference cells, relative to that among themselves."""
+    from sklearn.neighbors import NearestNeighbors  # slow to import: only where cells are annotated
+
     neighbours = NearestNeighbors().fit(reference)
     among, _ = neighbours.kneighbors(reference, n_neighbors=NEIGHBOURS + 1)  # the first is the cell itself
     distance, _ = neighbours.kneighbors(latents, n_neighbors=NEIGHBOURS)
     return np.asarray(distance[:, -1] / np.quantile(among[:, -1], NOVEL_QUANTILE))
 
 
-def fit_classifier(features: NDArray[np.float32], labels: NDArray[np.str_]) -> LogisticRegression:
+def fit_classifier(features: NDArray[np.float32], labels: NDArray[np.str_]) -> Any:
     """Fit the classifier on features ``[N, D]``, of about unit variance, with their labels ``[N]``."""
+    from sklearn.exceptions import ConvergenceWarning
+
     classifier, _ = _cross_validated(features, labels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -249,14 +248,19 @@ def fit_classifier(features: NDArray[np.float32], labels: NDArray[np.str_]) -> L
 
 def cross_validated_f1(features: NDArray[np.float32], labels: NDArray[np.str_]) -> float:
     """Return the macro-F1 of the same kind of classifier on features ``[N, D]``, each cell predicted from others."""
+    from sklearn.metrics import f1_score
+
     scaled = (features - features.mean(0)) / np.maximum(features.std(0), 1e-6)
     return float(f1_score(labels, _cross_validated(scaled, labels)[1], average="macro"))
 
 
-def _cross_validated(
-    features: NDArray[np.float32], labels: NDArray[np.str_]
-) -> tuple[LogisticRegression, NDArray[np.str_]]:
+def _cross_validated(features: NDArray[np.float32], labels: NDArray[np.str_]) -> tuple[Any, NDArray[np.str_]]:
     """Return the classifier, not fitted, of the best strength, and the label of each cell as told from others."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
     names, numbers = np.unique(labels, return_counts=True)
     folds = StratifiedKFold(min(5, int(numbers.min())), shuffle=True, random_state=0)
     found = []

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from bgen.errors import MOST_COUNTS, require_number
 from bgen.evaluate.metrics.calibration import calibration
 from bgen.evaluate.metrics.denoising import molecular_cross_validation, split_molecules
+from bgen.evaluate.protocols.verdicts import judge_cells
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.user_cells import UserCells
 
@@ -56,7 +57,8 @@ def denoise_cells(model: AnnDataModel, cells: UserCells, *, library_size: float 
 def denoising_scores(model: AnnDataModel, cells: UserCells, *, seed: int = 0) -> dict[str, Any]:
     """Score denoising by molecular cross-validation on at most 1,000 cells, beside PCA and the mean over cells.
 
-    Returns the deviances, and the share of held-out counts in the central 50 and 90 % of the model's distributions.
+    Returns the mean deviances, the strongest of the others and the verdict on the difference to it, and the share of
+    held-out counts in the central 50 and 90 % of the model's distributions.
     """
     rows = np.sort(np.random.default_rng(seed).permutation(len(cells))[:SCORED_CELLS])
     some = cells[rows]
@@ -67,7 +69,11 @@ def denoising_scores(model: AnnDataModel, cells: UserCells, *, seed: int = 0) ->
         z, _ = model.encode(thinned)
         return _expected(model, thinned, z, every, None).astype(np.float64)
 
-    scores: dict[str, Any] = molecular_cross_validation(some.counts, {"model": by_model}, seed=seed)
+    deviance = molecular_cross_validation(some.counts, {"model": by_model}, seed=seed)
+    scores: dict[str, Any] = {name: float(values.mean()) for name, values in deviance.items()}
+    scores["baseline"] = min((name for name in deviance if name != "model"), key=scores.__getitem__)
+    if len(some) > 1:
+        scores["verdict"] = judge_cells(deviance["model"], deviance[scores["baseline"]])
     if model.saved.vae.config.likelihood == "nb":
         first, second = split_molecules(some.counts, seed)
         theta = np.exp(model.saved.vae.log_theta.detach().numpy().astype(np.float64))

@@ -73,7 +73,7 @@ class Engine:
         self._frozen = {name: p.detach().cpu().clone() for name, p in frozen.items()} if changes else {}
         self._frozen_names = tuple(frozen)
         self.frozen_bytes = sum(p.numel() * p.element_size() for p in frozen.values())
-        deepspeed = _import_deepspeed(world)
+        deepspeed = _start_deepspeed(world)
         self._gathered = deepspeed.zero.GatheredParameters
         self._log_summary = deepspeed.comm.log_summary
         self._timers = deepspeed.comm.comm.timers
@@ -260,14 +260,19 @@ def _without_mlflow() -> Iterator[None]:
             del sys.modules["mlflow"]
 
 
-def _import_deepspeed(world: World) -> Any:
-    if world.device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
+def import_deepspeed() -> Any:
+    """Import DeepSpeed and what of it is used here, without what it would import besides."""
     with _quiet(), _without_mlflow():
         import deepspeed
         import deepspeed.comm
         import deepspeed.ops
+    return deepspeed
 
+
+def _start_deepspeed(world: World) -> Any:
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    deepspeed = import_deepspeed()
     # What matters of its warnings (skipped steps), the record says in our words.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # On CPU hosts this op is compiled at every first start, for minutes, and a build that was killed leaves a lock at

@@ -19,6 +19,7 @@ from bgen.bench.quality.cells import CLUSTERS, PEER, POSTERIOR, REAL, TYPES, ben
 from bgen.errors import UserError
 
 TINY = ["vae.train.steps=20", "flow.train.steps=20"]
+SMALL = ["vae.train.global_batch=128", "flow.train.global_batch=128", "flow.flow.backbone.width=64"]
 
 
 def test_the_example_of_the_help_runs(bgen: Any, demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +27,8 @@ def test_the_example_of_the_help_runs(bgen: Any, demo: Any, tmp_path: Path, monk
     monkeypatch.setattr(cells, "TIMED", 1)  # of generation, whose cells do not change
     (tmp_path / "cells.h5ad").symlink_to(demo.cells)
     shown = " ".join(bgen("bench", "cells", "--help").out.replace("│", " ").split())
-    done = bgen(*shlex.split(re.search(r"Example: bgen (bench cells .*?flow\.train\.steps=\d+)", shown)[1]))  # type: ignore[index]
+    example = re.search(r"Example: bgen (bench cells .*?flow\.train\.steps=\d+)", shown)
+    done = bgen(*shlex.split(example[1]), *SMALL)  # type: ignore[index]
     assert done.code == 0, done
     assert "recall" in done.out
     said = " ".join(done.out.split())

@@ -29,7 +29,7 @@ def test_the_flow_learns_what_a_straight_line_misses(forecast: bool, tmp_path: P
     rest, real = course.without(2.0), course.at(2.0)
     straight = (rest.at(1.0).mean(0) + rest.at(3.0).mean(0)) / 2
     assert np.linalg.norm(straight - real.mean(0)) > 0.4
-    settings = recipe(steps=100, cells=64, forecast=forecast)  # learns forecasts, much larger, besides
+    settings = recipe(steps=60, cells=64, forecast=forecast)  # learns forecasts, much larger, besides
     made = generate(train(rest, settings, 0, tmp_path / "run"), rest, 2.0, 150, settings, 0)
     assert made.shape == (150, 3)
     assert np.linalg.norm(made.mean(0) - real.mean(0)) < 0.2
@@ -60,7 +60,7 @@ def test_the_table_stands_beside_peers(tmp_path: Path) -> None:
 
 def test_counts_go_the_way_of_a_user(bgen: Any, demo: Any, tmp_path: Path) -> None:
     done = bgen(
-        *["bench", "time", demo.cells, "--data", "simulated", "--point", 24, "--seeds", 2, "--steps", 20],
+        *["bench", "time", demo.cells, "--data", "simulated", "--point", 24, "--seeds", 2, "--steps", 5],
         *["--out", tmp_path / "bench"],
     )
     assert done.code == 0, done

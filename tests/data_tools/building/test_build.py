@@ -123,6 +123,24 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shuffle, "SHARD_CHUNKS", 2)
 
 
+@pytest.fixture(scope="module")
+def whole(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What an undisturbed build writes."""
+    store = tmp_path_factory.mktemp("whole") / "store"
+    build(check(files), store, created_by="test")
+    return hashes(store)
+
+
+@pytest.fixture(scope="module")
+def in_pieces(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What an undisturbed build in small pieces writes."""
+    store = tmp_path_factory.mktemp("in_pieces") / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        small_pieces(patch)
+        build(check(files), store, created_by="test")
+    return hashes(store)
+
+
 def test_the_store_holds_what_the_files_hold(files: list[Path], tmp_path: Path) -> None:
     manifest = build(check(files), tmp_path / "store", created_by="test")
     store = Store(tmp_path / "store")
@@ -168,13 +186,12 @@ def cluster():
 
 
 @pytest.mark.parametrize("where", ["workers", "scheduler"])
-def test_dask_builds_the_same_store(where: str, files: list[Path], tmp_path: Path, request) -> None:
-    build(check(files), tmp_path / "here", created_by="test")
+def test_dask_builds_the_same_store(where: str, files: list[Path], tmp_path: Path, whole, request) -> None:
     if where == "workers":
         build(check(files), tmp_path / "there", created_by="test", workers=2)
     else:
         build(check(files), tmp_path / "there", created_by="test", scheduler=request.getfixturevalue("cluster"))
-    assert hashes(tmp_path / "there") == hashes(tmp_path / "here")
+    assert hashes(tmp_path / "there") == whole
 
 
 def test_errors_of_workers_arrive(files: list[Path], tmp_path: Path, cluster: str) -> None:
@@ -224,10 +241,9 @@ def start_build(tasks: int, out: Path, files: list[Path]) -> subprocess.Complete
 
 
 def test_a_killed_build_goes_on_and_gives_the_same_bytes(
-    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: list[Path], tmp_path: Path, in_pieces: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_pieces(monkeypatch)
-    build(check(files), tmp_path / "undisturbed", created_by="test")
     out = tmp_path / "killed"
     for tasks in (12, 30):  # tasks that were done return at once, and count here
         assert start_build(tasks, out, files).returncode == -signal.SIGKILL
@@ -243,8 +259,8 @@ def test_a_killed_build_goes_on_and_gives_the_same_bytes(
     )
     assert seen[0][0] != before[0]
     assert seen[0][1:] == before[1:]
-    assert hashes(out) == hashes(tmp_path / "undisturbed")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "undisturbed"]
+    assert hashes(out) == in_pieces
+    assert [path.name for path in tmp_path.iterdir()] == ["killed"]
 
 
 def test_another_build_is_told_of_an_interrupted_one(files: list[Path], tmp_path: Path) -> None:
@@ -281,7 +297,7 @@ def test_an_interruption_keeps_the_work(files: list[Path], tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
-def test_a_write_error_keeps_the_work(files: list[Path], tmp_path: Path) -> None:
+def test_a_write_error_keeps_the_work(files: list[Path], tmp_path: Path, whole: dict[str, str]) -> None:
     report = check(files)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limit[1]))
@@ -291,13 +307,12 @@ def test_a_write_error_keeps_the_work(files: list[Path], tmp_path: Path) -> None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     build(report, tmp_path / "store", created_by="test")
-    build(report, tmp_path / "undisturbed", created_by="test")
-    assert hashes(tmp_path / "store") == hashes(tmp_path / "undisturbed")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "undisturbed"]
+    assert hashes(tmp_path / "store") == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
 @pytest.mark.parametrize("megabytes", ["100k", "260k", "420k"])
-def test_a_full_disk_keeps_the_work(files: list[Path], tmp_path: Path, megabytes: str) -> None:
+def test_a_full_disk_keeps_the_work(files: list[Path], tmp_path: Path, whole: dict[str, str], megabytes: str) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}", "tmpfs", str(disk)]
@@ -309,20 +324,18 @@ def test_a_full_disk_keeps_the_work(files: list[Path], tmp_path: Path, megabytes
         assert [path.name for path in disk.iterdir()] == [".store.partial"]
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
         build(check(files), disk / "store", created_by="test")
-        build(check(files), tmp_path / "undisturbed", created_by="test")
-        assert hashes(disk / "store") == hashes(tmp_path / "undisturbed")
+        assert hashes(disk / "store") == whole
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("where", ["reading", "writing", "work"])
 def test_an_error_that_goes_over_keeps_the_work(
-    where: str, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, files: list[Path], tmp_path: Path, in_pieces: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A build goes on after a file that could not be read or written for a moment, and gives the same bytes."""
     small_pieces(monkeypatch)
     report = check(files)
-    build(report, tmp_path / "undisturbed", created_by="test")
     away = files[1].with_name("away")
 
     def fail(*arguments: object) -> None:
@@ -357,7 +370,7 @@ def test_an_error_that_goes_over_keeps_the_work(
 
     build(report, tmp_path / "store", created_by="test", progress=look)
     assert seen[0] == before
-    assert hashes(tmp_path / "store") == hashes(tmp_path / "undisturbed")
+    assert hashes(tmp_path / "store") == in_pieces
 
 
 def test_a_planted_work_folder_is_refused(files: list[Path], tmp_path: Path) -> None:

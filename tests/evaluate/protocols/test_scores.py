@@ -101,6 +101,12 @@ def test_headline_in_plain_words() -> None:
         " in 2 of 4 measures (the baseline: in 1), better than the baseline in 1 more and clearly worse than real cells"
         " in 2 (2-Wasserstein, 2-Wasserstein)."
     )
+    said = (
+        "Asked for kind (2 labels), not delivered for a: b (1 of 9): a classifier agrees.",
+        "Asked for time, x: its",
+    )
+    two = replace(scores, asked=said).headline()
+    assert two.startswith("Asked for kind (2 labels), not delivered for a: b (1 of 9); for time, x. ")
     honest = replace(copied, p_copies=0.5)
     assert replace(scores, copied=honest, asked=()).headline().startswith("Generated cells are")
 

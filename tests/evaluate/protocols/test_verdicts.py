@@ -13,7 +13,7 @@ from bgen.evaluate.metrics.counts import CountedPopulations
 from bgen.evaluate.metrics.distribution import Points
 from bgen.evaluate.metrics.metric import Metric, shortfall
 from bgen.evaluate.metrics.registry import choose_metrics
-from bgen.evaluate.protocols.verdicts import ROWS, Errors, errors_of, half_squares, judge
+from bgen.evaluate.protocols.verdicts import ROWS, Errors, errors_of, half_gaps, judge, judge_cells
 
 N = 60
 QUICK = choose_metrics("energy", "nn_accuracy", "precision", "library_ks")
@@ -59,9 +59,9 @@ def share_of_errors(metrics: tuple[Metric[Any], ...], times: int) -> tuple[dict[
     for _ in range(times):
         rows = compared(rng, off)
         s = shortfalls(rows, metrics)
-        squares = half_squares(rows, metrics, rng, N)
+        gaps = half_gaps(rows, metrics, rng, N)
         for place in range(len(metrics)):
-            told = judge(*s[:, place], errors_of(squares[:, place]), margins[place])
+            told = judge(*s[:, place], errors_of(gaps[:, :, place]), margins[place])
             ceiling[place] += told.equivalent
             better[place] += told.better
     keys = [m.key for m in metrics]
@@ -98,8 +98,8 @@ def test_equal_populations_have_no_false_better_where_noise_is_degenerate() -> N
     for _ in range(200):
         rows = compared(rng, dict.fromkeys(ROWS, 0.0))
         s = shortfalls(rows, metrics)
-        squares = half_squares(rows, metrics, rng, N, splits=4)
-        better += [judge(*s[:, place], errors_of(squares[:, place]), 0.0).better for place in range(2)]
+        gaps = half_gaps(rows, metrics, rng, N, splits=4)
+        better += [judge(*s[:, place], errors_of(gaps[:, :, place]), 0.0).better for place in range(2)]
     assert max(better / 200) <= 0.05
 
 
@@ -110,8 +110,25 @@ def test_half_samples_give_the_standard_error() -> None:
     found = []
     for _ in range(100):
         rows = {row: Points(np.zeros((N, 1)), rng.normal(size=(N, 1))) for row in ROWS}
-        found.append(errors_of(half_squares(rows, (metric,), rng, N, splits=4)[:, 0]).ceiling ** 2)
+        found.append(errors_of(half_gaps(rows, (metric,), rng, N, splits=4)[:, :, 0]).ceiling ** 2)
     assert np.sqrt(np.mean(found)) == pytest.approx(np.sqrt(2 / N), rel=0.1)
+
+
+def test_trainings_that_differ_add_their_error() -> None:
+    """Errors of cells and of trainings, both known; nobody is surer for having trained again."""
+    rng = np.random.default_rng(5)
+    gaps = rng.normal(scale=0.3, size=(400, 3))
+    alone = errors_of(gaps)
+    assert alone.ceiling == pytest.approx(0.3 * np.sqrt(2), rel=0.1)
+    same = errors_of(gaps, np.tile([1.0, 2.0, 0.5], (3, 1)))
+    assert (same.ceiling, same.splits) == (alone.ceiling, alone.splits)
+    trainings = np.stack([rng.normal(scale=0.5, size=400), *np.zeros((2, 400))], axis=1)
+    many = errors_of(gaps, trainings)
+    assert many.ceiling == pytest.approx(np.sqrt(0.18 + 0.25 / 400), rel=0.1)
+    assert many.easy == pytest.approx(alone.easy)
+    few = errors_of(np.zeros((8, 3)), trainings[:3])
+    assert few.splits == 2
+    assert few.ceiling == pytest.approx(trainings[:3, 0].std(ddof=1) / np.sqrt(3))
 
 
 def test_more_draws_make_a_verdict_no_looser() -> None:
@@ -119,7 +136,7 @@ def test_more_draws_make_a_verdict_no_looser() -> None:
     rng = np.random.default_rng(4)
     rows = compared(rng, {"model": 0.3, "baseline": 0.5, "ceiling": 0.0})
     metrics = choose_metrics("energy")
-    few, many = (errors_of(half_squares(rows, metrics, rng, N, splits=splits)[:, 0]) for splits in (16, 100))
+    few, many = (errors_of(half_gaps(rows, metrics, rng, N, splits=splits)[:, :, 0]) for splits in (16, 100))
     assert many.ceiling == pytest.approx(few.ceiling, rel=0.5)
     assert many.ceiling > 0
     assert many.t < few.t < 2.2
@@ -148,3 +165,12 @@ def test_noise_never_brings_a_model_to_the_ceiling() -> None:
     assert verdicts == sorted(verdicts, reverse=True)
     assert verdicts[0]
     assert not verdicts[-1]
+
+
+def test_losses_of_the_same_cells_are_judged_by_their_differences() -> None:
+    rng = np.random.default_rng(6)
+    hard = rng.gamma(2.0, 100.0, 400)  # cells differ far more than methods
+    assert judge_cells(hard - 1 + rng.normal(size=400), hard) == "better than the baseline"
+    assert judge_cells(hard + 1 + rng.normal(size=400), hard) == "worse than the baseline"
+    claimed = [judge_cells(hard + rng.normal(size=400), hard) != "cannot tell" for _ in range(400)]
+    assert np.mean(claimed) <= at_most(400)

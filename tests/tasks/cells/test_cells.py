@@ -15,6 +15,7 @@ from sklearn.metrics import f1_score
 import bgen
 from bgen.errors import UserError
 from bgen.files import slashes_in_names
+from bgen.tasks.cells import annotate
 from bgen.tasks.load import Model
 
 
@@ -26,6 +27,12 @@ def model(demo: Any) -> Model:
 @pytest.fixture(scope="module")
 def cells(demo: Any) -> anndata.AnnData:
     return anndata.read_h5ad(demo.cells)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let classifiers choose among two strengths: each costs five fits."""
+    monkeypatch.setattr(annotate, "STRENGTHS", annotate.STRENGTHS[2:4])
 
 
 def half_labelled(cells: anndata.AnnData) -> anndata.AnnData:
@@ -50,6 +57,7 @@ def test_labels_are_learnt_from_the_users_cells(model: Model, cells: anndata.Ann
     assert scores[told.uns["bgen_annotate"]["seen"]] == max(scores.values())
 
 
+@pytest.mark.usefixtures("quick")
 def test_what_the_model_cannot_tell_is_unknown(model: Model, cells: anndata.AnnData) -> None:
     given = half_labelled(cells)
     sure, unsure = (model.annotate(given, "label", threshold=t) for t in (0.0, 0.9))
@@ -59,6 +67,7 @@ def test_what_the_model_cannot_tell_is_unknown(model: Model, cells: anndata.AnnD
     assert (told.obs["label_novelty"] <= 1).all()
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_type_that_the_reference_lacks_looks_new(model: Model, cells: anndata.AnnData) -> None:
     given = half_labelled(cells)
     new = (given.obs["cell_type"] == "progenitor").to_numpy()
@@ -68,6 +77,7 @@ def test_a_type_that_the_reference_lacks_looks_new(model: Model, cells: anndata.
     assert novelty[new].mean() > novelty[known].mean() + 2 * novelty[known].std() / np.sqrt(known.sum())
 
 
+@pytest.mark.usefixtures("quick")
 def test_one_rare_label_stops_nobody(bgen: Any, demo: Any, cells: anndata.AnnData, tmp_path: Path) -> None:
     given = half_labelled(cells)
     given.obs["label"] = given.obs["label"].where(np.arange(cells.n_obs) != 4, "rare")
@@ -82,6 +92,7 @@ def test_one_rare_label_stops_nobody(bgen: Any, demo: Any, cells: anndata.AnnDat
     assert told.uns["bgen_annotate"]["query_cells"] == 301
 
 
+@pytest.mark.usefixtures("quick")
 def test_names_with_slashes_are_written_and_read(bgen: Any, demo: Any, cells: anndata.AnnData, tmp_path: Path) -> None:
     given = half_labelled(cells)
     given.obs["my/label"] = given.obs.pop("label").replace({"A": "NK/T", "B": "NK_T"})
@@ -172,6 +183,7 @@ def test_mistakes_are_told(model: Model, cells: anndata.AnnData) -> None:
     wrong("0 of the 120 genes", model.denoise, other)
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("verb", "written"),
     [

@@ -10,7 +10,7 @@ import pytest
 import scipy.sparse as sp
 
 import bgen
-from bgen.tasks.cells import denoise
+from bgen.tasks.cells import annotate, denoise
 from bgen.tasks.cells.annotate import choose, cross_validated_f1
 from bgen.tasks.cells.features import latent_features
 
@@ -22,7 +22,8 @@ def test_a_rare_label_that_is_never_found_halves_the_figure() -> None:
     assert cross_validated_f1(features, labels) == pytest.approx(0.48, abs=0.03)
 
 
-def test_labels_are_told_by_what_tells_them_apart() -> None:
+def test_labels_are_told_by_what_tells_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(annotate, "STRENGTHS", annotate.STRENGTHS[3:])  # each costs 45 fits
     rng = np.random.default_rng(0)
     labels = np.repeat(["A", "B", "rare"], [150, 140, 10])
     mean = np.full((300, 40), 3.0)
@@ -53,9 +54,11 @@ def test_calibration_compares_one_half_with_what_the_other_tells(demo: Any, monk
         return Nothing()
 
     monkeypatch.setattr(denoise, "split_molecules", lambda counts, seed: (first, second))
-    monkeypatch.setattr(denoise, "molecular_cross_validation", lambda *args, **options: {})
+    losses = {"model": np.arange(40.0), "pca": np.arange(40.0) + 1, "raw": np.full(40, 90.0)}
+    monkeypatch.setattr(denoise, "molecular_cross_validation", lambda *args, **options: losses)
     monkeypatch.setattr(denoise, "_expected", lambda model, cells, *args: cells.counts.toarray())
     monkeypatch.setattr(denoise, "calibration", look)
-    denoise.denoising_scores(model, cells)
+    scores = denoise.denoising_scores(model, cells)
+    assert (scores["model"], scores["baseline"], scores["verdict"]) == (19.5, "pca", "better than the baseline")
     assert (compared[0] == 2).all()
     assert (compared[1] == 1).all()

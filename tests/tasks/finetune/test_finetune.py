@@ -73,7 +73,7 @@ def test_deeper_cells_are_generated_in_the_parents_latent_space(
 ) -> None:
     deep = cells[:200].copy()
     deep.X = deep.X * 20
-    tune(demo, deep, tmp_path / "out", Request("generate"), "train.steps=200", "train.learning_rate=0.005")
+    tune(demo, deep, tmp_path / "out", Request("generate"), "train.steps=100", "train.learning_rate=0.01")
     parent, model = bgen.load(demo.model), bgen.load(tmp_path / "out" / "model")
     # What flows is whitened by the parent's statistics: the flow would else start in another space.
     assert np.array_equal(parent.saved.vae.latent_mean, model.saved.vae.latent_mean)

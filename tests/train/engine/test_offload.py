@@ -64,7 +64,9 @@ def test_offload_to_nvme_changes_nothing(tmp_path: Path) -> None:
     {"precision": "pure_bf16", "zero": 3},
 ])  # fmt: skip
 def test_other_optimisers_and_precisions_resume_exactly(tmp_path: Path, settings: dict[str, Any]) -> None:
-    straight, resumed = halves(tmp_path, settings)
+    # torch would compile Muon's step for each shape, for most of a minute; at ZeRO 1 it does.
+    with torch.compiler.set_stance("force_eager" if settings["zero"] == 3 else "default"):
+        straight, resumed = halves(tmp_path, settings)
     assert resumed == straight
     plain, _ = run(toy_config(tmp_path / "plain", {"steps": 24, "eval_every": 12}))
     assert straight != plain.losses
