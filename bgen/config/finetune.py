@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bgen.config.flow import FlowConfig
 from bgen.config.perturb import PerturbConfig
@@ -26,3 +26,11 @@ class FinetuneConfig(RunConfig):
     perturb: PerturbConfig = Field(
         PerturbConfig(), description="The flow from control to perturbed cells (--task perturb)."
     )
+
+    @model_validator(mode="after")
+    def _levels_belong_to_a_store(self) -> FinetuneConfig:
+        if self.flow.fit_levels:
+            raise ValueError(
+                "flow.fit_levels: fine-tuning does not fit levels, `bgen train flow` does; set it to false"
+            )
+        return self

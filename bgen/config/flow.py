@@ -53,6 +53,11 @@ class FlowConfig(Section):
         "network has an output for each.",
     )
     prediction: Literal["velocity", "data"] = Field("velocity", description="What the network's output means.")
+    fit_levels: bool = Field(
+        False,
+        description="After training, move each gene's logit in the flow's copy of the VAE to where generated cells "
+        "have the mean of log(1 + counts per 10,000) of training cells.",
+    )
 
     @model_validator(mode="after")
     def _velocity_from_neighbours(self) -> FlowConfig:

@@ -60,6 +60,11 @@ class Config(RunConfig):
             return self
         if self.stage == "vae":
             raise ValueError("data.trajectories: the VAE learns from single cells; set it for stage flow only")
+        if self.flow.fit_levels:
+            raise ValueError(
+                "flow.fit_levels: levels are fitted to cells that are generated one by one, which a flow that learns "
+                "data.trajectories does not generate; set it to false"
+            )
         for name, cells in (
             ("train.global_batch", self.train.global_batch),
             ("train.micro_batch", self.train.micro_batch),

@@ -130,6 +130,15 @@ def test_a_fine_tuning_names_its_parent_and_nothing_that_it_does_not_use(tmp_pat
     assert type(load_either("vae")) is Config
 
 
+def test_levels_are_fitted_where_cells_are_generated_one_by_one() -> None:
+    flow = ["data.store=store", "flow.vae=vae", "train.global_batch=64"]
+    assert load_config("flow", flow).flow.fit_levels
+    with pytest.raises(UserError, match=r"flow\.fit_levels"):
+        load_config("flow", [*flow, "data.trajectories={system: [donor], times: 2, cells: 8}"])
+    with pytest.raises(UserError, match=r"flow\.fit_levels"):
+        load_finetune("finetune", ["parent=model", "flow.fit_levels=true"])
+
+
 # Those of sizes are parts that others extend; tests/models/test_sizes.py reads them so.
 WHOLE = sorted(path for path in packaged_configs().rglob("*.yaml") if path.parent.name != "sizes")
 

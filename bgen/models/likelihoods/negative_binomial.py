@@ -87,6 +87,15 @@ class NegativeBinomial:
             counts = batch.counts.to(self.logits.dtype)
             return SparseNB.apply(self.logits, self.log_theta, self.library, batch, counts)
 
+    def rate_given(self, counts: Tensor) -> Tensor:
+        """Return the expected Poisson rate behind each of the dense counts ``[B, G]``.
+
+        A negative binomial is a Poisson variable whose rate is a gamma variable. Given the count x, the mean of that
+        rate is (x + theta) mu / (mu + theta).
+        """
+        mu, theta = self.rate, self.log_theta.exp()
+        return (counts + theta) * (mu / (mu + theta))
+
     @torch.no_grad()
     def sample(self, keys: Tensor) -> Tensor:
         """Draw counts, int32 ``[B, G]``: a pure function of the parameters and of ``keys`` ``[B]``."""
@@ -138,6 +147,12 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
             at_nonzero = at_nonzero + (zero - inflated).view(-1).index_select(0, flat)
             correction = torch.segment_reduce(at_nonzero, "sum", offsets=batch.indptr, initial=0.0)
             return (inflated - F.softplus(self.dropout_logits)).sum(dim=1) + correction
+
+    def rate_given(self, counts: Tensor) -> Tensor:
+        """See :class:`NegativeBinomial`; the rate of what was replaced by zero is zero."""
+        log_zero = -self.log_theta.exp() * torch.log1p(self.rate / self.log_theta.exp())
+        kept = torch.where(counts == 0, torch.sigmoid(log_zero - self.dropout_logits), 1.0)
+        return super().rate_given(counts) * kept
 
     @torch.no_grad()
     def sample(self, keys: Tensor) -> Tensor:

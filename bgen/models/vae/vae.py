@@ -134,7 +134,13 @@ class VAE(Codec):
     def accumulate_levels(self, stats: LevelStats, batch: CellBatch) -> None:
         """Add a batch to ``stats``, each cell explained by a posterior sample."""
         mean, logvar = self.encode(batch)
-        stats.add(batch, self.decode(self.posterior_sample(mean, logvar, batch.keys), batch.library, batch.obs))
+        stats.explain(batch, self.decode(self.posterior_sample(mean, logvar, batch.keys), batch.library, batch.obs))
+
+    @torch.no_grad()
+    def accumulate_generated_levels(self, stats: LevelStats, batch: CellBatch, whitened: Tensor) -> None:
+        """Add a batch to ``stats``, and beside each cell one of its covariates that was generated: ``[B, D + 1]``."""
+        z, log_library = self.unwhiten(whitened)
+        stats.compare(batch, self.decode(z, log_library.exp(), batch.obs), batch.keys)
 
     def fit_levels(self, stats: LevelStats) -> None:
         """Move the genes by one Newton step of ``stats``, already reduced over ranks."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from bgen.config.run import Config
 from bgen.distributed.world import World
@@ -15,6 +16,7 @@ from bgen.hub.directory import SavedModel, load_directory
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.store.store import Store
 from bgen.train.stages.from_store import StoreStage
+from bgen.train.stages.levels import fit_generated_levels
 
 
 class FlowStage(StoreStage):
@@ -36,6 +38,12 @@ class FlowStage(StoreStage):
                 self.numbers[name] = mean_and_std(values[train_cells])
         self.module = LatentFlow(config.flow, vae, categories, self.numbers)
         self.fingerprint["vae"] = self.vae_model.fingerprint()
+
+    def finish(self, module: nn.Module) -> None:
+        """Fit the genes' levels of the flow's own copy of the VAE, shared among the ranks."""
+        assert isinstance(module, LatentFlow)
+        if self.config.flow.fit_levels:
+            fit_generated_levels(module, self.config.sample, self.reader, self.config.data.split, self.world)
 
 
 def mean_and_std(values: np.ndarray[Any, Any]) -> tuple[float, float]:

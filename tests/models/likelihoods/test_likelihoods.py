@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -203,3 +205,24 @@ def test_slope_of_the_gamma_ratio_equals_digamma() -> None:
         exact = theta * (torch.digamma(theta + x) - torch.digamma(theta)) - x
         slope = _gamma_ratio_slope(torch.full_like(theta, x), theta)
         assert ((slope - exact).abs() < 1e-7 * theta + 1e-9).all()
+
+
+@pytest.mark.parametrize("kind", ["nb", "zinb"])
+def test_the_rate_behind_a_count_says_what_more_of_it_adds(kind: str) -> None:
+    """The derivative of E[h(x)] by log mu is E[rate (h(x + 1) - h(x))], summed here over the counts that there are."""
+    parameters, library, _ = make(kind, torch.float64)
+    parameters = [p.detach() for p in parameters]
+    parameters[1] = parameters[1].clamp_min(0)
+    library = library / 20  # 400 counts are all that can be
+
+    def expected(scale: float) -> Tensor:
+        shown = likelihood(parameters, library * scale)
+        return sum(math.log1p(3 * x) * shown.log_prob(torch.full((B, G), float(x))).exp() for x in range(1, 400))
+
+    shown = likelihood(parameters, library)
+    by_rate = torch.zeros(B, G, dtype=torch.float64)
+    for x in range(400):
+        counts = torch.full((B, G), float(x), dtype=torch.float64)
+        gain = math.log1p(3 * (x + 1)) - math.log1p(3 * x)
+        by_rate += shown.log_prob(counts).exp() * shown.rate_given(counts) * gain
+    torch.testing.assert_close(by_rate, (expected(1.001) - expected(0.999)) / 0.002, rtol=1e-4, atol=1e-6)
