@@ -11,6 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+# Processes that share the cores share their threads; what they start does so too. Before torch, which reads it once.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share //= int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -54,6 +60,12 @@ def no_hurry() -> Iterator[None]:
         patch.setattr(mirror, "CLOSE_SQLITE", 900.0)
         patch.setattr(mirror, "NICENESS", 0)
         yield
+
+
+@pytest.fixture
+def few_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flow that fits its levels generates few latents for that: for tests about something else."""
+    monkeypatch.setattr("bgen.train.stages.levels.COMPARED_LATENTS", 256)
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ def test_export_of_a_run_is_what_training_exported(demo: Any) -> None:
     assert all(trained[name].equal(exported[name]) for name in trained)
 
 
+@pytest.mark.usefixtures("few_latents")
 @pytest.mark.parametrize("stage", ["vae", "flow", "trajectories"])
 def test_export_of_a_run_with_shipped_settings_is_what_training_exported(
     stage: str, demo: Any, bgen: Any, tmp_path: Path

@@ -37,7 +37,7 @@ def losses(run: Path, kind: str = "train") -> list[float]:
 def arguments(demo: Any, stage: str, run: Path) -> list[str]:
     more = ["train.patience=3", "vae.fit_levels=true"]
     if stage == "flow":
-        more = [f"flow.vae={demo.vae}", "flow.fit_levels=true", "sample.steps=2"]
+        more = [f"flow.vae={demo.vae}", "flow.fit_levels=true", "sample.solver=euler", "sample.steps=1"]
     return ["train", f"demo/{stage}", f"out={run}", f"data.store={demo.store}", "train.ema=0.99", *SETTINGS, *more]
 
 

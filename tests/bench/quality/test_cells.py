@@ -22,6 +22,7 @@ TINY = ["vae.train.steps=20", "flow.train.steps=20"]
 SMALL = ["vae.train.global_batch=128", "flow.train.global_batch=128", "flow.flow.backbone.width=64"]
 
 
+@pytest.mark.usefixtures("few_latents")
 def test_the_example_of_the_help_runs(bgen: Any, demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cells, "TIMED", 1)  # of generation, whose cells do not change
