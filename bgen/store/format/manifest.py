@@ -19,7 +19,7 @@ NAME = "manifest.json"
 VERSION = 1
 
 MOST_BYTES = 128 << 20
-"""Bytes of a manifest or an index, at most: that of a store of a billion cells has half as many."""
+"""Bytes of a manifest or an index, at most."""
 
 Number = Annotated[int, Field(ge=0, lt=1 << 62)]
 

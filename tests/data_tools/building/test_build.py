@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import resource
 import shutil
 import signal
@@ -11,116 +10,19 @@ import sys
 import textwrap
 from pathlib import Path
 
-import anndata
-import numpy as np
-import pandas as pd
 import psutil
 import pytest
-import scipy.sparse as sp
+from made import contents_of, contents_of_files, hashes, random_counts, same_frames, small_pieces, write_h5ad
 from prefork import python
 
-from bgen.data.loader import CountReader
 from bgen.errors import UserError
 from bgen.store.format.manifest import check_files
 from bgen.store.store import Store
 from data_tools.building import pieces, shuffle
 from data_tools.building.build import build
 from data_tools.building.partial import Interrupted
-from data_tools.check.check import CheckOptions, check
-from data_tools.check.findings import Roles
+from data_tools.check.check import check
 from data_tools.inputs import source as inputs
-
-N_GENES = 700
-
-
-def random_counts(n_cells: int, seed: int, n_genes: int = N_GENES) -> sp.csr_matrix:
-    rng = np.random.default_rng(seed)
-    counts = sp.random(n_cells, n_genes, density=0.05, format="csr", rng=rng, dtype=np.float32)
-    counts.data = np.ceil(rng.lognormal(1.0, 1.3, counts.nnz)).astype(np.float32)
-    counts.data[rng.integers(0, counts.nnz, 40)] = rng.integers(250, 70_000, 40)
-    counts = sp.hstack([np.ones((n_cells, 1), np.float32), counts[:, 1:]])  # no cell is empty
-    return sp.csr_matrix(counts)
-
-
-def write_h5ad(path: Path, counts: sp.spmatrix, first_gene: int = 0, seed: int = 0) -> Path:
-    rng = np.random.default_rng(seed)
-    n_cells, n_genes = counts.shape
-    obs = pd.DataFrame(
-        {
-            "cell_type": rng.choice(["B", "T"], n_cells),
-            "donor": rng.choice([f"D{i}" for i in range(6)], n_cells),
-            "drug": rng.choice(["a", "b"], n_cells),
-            "dish": rng.choice(["x", "y"], n_cells),
-            "perturbation": rng.choice(["control", "G1", "G2", "G3"], n_cells),
-            "time": rng.choice([0.0, 6.0, 48.0], n_cells),
-        },
-        index=[f"{path.stem}-{i}" for i in range(n_cells)],
-    )
-    order = rng.permutation(n_genes)  # each file has its own order of genes
-    var = pd.DataFrame(index=[f"GENE{first_gene + i:011d}" for i in order])
-    adata = anndata.AnnData(counts[:, order], obs=obs, var=var, uns={"organism": "synthetic", "time_unit": "hours"})
-    adata.write_h5ad(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return [
-        write_h5ad(folder / "one.h5ad", random_counts(900, 1)),
-        write_h5ad(folder / "two.h5ad", random_counts(501, 2).tocsc(), first_gene=100),
-    ]
-
-
-def contents_of(store: Store) -> pd.DataFrame:
-    """(file, row, gene id) to count."""
-    cells = np.arange(len(store))
-    batch = CountReader(store).read_cells(cells)
-    source, row = store.source_of(cells)
-    owner = np.repeat(cells, np.diff(batch.indptr.numpy()))
-    frame = pd.DataFrame({"source": source[owner], "row": row[owner]})
-    frame["gene"] = store.genes["id"].to_numpy()[batch.indices.numpy()]
-    frame["count"] = batch.counts.numpy()
-    return frame.sort_values(["source", "row", "gene"]).reset_index(drop=True)
-
-
-def contents_of_files(files: list[Path]) -> pd.DataFrame:
-    frames = []
-    for number, path in enumerate(files):
-        adata = anndata.read_h5ad(path)
-        x = sp.coo_matrix(adata.X)
-        frames.append(
-            pd.DataFrame(
-                {
-                    "source": np.int32(number),
-                    "row": x.row.astype(np.int64),
-                    "gene": adata.var_names[x.col],
-                    "count": x.data,
-                }
-            )
-        )
-    return pd.concat(frames).sort_values(["source", "row", "gene"]).reset_index(drop=True)
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def same_frames(a: pd.DataFrame, b: pd.DataFrame) -> bool:
-    return all(np.array_equal(a[name].to_numpy(), b[name].to_numpy()) for name in ("source", "row", "count")) and (
-        a["gene"].astype(str).tolist() == b["gene"].astype(str).tolist()
-    )
-
-
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "PIECE_VALUES", 4000)
-    monkeypatch.setattr(inputs, "CSC_VALUES", 3000)
-    monkeypatch.setattr(inputs, "BLOCK_BYTES", 7000)
-    monkeypatch.setattr(shuffle, "SHARD_CHUNKS", 2)
 
 
 @pytest.fixture(scope="module")
@@ -409,96 +311,3 @@ def test_workers_open_no_port_and_end_with_the_build(files: list[Path], tmp_path
         process.kill()
     _, alive = psutil.wait_procs(workers, timeout=60)
     assert alive == []
-
-
-def test_stochastic_rounding_belongs_to_cell_and_gene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = random_counts(400, 3)
-    counts.data[::3] += 0.25
-    file = write_h5ad(tmp_path / "soup.h5ad", counts)
-    options = CheckOptions(counts="X", rounding="stochastic")
-    build(check([file], options), tmp_path / "whole", created_by="test")
-    small_pieces(monkeypatch)
-    build(check([file], options), tmp_path / "cut", created_by="test")
-    found = contents_of(Store(tmp_path / "cut"))
-    assert same_frames(found, contents_of(Store(tmp_path / "whole")))
-    added = found["count"].sum() - np.floor(counts.data).sum()
-    assert abs(added / (len(counts.data) / 3) - 0.25) < 0.03
-    assert Store(tmp_path / "cut").manifest.sources[0].rounding == "stochastic"
-
-
-def test_a_reference_decides_the_genes(files: list[Path], tmp_path: Path) -> None:
-    reference = tmp_path / "panel.txt"
-    wanted = [f"GENE{i:011d}" for i in range(650, 850)]  # 600 to 799 are in the inputs; the last 50 in none
-    reference.write_text("\n".join(wanted) + "\n")
-    manifest = build(check(files), tmp_path / "store", created_by="test", reference=reference)
-    store = Store(tmp_path / "store")
-    assert sorted(store.genes["id"]) == wanted
-    expected = contents_of_files(files)
-    expected = expected[expected["gene"].isin(wanted)].reset_index(drop=True)
-    assert same_frames(contents_of(store), expected)
-    assert (manifest.vocabulary, manifest.sources[0].genes, manifest.sources[0].genes_left_out) == (
-        "panel.txt",
-        50,
-        650,
-    )
-    assert manifest.n_cells == 1401
-    # the genes of a store are a reference too, with its symbols
-    again = build(check(files), tmp_path / "again", created_by="test", reference=tmp_path / "store")
-    assert again.genes_sha256 == manifest.genes_sha256
-    reference.write_text("TP53\nTP54\n")
-    with pytest.raises(UserError, match=r"none of the inputs' genes.*TP53"):
-        build(check(files), tmp_path / "other", created_by="test", reference=reference)
-    reference.write_text("TP53\nTP53\n")
-    with pytest.raises(UserError, match="TP53 twice"):
-        build(check(files), tmp_path / "other", created_by="test", reference=reference)
-
-
-def test_several_conditions_keep_their_role(files: list[Path], tmp_path: Path) -> None:
-    options = CheckOptions(roles=Roles(condition=("drug", "dish"), cell_type="cell_type"))
-    build(check(files, options), tmp_path / "store", created_by="test")
-    store = Store(tmp_path / "store")
-    assert store.column_name("condition") == "drug"
-    assert store.column_name("condition_2") == "dish"
-
-
-def test_groups_and_held_out_values_keep_to_their_split(files: list[Path], tmp_path: Path) -> None:
-    build(check(files), tmp_path / "donors", created_by="test", split_by="donor")
-    store = Store(tmp_path / "donors")
-    splits = [set(store.column("donor")[1][store.cells_of_split(name)]) for name in ("train", "valid", "test")]
-    assert sum(map(len, splits)) == 6
-    assert set.union(*splits) == set(range(6))
-
-    options = {"created_by": "test", "split_by": "time", "held_out": {"test": ["48"]}}
-    manifest = build(check(files), tmp_path / "times", **options)
-    assert manifest.held_out == {"test": ["48"]}
-    store = Store(tmp_path / "times")
-    assert set(store.column("time")[1][store.cells_of_split("test")]) == {48.0}
-    assert set(store.column("time")[1][store.cells_of_split("train")]) == {0.0, 6.0}
-    ratio = len(store.cells_of_split("valid")) / len(store.cells_of_split("train"))
-    assert abs(ratio - 1 / 8) < 0.01
-
-    options = CheckOptions(roles=Roles(perturbation="perturbation", control="control"))
-    build(check(files, options), tmp_path / "perturbed", created_by="test", split_by="perturbation")
-    store = Store(tmp_path / "perturbed")
-    names = store.column("perturbation")[0].categories
-    splits = [
-        {names[i] for i in store.column("perturbation")[1][store.cells_of_split(s)]} for s in ("train", "valid", "test")
-    ]
-    assert all("control" in split for split in splits)
-    assert sorted(name for split in splits for name in split if name != "control") == ["G1", "G2", "G3"]
-    with pytest.raises(UserError, match="Did you mean 'G3'"):
-        build(
-            check(files, options),
-            tmp_path / "x",
-            created_by="test",
-            split_by="perturbation",
-            held_out={"test": ["G33"]},
-        )
-    with pytest.raises(UserError, match="is the control"):
-        build(
-            check(files, options),
-            tmp_path / "x",
-            created_by="test",
-            split_by="perturbation",
-            held_out={"test": ["control"]},
-        )
