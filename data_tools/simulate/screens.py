@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from bgen.arrays import F64
 from bgen.errors import UserError, nearest
-from data_tools.simulate.truth import CONTROL
+from data_tools.simulate.truth import CONTROL, require_size
 
 STATE = np.array([1.3, 1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6])
 """Spread of contexts in each dimension of the state."""
@@ -98,10 +98,7 @@ def simulate_screens(
     size = SCREENS[preset]
     n_cells, n_genes = size.cells if cells is None else cells, size.genes if genes is None else genes
     least = size.contexts * (size.singles + size.pairs + 1)
-    if n_cells < least or n_genes < 60:
-        raise UserError(f"{n_cells} cells x {n_genes} genes is too small: '{preset}' needs at least {least} x 60.")
-    if seed < 0:
-        raise UserError(f"the seed must not be negative, and is {seed}.")
+    require_size(preset, n_cells, n_genes, (least, 60), seed)
     structure, sampling = np.random.default_rng([seed, 2]), np.random.default_rng([seed, 3])
     width = max(4, len(str(n_genes)))
     names = pd.Index([f"G{number:0{width}d}" for number in range(1, n_genes + 1)])

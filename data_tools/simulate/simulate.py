@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from bgen.errors import UserError, nearest
 from data_tools.simulate.network import draw_network
 from data_tools.simulate.screens import SCREENS
-from data_tools.simulate.truth import CONDITION, CONTROL, VEHICLE, cell_multipliers, expected_proportions
+from data_tools.simulate.truth import CONDITION, CONTROL, VEHICLE, cell_multipliers, expected_proportions, require_size
 
 LIBRARY_CV = 1.0
 """Coefficient of variation of the library size, as in real droplet data."""
@@ -87,10 +87,7 @@ def simulate(
         raise UserError(f"there is no preset '{preset}'.{nearest(preset, [*PRESETS, *SCREENS])}")
     size = PRESETS[preset]
     n_cells, n_genes = size.cells if cells is None else cells, size.genes if genes is None else genes
-    if n_cells < 100 or n_genes < 60:
-        raise UserError(f"{n_cells} cells x {n_genes} genes is too small: the simulator needs at least 100 x 60.")
-    if seed < 0:
-        raise UserError(f"the seed must not be negative, and is {seed}.")
+    require_size(preset, n_cells, n_genes, (100, 60), seed)
     structure, sampling = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
 
     width = max(4, len(str(n_genes)))

@@ -27,6 +27,16 @@ CONDITION = ["cell_type", "time", "perturbation", "drug", "dose"]
 Truth = Mapping[str, Any]
 
 
+def require_size(preset: str, n_cells: int, n_genes: int, least: tuple[int, int], seed: int) -> None:
+    """Raise UserError if a preset cannot be had with so few cells or genes, ``least`` of each, or with such a seed."""
+    if n_cells < least[0] or n_genes < least[1]:
+        raise UserError(
+            f"{n_cells} cells x {n_genes} genes is too small: '{preset}' needs at least {least[0]} x {least[1]}."
+        )
+    if seed < 0:
+        raise UserError(f"the seed must not be negative, and is {seed}.")
+
+
 def network_of(truth: Truth) -> Network:
     """Return the regulatory network of a truth."""
     net = truth["network"]
