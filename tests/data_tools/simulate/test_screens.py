@@ -69,6 +69,14 @@ def test_effects_are_partly_shared_and_partly_of_the_context(atlas: anndata.AnnD
     assert 0.0 < left < 0.5
 
 
+def test_what_is_foreseen_lacks_what_is_the_contexts_own(atlas: anndata.AnnData) -> None:
+    some = atlas[atlas.obs["perturbation"] != "control"][:200].copy()
+    whole, foreseen = perturbed_mean(some), perturbed_mean(some, foreseen=True)
+    some.uns["truth"]["response"]["own"] = np.zeros_like(some.uns["truth"]["response"]["own"])
+    np.testing.assert_array_equal(perturbed_mean(some), foreseen)
+    assert not np.allclose(whole, foreseen)
+
+
 def test_amount_and_time_act_as_they_should(atlas: anndata.AnnData) -> None:
     control = atlas[atlas.obs["perturbation"] == "control"][:200]
     single, pair = atlas.uns["truth"]["label"][0], atlas.uns["truth"]["label"][-1]
