@@ -112,6 +112,7 @@ class Owner:
         self._number = 0
         self._attempt = Attempt.here()
         self._stop = threading.Event()
+        self._heart = threading.Thread(target=self._live, name="bgen-lock", daemon=True)
 
     def take(self) -> None:
         """Make this attempt the owner.
@@ -134,7 +135,7 @@ class Owner:
             raise UserError(
                 f"The run folder {self.folder} cannot be written to: {reason}. Choose another out=."
             ) from None
-        threading.Thread(target=self._live, name="bgen-lock", daemon=True).start()
+        self._heart.start()
 
     def check(self) -> None:
         """Raise Superseded if another attempt owns the folder by now."""
@@ -149,6 +150,8 @@ class Owner:
     def release(self) -> None:
         """Leave the folder to the next job."""
         self._stop.set()
+        if self._heart.is_alive():
+            self._heart.join(timeout=BEAT)  # a beat on its way would be written after the folder was left
         self._attempt.ended, self._attempt.done = True, self.done
         path = self._path(self._number)
         with contextlib.suppress(OSError):  # the next job sees that this process is gone, or that its beat has ended

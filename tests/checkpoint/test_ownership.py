@@ -26,7 +26,7 @@ from bgen.errors import UserError
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks.start(30)
     monkeypatch.setattr(ownership, "BEAT", 0.05)
-    monkeypatch.setattr(ownership, "SILENCE", 1.0)
+    monkeypatch.setattr(ownership, "SILENCE", 60.0)  # a beat is heard well before, on a busy machine too
     monkeypatch.setattr(ownership, "DYING", 0.2)
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
 
@@ -49,6 +49,13 @@ def change(folder: Path, number: int, **values: object) -> None:
     """Let an attempt say something else of itself."""
     path = folder / "lock" / f"{number:08d}.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def cut_off(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """End an owner's beat, and let the next one not wait for long."""
+    owner._stop.set()
+    owner._heart.join()  # a beat may have been on its way
+    monkeypatch.setattr(ownership, "SILENCE", 1.0)
 
 
 def finished_process() -> int:
@@ -93,25 +100,29 @@ def test_a_process_that_got_the_number_of_a_dead_one_is_another(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("harm", ["host", "boot", "namespace"])
-def test_of_another_host_the_beat_decides(tmp_path: Path, owners: Any, harm: str) -> None:
+def test_of_another_host_the_beat_decides(
+    tmp_path: Path, owners: Any, harm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = owners()
     first.take()
     change(tmp_path, 1, **{harm: "elsewhere"})
     with pytest.raises(UserError, match="Another job is at work on"):
         owners().take()
-    first._stop.set()  # it is cut off
+    cut_off(first, monkeypatch)
     owners().take()
     with pytest.raises(Superseded, match="was taken over by process"):
         first.check()
 
 
-def test_a_file_that_cannot_be_read_is_judged_by_its_beat(tmp_path: Path, owners: Any) -> None:
+def test_a_file_that_cannot_be_read_is_judged_by_its_beat(
+    tmp_path: Path, owners: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = owners()
     first.take()
     (tmp_path / "lock" / "00000001.json").write_text("")
     with pytest.raises(UserError, match="another job"):
         owners().take()
-    first._stop.set()
+    cut_off(first, monkeypatch)
     owners().take()
 
 
@@ -147,6 +158,28 @@ def test_who_left_it_leaves_it_at_once_and_its_number_is_not_given_again(tmp_pat
     assert sorted(path.name for path in (tmp_path / "lock").iterdir()) == ["00000002.json"]
     with owning(tmp_path) as third:
         assert third.number == 3
+
+
+def test_a_beat_on_its_way_is_not_written_after_the_folder_was_left(
+    tmp_path: Path, owners: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "BEAT", 60.0)
+    on_its_way, beat = threading.Event(), Owner._beat
+
+    def slow(owner: Owner, count: int) -> None:
+        if count:
+            on_its_way.set()
+            time.sleep(0.5)
+        beat(owner, count)
+
+    monkeypatch.setattr(Owner, "_beat", slow)
+    owner = owners()
+    monkeypatch.setattr(owner._stop, "wait", lambda seconds: owner._stop.is_set())
+    owner.take()
+    assert on_its_way.wait(60)
+    owner.release()
+    owner._heart.join()
+    assert [path.name for path in (tmp_path / "lock").iterdir()] == ["00000001.json"]
 
 
 def test_a_job_that_lost_its_folder_commits_nothing(tmp_path: Path, owners: Any) -> None:
