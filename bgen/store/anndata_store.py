@@ -31,6 +31,7 @@ from bgen.store.format.manifest import Column, Manifest, Source
 from bgen.store.format.recode import encode_rows
 from bgen.store.format.sparse import read_pointer
 from bgen.store.format.zarr_metadata import chunk_length, read_metadata, require_safe, require_whole
+from bgen.store.format.zarr_texts import bounded_texts
 from bgen.store.splits import DEFAULT, assign, assign_groups, group_names, require_cells
 from bgen.store.store import Store
 
@@ -64,7 +65,7 @@ class CsrPart:
 
         self.path, self.matrix = path, path / matrix
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), bounded_texts():
                 warnings.simplefilter("ignore")  # anndata's and zarr's remarks about files of older versions
                 require_safe(path)
                 group: Any = zarr.open_group(path, mode="r")

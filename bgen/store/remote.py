@@ -283,7 +283,20 @@ class RemoteStore(Store):
         access = access or Access()
         self._mirror = Mirror(RemoteFiles(url, access))
         self.url = self._mirror.files.url
+        self._threads = access.threads
         super().__init__(self._mirror.folder, threads=access.threads)
+
+    @property
+    def chunks_per_task(self) -> int:
+        """See :class:`bgen.store.store.Store`; each request waits for the server, so none waits for another."""
+        return 1
+
+    def windows_ahead(self, window: int) -> int:
+        """See :class:`bgen.store.store.Store`: as many that requests follow one another while windows are awaited.
+
+        A task makes two requests, one after the other, so that this is three times what the threads read at once.
+        """
+        return max(super().windows_ahead(window), -(-3 * self._threads // (2 * window)))
 
     def find_damaged_files(self) -> list[str]:
         """See :class:`bgen.store.store.Store`."""

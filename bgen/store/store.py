@@ -36,7 +36,10 @@ from bgen.store.arena import Arena
 from bgen.store.format.codec import PROFILES, find_wrong_sizes, locate_rows
 from bgen.store.format.columns import ROWS_CHUNK, count_chunks, obs_path, read_array
 from bgen.store.format.manifest import Column, Manifest, check_files, read_checked, read_manifest
-from bgen.store.format.shards import Stream, read_ahead
+from bgen.store.format.shards import CHUNKS_PER_TASK, Stream, read_ahead
+
+AHEAD = 2
+"""Windows that a rank reads ahead from a local disk."""
 
 SHARD_CHUNKS = 256
 
@@ -162,9 +165,18 @@ class Store:
         """Start to read chunks into slots of an arena, one each."""
         pairs = list(zip(self._streams, (arena.gaps, arena.counts), strict=True))
         try:
-            return read_ahead(self._pool, pairs, chunks, slots)
+            return read_ahead(self._pool, pairs, chunks, slots, self.chunks_per_task)
         except (ValueError, OSError) as error:
             raise self.unread(error) from None
+
+    @property
+    def chunks_per_task(self) -> int:
+        """Chunks that a thread reads one after another."""
+        return CHUNKS_PER_TASK
+
+    def windows_ahead(self, window: int) -> int:
+        """Return how many windows of so many chunks a rank should read ahead."""
+        return AHEAD
 
     def arena(self, slots: int) -> Arena:
         """Return room for so many chunks."""

@@ -88,6 +88,8 @@ def build(
     out = out.absolute()
     sources = [open_source(file.path.absolute() if file.cells is None else file.cells) for file in report.files]
     for source, file in zip(sources, report.files, strict=True):
+        if report.samples is not None:
+            report.samples.join(source)
         if source.n_cells != file.n_cells:
             raise UserError(f"{file.path} was changed after it was checked. Check it again.")
     keep = np.concatenate([file.keep for file in report.files])

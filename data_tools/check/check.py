@@ -28,6 +28,7 @@ from data_tools.check.obs import resolve_roles
 from data_tools.check.vocabulary import take_reference
 from data_tools.inputs.in_memory import NAME as IN_MEMORY
 from data_tools.inputs.registry import members, open_source
+from data_tools.inputs.samples import read_samples
 from data_tools.inputs.source import Source
 
 MANY_BARCODES, NEARLY_EMPTY = 500, 0.75
@@ -59,6 +60,8 @@ class CheckOptions:
     reference, floor
         Genes that the files are compared with (see :func:`data_tools.check.vocabulary.read_reference`), and the
         least share of them that the files together must have.
+    samples
+        Table of samples (:mod:`data_tools.inputs.samples`), whose columns are added to obs.
     primary_only
         Leave out cells that the file marks as copies of other datasets' (is_primary_data is False).
     roles
@@ -73,6 +76,7 @@ class CheckOptions:
     organism: str | None = None
     reference: Path | None = None
     floor: float = 0.0
+    samples: Path | None = None
     primary_only: bool = False
     roles: Roles = field(default_factory=Roles)
 
@@ -102,12 +106,12 @@ def check(
     Raises
     ------
     UserError
-        If no file is given.
+        If no file is given, or the table of samples cannot be read.
     """
     if not files:
         raise UserError("no file was given to check.")
     options = options or CheckOptions()
-    report = Report()
+    report = Report(samples=None if options.samples is None else read_samples(options.samples))
     checked = []
     in_memory = [file for file in files if isinstance(file, AnnData)]
     paths = dict.fromkeys(one for file in files if not isinstance(file, AnnData) for one in members(Path(file)))
@@ -115,6 +119,8 @@ def check(
         where = IN_MEMORY if isinstance(given, AnnData) else given
         try:
             source = open_source(given)
+            if report.samples is not None:
+                report.samples.join(source)
             checked.append(_check_file(source, options, report, progress))
         except UserError as error:
             report.add("C01", "error", str(error).removeprefix(f"{where}: "), where)

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bgen.names import shown
+from data_tools.inputs.samples import Samples
 
 Level = Literal["error", "warning", "fix", "info"]
 LEVELS: dict[Level, str] = {"error": "bold red", "warning": "yellow", "fix": "cyan", "info": "dim"}
@@ -141,6 +142,8 @@ class Report:
         Latin name, "synthetic", or "unknown".
     shared_barcodes
         Whether a barcode occurs in several files, so that a store names cells by file, too.
+    samples
+        Table whose columns were added to obs; None: there was none.
     """
 
     files: list[FileReport] = field(default_factory=list)
@@ -150,6 +153,7 @@ class Report:
     roles: Roles = field(default_factory=Roles)
     organism: str = "unknown"
     shared_barcodes: bool = False
+    samples: Samples | None = None
 
     @property
     def errors(self) -> list[Finding]:

@@ -17,6 +17,7 @@ from anndata import AnnData
 
 from bgen.errors import UserError
 from bgen.store.format.zarr_metadata import require_safe, require_whole
+from bgen.store.format.zarr_texts import bounded_texts
 from data_tools.inputs.source import Matrix, Source
 
 
@@ -33,7 +34,8 @@ class AnnDataZarrSource(Source):
 
     def _everything(self) -> AnnData:
         require_safe(self.path, ("",))
-        return anndata.read_zarr(self.path)
+        with bounded_texts():
+            return anndata.read_zarr(self.path)
 
 
 def is_zarr(path: Path) -> bool:
@@ -59,7 +61,7 @@ def open_zarr(path: Path) -> AnnDataZarrSource:
         If it is damaged, or not AnnData.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), bounded_texts():
             warnings.simplefilter("ignore")  # anndata's and zarr's remarks about stores that older versions wrote
             require_safe(path)
             group: Any = zarr.open_group(path, mode="r")

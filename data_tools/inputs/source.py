@@ -23,6 +23,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from bgen.errors import Unreachable, UserError, nearest
+from bgen.names import shown
 from bgen.store.format.sparse import plain, read_pointer, require_columns
 
 BLOCK_BYTES = 32 << 20
@@ -71,6 +72,12 @@ class Source(abc.ABC):
     matrices: dict[str, Matrix]
     uns: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse texts that cannot be written again, before anything is made of them."""
+        _require_texts(self.path, "obs", self.obs)
+        for name, frame in self.variables.items():
+            _require_texts(self.path, f"var of {name}", frame)
 
     @property
     def n_cells(self) -> int:
@@ -235,3 +242,24 @@ def csc_rows(
         block = sp.csr_matrix((data, (rows, columns)), shape=(high - low, about.shape[1]))
         for first in range(low, high, step):
             yield first, sp.csr_matrix(block[first - low : min(first + step, high) - low])
+
+
+def _require_texts(path: Path, where: str, frame: pd.DataFrame) -> None:
+    """Check that no name and no text holds a NUL character, which no .h5ad can.
+
+    Raises
+    ------
+    UserError
+        If one does.
+    """
+    columns = ((name, pd.Index(column)) for name, column in frame.items())
+    for name, values in (("names", frame.index), ("columns", frame.columns), *columns):
+        distinct = values.categories if isinstance(values, pd.CategoricalIndex) else values
+        if not (pd.api.types.is_object_dtype(distinct) or pd.api.types.is_string_dtype(distinct)):
+            continue
+        bad = distinct.astype(str).str.contains("\0", regex=False, na=False)
+        if bad.any():
+            raise UserError(
+                f"{path}: {where}, {shown(name)}: {shown(distinct[int(np.argmax(bad))])} holds a NUL character. The"
+                " file is damaged, or was not written as text."
+            )

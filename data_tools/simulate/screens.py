@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import anndata
@@ -33,6 +34,7 @@ from numpy.typing import NDArray
 
 from bgen.arrays import F64
 from bgen.errors import UserError, nearest
+from bgen.files import write_whole
 from data_tools.simulate.truth import CONTROL, require_size
 
 STATE = np.array([1.3, 1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6])
@@ -63,6 +65,7 @@ class Screens:
 
 SCREENS = {
     "atlas": Screens(80_000, 500, 16, 30, 10, (0.3, 1.0, 3.0), (6.0, 24.0, 72.0), 0.2),
+    "lines": Screens(40_000, 500, 16, 30, 10, (3.0,), (72.0,), 0.2),
     "crowd": Screens(24_000, 200, 24, 4, 0, (1.0,), (24.0,), 0.5, crowd=True),
 }
 
@@ -75,8 +78,8 @@ def simulate_screens(
     Parameters
     ----------
     preset
-        "atlas" (80,000 x 500: 16 contexts, 40 perturbations of which 10 are pairs, 3 doses, 3 times) or "crowd" (24,000
-        x 200: 24 contexts, 4 perturbations).
+        "atlas" (80,000 x 500: 16 contexts, 40 perturbations of which 10 are pairs, 3 doses, 3 times), "lines" (40,000 x
+        500: the same at one dose and one time) or "crowd" (24,000 x 200: 24 contexts, 4 perturbations).
     cells, genes
         Other sizes than the preset's.
     seed
@@ -122,6 +125,23 @@ def simulate_screens(
     }
     counts = sp.vstack(blocks, format="csr")
     return anndata.AnnData(counts, obs=obs, var=pd.DataFrame(index=names), uns=uns, obsm={"truth": latent})
+
+
+def write_drives(adata: anndata.AnnData, path: Path) -> None:
+    """Write which programmes each single perturbation drives, and how strongly: a CSV of names and vectors.
+
+    Raises
+    ------
+    UserError
+        If the cells have no such truth.
+    """
+    response = adata.uns.get("truth", {}).get("response")
+    if response is None:
+        raise UserError(f"only the presets {', '.join(SCREENS)} have perturbations that can be written.")
+    drive = np.asarray(response["drive"])
+    names = pd.Index(np.asarray(adata.uns["truth"]["label"])[: len(drive)], name="name")
+    columns = [f"programme_{number + 1}" for number in range(drive.shape[1])]
+    write_whole(path, pd.DataFrame(drive, names, columns).to_csv(float_format="%.4f").encode())
 
 
 def perturbed_mean(

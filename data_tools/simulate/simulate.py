@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from bgen.errors import UserError, nearest
 from data_tools.simulate.network import draw_network
+from data_tools.simulate.programmes import PROGRAMMES
 from data_tools.simulate.screens import SCREENS
 from data_tools.simulate.truth import CONDITION, CONTROL, VEHICLE, cell_multipliers, expected_proportions, require_size
 
@@ -84,7 +85,7 @@ def simulate(
         If the preset is unknown, or the size is too small for what the preset promises.
     """
     if preset not in PRESETS:
-        raise UserError(f"there is no preset '{preset}'.{nearest(preset, [*PRESETS, *SCREENS])}")
+        raise UserError(f"there is no preset '{preset}'.{nearest(preset, [*PRESETS, *SCREENS, *PROGRAMMES])}")
     size = PRESETS[preset]
     n_cells, n_genes = size.cells if cells is None else cells, size.genes if genes is None else genes
     require_size(preset, n_cells, n_genes, (100, 60), seed)

@@ -28,8 +28,21 @@ class RangeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.failures = folder, failures
         self.silent: set[str] = set()  # paths whose next request is never answered
+        self.together = 0  # requests of chunks that are waited for before one of them is answered
+        self.most = 0  # that were there at once
+        self._here = 0
+        self._more = threading.Condition()
         self.closing = threading.Event()
         self.seen: Counter[str] = Counter()
+
+    def gather(self) -> None:
+        """Wait until as many requests are here as are wanted at once, or until no more come."""
+        with self._more:
+            self._here += 1
+            self.most = max(self.most, self._here)
+            self._more.notify_all()
+            self._more.wait_for(lambda: self.most >= self.together, timeout=5)
+            self._here -= 1
 
     @property
     def url(self) -> str:
@@ -51,6 +64,8 @@ class _Handler(BaseHTTPRequestHandler):
         asked = f"{self.path} {self.headers.get('Range', '')}"
         self.server.seen[asked] += 1
         path = self.server.folder / urllib.parse.unquote(self.path).lstrip("/")
+        if self.server.together and "/c/" in self.path and self.headers.get("Range"):
+            self.server.gather()
         if self.path in self.server.silent:
             self.server.silent.remove(self.path)
             self.server.closing.wait()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -177,4 +179,28 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     assert len(reader.skipped) >= 1
     shard.unlink()
     with pytest.raises(UserError, match=r"1 file.* of 'data' are missing, the first is c/1"):
+        open_store(path)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_texts_take_the_memory_that_their_bytes_explain(version: int, tmp_path: Path) -> None:
+    path = write(make_adata(60, 0), tmp_path / "a.zarr", version)
+    group: Any = zarr.open_group(path, mode="r", use_consolidated=False)
+    name = (
+        "obs/_index" if isinstance(group["obs/_index"], zarr.Array) else "obs/_index/values"
+    )  # as anndata 0.13 has it
+    texts, attributes = group[name][...], dict(group[name].attrs)
+    where = path / name
+    made = zarr.create_array(where, shape=(60,), dtype=str, compressors=None, zarr_format=version, overwrite=True)  # type: ignore[arg-type]
+    made[...] = texts
+    made.attrs.update(attributes)
+    (path / ".zmetadata").unlink(missing_ok=True)
+    if version == 3:
+        root = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
+        del root["consolidated_metadata"]
+        (path / "zarr.json").write_text(json.dumps(root), encoding="utf-8")
+    open_store(path)
+    (chunk,) = (file for file in where.rglob("*") if file.name == "0")
+    chunk.write_bytes((1 << 30).to_bytes(4, "little") + chunk.read_bytes()[4:])
+    with pytest.raises(UserError, match="says that it holds 1,073,741,824 texts"):
         open_store(path)

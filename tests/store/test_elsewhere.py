@@ -171,6 +171,19 @@ def test_a_shaky_server_is_asked_again(store: Store, tmp_path: Path) -> None:
         assert min(server.seen.values()) >= 3
 
 
+def test_as_many_requests_are_made_at_once_as_there_are_threads(store: Store, tmp_path: Path) -> None:
+    n = store.manifest.n_chunks
+    assert n > 4
+    with serve(store.folder) as server:
+        remote = RemoteStore(server.url, access(tmp_path, threads=n))
+        server.together = n
+        for future in remote.read_chunks(np.arange(n), remote.arena(n), np.arange(n)):
+            future.result()
+        assert server.most == n
+        assert [remote.windows_ahead(16), store.windows_ahead(16)] == [2, 2]
+        assert RemoteStore(server.url, access(tmp_path / "b", threads=64)).windows_ahead(16) == 6
+
+
 def test_what_cannot_be_reached_is_named(store: Store, server: RangeServer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no store at .*/nothing"):
         open_store(f"{server.url}/nothing", access=access(tmp_path))

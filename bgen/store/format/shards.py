@@ -232,17 +232,23 @@ class Stream:
         return str(shard_path(self.folder, number))
 
 
-def read_ahead(pool: ThreadPoolExecutor, pairs: list[tuple[Stream, U8]], chunks: I64, slots: I64) -> list[Future[None]]:
-    """Start to read chunks of some streams, each into the rows ``slots`` of its array."""
+def read_ahead(
+    pool: ThreadPoolExecutor,
+    pairs: list[tuple[Stream, U8]],
+    chunks: I64,
+    slots: I64,
+    together: int = CHUNKS_PER_TASK,
+) -> list[Future[None]]:
+    """Start to read chunks of some streams, each into the rows ``slots`` of its array; a thread takes some together."""
     for stream, _ in pairs:
         stream.announce(chunks)
 
     def work(start: int) -> None:
-        for chunk, slot in zip(chunks[start:][:CHUNKS_PER_TASK].tolist(), slots[start:].tolist(), strict=False):
+        for chunk, slot in zip(chunks[start:][:together].tolist(), slots[start:].tolist(), strict=False):
             for stream, room in pairs:
                 stream.read(chunk, room[slot])
 
-    return [pool.submit(work, start) for start in range(0, len(chunks), CHUNKS_PER_TASK)]
+    return [pool.submit(work, start) for start in range(0, len(chunks), together)]
 
 
 CODECS = {

@@ -16,9 +16,11 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import zarr
+from anndata import AnnData
 
 from bgen.data.loader import CountReader
 from bgen.errors import UserError
+from bgen.files import write_h5ad
 from bgen.store.anndata_store import CsrStore
 from data_tools.check.check import check
 from data_tools.inputs.registry import open_source
@@ -279,3 +281,45 @@ def test_a_damaged_zarr_is_one_error(version: int, harm: Callable[[Path], None],
             pass
     with pytest.raises(UserError, match=r"cells\.zarr"):
         CountReader(CsrStore(path)).read_cells(np.arange(N))
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_texts_take_the_memory_that_their_bytes_explain(version: int, tmp_path: Path) -> None:
+    """A chunk of texts that says that it holds 2^30 of them is refused before there is room for so many."""
+    cells = make_cells()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which version of zarr will be the default
+        anndata.io.write_elem(zarr.open_group(tmp_path / "cells.zarr", mode="w", zarr_format=version), "/", cells)
+    group: Any = zarr.open_group(tmp_path / "cells.zarr", mode="r")
+    name = (
+        "obs/_index" if isinstance(group["obs/_index"], zarr.Array) else "obs/_index/values"
+    )  # as anndata 0.13 has it
+    texts, attributes = group[name][...], dict(group[name].attrs)
+    where = tmp_path / "cells.zarr" / name
+    made = zarr.create_array(where, shape=texts.shape, dtype=str, compressors=None, zarr_format=version, overwrite=True)
+    made[...] = texts
+    made.attrs.update(attributes)
+    assert errors_of(tmp_path / "cells.zarr") == ""
+    (chunk,) = (file for file in where.rglob("*") if file.is_file() and file.name == "0")
+    chunk.write_bytes((1 << 30).to_bytes(4, "little") + chunk.read_bytes()[4:])
+    assert "says that it holds 1,073,741,824 texts" in errors_of(tmp_path / "cells.zarr")
+
+
+@pytest.mark.parametrize("where", ["name", "category", "gene", "column", "text"])
+def test_a_text_with_a_nul_is_refused_before_anything_is_made_of_it(where: str, tmp_path: Path) -> None:
+    cells = make_cells()
+    if where == "name":
+        cells.obs_names = ["c\0", *cells.obs_names[1:]]
+    elif where == "gene":
+        cells.var_names = ["G\0", *cells.var_names[1:]]
+    elif where == "category":
+        cells.obs["celltype"] = pd.Categorical(cells.obs["celltype"].replace("a", "a\0"))
+    elif where == "column":
+        cells.obs["a\0"] = 1
+    else:
+        cells.obs["note"] = ["x\0y", *["z"] * (N - 1)]
+    with pytest.raises(UserError, match=r"holds a NUL character. The file is damaged"):
+        open_source(cells)
+    with pytest.raises(UserError, match="holds a NUL character"):
+        write_h5ad(AnnData(cells.X, uns={"said": "x\0y"}), tmp_path / "out.h5ad")
+    assert not (tmp_path / "out.h5ad").exists()
