@@ -64,13 +64,13 @@ class Network:
         return rows, (v / scale).astype(np.float32)
 
 
-def read_network(path: Path, genes: pd.DataFrame) -> Network:
-    """Read a CSV of edges: source, target and (if known) signed weight, genes by id or symbol.
+def read_edges(path: Path) -> pd.DataFrame:
+    """Read a CSV of edges: columns source, target (text) and weight (1 where the file has none).
 
     Raises
     ------
     UserError
-        If the file or a column is missing, a weight is no number, or no edge joins genes of the model.
+        If the file or a column is missing, or a weight is no number.
     """
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
@@ -83,17 +83,31 @@ def read_network(path: Path, genes: pd.DataFrame) -> Network:
                 f"{path} has no column {kind} ({' or '.join(NAMES[kind])}); it has"
                 f" {', '.join(map(str, table.columns))}."
             )
-    source, target = (find_genes(genes, table[found[kind]].astype(str).tolist()) for kind in ("source", "target"))
     weight = np.ones(len(table))
     if found["weight"] is not None:
         weight = pd.to_numeric(table[found["weight"]], errors="coerce").to_numpy(np.float64)
         if not np.isfinite(weight).all():
             raise UserError(f"{path}: the column {found['weight']} must hold a number for every edge.")
+    ends = {kind: table[found[kind]].astype(str) for kind in ("source", "target")}
+    return pd.DataFrame({**ends, "weight": weight})
+
+
+def read_network(path: Path, genes: pd.DataFrame) -> Network:
+    """Read a CSV of edges (:func:`read_edges`) between genes of a model, by id or symbol.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be used, or no edge joins genes of the model.
+    """
+    table = read_edges(path)
+    source, target = (find_genes(genes, table[kind].tolist()) for kind in ("source", "target"))
+    weight = table["weight"].to_numpy()
     joined = (source >= 0) & (target >= 0) & (source != target) & (weight != 0)
     if not joined.any():
         raise UserError(
             f"{path}: no edge joins genes of the model. Its genes look like"
-            f" {', '.join(table[found['source']].astype(str).head(3))}; those of the model like"
+            f" {', '.join(table['source'].head(3))}; those of the model like"
             f" {', '.join(genes['id'].head(3))}."
         )
     matrix = sp.coo_matrix((weight[joined], (source[joined], target[joined])), shape=(len(genes), len(genes)))

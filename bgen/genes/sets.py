@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import scipy.sparse as sp
 
 from bgen.arrays import F64
 from bgen.errors import UserError
@@ -28,10 +29,19 @@ class GeneSets:
 
         So two genes of a small set are more alike than two of a large one.
         """
-        rows = np.zeros((len(names), len(self.members)))
-        for column, genes in enumerate(self.members.values()):
-            rows[[name.upper() in genes for name in names], column] = len(genes) ** -0.5
+        rows: F64 = self.memberships(names).toarray()
         return rows
+
+    def memberships(self, names: Sequence[str]) -> sp.csr_matrix:
+        """Return the same as a sparse matrix: of many genes in many sets few are members."""
+        places: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            places.setdefault(name.upper(), []).append(row)
+        rows = [[row for gene in genes for row in places.get(gene, ())] for genes in self.members.values()]
+        columns = np.repeat(np.arange(len(rows)), [len(found) for found in rows])
+        weights = np.array([len(genes) ** -0.5 for genes in self.members.values()])
+        numbers = np.fromiter((row for found in rows for row in found), np.int64)
+        return sp.csr_matrix((weights[columns], (numbers, columns)), (len(names), len(rows)))
 
 
 def read_gene_sets(path: Path) -> GeneSets:

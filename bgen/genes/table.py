@@ -20,20 +20,35 @@ VERSIONED = r"^(ENS[A-Z]{0,6}G\d{11})\.\d+"
 COLUMNS = ["id", "symbol", "cells"]
 """``id`` is the key, ``symbol`` for people, ``cells`` how many cells express the gene."""
 
+SOURCE = "source"
+"""A fourth column, of a model that knows genes which it was not trained on: :data:`VECTOR`, :data:`TUNED` or ""."""
+
+VECTOR = "vector"
+"""What a model says of the gene comes from its vector alone: no training has seen it."""
+
+TUNED = "vector, fine-tuned"
+"""The gene was added by its vector, and fine-tuning has then seen its counts."""
+
 
 def write_genes(genes: pd.DataFrame, folder: Path) -> None:
-    """Write a gene table with :data:`COLUMNS` into a folder."""
-    genes[COLUMNS].to_csv(folder / NAME, index=False)
+    """Write a gene table with :data:`COLUMNS`, and :data:`SOURCE` if it has that, into a folder."""
+    genes[[*COLUMNS, *([SOURCE] if SOURCE in genes else [])]].to_csv(folder / NAME, index=False)
+
+
+def known_by_vector(genes: pd.DataFrame) -> NDArray[np.bool_]:
+    """Return which genes of a table ``[G]`` a model knows by their vectors alone."""
+    return np.asarray(genes[SOURCE] == VECTOR) if SOURCE in genes else np.zeros(len(genes), bool)
 
 
 def read_genes(folder: Path) -> pd.DataFrame:
-    """Read the gene table of a store or model: :data:`COLUMNS`, and ``source``, its place in the inputs, if known."""
+    """Read the gene table of a store or model: :data:`COLUMNS`, and :data:`SOURCE` if it has that."""
     return parse_genes((folder / NAME).read_bytes())
 
 
 def parse_genes(text: bytes) -> pd.DataFrame:
     """Return the gene table that the bytes of its file describe (see :func:`read_genes`)."""
-    return pd.read_csv(io.BytesIO(text), dtype={"id": str, "symbol": str, "cells": np.int64}, keep_default_na=False)
+    kinds = {"id": str, "symbol": str, "cells": np.int64, SOURCE: str}
+    return pd.read_csv(io.BytesIO(text), dtype=kinds, keep_default_na=False)
 
 
 def hash_genes(ids: Sequence[str]) -> str:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bgen.data.batch import CellBatch
-from bgen.models.vae.thinning import thin
 from bgen.models.vae.vae import VAE
 
 LABEL = "label"
@@ -39,9 +38,11 @@ class Annotator(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: CellBatch) -> dict[str, Tensor]:
-        """Return ``loss`` (weighted cross-entropy, nats) and ``error`` per cell ``[B]``; counts thinned in training."""
-        counts = thin(batch, self.vae.config.thinning) if self.training else batch.counts
-        logits = self.logits(self.vae.encoder(batch, counts)[0])
+        """Return ``loss`` (weighted cross-entropy, nats) and ``error`` per cell ``[B]``.
+
+        In training the encoder sees as much of the counts as in the VAE's.
+        """
+        logits = self.logits(self.vae.encoder(batch, self.vae.shown(batch))[0])
         codes = batch.obs[LABEL]
         loss = F.cross_entropy(logits, codes, weight=self.label_weights, reduction="none")
         return {"loss": loss, "error": (logits.argmax(1) != codes).float()}

@@ -1,4 +1,7 @@
-"""The codec: what a flow asks of a model between counts and latents, such as a VAE (:mod:`bgen.models.vae.vae`).
+"""The codec: what a flow asks of whatever stands between counts and latents.
+
+A VAE (:mod:`bgen.models.vae.vae`) and plain log counts (:mod:`bgen.models.log_counts`) are such, and model directories
+hold either of them.
 
 Axes: B cells, G genes, D size of the latent state; the latents of a cell are D + 1 numbers.
 """
@@ -13,6 +16,8 @@ from torch import Tensor, nn
 
 from bgen.data.batch import CellBatch
 from bgen.models.likelihoods.negative_binomial import NegativeBinomial, ZeroInflatedNegativeBinomial
+from bgen.models.vae.levels import LevelStats
+from bgen.models.vae.whitening import WhiteningStats
 
 _LIBRARY_MARGIN = 0.1
 """Natural-log units by which a generated library may lie outside the range seen in training."""
@@ -84,6 +89,60 @@ class Codec(nn.Module, ABC):
     def whiten_library(self, log_library: Tensor) -> Tensor:
         """Standardise log total counts ``[...]`` alone."""
         return (log_library - self.latent_mean[-1]) / self.latent_std[-1]
+
+
+class CountsCodec(Codec):
+    """A codec that a model directory can hold: it also encodes a user's cells, and is fitted to training cells.
+
+    See :class:`Codec` for the parameters.
+    """
+
+    @abstractmethod
+    def encode(self, batch: CellBatch) -> tuple[Tensor, Tensor]:
+        """Return mean and log-variance of the states of cells, ``[B, D]`` each; -inf where there is no variance."""
+
+    @abstractmethod
+    def states(self, batch: CellBatch) -> Tensor:
+        """Return a draw from the states of each cell, ``[B, D]``, keyed by ``batch.keys``."""
+
+    @abstractmethod
+    def shift_genes(self, by: Tensor) -> None:
+        """Move the genes' logits in :meth:`decode` by ``[G]``, whatever the state."""
+
+    @torch.no_grad()
+    def latents(self, batch: CellBatch) -> Tensor:
+        """See :class:`Codec`: of drawn states."""
+        return self.whiten(self.states(batch), log_library(batch))
+
+    def whitening_stats(self) -> WhiteningStats:
+        """Empty statistics of the right size, on this model's device."""
+        return WhiteningStats(self.size - 1, self.latent_mean.device)
+
+    @torch.no_grad()
+    def accumulate_whitening(self, stats: WhiteningStats, batch: CellBatch) -> None:
+        """Add drawn states of a batch to ``stats``; draws, not means, since the flow learns the aggregate posterior."""
+        stats.add(self.states(batch), log_library(batch))
+
+    def fit_whitening(self, stats: WhiteningStats) -> None:
+        """Store the statistics, already reduced over ranks, in the buffers."""
+        mean, std, bounds = stats.finish()
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std)
+        self.log_library_range.copy_(bounds)
+
+    def level_stats(self) -> LevelStats:
+        """Empty statistics of the right size, on this model's device."""
+        return LevelStats(self.n_genes, self.latent_mean.device)
+
+    @torch.no_grad()
+    def accumulate_generated_levels(self, stats: LevelStats, batch: CellBatch, whitened: Tensor) -> None:
+        """Add a batch to ``stats``, and beside each cell one of its covariates that was generated: ``[B, D + 1]``."""
+        z, size = self.unwhiten(whitened)
+        stats.compare(batch, self.decode(z, size.exp(), batch.obs), batch.keys)
+
+    def fit_levels(self, stats: LevelStats) -> None:
+        """Move the genes by one Newton step of ``stats``, already reduced over ranks."""
+        self.shift_genes(stats.step())
 
 
 def log_library(batch: CellBatch) -> Tensor:

@@ -31,7 +31,8 @@ class Transfers(Protocol):
 
 def learning_rate_scales(module: nn.Module, twin: nn.Module) -> dict[str, float]:
     """Map the weights of ``module`` to multiples of the learning rate; ``twin`` is the module at the base width."""
-    return {f"{name}.weight": ratio for name, _, ratio in _widened(module, twin) if ratio != 1}
+    scales = {name: ratio for name, _, ratio in _widened(module, twin) if ratio != 1}
+    return {f"{name}.weight" if name else "weight": ratio for name, ratio in scales.items()}
 
 
 @torch.no_grad()

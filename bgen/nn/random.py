@@ -33,6 +33,10 @@ class Stream(IntEnum):
     FLOW_START = 9
     PATTERN = 10
     SHARED_TIME = 11
+    FORGET = 12
+    PANEL_CELL = 13
+    PANEL_GENE = 14
+    RESIDUAL = 15
     DROPOUT = 1 << 16  # a dropout layer adds its number
 
 

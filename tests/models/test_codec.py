@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bgen.config.flow import FlowConfig, SampleConfig
-from bgen.config.perturb import PerturbConfig
+from bgen.config.flow import FlowConfig, MemberSizes, SampleConfig
 from bgen.data.batch import CellBatch
+from bgen.data.trajectory_batch import TrajectoryBatch
 from bgen.errors import UserError
 from bgen.models.codec import Codec, log_library
-from bgen.models.generators.latent_flow import LatentFlow
-from bgen.models.generators.perturbation_flow import PairBatch, PerturbationFlow
+from bgen.models.generators.latent_flow import LatentFlow, Places
 from bgen.models.likelihoods.negative_binomial import NegativeBinomial
 from bgen.models.measured_latents import MeasuredLatents
 from bgen.models.vae.sparse_linear import densify
@@ -80,19 +79,32 @@ def test_a_flow_trains_and_generates_on_any_codec() -> None:
     }
 
 
-def test_perturbations_are_predicted_on_any_codec() -> None:
+def test_perturbed_populations_are_learnt_and_made_on_any_codec() -> None:
     torch.manual_seed(0)
     codec = LogShares()
-    flow = PerturbationFlow(PerturbConfig(width=8, blocks=1), codec, 2, torch.randn(G, 3), 1.0, torch.zeros(1, G))
-    base = cells()
-    z = codec.latents(base)
-    sets = {"known": torch.zeros(6, 1, dtype=torch.int64), "gene": torch.ones(6, 1, dtype=torch.int64)}
-    sets |= {"dose": torch.full((6, 1), torch.nan), "there": torch.ones(6, 1, dtype=torch.bool)}
-    batch = PairBatch(**vars(cells()), perturbed=z, control=z.flip(0), **sets)
+    sizes = MemberSizes(members=1, labels=2, largest=1, names=0, vector=0, amount=None, forget=0)
+    config = FlowConfig(source="neighbours", backbone={"width": 16, "layers": 1}, patterns={"noise": 0})
+    flow = LatentFlow(config, codec, {}, {}, {"guide": sizes})
+    told = flow.conditions.member_embeddings["guide"]
+    told.describe(torch.zeros(0, 0), torch.tensor([[-1], [0]]), torch.full((2, 1), -1), 1.0)
+    base = cells(8)
+    base.obs = {"guide": torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])}
+    grid = torch.ones(2, 2, 2, dtype=torch.bool)
+    when = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    batch = TrajectoryBatch.of(base, grid, when, torch.tensor([[True, False], [True, False]]))
     flow(batch)["loss"].mean().backward()
-    moved = flow.transport(z, batch.perturbations, 2)
-    decoded = flow.decode(moved, torch.zeros(G), {})
-    assert decoded.mean.shape == (6, G)
+    assert flow.shift.weight.grad is not None
+    z = codec.latents(base).view(2, 2, 2, -1)
+    observed = torch.tensor([[True, False], [True, False]])
+    places = Places(grid, when, observed, z, start=z)
+    codes = {"guide": torch.tensor([[0, 1], [0, 1]])}
+    made = flow.sample_trajectories(codes, base.keys.view(2, 2, 2), SampleConfig(steps=2), places)
+    torch.testing.assert_close(made, z)  # a network that says nothing leaves cells where they start
+    with torch.no_grad():
+        flow.shift.weight.fill_(0.1)
+    moved = flow.sample_trajectories(codes, base.keys.view(2, 2, 2), SampleConfig(steps=2), places)
+    assert torch.equal(moved[:, 0], z[:, 0])
+    assert not torch.allclose(moved[:, 1], z[:, 1])
 
 
 def test_measured_latents_are_looked_up_and_not_decoded() -> None:

@@ -1,6 +1,6 @@
 """How a mixer of points is laid along an axis of the grid.
 
-Axes: B trajectories, T time points, N cells per time point, D width.
+Axes: B trajectories, T time points, N cells per time point, K tokens per cell, D width.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from bgen.config.backbone import Axis, BackboneConfig
 from bgen.models.backbones.grid import Grid
+from bgen.nn.mixers.attention import CellAttention
 from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.mixers.mlp import MLP
 from bgen.nn.mixers.registry import CELL_MIXERS, TIME_MIXERS
 from bgen.nn.mixers.state_tokens import StateTokens
+from bgen.nn.points import Points
 
 
 class Along(nn.Module, ABC):
@@ -61,6 +63,25 @@ class AlongCells(Along):
         return self.mixer.flops(B * T, N)
 
 
+class AlongTokens(Along):
+    """The tokens of each cell among themselves; they stand along B, those of a trajectory side by side."""
+
+    def __init__(self, mixer: Mixer, tokens: int) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.tokens = tokens
+
+    def forward(self, x_BTND: Tensor, grid: Grid) -> Tensor:
+        """Apply the mixer; B is that of trajectories times K."""
+        x_BTNKD = x_BTND.unflatten(0, (-1, self.tokens)).permute(0, 2, 3, 1, 4)
+        y = self.mixer(x_BTNKD.flatten(0, 2), Points()).view(x_BTNKD.shape)
+        return y.permute(0, 3, 1, 2, 4).reshape(x_BTND.shape)
+
+    def flops(self, B: int, T: int, N: int) -> int:
+        """See :class:`Along`."""
+        return self.mixer.flops(B // self.tokens * T * N, self.tokens)
+
+
 class AlongTimeBySlot(Along):
     """Each slot over time: for tracked data, where slot n is the same cell or sample at every time point."""
 
@@ -101,6 +122,8 @@ def mixer_along(axis: Axis, config: BackboneConfig) -> Along:
         return AlongNone(MLP(config.width, config.mlp))
     if axis == "cells":
         return AlongCells(CELL_MIXERS[config.cells.mixer](config))
+    if axis == "tokens":
+        return AlongTokens(CellAttention(config.width, config.attention), config.tokens.count + 1)
     mixer = TIME_MIXERS[config.time.mixer](config)
     if config.time.tracked:
         return AlongTimeBySlot(mixer)

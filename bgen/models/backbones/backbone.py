@@ -19,7 +19,7 @@ class Backbone(nn.Module, ABC):
         The last layer, to O.
     """
 
-    head: nn.Linear
+    head: nn.Module
 
     @abstractmethod
     def forward(

@@ -8,14 +8,19 @@ from bgen.config.backbone import BackboneConfig
 from bgen.models.backbones.backbone import Backbone
 from bgen.models.backbones.mlp import MLPBackbone
 from bgen.models.backbones.stack import Stack
+from bgen.models.backbones.token_stack import TokenStack
 
 BACKBONES: dict[str, Callable[[int, BackboneConfig, int], Backbone]] = {
     "mlp": lambda size, config, outputs: MLPBackbone(size, config.width, config.layers, outputs),
     "transformer": Stack,
     "set_transformer": Stack,
     "ssm": Stack,
-    "hybrid": Stack,
+    "hybrid": lambda size, config, outputs: _hybrid(config)(size, config, outputs),
 }
+
+
+def _hybrid(config: BackboneConfig) -> type[Stack | TokenStack]:
+    return TokenStack if "tokens" in config.axes else Stack
 
 
 def build_backbone(size: int, config: BackboneConfig, outputs: int | None = None) -> Backbone:

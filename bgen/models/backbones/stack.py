@@ -66,14 +66,9 @@ class Stack(Backbone):
         """
         B, T, N, _ = z.shape
         grid = Grid((B, T, N), mask, None if time is None else time / self.config.time.scale)
-        self._check(grid)
+        check_times(self, self.config, grid)
         condition = condition + self.flow_time(t)
-        x = self.stem(grid.blank(z))
-        for block in self.blocks:
-            if self.config.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, condition, grid, use_reentrant=False)
-            else:
-                x = block(x, condition, grid)
+        x = through(self.blocks, self.stem(grid.blank(z)), condition, grid, self.config.recompute)
         return grid.blank(self.head(self.norm(x)))
 
     def flops(self, B: int, T: int, N: int) -> int:
@@ -81,10 +76,22 @@ class Stack(Backbone):
         blocks = sum(block.flops(B, T, N) for block in cast("Iterable[Block]", self.blocks))
         return layers(B * T * N, self.stem, self.head) + self.flow_time.flops(B * T) + blocks
 
-    def _check(self, grid: Grid) -> None:
-        if "time" not in self.config.axes:
-            return
-        if any(getattr(module, "needs_regular_grid", False) for module in self.modules()):
-            check_regular(grid.populations, self.config.time.mixer)
+
+def through(blocks: nn.ModuleList, x: Tensor, condition: Tensor, grid: Grid, recompute: bool) -> Tensor:
+    """Pass ``x [B, T, N, C]`` through the blocks under a ``condition [B, T, C]``."""
+    for block in blocks:
+        if recompute and torch.is_grad_enabled():
+            x = checkpoint(block, x, condition, grid, use_reentrant=False)
         else:
-            check_ascending(grid.populations)
+            x = block(x, condition, grid)
+    return x
+
+
+def check_times(backbone: nn.Module, config: BackboneConfig, grid: Grid) -> None:
+    """Raise UserError if the times do not suit what mixes along them."""
+    if "time" not in config.axes:
+        return
+    if any(getattr(module, "needs_regular_grid", False) for module in backbone.modules()):
+        check_regular(grid.populations, config.time.mixer)
+    else:
+        check_ascending(grid.populations)

@@ -16,9 +16,12 @@ Axes: B cells, G genes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from bgen.models.codec import Codec
 from bgen.models.likelihoods.negative_binomial import NegativeBinomial
 from bgen.models.likelihoods.sampling import negative_binomial_quantile
 from bgen.models.vae.thinning import binomial
@@ -55,3 +58,21 @@ def _spread(keys: Tensor, counts: Tensor) -> Tensor:
     turned = (torch.arange(B, device=counts.device, dtype=torch.float64) * _GOLDEN).frac()
     place = turned.argsort().argsort()[(counts + order).argsort(0).argsort(0)]
     return ((place + first) % B + within) / B
+
+
+@torch.no_grad()
+def mean_share(codec: Codec, latents: Tensor, covariates: Mapping[str, Tensor]) -> Tensor:
+    """``[G]``: mean over cells of the decoder's expected shares, for whitened latents ``[B, D + 1]``."""
+    z, _ = codec.unwhiten(latents)
+    return codec.decode(z, torch.ones(len(z)), covariates).mean.mean(0)
+
+
+@torch.no_grad()
+def decode_changed(codec: Codec, latents: Tensor, folds: Tensor, covariates: Mapping[str, Tensor]) -> NegativeBinomial:
+    """Return the distribution of counts for whitened latents ``[B, D + 1]``, with log fold changes ``[G]`` on top.
+
+    Since these are ratios of shares, the share that falling genes lose goes to all genes in proportion.
+    """
+    z, log_library = codec.unwhiten(latents)
+    decoded = codec.decode(z, log_library.exp(), covariates)
+    return NegativeBinomial(decoded.logits + folds, log_library.exp(), decoded.log_theta)

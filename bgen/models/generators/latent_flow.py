@@ -12,19 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bgen.config.flow import FlowConfig, SampleConfig
+from bgen.config.flow import FlowConfig, MemberSizes, SampleConfig
 from bgen.data.batch import CellBatch
 from bgen.data.trajectory_batch import TrajectoryBatch
+from bgen.errors import UserError, nearest
 from bgen.flow.guidance import guide
-from bgen.flow.loss import velocity_loss
-from bgen.flow.path import interpolate, velocity, velocity_from_data
+from bgen.flow.loss import endpoint_loss, velocity_loss
+from bgen.flow.path import interpolate, over_cells, velocity, velocity_from_data
 from bgen.flow.patterns import PATTERNS, draw_observed
 from bgen.flow.solvers import Velocity, integrate
-from bgen.flow.start import KINDS, Starts, couple, start, starts_of
+from bgen.flow.start import KINDS, Starts, couple, neighbours, start, starts_of
 from bgen.flow.times import sample_times
 from bgen.models.backbones.registry import build_backbone
 from bgen.models.codec import Codec
-from bgen.models.generators.conditions import ConditionEmbedding, drop_conditions
+from bgen.models.generators.average_effects import AverageEffects
+from bgen.models.generators.conditions import Condition, ConditionEmbedding, drop_conditions
 from bgen.nn.mup import learning_rate_scales, start_heads
 from bgen.nn.random import Stream, normal, uniform
 
@@ -43,12 +45,15 @@ class Places:
         bool ``[B, T]``: time points that are given (see :mod:`bgen.flow.patterns`); None: none.
     latents
         ``[B, T, N, D + 1]``: whitened, where observed; anything elsewhere. Needed if ``observed`` is.
+    start
+        ``[B, T, N, D + 1]``: where each generated cell starts; None: as training had it (see :mod:`bgen.flow.start`).
     """
 
     mask: Tensor
     time: Tensor
     observed: Tensor | None = None
     latents: Tensor | None = None
+    start: Tensor | None = None
 
 
 class LatentFlow(nn.Module):
@@ -67,6 +72,13 @@ class LatentFlow(nn.Module):
         Categorical condition to its number of categories.
     numbers
         Numeric condition to its mean and standard deviation over the training cells, in its unit.
+    sets
+        Condition that is a set of members to its sizes.
+
+    Attributes
+    ----------
+    averages
+        Average effects of perturbations, which go with the flow once it is trained; None: none were estimated.
     """
 
     def __init__(
@@ -75,14 +87,19 @@ class LatentFlow(nn.Module):
         codec: Codec,
         categories: Mapping[str, int],
         numbers: Mapping[str, tuple[float, float]],
+        sets: Mapping[str, MemberSizes] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.vae: Codec = codec.requires_grad_(False).eval()
         self.size = codec.size
-        self.conditions = ConditionEmbedding(categories, numbers, config.backbone.width)
+        self.conditions = ConditionEmbedding(categories, numbers, config.backbone.width, sets)
         self.outputs = self.size * (len(KINDS) if config.source == "neighbours" else 1)
         self.backbone = build_backbone(self.size, config.backbone, self.outputs)
+        self.averages: AverageEffects | None = None
+        if sets:  # what members do to all cells alike, which is most of it
+            self.shift = nn.Linear(config.backbone.width, self.size, bias=False)
+            nn.init.zeros_(self.shift.weight)
         if config.backbone.transfer_from is not None:
             for module, twin in self._twins():
                 start_heads(module, twin)
@@ -101,17 +118,21 @@ class LatentFlow(nn.Module):
         random comes from ``batch.keys``, also in evaluation.
         """
         self.conditions.require_present(batch.obs)
-        z0, z1 = self.vae.latents(batch), normal(batch.keys, Stream.FLOW_NOISE, self.size)
+        z1 = normal(batch.keys, Stream.FLOW_NOISE, self.size)
         if isinstance(batch, TrajectoryBatch):
+            z0 = self.vae.latents(batch) if batch.whitened is None else batch.whitened
             return self._trajectory_loss(batch, z0.unflatten(0, batch.mask.shape), z1.unflatten(0, batch.mask.shape))
+        z0 = self.vae.latents(batch)
         t = sample_times(self.config.t_sampling, batch.keys, batch.slots, batch.step)
-        condition = self.conditions(batch.obs, self._hidden(batch.keys))
+        condition = self.conditions(batch.obs, self._hidden(batch.keys), batch.keys if self.training else None)
         z0, z1, t = z0[:, None, None], z1[:, None, None], t[:, None]
         predicted = self.velocity(interpolate(z0, z1, t), t, condition[:, None])
         return {"loss": velocity_loss(predicted, velocity(z0, z1))}
 
     def _trajectory_loss(self, batch: TrajectoryBatch, z0: Tensor, z1: Tensor) -> dict[str, Tensor]:
         B, T, N = batch.mask.shape
+        if batch.moved is not None:
+            z0 = z0 + batch.moved[:, :, None]
         keys_BT, slots_BT = batch.keys.view(B, T, N)[..., 0], batch.slots.view(B, T, N)[..., 0] // (T * N)
         keys_B, patterns = keys_BT[:, 0], self.config.patterns
         places = torch.arange(T, device=slots_BT.device).repeat(B)
@@ -126,18 +147,43 @@ class LatentFlow(nn.Module):
             moved = start(z0, batch.mask, batch.time, observed, z1, keys_BT)
             z1 = couple(z0, moved, batch.mask, ~observed & observed.any(1, keepdim=True))
             starts = self._starts(batch.mask, batch.time, observed)
-        condition = self.conditions(batch.population_obs(), self._hidden(keys_B).repeat_interleave(T)).view(B, T, -1)
-        predicted = self.velocity(interpolate(z0, z1, t), t, condition, batch.mask, batch.time, starts)
-        loss_B = velocity_loss(predicted, velocity(z0, z1), batch.mask & ~observed[..., None])
+        hidden, keys = self._hidden(keys_B).repeat_interleave(T, 0), keys_B.repeat_interleave(T)
+        condition, acting = (
+            part.view(B, T, -1)
+            for part in self.conditions.with_acting(batch.population_obs(), hidden, keys if self.training else None)
+        )
+        shift = self._shift(acting, batch.mask, observed)
+        z_t = interpolate(z0, z1, t)
+        predicted = self.velocity(z_t, t, condition, batch.mask, batch.time, starts, shift)
+        counts = batch.mask & ~observed[..., None]
+        loss_B = velocity_loss(predicted, velocity(z0, z1), counts)
+        if self.config.endpoint > 0:
+            loss_B = loss_B + self.config.endpoint * endpoint_loss(z_t - over_cells(t) * predicted, z0, counts)
         return {"loss": loss_B.repeat_interleave(T * N)}
+
+    def _shift(self, acting: Tensor, mask: Tensor, observed: Tensor) -> Tensor | None:
+        """Return what members do to all cells alike ``[B, T, D + 1]``, at time points beside an observed one.
+
+        It is that of the members ``acting [B, T, C]`` beyond those that act at that one already: on control cells all.
+        """
+        if not self.conditions.set_names or self.config.source != "neighbours":
+            return None
+        before, after = neighbours(mask.any(-1), observed)
+        beside = (before >= 0) ^ (after >= 0)
+        source = torch.where(before >= 0, before, after).clamp_min(0)
+        already = acting.gather(1, source[..., None].expand_as(acting))
+        shift: Tensor = self.shift(acting - already)
+        return shift * (beside & ~observed)[..., None]
 
     def _starts(self, mask: Tensor, time: Tensor, observed: Tensor) -> Starts:
         """What the network's output means at each time point."""
         return starts_of(time, mask.any(-1), observed, self.config.backbone.time.scale)
 
     def _hidden(self, keys: Tensor) -> Tensor:
-        """Return which cells have their conditions hidden, ``[B]``."""
-        return drop_conditions(keys, self.config.condition_dropout if self.training else 0.0)
+        """Return which cells have their conditions hidden, ``[B]``, or which of them, ``[B, K]``."""
+        jointly, each = self.config.condition_dropout, self.config.condition_dropout_each
+        n = len(self.conditions.told_apart)
+        return drop_conditions(keys, jointly, each, n) if self.training else drop_conditions(keys, 0.0)
 
     def training_flops(self, batch: CellBatch) -> int:
         """Floating-point operations: forward and backward through the network, forward through the frozen codec."""
@@ -162,8 +208,13 @@ class LatentFlow(nn.Module):
         categories = self.conditions.sizes
         numbers = dict.fromkeys(self.conditions.number_names, (0.0, 1.0))
         with torch.device("meta"):
-            conditions = ConditionEmbedding(categories, numbers, base.width)
-            return [(self.conditions, conditions), (self.backbone, build_backbone(self.size, base, self.outputs))]
+            sets = {name: part.sizes for name, part in self.conditions.member_embeddings.items()}
+            conditions = ConditionEmbedding(categories, numbers, base.width, sets)
+            twins: list[tuple[nn.Module, nn.Module]] = [
+                (self.conditions, conditions),
+                (self.backbone, build_backbone(self.size, base, self.outputs)),
+            ]
+            return [*twins, (self.shift, nn.Linear(base.width, self.size, bias=False))] if sets else twins
 
     def velocity(
         self,
@@ -173,15 +224,17 @@ class LatentFlow(nn.Module):
         mask: Tensor | None = None,
         time: Tensor | None = None,
         starts: Starts | None = None,
+        shift: Tensor | None = None,
     ) -> Tensor:
         """Velocity ``[B, T, N, D + 1]`` at ``z_t`` of that shape.
 
         ``t [B, T]``, embedded ``condition [B, T, C]``, and ``mask [B, T, N]``, ``time [B, T]`` and ``starts`` (None:
-        all from noise) of a trajectory.
+        all from noise) of a trajectory; ``shift [B, T, D + 1]`` is added to that of every cell.
         """
         outputs = self.backbone(z_t, t, condition, mask, time).float()
         if starts is not None:
-            return starts.velocity(outputs)
+            v = starts.velocity(outputs)
+            return v if shift is None else v + shift[:, :, None].float()
         output = outputs[..., : self.size]  # of those of KINDS, noise is the first
         return velocity_from_data(z_t, output, t) if self.config.prediction == "data" else output
 
@@ -218,7 +271,7 @@ class LatentFlow(nn.Module):
 
     def sample_trajectories(
         self,
-        conditions: Mapping[str, Tensor],
+        conditions: Mapping[str, Condition],
         keys: Tensor,
         settings: SampleConfig,
         places: Places,
@@ -232,7 +285,7 @@ class LatentFlow(nn.Module):
         Parameters
         ----------
         conditions
-            Column to codes or numbers per population, ``[B, T]``, otherwise as in :meth:`sample`.
+            Column to codes, numbers or sets per population, ``[B, T]``, otherwise as in :meth:`sample`.
         keys
             int64 ``[B, T, N]``: the noise is a pure function of them.
         settings
@@ -249,7 +302,7 @@ class LatentFlow(nn.Module):
     @torch.no_grad()
     def _integrate(
         self,
-        conditions: Mapping[str, Tensor],
+        conditions: Mapping[str, Condition],
         keys: Tensor,
         settings: SampleConfig,
         log_library: Tensor | None,
@@ -259,14 +312,10 @@ class LatentFlow(nn.Module):
         self.conditions.require_known(conditions)
         z1 = settings.noise * normal(keys.flatten(), Stream.FLOW_START, self.size).unflatten(0, keys.shape)
         columns = {name: column.flatten() for name, column in conditions.items()}
-        shown = torch.zeros(keys.shape[:2].numel(), dtype=torch.bool, device=keys.device)
-        v = guide(
-            self._velocity_at(self.conditions(columns, shown).unflatten(0, keys.shape[:2]), places),
-            self._velocity_at(self.conditions(columns, ~shown).unflatten(0, keys.shape[:2]), places),
-            settings.guidance,
-            settings.guidance_interval,
-        )
-        if places is not None and self.config.source == "neighbours":
+        v = self._guided(columns, settings, keys, places)
+        if places is not None and places.start is not None:
+            z1 = places.start
+        elif places is not None and self.config.source == "neighbours":
             z1 = _start(places, z1, keys)  # before the library is held: its way begins where the cell does
         if log_library is not None:
             v = _hold_last(v, z1[..., -1] - self.vae.whiten_library(log_library))
@@ -278,19 +327,66 @@ class LatentFlow(nn.Module):
         z0 = integrate(v, z1, settings.steps, settings.solver, settings.tolerance)
         return z0 * places.mask[..., None]
 
-    def _velocity_at(self, condition: Tensor, places: Places | None) -> Velocity:
-        """``v(z, t)`` for ``z [B, T, N, D + 1]`` with conditions ``[B, T, C]``; observed time points are at t = 0."""
+    def _guided(
+        self, columns: Mapping[str, Condition], settings: SampleConfig, keys: Tensor, places: Places | None
+    ) -> Velocity:
+        """``v(z, t)`` under conditions ``[B T]``, guided as the settings say; UserError if training forbids it."""
+        known, shape = self.conditions.told_apart, keys.shape[:2]
+        self._require_guidable(settings)
+        shown = torch.zeros(shape.numel(), dtype=torch.bool, device=keys.device)
+        of_each = []
+        for name, scale in settings.guidance_of.items():
+            hidden = torch.zeros(shape.numel(), len(known), dtype=torch.bool, device=keys.device)
+            hidden[:, known.index(name)] = True
+            of_each.append((self._velocity_at(columns, hidden, shape, places), scale))
+        return guide(
+            self._velocity_at(columns, shown, shape, places),
+            self._velocity_at(columns, ~shown, shape, places),
+            settings.guidance,
+            settings.guidance_interval,
+            of_each,
+        )
+
+    def _require_guidable(self, settings: SampleConfig) -> None:
+        """Raise UserError for guidance by what training never hid."""
+        known = self.conditions.told_apart
+        for name in settings.guidance_of:
+            if name not in known:
+                raise UserError(f"There is no condition '{name}' to be guided by.{nearest(name, known)}")
+        single = any(scale != 1 for scale in settings.guidance_of.values())
+        hidden_each = self.config.condition_dropout_each > 0
+        if single and len(known) > 1 and not hidden_each:
+            raise UserError(
+                "The model cannot be guided by single conditions: training hid all of them together only. Train it with"
+                " flow.condition_dropout_each=0.1, or guide by all together (--guidance)."
+            )
+        jointly = settings.guidance != 1 or (single and len(known) == 1)
+        hidden_jointly = self.config.condition_dropout > 0 or (hidden_each and len(known) == 1)
+        if jointly and known and not hidden_jointly:
+            raise UserError(
+                "The model cannot be guided: training always told it the conditions. Train it with"
+                " flow.condition_dropout=0.15, or leave guidance at 1."
+            )
+
+    def _velocity_at(
+        self, columns: Mapping[str, Condition], hidden: Tensor, shape: tuple[int, ...], places: Places | None
+    ) -> Velocity:
+        """``v(z, t)`` for ``z [B, T, N, D + 1]`` under conditions ``[B T]``, hidden or not; observed time points are at
+        t = 0.
+        """
+        condition, acting = (part.unflatten(0, shape) for part in self.conditions.with_acting(columns, hidden))
         mask, time = (None, None) if places is None else (places.mask, places.time)
         observed = None if places is None else places.observed
-        starts = None
+        starts, shift = None, None
         if self.config.source == "neighbours" and places is not None and places.observed is not None:
             starts = self._starts(places.mask, places.time, places.observed)
+            shift = self._shift(acting, places.mask, places.observed)
 
         def v(z: Tensor, t: float) -> Tensor:
             times = torch.full(z.shape[:2], t, device=z.device)
             if observed is not None:
                 times = times * ~observed
-            return self.velocity(z, times, condition, mask, time, starts)
+            return self.velocity(z, times, condition, mask, time, starts, shift)
 
         return v
 

@@ -10,24 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.errors import UserError, nearest
-from bgen.models.codec import Codec, log_library
+from bgen.models.codec import CountsCodec
 from bgen.models.likelihoods.negative_binomial import NegativeBinomial, ZeroInflatedNegativeBinomial
 from bgen.models.vae.decoders.registry import build_decoder
 from bgen.models.vae.encoders.registry import build_encoder
+from bgen.models.vae.gene_table import GeneTable
 from bgen.models.vae.levels import LevelStats
+from bgen.models.vae.panel import on_panels
 from bgen.models.vae.thinning import thin
-from bgen.models.vae.whitening import WhiteningStats
 from bgen.nn.mup import learning_rate_scales, start_heads
 from bgen.nn.random import Stream, normal
 
 
-class VAE(Codec):
+class VAE(CountsCodec):
     """The autoencoder, its loss, and the whitening of its latents.
 
     Parameters
@@ -53,6 +55,29 @@ class VAE(Codec):
         """``[G]``: log inverse dispersion of each gene."""
         return self.decoder.log_theta
 
+    def describe_genes(self, genes: pd.DataFrame) -> list[str]:
+        """Let both halves read what their settings name of the genes of the table; return sentences for the user.
+
+        Raises
+        ------
+        UserError
+            If a file cannot be used.
+        """
+        return [*self.encoder.describe_genes(genes), *self.decoder.describe_genes(genes)]
+
+    @property
+    def vector_tables(self) -> dict[str, GeneTable]:
+        """The gene tables that know genes by vectors, of "encoder" and "decoder" where they have one."""
+        tables = {"encoder": self.encoder.vector_table, "decoder": self.decoder.vector_table}
+        return {half: table for half, table in tables.items() if table is not None}
+
+    def look_at(self, batch: CellBatch) -> None:
+        """Start from a sample of the cells of training: its mean counts, and what the encoder wants to know of it."""
+        total = torch.zeros(batch.n_genes, dtype=torch.float64)
+        total.index_add_(0, batch.indices.long(), batch.counts.double())
+        self.initialise_genes((total / len(batch)).float())
+        self.encoder.look_at(batch)
+
     def initialise_genes(self, mean_counts: Tensor) -> None:
         """Start the decoder at the genes' average proportions, from their mean counts ``[G]`` over training cells."""
         self.decoder.initialise_genes(mean_counts)
@@ -60,12 +85,11 @@ class VAE(Codec):
     def forward(self, batch: CellBatch) -> dict[str, Tensor]:
         """Return per-cell ``loss``, ``nll`` and ``kl``, each ``[B]``, in nats.
 
-        In training counts are thinned for the encoder, hidden units dropped, and the KL weight warms up with
-        ``batch.step``; in evaluation none of these. The posterior is sampled from ``batch.keys`` in both.
+        In training the encoder sees counts thinned and on panels, hidden units are dropped, and the KL weight warms up
+        with ``batch.step``; in evaluation none of these. The posterior is sampled from ``batch.keys`` in both.
         """
         self._require_covariates(batch)
-        counts = thin(batch, self.config.thinning) if self.training and self.config.thinning > 0 else batch.counts
-        mean, logvar = self.encoder(batch, counts)
+        mean, logvar = self.encoder(batch, self.shown(batch))
         z = self.posterior_sample(mean, logvar, batch.keys)
         nll = -self.decode(z, batch.library, batch.obs, batch.keys).log_prob_sparse(batch)
         kl_BD = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
@@ -76,6 +100,12 @@ class VAE(Codec):
             "kl": kl_BD.sum(dim=1),
         }
 
+    def shown(self, batch: CellBatch) -> Tensor:
+        """Return what the encoder sees of the counts, ``[NNZ]``: in training fewer of some cells, and fewer genes."""
+        counts = thin(batch, self.config.thinning) if self.training and self.config.thinning > 0 else batch.counts
+        panel = self.config.panel
+        return on_panels(batch, counts, panel.share, panel.most) if self.training and panel.share > 0 else counts
+
     def kl_weight(self, step: int) -> float:
         """Weight of the KL term: in training it rises linearly from 0 at step 0."""
         if not self.training or self.config.kl_warmup == 0:
@@ -83,7 +113,7 @@ class VAE(Codec):
         return self.config.kl_weight * min(1.0, step / self.config.kl_warmup)
 
     def encode(self, batch: CellBatch) -> tuple[Tensor, Tensor]:
-        """Return the posterior's mean and log-variance, ``[B, D]`` each, from the full counts."""
+        """See :class:`CountsCodec`: the posterior's mean and log-variance, from the full counts."""
         self._require_covariates(batch)
         return self.encoder(batch, batch.counts)
 
@@ -95,59 +125,28 @@ class VAE(Codec):
     def decode(
         self, z: Tensor, library: Tensor, covariates: Mapping[str, Tensor], keys: Tensor | None = None
     ) -> NegativeBinomial | ZeroInflatedNegativeBinomial:
-        """See :class:`Codec`."""
+        """See :class:`bgen.models.codec.Codec`."""
         logits, log_theta, *dropout_logits = self.decoder(z, covariates, keys)
         if dropout_logits:
             return ZeroInflatedNegativeBinomial(logits, library, log_theta, *dropout_logits)
         return NegativeBinomial(logits, library, log_theta)
 
-    @torch.no_grad()
-    def latents(self, batch: CellBatch) -> Tensor:
-        """See :class:`Codec`: posterior samples."""
+    def states(self, batch: CellBatch) -> Tensor:
+        """See :class:`CountsCodec`: posterior samples."""
         mean, logvar = self.encode(batch)
-        return self.whiten(self.posterior_sample(mean, logvar, batch.keys), log_library(batch))
-
-    def whitening_stats(self) -> WhiteningStats:
-        """Empty statistics of the right size, on this model's device."""
-        return WhiteningStats(self.config.latent, self.latent_mean.device)
-
-    @torch.no_grad()
-    def accumulate_whitening(self, stats: WhiteningStats, batch: CellBatch) -> None:
-        """Add posterior samples of a batch to ``stats``; samples, not means, since the flow learns the aggregate
-        posterior.
-        """
-        mean, logvar = self.encode(batch)
-        stats.add(self.posterior_sample(mean, logvar, batch.keys), log_library(batch))
-
-    def fit_whitening(self, stats: WhiteningStats) -> None:
-        """Store the statistics, already reduced over ranks, in the buffers."""
-        mean, std, bounds = stats.finish()
-        self.latent_mean.copy_(mean)
-        self.latent_std.copy_(std)
-        self.log_library_range.copy_(bounds)
-
-    def level_stats(self) -> LevelStats:
-        """Empty statistics of the right size, on this model's device."""
-        return LevelStats(self.n_genes, self.latent_mean.device)
+        return self.posterior_sample(mean, logvar, batch.keys)
 
     @torch.no_grad()
     def accumulate_levels(self, stats: LevelStats, batch: CellBatch) -> None:
         """Add a batch to ``stats``, each cell explained by a posterior sample."""
-        mean, logvar = self.encode(batch)
-        stats.explain(batch, self.decode(self.posterior_sample(mean, logvar, batch.keys), batch.library, batch.obs))
+        stats.explain(batch, self.decode(self.states(batch), batch.library, batch.obs))
 
-    @torch.no_grad()
-    def accumulate_generated_levels(self, stats: LevelStats, batch: CellBatch, whitened: Tensor) -> None:
-        """Add a batch to ``stats``, and beside each cell one of its covariates that was generated: ``[B, D + 1]``."""
-        z, log_library = self.unwhiten(whitened)
-        stats.compare(batch, self.decode(z, log_library.exp(), batch.obs), batch.keys)
-
-    def fit_levels(self, stats: LevelStats) -> None:
-        """Move the genes by one Newton step of ``stats``, already reduced over ranks."""
-        self.decoder.shift_genes(stats.step())
+    def shift_genes(self, by: Tensor) -> None:
+        """See :class:`CountsCodec`."""
+        self.decoder.shift_genes(by)
 
     def latents_flops(self, cells: int, nonzeros: int) -> int:
-        """See :class:`Codec`: the encoder's."""
+        """See :class:`bgen.models.codec.Codec`: the encoder's."""
         return self.encoder.flops(cells, nonzeros)
 
     def training_flops(self, batch: CellBatch) -> int:

@@ -31,19 +31,25 @@ class WhiteningStats:
     def add(self, z: Tensor, log_library: Tensor) -> None:
         """Add a batch: posterior samples ``z [B, D]`` and log total counts ``[B]``."""
         x = torch.cat((z, log_library[:, None]), dim=1).to(self.sums)
-        self.sums += torch.cat((self.sums.new_tensor([len(x)]), x.sum(dim=0), x.square().sum(dim=0)))
+        of_states = torch.cat((self.sums.new_tensor([len(x)]), x.sum(dim=0), x.square().sum(dim=0)))
+        self.sums[: len(of_states)] += of_states
         if len(x):
             low, high = torch.aminmax(x[:, -1])
             self.bounds = torch.maximum(self.bounds, torch.stack((-low, high)))
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Return mean and variance ``[D + 1]``, float64."""
+        n, total, squares = self.sums[0], self.sums[1 : 1 + self.size], self.sums[1 + self.size : 1 + 2 * self.size]
+        assert n > 0, "no cells were added"
+        mean = total / n
+        return mean, (squares / n - mean.square()).clamp_min(0)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean ``[D + 1]``, standard deviation ``[D + 1]`` and range of the log library ``[2]``, float32.
 
         A dimension that does not vary gets standard deviation 1.
         """
-        n, total, squares = self.sums[0], self.sums[1 : 1 + self.size], self.sums[1 + self.size :]
-        assert n > 0, "no cells were added"
-        mean = total / n
-        std = (squares / n - mean.square()).clamp_min(0).sqrt()
+        mean, variance = self.moments()
+        std = variance.sqrt()
         std = torch.where(std > 1e-6, std, 1.0)
         return mean.float(), std.float(), torch.stack((-self.bounds[0], self.bounds[1])).float()

@@ -24,6 +24,7 @@ from bgen.errors import UserError
 from bgen.nn.flops import layers
 from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.points import Points
+from bgen.nn.precision import without_autocast
 from bgen.nn.real_time import both_directions, split_directions
 from bgen.nn.scans.long_convolution import convolve_fft
 from bgen.nn.scans.short_convolution import ShortConvolution
@@ -119,7 +120,7 @@ class Hyena(Mixer):
         # There is a bias before the convolution and one after it, so blank before and after.
         mixed = run.blank(self.convolution(run.blank(mixed)))
         *gates, v_RBTD = (t.unflatten(0, (self.directions, -1)) for t in mixed.chunk(self.order + 1, dim=-1))
-        with torch.autocast(u_BTD.device.type, enabled=False):
+        with without_autocast(u_BTD):
             filter_TROD = self.filter(length).unflatten(-1, self.bias.shape)
         filters = zip(filter_TROD.unbind(2), self.bias.unbind(1), reversed(gates[1:]), strict=True)
         for filter_TRD, bias_RD, gate_RBTD in filters:

@@ -24,6 +24,7 @@ from bgen.config.backbone import S4DConfig, TimeConfig
 from bgen.nn.flops import layers
 from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.points import Points, continues
+from bgen.nn.precision import without_autocast
 from bgen.nn.real_time import both_directions, gaps, split_directions
 from bgen.nn.scans.linear_scan import scan_chunked
 from bgen.nn.scans.long_convolution import convolve_fft
@@ -53,7 +54,7 @@ class S4D(Mixer):
         """Return ``[B, T, D]``; what it holds at points that do not exist has no meaning."""
         u_BTD = points.blank(u_BTD)
         run_BTD, run = both_directions(u_BTD, points) if self.directions == 2 else (u_BTD, points)
-        with torch.autocast(u_BTD.device.type, enabled=False):
+        with without_autocast(u_BTD):
             wide_RBTD = run_BTD.to(torch.promote_types(u_BTD.dtype, torch.float32)).unflatten(0, (self.directions, -1))
             y_RBTD = self._convolve(wide_RBTD) if self.convolutional else self._recur(wide_RBTD, run)
         y_BTD = sum(split_directions(y_RBTD.flatten(0, 1))) if self.directions == 2 else y_RBTD[0]

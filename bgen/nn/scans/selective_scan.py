@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bgen.nn.points import continues
+from bgen.nn.precision import without_autocast
 from bgen.nn.scans.linear_scan import scan_chunked
 
 
@@ -42,7 +43,7 @@ def selective_scan(
     All states are in memory at once, ``[B, T, E, S]``; only the compiled kernels for CUDA avoid that.
     """
     wide = torch.promote_types(torch.promote_types(x_BTE.dtype, dt_BTE.dtype), torch.float32)
-    with torch.autocast(x_BTE.device.type, enabled=False):
+    with without_autocast(x_BTE):
         decay_BTES = (dt_BTE.to(wide)[..., None] * a_ES.to(wide)).exp()
         if sequence_BT is not None:
             decay_BTES = decay_BTES * continues(sequence_BT)[..., None, None]

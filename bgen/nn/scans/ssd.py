@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bgen.nn.precision import without_autocast
 from bgen.nn.scans import ssd_cpu, ssd_torch
 from bgen.nn.scans.ssd_torch import Edges
 
@@ -108,7 +109,7 @@ def ssd_chunked(
         added = (0, -t.shape[-1] % lanes, *(0, 0) * (t.dim() - 3), 0, padding)
         return (F.pad(t, added) if any(added) else t).to(wide).unflatten(1, (C, Q)).contiguous()
 
-    with torch.autocast(x_BTHP.device.type, enabled=False):
+    with without_autocast(x_BTHP):
         # What has decayed by e^-50 is gone, also in float64. Small sums keep the digits of short gaps after a long one.
         total_BCHQ = cut(log_decay_BTH.clamp_min(-50)).transpose(2, 3).contiguous().cumsum(-1)
         x_BCQHP, b_BCQKS, c_BCQKS = (cut(t, steps.LANES) for t in (x_BTHP, b_BTKS, c_BTKS))

@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "hyena": {"name": "ssm", "time": {"mixer": "hyena", "real_time": False}, "hyena": {"order": 3}},
     "attention": {"name": "ssm", "time": {"mixer": "attention", "tracked": True}},
     "hybrid": {"name": "hybrid", "mamba2": {"head_width": 8}},
+    "tokens": {"name": "hybrid", "pattern": ["tokens", "cells", "none"], "tokens": {"count": 2}},
 }
 
 

@@ -16,6 +16,7 @@ from bgen.config.backbone import BackboneConfig
 from bgen.errors import UserError
 from bgen.models.backbones import along
 from bgen.models.backbones.registry import build_backbone
+from bgen.nn.decay import decays
 from bgen.nn.mixers.mamba1 import Mamba1
 from bgen.nn.mixers.mamba2 import Mamba2
 from bgen.nn.mixers.s4d import S4D
@@ -54,11 +55,19 @@ CASES: dict[str, dict[str, Any]] = {
     "ssm tracked": {"name": "ssm", "time": {"tracked": True}},
     "hybrid": {"name": "hybrid", "time": {"tokens": 3}},
     "hybrid other pattern": {"name": "hybrid", "pattern": ["cells", "time", "cells"], "time": {"tokens": 3}},
+    "tokens": {"name": "hybrid", "pattern": ["tokens", "none"], "tokens": {"count": 2}},
+    "hybrid with tokens": {
+        "name": "hybrid",
+        "pattern": ["tokens", "time", "cells", "none"],
+        "tokens": {"count": 2},
+        "time": {"tokens": 3},
+    },
     "hybrid tracked": {"name": "hybrid", "time": {"tracked": True, "mixer": "attention"}},
 }
 OVER_TIME = [case for case in CASES if case.split()[0] in ("ssm", "hybrid")]
 ANY_TIMES = [case for case in OVER_TIME if not case.endswith("grid")]
 ON_GRID = [case for case in OVER_TIME if case.endswith("grid")]
+ALONE = ["mlp", "tokens"]  # each cell by itself
 TRACKED = [case for case in CASES if case.endswith("tracked")]
 
 Broken = Callable[[nn.Module], nn.Module]
@@ -247,12 +256,12 @@ def test_masked_cells_influence_nothing(case: str, direction: str) -> None:
     assert holds(what_padding_does(model, case))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "mlp"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ALONE])
 def test_masks_are_seen_to_fail(case: str) -> None:
     assert not holds(what_padding_does(build(case, Unmasked), case))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "mlp"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ALONE])
 def test_values_under_masks_are_seen_to_fail(case: str) -> None:
     class Blind(nn.Module):
         def forward(self, mask: Tensor, **others: Tensor) -> Tensor:
@@ -299,7 +308,7 @@ def test_time_points_hear_of_each_other(case: str) -> None:
     assert difference[1].max() == 0
 
 
-@pytest.mark.parametrize("case", ["mlp", "transformer", "set_transformer", *ANY_TIMES])
+@pytest.mark.parametrize("case", [*ALONE, "transformer", "set_transformer", *ANY_TIMES])
 @pytest.mark.parametrize("direction", ["causal", "bidirectional"])
 def test_inserting_an_unobserved_time_point(case: str, direction: str) -> None:
     assert holds(inserting_an_unobserved_time_point(build(case, direction=direction), case))
@@ -403,3 +412,30 @@ def test_a_static_cell_and_the_start(case: str) -> None:
     y = model(torch.randn(3, 1, 1, D), torch.rand(3, 1), torch.randn(3, 1, W), None, None)
     assert y.shape == (3, 1, 1, D)
     assert y.abs().max() == 0
+
+
+def test_tokens_of_a_latent_state_are_told_apart_and_hear_of_each_other() -> None:
+    """A token that changes reaches all others of its cell, and no other cell; two tokens that hold the same differ."""
+    model, given = build("tokens"), inputs("tokens")
+    other = given | {"z": given["z"].clone()}
+    other["z"][0, 1, 2, 0] += 1
+    difference = (model(**other) - model(**given)).detach().abs()
+    assert difference[0, 1, 2].min() > 1e-9
+    difference[0, 1, 2] = 0
+    assert difference.max() == 0
+    alike = given | {"z": torch.ones(B, T, N, D, dtype=torch.float64)}
+    first, second, _ = model(**alike)[0, 0, 0]
+    assert abs(first - second) > 1e-6
+
+
+def test_latents_that_cannot_be_split_are_refused() -> None:
+    config = BackboneConfig.model_validate(SMALL | CASES["tokens"] | {"tokens": {"count": 3}})
+    with pytest.raises(UserError, match="a latent state of 4 dimensions cannot be split into 3 tokens"):
+        build_backbone(5, config)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_parameter_says_whether_it_decays(case: str) -> None:
+    for module in build(case).modules():
+        for name, _ in module.named_parameters(recurse=False):
+            assert decays(module, name) in (True, False)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bgen.config.flow import MemberSizes
 from bgen.config.load import load_config
 from bgen.config.run import Config
 from bgen.models.backbones.size import backbone_parameters, with_parameters
+from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.vae.vae import VAE
 
 SIZES = {"small": 10e6, "base": 100e6, "large": 1e9, "xl": 3e9}
@@ -48,3 +50,23 @@ def test_the_trajectories_configuration_is_whole() -> None:
     config = load_config("trajectories")
     assert config.data.trajectories is not None
     assert config.train.global_batch % config.data.trajectories.size == 0
+
+
+def test_the_largest_flow_along_perturbations_needs_no_memory_to_trace(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    config = configured("xl", "perturbation", tmp_path_factory)
+    sizes = MemberSizes(members=1000, labels=1200, largest=2, names=20_000, vector=16, amount=None, forget=0.2)
+    B, T, N = 4, 2, 32
+    with torch.device("meta"):
+        flow = LatentFlow(config.flow, VAE(config.vae, 20_000, {}), {}, {}, {"perturbation": sizes})
+        flow = flow.to("meta")  # a few tables are made in memory
+        codes = torch.zeros(B * T, dtype=torch.int64)
+        condition, acting = flow.conditions.with_acting({"perturbation": codes}, codes > 0, codes)
+        z, mask = torch.zeros(B, T, N, flow.size), torch.ones(B, T, N, dtype=torch.bool)
+        outputs = flow.backbone(z, torch.zeros(B, T), condition.view(B, T, -1), mask)
+        (outputs.sum() + flow.shift(acting).sum()).backward()
+    assert outputs.shape == (B, T, N, 3 * flow.size)  # of each kind of start
+    own = flow.conditions.member_embeddings["perturbation"].own.weight.grad
+    assert own is not None
+    assert own.shape == (1000, config.flow.backbone.width)

@@ -102,6 +102,47 @@ def test_guidance_one_is_conditional_and_zero_unconditional() -> None:
     assert not torch.allclose(model.sample(conditions, 6, keys, SampleConfig(steps=3, guidance=1.0)), free)
 
 
+def test_each_condition_can_be_guided_by_itself() -> None:
+    model = flow(condition_dropout_each=0.1).eval()
+    keys = torch.arange(6)
+    conditions = {"cell_type": torch.ones(6, dtype=torch.int64), "dose": torch.ones(6)}
+    plain = model.sample(conditions, 6, keys, SampleConfig(steps=3))
+    for name, other in (("cell_type", "dose"), ("dose", "cell_type")):
+        without = model.sample({other: conditions[other]}, 6, keys, SampleConfig(steps=3))
+        nothing = model.sample(conditions, 6, keys, SampleConfig(steps=3, guidance_of={name: 0.0}))
+        torch.testing.assert_close(nothing, without, rtol=1e-4, atol=1e-5)
+        more = model.sample(conditions, 6, keys, SampleConfig(steps=3, guidance_of={name: 3.0}))
+        assert not torch.allclose(more, plain)
+    with pytest.raises(UserError, match=r"no condition 'dosage' to be guided by. Did you mean 'dose'"):
+        model.sample(conditions, 6, keys, SampleConfig(guidance_of={"dosage": 2.0}))
+
+
+def test_guidance_needs_what_training_hid() -> None:
+    keys = torch.arange(2)
+    with pytest.raises(UserError, match="training hid all of them together only"):
+        flow().eval().sample({}, 2, keys, SampleConfig(guidance_of={"dose": 2.0}))
+    flow(condition_dropout=0.0).eval().sample({}, 2, keys, SampleConfig(guidance_of={"dose": 1.0}))  # asks for nothing
+    with pytest.raises(UserError, match="training always told it the conditions"):
+        flow(condition_dropout=0.0).eval().sample({}, 2, keys, SampleConfig(guidance=2.0))
+
+
+def test_training_hides_each_condition_by_itself() -> None:
+    keys = torch.arange(4000)
+    together = drop_conditions(keys, 0.2, 0.0, 2)
+    apart = drop_conditions(keys, 0.2, 0.3, 2)
+    only = drop_conditions(keys, 0.2, 0.3, 1)  # of one condition either hides it
+    assert only.shape == (4000, 1)
+    assert only[together].all()
+    assert abs(float(only[~together].float().mean()) - 0.3) < 0.03
+    assert apart.shape == (4000, 2)
+    assert apart[together].all()  # those of before are hidden whole, as they were
+    others = apart[~together].float()
+    assert torch.allclose(others.mean(0), torch.tensor([0.3, 0.3]), atol=0.03)
+    assert abs(float(others.prod(1).mean()) - 0.09) < 0.02  # independently
+    model, batch = flow(condition_dropout=0.0, condition_dropout_each=0.9).train(), cells(64)
+    assert not torch.allclose(model(batch)["loss"], flow(condition_dropout=0.0).train()(batch)["loss"])
+
+
 def test_noise_is_the_spread_that_generation_starts_from() -> None:
     model = flow().eval()
     torch.nn.init.zeros_(model.backbone.head.weight)  # nothing moves

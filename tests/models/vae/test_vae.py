@@ -10,9 +10,10 @@ from torch import Tensor
 from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.errors import UserError
+from bgen.models.codec import log_library
 from bgen.models.likelihoods.negative_binomial import NegativeBinomial
 from bgen.models.vae.thinning import KEPT, binomial, thin
-from bgen.models.vae.vae import VAE, log_library
+from bgen.models.vae.vae import VAE
 from bgen.nn.random import uniform
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 
+import pandas as pd
 from torch import Tensor, nn
+
+from bgen.models.vae.gene_table import GeneTable
 
 
 class Decoder(nn.Module, ABC):
@@ -54,6 +57,37 @@ class Decoder(nn.Module, ABC):
         Also the average level and dispersion of every gene and, with ``genes`` (genes were added), all parameters with
         a row per gene.
         """
+
+    @property
+    def vector_table(self) -> GeneTable | None:
+        """The gene table that knows genes by vectors, whether training saw them or not; None: there is none."""
+        return None
+
+    def foretell_genes(self, trained: Tensor, state: Tensor) -> float:
+        """Let new genes (all but the first ``len(trained)``) start at what their vectors foretell of them.
+
+        Called only if there is a ``vector_table``, after :meth:`start_genes`, in evaluation mode.
+
+        Parameters
+        ----------
+        trained
+            ``[known genes]``, bool: those that training has seen, from which is learned what vectors foretell.
+        state
+            ``[1, D]``: the average one.
+
+        Returns
+        -------
+        float
+            R2 of the levels of trained genes that are left out (:func:`bgen.genes.foretell.left_out_r2`).
+        """
+        raise TypeError(f"{type(self).__name__} has a vector_table and must say what vectors foretell (foretell_genes)")
+
+    def describe_genes(self, genes: pd.DataFrame) -> list[str]:
+        """Read the files that the settings name, for the genes of the table; return sentences for the user.
+
+        Called once, before training; a trained model has it in its buffers. Most decoders read none.
+        """
+        return []
 
     @abstractmethod
     def flops(self, cells: int) -> int:

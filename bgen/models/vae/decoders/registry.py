@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 from bgen.config.vae import VAEConfig
 from bgen.models.vae.decoders.decoder import Decoder
+from bgen.models.vae.decoders.gene_table import GeneTableDecoder
 from bgen.models.vae.decoders.state_vector import StateVectorDecoder
 
-DECODERS: dict[str, type[Decoder]] = {"state_vector": StateVectorDecoder}
+DECODERS: dict[str, type[Decoder]] = {"state_vector": StateVectorDecoder, "gene_table": GeneTableDecoder}
 """Their settings are in :data:`bgen.config.vae.DECODERS`."""
 
 

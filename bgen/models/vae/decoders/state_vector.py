@@ -58,8 +58,14 @@ class StateVectorDecoder(Decoder):
             hidden = block(hidden, keys)
         hidden = self.norm(hidden)
         if self.dropout_logits is None:
-            return self.logits(hidden), self.log_theta
-        return self.logits(hidden), self.log_theta, self.dropout_logits(hidden)
+            return self.gene_logits(hidden, keys), self.log_theta
+        return self.gene_logits(hidden, keys), self.log_theta, self.dropout_logits(hidden)
+
+    def gene_logits(self, hidden: Tensor, keys: Tensor | None) -> Tensor:
+        """Return the logits of the genes' shares ``[B, G]`` from the last layer ``[B, H]``; a decoder derived from this
+        one may need ``keys [B]``.
+        """
+        return self.logits(hidden)
 
     @torch.no_grad()
     def initialise_genes(self, mean_counts: Tensor) -> None:
@@ -81,6 +87,9 @@ class StateVectorDecoder(Decoder):
         self.logits.weight[known:] = 0
         self.logits.bias[known:] = self.logits.bias[:known].logsumexp(0) + shares.log()
         self.scaled_log_theta[known:] = self.scaled_log_theta[:known].median()
+        if self.dropout_logits is not None:
+            self.dropout_logits.weight[known:] = 0
+            self.dropout_logits.bias[known:] = self.dropout_logits.bias[:known].median()
 
     def tables(self, *, genes: bool) -> Iterator[nn.Parameter]:
         """See :class:`Decoder`."""

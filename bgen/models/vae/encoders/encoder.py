@@ -8,9 +8,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
+import pandas as pd
 from torch import Tensor, nn
 
 from bgen.data.batch import CellBatch
+from bgen.models.vae.gene_table import GeneTable
 
 
 class Encoder(nn.Module, ABC):
@@ -41,6 +43,21 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def flops(self, cells: int, nonzeros: int) -> int:
         """Floating-point operations of the forward pass over so many cells with so many stored counts in all."""
+
+    @property
+    def vector_table(self) -> GeneTable | None:
+        """The gene table that knows genes by vectors, whether training saw them or not; None: there is none."""
+        return None
+
+    def describe_genes(self, genes: pd.DataFrame) -> list[str]:
+        """Read the files that the settings name, for the genes of the table; return sentences for the user.
+
+        Called once, before training; a trained model has it in its buffers. Most encoders read none.
+        """
+        return []
+
+    def look_at(self, batch: CellBatch) -> None:
+        """Take statistics from a sample of the cells of training, before it begins; most encoders need none."""
 
     def training_flops(self, cells: int, nonzeros: int) -> int:
         """Floating-point operations of forward and backward pass; less where an input needs no gradient."""

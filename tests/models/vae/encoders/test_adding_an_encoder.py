@@ -147,18 +147,10 @@ def test_a_flow_trains_on_it_and_generates(run: Path, bgen: Any, demo: Any, tmp_
 
 
 @pytest.mark.parametrize("mode", ["head", "lora", "full"])
-def test_finetuning_adds_genes_and_batches(run: Path, bgen: Any, demo: Any, tmp_path: Path, mode: str) -> None:
-    new = anndata.read_h5ad(demo.cells)[:120].copy()
-    new.var_names = [*new.var_names[:114], *[f"NEW{number}" for number in range(6)]]
-    new.obs["batch"] = "batch_new"
-    new.write_h5ad(tmp_path / "new.h5ad")
-    asked = ["--task", "annotate", "--label", "cell_type", "--mode", mode, "--add-genes", "--out", tmp_path / "out"]
-    done = bgen("finetune", run / "model", tmp_path / "new.h5ad", *asked, *QUICK)
-    assert done.code == 0, done
-    old, grown = (load_directory(folder / "model").vae for folder in (run, tmp_path / "out"))
+def test_finetuning_adds_genes_and_batches(run: Path, tune_with_new_genes: Any, mode: str) -> None:
+    old, grown = tune_with_new_genes(run, mode)
     assert isinstance(old.encoder, MeanEncoder)
     assert isinstance(grown.encoder, MeanEncoder)
-    assert grown.n_genes == 126
     assert grown.encoder.table[:, 120:].abs().min() > 0  # they started at zero and were trained
     assert torch.equal(grown.encoder.scale, old.encoder.scale) == (mode != "full")
     assert torch.equal(grown.encoder.head.bias, old.encoder.head.bias) == (mode != "full")
@@ -204,7 +196,7 @@ def test_mistakes_in_its_settings_are_named(mean: Any) -> None:
         ("vae.encoder={name: mean, row: 3}", "vae.encoder.row: unknown key. Did you mean 'rows'?"),
         ("vae.encoder={name: mean, rows: 0}", "vae.encoder.rows: Input should be greater than 0"),
         ("vae.encoder.rows=3", "vae.encoder.rows: unknown key."),
-        ("vae.encoder.name=maen", "vae.encoder.name: Input should be 'state_vector' or 'mean' (it is 'maen')"),
+        ("vae.encoder.name=maen", "'state_vector', 'gene_set', 'ranked' or 'mean' (it is 'maen')"),
     ):
         with pytest.raises(UserError) as caught:
             load_config("vae", [override])
