@@ -1,9 +1,10 @@
 """``bgen bench cells``: train on four fifths of a data set, generate, and compare with the other fifth.
 
 Rows: the flow at several numbers of solver steps; bgen's VAE with latents of the training cells (the aggregate
-posterior); a negative binomial per type and one around each of 50 clusters; scvi-tools, from its prior and from its
-aggregate posterior; real cells. All rows have as many cells as there are test cells. For each seed cells are split,
-variable genes chosen on the training cells and everything trained anew, with the configurations ``vae`` and ``flow``.
+posterior); a negative binomial per type and one around each of 50 clusters; a flow on log counts, if that is asked for;
+scvi-tools, from its prior and from its aggregate posterior; real cells. All rows have as many cells as there are test
+cells. For each seed cells are split, variable genes chosen on the training cells and everything trained anew, with the
+configurations ``vae`` and ``flow``.
 
 Figures are those of the protocol ``distribution-v2`` (:mod:`bgen.evaluate.protocols.distribution`): the embedding is
 fitted on a random half of the training cells, and the real cells of the last row come from the other half. No row is
@@ -31,6 +32,7 @@ from scipy import sparse
 
 from bgen.bench.loaders.loaders import machine
 from bgen.bench.quality import cells_scvi
+from bgen.bench.quality.direct import direct_rows, latent_means
 from bgen.bench.runs import train_whole
 from bgen.bench.speed.versus import peer_environment, require_peer
 from bgen.config.load import stage_overrides
@@ -141,6 +143,7 @@ def bench_cells(
     steps: Sequence[int] = (50, 4, 1),
     python: Path | None = None,
     epochs: int | None = None,
+    direct: bool = False,
     overrides: Sequence[str] = (),
     say: Say = print,
 ) -> Comparison:
@@ -162,6 +165,9 @@ def bench_cells(
         Python that has scvi-tools; None: scvi-tools is left out.
     epochs
         Epochs of scvi-tools; None: its own default.
+    direct
+        Also train a flow on log counts, with the same settings as the latent flow, and show it and the latent flow as
+        expectations, too, at the first number of ``steps`` (:mod:`bgen.bench.quality.direct`).
     overrides
         ``vae.section.key=value`` and ``flow.section.key=value``.
 
@@ -191,6 +197,11 @@ def bench_cells(
         model = train_model(split, folder, given, seed)
         trained = time.perf_counter() - begin
         pools, rates = generated(split, model, steps, seed)
+        if direct:
+            genes_of = pd.Index(model.genes).get_indexer(split.train.var_names)
+            without = train_flow(split, folder / "direct", given, seed, ["flow.space=log_counts", "flow.vae=null"])
+            pools |= latent_means(model, genes_of, split.test.n_obs, steps[0], seed)
+            pools |= direct_rows(without, genes_of, split.test.n_obs, steps[0], seed)
         if python is not None:
             made, facts = scvi_cells(split, folder, python, epochs, seed)
             pools |= made
@@ -243,12 +254,19 @@ def split_cells(adata: AnnData, genes: int, seed: int, folder: Path) -> Split:
 
 def train_model(split: Split, folder: Path, overrides: dict[str, list[str]], seed: int) -> Model:
     """Train VAE and flow as the shipped configurations say; the flow is conditioned on the types, if there are any."""
-    common = [f"seed={seed}", f"data.store={folder / 'store'}", "track.mlflow=false", "track.progress=false"]
-    train_whole("vae", [*common, f"out={folder / 'vae'}", *overrides["vae"]])
+    train_whole("vae", [*_common(folder, seed), f"out={folder / 'vae'}", *overrides["vae"]])
+    return train_flow(split, folder / "flow", overrides, seed, [f"flow.vae={folder / 'vae'}"])
+
+
+def train_flow(split: Split, run: Path, overrides: dict[str, list[str]], seed: int, settings: Sequence[str]) -> Model:
+    """Train a flow in the folder ``run`` beside the store, with ``settings`` that say what space it flows in."""
     conditions = f"flow.conditions={[split.cell_type] if split.cell_type else []}"
-    flow = [*common, f"out={folder / 'flow'}", f"flow.vae={folder / 'vae'}", conditions, *overrides["flow"]]
-    train_whole("flow", flow)
-    return load_model(folder / "flow" / "model")
+    train_whole("flow", [*_common(run.parent, seed), f"out={run}", conditions, *settings, *overrides["flow"]])
+    return load_model(run / "model")
+
+
+def _common(folder: Path, seed: int) -> list[str]:
+    return [f"seed={seed}", f"data.store={folder / 'store'}", "track.mlflow=false", "track.progress=false"]
 
 
 def generated(

@@ -4,11 +4,15 @@ What is left out, each in its own trainings:
 
 - ``group:COLUMN``: the cells of each value of an obs column in turn, such as a replicate; their perturbations are
   predicted from their control cells.
+- ``contexts:COLUMN``: the perturbed cells of each value of an obs column in turn, such as a cell type; its control
+  cells are trained on, too, as those of a user would be, and are predicted from.
 - ``targets:N``: N random single perturbations at a time, of which the model only knows the target gene.
 - ``combinations:N``: N random combinations whose members are trained on.
 - ``doses``: each dose between others of the same perturbation in turn, scored together. All control cells are trained
-on and predicted from, as a user would do: no control cell is ever predicted, and halving few vehicle cells twice would
-add noise that no row can beat.
+  on and predicted from, as a user would do.
+
+Where control cells are trained on and predicted from (contexts and doses), they are not halved: no control cell is ever
+predicted, and halving few of them twice would add noise that no row can beat.
 
 Apart from that, VAE and flow see nothing of what is left out. The trainings of further seeds have other random choices,
 and are averaged where the same is left out; intervals are over perturbations.
@@ -48,8 +52,8 @@ from bgen.tasks.user_cells import read_input
 from bgen.version import __version__
 from data_tools.check.labels import JOIN, WHOLE
 
-GROUP, TARGETS, COMBINATIONS, DOSES = "group", "targets", "combinations", "doses"
-WAYS = (f"{GROUP}:COLUMN", f"{TARGETS}:N", f"{COMBINATIONS}:N", DOSES)
+GROUP, CONTEXTS, TARGETS, COMBINATIONS, DOSES = "group", "contexts", "targets", "combinations", "doses"
+WAYS = (f"{GROUP}:COLUMN", f"{CONTEXTS}:COLUMN", f"{TARGETS}:N", f"{COMBINATIONS}:N", DOSES)
 LEAST_CELLS = 40
 """Of a perturbation that is predicted, so that both halves of its cells tell something."""
 
@@ -158,8 +162,8 @@ def splits(cells: AnnData, columns: Columns, way: str, what: str, seed: int) -> 
 
     sizes = {key: len(rows) for key, rows in keys.perturbed().items()}
     large = sorted((key for key, size in sizes.items() if size >= LEAST_CELLS), key=str)
-    if way == GROUP:
-        return _groups(cells, columns, keys, what)
+    if way in (GROUP, CONTEXTS):
+        return _groups(cells, columns, keys, what, shared_controls=way == CONTEXTS)
     if way == DOSES:
         doses = {name: sorted(key[1] for key in large if key[0] == name and key[1]) for name, _ in large}
         chosen = [joined(name) + f"{DOSE}{dose:g}" for name in doses for dose in doses[name][1:-1]]
@@ -183,7 +187,7 @@ def splits(cells: AnnData, columns: Columns, way: str, what: str, seed: int) -> 
     return [Split(", ".join(chosen), *split_screen(cells, columns, chosen, seed))]
 
 
-def _groups(cells: AnnData, columns: Columns, keys: ScreenKeys, column: str) -> list[Split]:
+def _groups(cells: AnnData, columns: Columns, keys: ScreenKeys, column: str, *, shared_controls: bool) -> list[Split]:
     group = text_column(cells, column)
     control = keys.where(lambda key: key == columns.control_key)
     perturbed = keys.where(lambda key: bool(key[0]))
@@ -194,10 +198,12 @@ def _groups(cells: AnnData, columns: Columns, keys: ScreenKeys, column: str) -> 
         known = perturbed & ((outside > 0) & (inside >= LEAST_CELLS))[keys.number]
         back = here & (known | control)
         if min((here & control).sum(), (~here & control).sum()) >= LEAST_CONTROLS and (back & ~control).any():
-            made.append(Split(str(value), cells[~here].copy(), cells[back].copy()))
+            train = ~here | control if shared_controls else ~here
+            made.append(Split(str(value), cells[train].copy(), cells[back].copy()))
     if len(made) < 2:
+        way = CONTEXTS if shared_controls else GROUP
         raise UserError(
-            f"--leave {GROUP}:{column}: two values of obs['{column}'] with {LEAST_CONTROLS} control cells and"
+            f"--leave {way}:{column}: two values of obs['{column}'] with {LEAST_CONTROLS} control cells and"
             f" perturbations of {LEAST_CELLS} cells are needed; there are {len(made)}."
         )
     return made
@@ -217,13 +223,14 @@ def _predict(
     ``text``: what is left out. Doses share their controls, and are scored together.
     """
     way, what = _read(text)
-    together, contexts = way == DOSES, [what] if way == GROUP else None
+    together, contexts = way == DOSES, [what] if way in (GROUP, CONTEXTS) else None
+    shared = way in (CONTEXTS, DOSES)
     made: list[tuple[sp.csr_matrix, list[HeldOut]]] = []
     for part in parts:
         model = _train(part.train, columns, training, folder, seed)
         train, back = model.read(part.train), model.read(part.back)
         held = predict_held_out(
-            model, train, back, columns, seed=seed, shared_controls=together, contexts=contexts, gene_sets=gene_sets
+            model, train, back, columns, seed=seed, shared_controls=shared, contexts=contexts, gene_sets=gene_sets
         )
         if not together and len(parts) > 1:
             held = [replace(one, label=f"{part.name}: {one.label}") for one in held]
@@ -235,26 +242,45 @@ def _predict(
 
 
 def _train(cells: AnnData, columns: Columns, training: Training, folder: Path, seed: int) -> Model:
-    """Train a VAE, then the perturbation flow on it; overrides go to each training that has such settings."""
-    common = [*training.overrides, f"seed={seed}", "track.mlflow=false", "track.progress=false"]
-    of_flow = [override for override in common if override.partition(".")[0].partition("=")[0] in OF_FLOW]
-    plain = AnnData(cells.X, obs=pd.DataFrame(index=cells.obs_names), var=cells.var)  # no column becomes a condition
+    """Train a VAE, then the perturbation flow on it."""
+    return train_flow(train_vae(cells, training, folder, seed), cells, columns, training, folder / "flow", seed)
+
+
+def train_vae(cells: AnnData, training: Training, folder: Path, seed: int) -> Path:
+    """Train a VAE on cells, whose columns do not become conditions; return its model directory."""
+    plain = AnnData(cells.X, obs=pd.DataFrame(index=cells.obs_names), var=cells.var)
     plain.uns = {name: cells.uns[name] for name in ("organism",) if name in cells.uns}
     store = store_of(plain, folder / "data", seed)
     steps = [f"train.steps={training.steps}", "train.eval_every=100"]
-    train_whole("vae", [f"data.store={store}", f"out={folder / 'vae'}", *steps, *common])
+    train_whole("vae", [f"data.store={store}", f"out={folder / 'vae'}", *steps, *_overrides(training, seed)])
+    return folder / "vae" / "model"
+
+
+def train_flow(vae: Path, cells: AnnData, columns: Columns, training: Training, folder: Path, seed: int) -> Model:
+    """Train the perturbation flow on a VAE, with those of the overrides that it has."""
     request = Request("perturb", "head", columns=columns)
+    of_flow = [
+        override for override in _overrides(training, seed) if override.partition(".")[0].partition("=")[0] in OF_FLOW
+    ]
     steps = [f"train.steps={max(1, training.steps // 2)}"]
-    tuned = finetune(
-        folder / "vae" / "model", cells, folder / "flow", request, overrides=[*steps, *of_flow], say=lambda _: None
-    )
+    tuned = finetune(vae, cells, folder, request, overrides=[*steps, *of_flow], say=lambda _: None)
     return Model(tuned.model)
+
+
+def _overrides(training: Training, seed: int) -> list[str]:
+    return [*training.overrides, f"seed={seed}", "track.mlflow=false", "track.progress=false"]
 
 
 def _read(text: str) -> tuple[str, str]:
     """Return the way to leave out and its column or number."""
     way, sign, what = text.partition(":")
-    fits = {GROUP: bool(what), TARGETS: what.isdigit(), COMBINATIONS: what.isdigit(), DOSES: not sign}
+    fits = {
+        GROUP: bool(what),
+        CONTEXTS: bool(what),
+        TARGETS: what.isdigit(),
+        COMBINATIONS: what.isdigit(),
+        DOSES: not sign,
+    }
     if not fits.get(way, False) or what == "0":
         raise UserError(f"--leave {text}: write {', '.join(WAYS[:-1])} or {WAYS[-1]}.{nearest(way, list(fits))}")
     return way, what

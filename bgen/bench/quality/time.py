@@ -159,11 +159,12 @@ def bench_time(
     forecast: bool = False,
     both: bool = False,
     solver_steps: int = 4,
+    mixer: str | None = None,
 ) -> Comparison:
     """Compare on one course and write ``time.json``.
 
     ``both``: what is trained learns to interpolate and to forecast, as ``bgen finetune --task time`` does, and as
-    ``forecast`` implies; otherwise to interpolate.
+    ``forecast`` implies; otherwise to interpolate. ``mixer``: see :func:`bgen.bench.quality.time_latents.recipe`.
 
     Raises
     ------
@@ -178,15 +179,17 @@ def bench_time(
         raise UserError(f"--seeds must be at least 2, not {seeds}: verdicts need the spread.")
     if forecast and data in LATENT:
         raise UserError(f"--forecast is for courses of counts ({', '.join(COUNTS)}), not for {data}.")
+    recipe(mixer=mixer)  # its name is known before anything is made
     require_new_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     if data in LATENT:
-        settings = recipe(steps=steps, forecast=both, solver_steps=solver_steps)
+        settings = recipe(steps=steps, forecast=both, solver_steps=solver_steps, mixer=mixer)
         runs, gaps = _latent(data, path, out, seeds, points, settings, steps or STEPS, say)
     else:
         cells, system = COUNTS[data](path)
         gap = float(np.median(np.diff(np.unique(cells.obs["time"]))))
-        settings = recipe(steps=steps, scale=gap, forecast=forecast or both, solver_steps=solver_steps)
+        forecasts = forecast or both
+        settings = recipe(steps=steps, scale=gap, forecast=forecasts, solver_steps=solver_steps, mixer=mixer)
         runs, gaps = _counts(data, (cells, system), out, seeds, points, settings, forecast, say)
     compared = Comparison(data, runs, gaps)
     (out / "time.json").write_text(json.dumps(compared.as_json(), indent=1) + "\n", encoding="utf-8")

@@ -15,18 +15,25 @@ from scipy import sparse
 
 from bgen.arrays import F32
 from bgen.bench.runs import fit_whole
+from bgen.config.backbone import TIME_MIXERS, BackboneConfig
 from bgen.config.data import TrajectoriesConfig
 from bgen.config.flow import FlowConfig, SampleConfig
 from bgen.config.run import RunConfig
 from bgen.config.track import TrackConfig
 from bgen.config.train import TrainConfig
 from bgen.data.cells_in_memory import MemoryCells
+from bgen.errors import UserError, nearest
+from bgen.models.backbones.size import backbone_parameters, with_parameters
 from bgen.models.generators.latent_flow import LatentFlow, Places
 from bgen.models.measured_latents import MeasuredLatents
 from bgen.order.keys import hash_keys
 from bgen.tasks.finetune.course import course_flow
 from bgen.train.stages.course_in_memory import CourseStage
 from bgen.train.trainer import check
+
+NO_MIXER = "none"
+_SIZE = 17
+"""Size of the latents at which networks have about as many parameters."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +68,36 @@ class Recipe:
 
 
 def recipe(
-    *, steps: int | None = None, scale: float = 1.0, cells: int = 128, forecast: bool = False, solver_steps: int = 4
+    *,
+    steps: int | None = None,
+    scale: float = 1.0,
+    cells: int = 128,
+    forecast: bool = False,
+    solver_steps: int = 4,
+    mixer: str | None = None,
 ) -> Recipe:
-    """Return the one recipe of all courses; ``scale`` is a typical gap in time, ``forecast``: a third trains that."""
+    """Return the one recipe of all courses.
+
+    Parameters
+    ----------
+    scale
+        A typical gap in time.
+    forecast
+        A third of the training is for forecasts.
+    mixer
+        Another mixer over time than the recipe's, or "none", with about as many parameters.
+
+    Raises
+    ------
+    UserError
+        If there is no such mixer.
+    """
     shape = TrajectoriesConfig(times=3, cells=cells)
+    flow = course_flow(scale, forecast=forecast)
+    if mixer is not None:
+        flow = flow.model_copy(update={"backbone": _with_mixer(flow.backbone, mixer)})
     return Recipe(
-        course_flow(scale, forecast=forecast),
+        flow,
         SampleConfig(steps=solver_steps),
         shape,
         TrainConfig(
@@ -78,6 +109,18 @@ def recipe(
             eval_every=0,
         ),
     )
+
+
+def _with_mixer(backbone: BackboneConfig, mixer: str) -> BackboneConfig:
+    if mixer not in (*TIME_MIXERS, NO_MIXER):
+        raise UserError(f"There is no mixer over time '{mixer}'.{nearest(mixer, [*TIME_MIXERS, NO_MIXER])}")
+    settings = backbone.model_dump()
+    if mixer == NO_MIXER:
+        settings["pattern"] = [axis for axis in backbone.axes if axis != "time"]
+    else:
+        settings["time"]["mixer"] = mixer
+        settings["mamba2"]["head_width"] = 4  # divides every width that is tried
+    return with_parameters(_SIZE, settings, backbone_parameters(_SIZE, backbone), 4)
 
 
 def train(course: Course, recipe: Recipe, seed: int, folder: Path) -> LatentFlow:

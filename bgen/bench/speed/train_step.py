@@ -77,7 +77,7 @@ def bench_train(
     batch
         Cells of a step; default: ``train.micro_batch``, else ``train.global_batch``.
     genes
-        Of the VAE.
+        Of the VAE, or of a flow on log counts.
     repetitions
         Steps that are timed, after two that are not.
 
@@ -96,7 +96,8 @@ def bench_train(
         trajectories = config.data.trajectories
         T, N = (trajectories.times, trajectories.cells) if trajectories else (1, 1)
         B = max(1, cells // (T * N))
-        timing = time_backbone(config.vae.latent + 1, config.flow.backbone, (B, T, N), where, precision, repetitions)
+        size = config.vae.latent if config.flow.space == "latent" else genes
+        timing = time_backbone(size + 1, config.flow.backbone, (B, T, N), where, precision, repetitions)
         shape = {"B": B, "T": T, "N": N}
     return {"stage": config.stage, "device": device_name(where), "precision": precision, **shape, **asdict(timing)}
 

@@ -16,6 +16,7 @@ import pytest
 
 from bgen.bench.quality import cells
 from bgen.bench.quality.cells import CLUSTERS, PEER, POSTERIOR, REAL, TYPES, bench_cells
+from bgen.bench.quality.direct import AS_THEY_COME, LATENT_MEANS
 from bgen.errors import UserError
 
 TINY = ["vae.train.steps=20", "flow.train.steps=20"]
@@ -29,7 +30,7 @@ def test_the_example_of_the_help_runs(bgen: Any, demo: Any, tmp_path: Path, monk
     (tmp_path / "cells.h5ad").symlink_to(demo.cells)
     shown = " ".join(bgen("bench", "cells", "--help").out.replace("│", " ").split())
     example = re.search(r"Example: bgen (bench cells .*?flow\.train\.steps=\d+)", shown)
-    done = bgen(*shlex.split(example[1]), *SMALL)  # type: ignore[index]
+    done = bgen(*shlex.split(example[1]), *SMALL, "--direct")  # type: ignore[index]
     assert done.code == 0, done
     assert "recall" in done.out
     said = " ".join(done.out.split())
@@ -39,11 +40,12 @@ def test_the_example_of_the_help_runs(bgen: Any, demo: Any, tmp_path: Path, monk
     given = anndata.read_h5ad(demo.cells)
     assert (told["train"] + told["test"], told["genes"]) == (given.n_obs, 100)
     flow = ["bgen, 50 steps", "bgen, 4 steps", "bgen, 1 step"]
-    assert list(told["means"]) == [*flow, f"bgen {POSTERIOR}", TYPES, CLUSTERS, REAL]
+    direct = [AS_THEY_COME, "direct flow, rounded", "direct flow, Poisson"]
+    assert list(told["means"]) == [*flow, f"bgen {POSTERIOR}", TYPES, CLUSTERS, LATENT_MEANS, *direct, REAL]
     assert len(told["seeds"]) == 2
     for row, figures in told["means"].items():
         # Every row has the same genes in the same order: even a hardly trained model knows which are abundant.
-        assert figures["mean_spearman"] > 0.9, row
+        assert figures["mean_spearman"] > (0.5 if row in direct else 0.9), row  # log counts take longer to learn
         assert np.isclose(figures["w2"], np.mean([run[row]["w2"] for run in told["seeds"]]))
     assert told["means"][REAL]["mmd2"] < told["means"]["bgen, 50 steps"]["mmd2"]
     assert all(told["means"][row]["cells_per_s"] > 0 for row in flow)

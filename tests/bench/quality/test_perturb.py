@@ -38,6 +38,15 @@ def test_a_group_is_left_out_whole(cells: anndata.AnnData) -> None:
         assert split.back.obs["perturbation"].value_counts().min() >= 20
 
 
+def test_a_context_is_left_out_but_for_its_control_cells(cells: anndata.AnnData) -> None:
+    for split in splits(cells, COLUMNS, "contexts", "batch", 0):
+        assert set(split.back.obs["batch"]) == {split.name}
+        there = split.train.obs[split.train.obs["batch"] == split.name]
+        assert set(there["perturbation"]) == {"control"}
+        back = split.back.obs[split.back.obs["perturbation"] == "control"]
+        assert set(back.index) == set(there.index)
+
+
 @pytest.mark.parametrize(("way", "size"), [("targets", 1), ("combinations", 2)])
 def test_perturbations_are_left_out_whole(cells: anndata.AnnData, way: str, size: int) -> None:
     (split,) = splits(cells, COLUMNS, way, "2", 0)

@@ -13,6 +13,7 @@ import pytest
 from bgen.bench.quality.time import MODEL, bench_time
 from bgen.bench.quality.time_latents import Course, generate, recipe, train
 from bgen.errors import UserError
+from bgen.models.backbones.size import backbone_parameters
 
 
 def curved() -> Course:
@@ -80,3 +81,14 @@ def test_forecasts_stand_beside_the_last_time_point(bgen: Any, demo: Any, tmp_pa
     wrong = bgen(*asked[:-1], tmp_path / "new", tmp_path / "emt.csv", "--data", "emt")
     assert wrong.code == 2
     assert "courses of counts" in wrong.err
+
+
+def test_another_mixer_has_about_as_many_parameters_and_trains(tmp_path: Path) -> None:
+    own = backbone_parameters(17, recipe().flow.backbone)
+    for mixer in ("mamba2", "s4d", "attention", "none"):
+        backbone = recipe(mixer=mixer).flow.backbone
+        assert abs(backbone_parameters(17, backbone) / own - 1) < 0.15
+        assert ("time" in backbone.axes) == (mixer != "none")
+        train(curved(), recipe(steps=2, cells=16, mixer=mixer), 0, tmp_path / mixer)
+    with pytest.raises(UserError, match="no mixer over time 'atention'"):
+        recipe(mixer="atention")
