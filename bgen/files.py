@@ -129,9 +129,7 @@ def slashes_in_names() -> Iterator[None]:
     """
     import anndata
 
-    # anndata 0.12.0 neither asks nor has the setting
-    asked = {name: False for name in ("disallow_forward_slash_in_h5ad",) if hasattr(anndata.settings, name)}
-    with anndata.settings.override(**asked), warnings.catch_warnings():
+    with anndata.settings.override(disallow_forward_slash_in_h5ad=False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Forward slashes will be ", FutureWarning)
         yield
 
@@ -149,3 +147,7 @@ def write_h5ad(adata: AnnData, path: Path) -> None:
             adata.write_h5ad(half, compression="gzip")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}. Is the disk full?") from None
+    except ValueError as error:
+        if "NULL" not in str(error):  # how h5py says it
+            raise
+        raise UserError(f"{path} cannot be written: a text in uns holds a NUL character. Remove it.") from None

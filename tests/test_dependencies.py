@@ -101,6 +101,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
         id(child)
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
         for child in ast.walk(node)
     }
     for node in ast.walk(tree):

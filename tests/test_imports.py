@@ -33,6 +33,7 @@ FLOORS = [
     "bgen.flow",
     "bgen.models",
     "bgen.hub",
+    "bgen.effects",
     "bgen.distributed",
     "bgen.checkpoint",
     "bgen.track",
@@ -57,6 +58,7 @@ MOST_FILES = 14
 HEAVY = {
     "torch", "deepspeed", "mlflow", "matplotlib", "anndata", "numba", "ot", "scipy", "sklearn", "zarr", "distributed",
     "rich", "torchdiffeq", "zstandard", "cell_eval", "scib_metrics", "transformers", "harmonypy", "scvi",
+    "rdkit", "numcodecs", "pyarrow",
 }  # fmt: skip
 """Third-party packages that a function may import itself, since a command that does not need them need not wait."""
 

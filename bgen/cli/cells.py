@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bgen.cli.options import Data, cells_options, read_cells, with_options
-from bgen.cli.terminal import Json, Seed, notes, parse_times, parse_where, progress_bar, results
+from bgen.cli.terminal import Json, Seed, notes, parse_scales, parse_times, parse_where, progress_bar, results
 from bgen.errors import MOST_CELLS, MOST_COUNTS
 from bgen.files import require_new_file, write_h5ad
 
@@ -41,6 +41,9 @@ def generate(
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(min=0, max=1000, help="Guidance scale; 1 is the conditional model.")
+    ] = None,
+    guidance_of: Annotated[
+        list[str] | None, typer.Option(help="Guidance scale of one condition, column=scale; may be repeated.")
     ] = None,
     guidance_interval: Annotated[
         tuple[float, float] | None,
@@ -72,6 +75,7 @@ def generate(
             library_size=library_size,
             times=parse_times(times),
             guidance=guidance,
+            guidance_of=parse_scales(guidance_of),
             guidance_interval=guidance_interval,
             steps=steps,
             solver=solver,
@@ -102,7 +106,7 @@ def evaluate(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Score a model beside a per-type baseline and a real-versus-real ceiling, and write a report.
+    """Score a model beside a negative binomial per cluster and a real-versus-real ceiling, and write a report.
 
     Example: `bgen evaluate bgen-demo/model --data bgen-demo/store --out bgen-demo/report`
     """

@@ -21,7 +21,8 @@ from bgen.version import __version__
 app = typer.Typer(help="Check, build and inspect stores of counts.", no_args_is_help=True)
 
 Files = Annotated[
-    list[Path], typer.Argument(help=".h5ad, .h5mu, AnnData in zarr, 10x .h5, or 10x mtx folders.", show_default=False)
+    list[Path],
+    typer.Argument(help=".h5ad, .h5mu, AnnData in zarr, 10x .h5, 10x mtx folders, or parquet.", show_default=False),
 ]
 Role = Annotated[str | None, typer.Option(help="obs column with this role; default: detected; none: no column.")]
 
@@ -44,6 +45,10 @@ def check_options(
     reference: Annotated[
         Path | None,
         typer.Option(help="Genes to match: a file of ids, a store or a model; default: those of all inputs."),
+    ] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option("--obs", help="A table with a row for each file, its name first; the rest are added to obs."),
     ] = None,
     primary_only: Annotated[bool, typer.Option("--primary-only", help="Leave out cells that are copies.")] = False,
     cell_type: Role = None,
@@ -77,6 +82,7 @@ def check_options(
         accept_unnamed_genes=accept_unnamed_genes,
         organism=organism,
         reference=reference,
+        samples=samples,
         primary_only=primary_only,
         roles=Roles(
             cell_type=cell_type,
@@ -99,23 +105,41 @@ def check_options(
 def simulate(
     out: Annotated[Path, typer.Option(help="The .h5ad to write.")],
     preset: Annotated[
-        str, typer.Option(help="tiny or demo (lineages over time); atlas or crowd (screens in many contexts).")
+        str,
+        typer.Option(
+            help="tiny or demo (lineages over time); atlas, lines or crowd (screens in many contexts); pathways or "
+            "regulators (cells of known programmes)."
+        ),
     ] = "demo",
     cells: Annotated[int | None, typer.Option(min=1, max=MOST_CELLS, help="Cells; default: the preset's.")] = None,
     genes: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="Genes; default: the preset's.")] = None,
+    known: Annotated[
+        Path | None,
+        typer.Option(
+            help="What is known, to write: of pathways gene sets (.gmt), of regulators edges (.csv), of screens what "
+            "each perturbation drives (.csv)."
+        ),
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Simulate counts with known truth: lineages over time, a gene network, knock-outs, doses, batches; or screens.
 
     Example: `bgen data simulate --preset demo --out cells.h5ad`
     """
-    from data_tools.simulate.screens import SCREENS, simulate_screens
+    from data_tools.simulate.programmes import PROGRAMMES, simulate_programmes, write_known
+    from data_tools.simulate.screens import SCREENS, simulate_screens, write_drives
     from data_tools.simulate.simulate import simulate as simulate_lineages
 
-    require_new_file(out)
-    draw = simulate_screens if preset in SCREENS else simulate_lineages
+    for path in (out, known):
+        if path is not None:
+            require_new_file(path)
+    if known is not None and preset not in PROGRAMMES | SCREENS:
+        raise UserError(f"--known is for the presets {', '.join(PROGRAMMES | SCREENS)}, not for {preset}.")
+    draw = simulate_programmes if preset in PROGRAMMES else simulate_screens if preset in SCREENS else simulate_lineages
     adata = draw(preset, cells=cells, genes=genes, seed=seed)
     write_h5ad(adata, out)
+    if known is not None:
+        (write_known if preset in PROGRAMMES else write_drives)(adata, known)
     results.print(f"{adata.n_obs:,} cells x {adata.n_vars:,} genes: {out}")
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bgen.cli.options import Data, cells_options, with_options
+from bgen.cli.options import Data, GeneColumn, cells_options, with_options
 from bgen.cli.terminal import Json, notes, results
 
 app = typer.Typer(help="Adapt a model to your cells.")
@@ -108,6 +108,55 @@ def finetune(
             results.print(sentence, highlight=False)
         results.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
     results.print(f"Model: {out / 'model'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def extend(
+    model: Annotated[Path, typer.Argument(help="Model directory, of a model that knows genes by vectors.")],
+    genes: Annotated[Path, typer.Option(help="New genes: .csv, .tsv or .txt (id, symbol), or cells, such as .h5ad.")],
+    out: Annotated[Path, typer.Option(help="New model directory.")],
+    vectors: Annotated[
+        list[Path] | None, typer.Option(help="CSV or TSV of vectors like those of training; may be repeated.")
+    ] = None,
+    sets: Annotated[Path | None, typer.Option(help="Gene sets (.gmt) with the names of those of training.")] = None,
+    orthologs: Annotated[
+        Path | None, typer.Option(help="CSV or TSV: a new gene, and the gene whose vector it gets.")
+    ] = None,
+    gene_column: GeneColumn = None,
+    as_json: Json = False,
+) -> None:
+    """Add genes that no training has seen, by what is known of them: their sets, vectors or orthologs.
+
+    The model needs vectors of genes: vae.decoder={name: gene_table, vectors: ...}. Names that its sources knew need no
+    files.
+
+    Example: `bgen extend model --genes new.csv --out larger`
+
+    Example: `bgen extend model --genes mouse.h5ad --orthologs mouse-human.tsv --out mouse-model`
+    """
+    from bgen.files import require_new_folder
+    from bgen.hub.directory import load_directory, save_model
+    from bgen.tasks.extend import extend_model
+
+    require_new_folder(out)
+    say = _quiet if as_json else notes.print
+    extended = extend_model(
+        load_directory(model),
+        genes,
+        vectors=vectors or [],
+        sets=sets,
+        orthologs=orthologs,
+        gene_column=gene_column,
+        say=say,
+    )
+    extended.about = extended.about.model_copy(update={"name": out.resolve().name})
+    save_model(extended, out)
+    if as_json:
+        assert extended.about.extension is not None, "it is what was just done"
+        told = {"model": str(out), "genes": len(extended.genes)}
+        typer.echo(json.dumps({**told, "extension": extended.about.extension.model_dump(mode="json")}))
+        return
+    results.print(f"Model: {out}, {len(extended.genes):,} genes", highlight=False, soft_wrap=True)
 
 
 def _quiet(_: str) -> None:

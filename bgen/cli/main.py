@@ -12,6 +12,7 @@ from bgen.cli.bench import app as bench_app
 from bgen.cli.cells import app as cells_app
 from bgen.cli.data import app as data_app
 from bgen.cli.finetune import app as finetune_app
+from bgen.cli.genes import app as genes_app
 from bgen.cli.operate import app as operate_app
 from bgen.cli.perturb import app as perturb_app
 from bgen.cli.terminal import Overrides, Seed, notes, progress_bar, results
@@ -37,6 +38,7 @@ app.add_typer(cells_app)
 app.add_typer(time_app)
 app.add_typer(perturb_app)
 app.add_typer(finetune_app)
+app.add_typer(genes_app)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")

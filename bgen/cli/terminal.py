@@ -58,6 +58,19 @@ Seed = Annotated[int, typer.Option(min=0, max=MOST_SEEDS, help="Seed.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as train.steps=500.", show_default=False)]
 
 
+def parse_scales(texts: Sequence[str] | None) -> dict[str, float] | None:
+    """Return the number of each ``column=number``; None: none was given."""
+    if texts is None:
+        return None
+    scales = {}
+    for name, value in parse_where(texts).items():
+        try:
+            scales[name] = float(value)
+        except ValueError:
+            raise UserError(f"--guidance-of {name}={value}: {value!r} is no number.") from None
+    return scales
+
+
 def parse_where(texts: Sequence[str]) -> dict[str, str]:
     """Read conditions ``column=value``."""
     where = {}

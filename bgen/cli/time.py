@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from bgen.cli.options import Data, cells_options, read_cells, with_options
-from bgen.cli.terminal import Json, Seed, notes, parse_where, progress_bar, results
+from bgen.cli.terminal import Json, Seed, notes, parse_scales, parse_where, progress_bar, results
 from bgen.errors import MOST_CELLS, MOST_COUNTS
 from bgen.files import require_new_file, write_h5ad
 
@@ -28,6 +28,9 @@ Library = Annotated[
     float | None, typer.Option(min=1, max=MOST_COUNTS, help="Total counts per cell; default: generated.")
 ]
 Guidance = Annotated[float | None, typer.Option(min=0, max=1000, help="Guidance scale; 1 is the conditional model.")]
+GuidanceOf = Annotated[
+    list[str] | None, typer.Option(help="Guidance scale of one condition, column=scale; may be repeated.")
+]
 Steps = Annotated[int | None, typer.Option(min=1, max=10_000, help="Solver steps.")]
 Solver = Annotated[str | None, typer.Option(help="euler, heun, midpoint or adaptive.")]
 TimeColumn = Annotated[str | None, typer.Option(help="obs column of the times; default: as the model knows it.")]
@@ -45,6 +48,7 @@ def _predictor(name: str, forecast: bool, text: str) -> None:
         where: Where = None,
         library_size: Library = None,
         guidance: Guidance = None,
+        guidance_of: GuidanceOf = None,
         steps: Steps = None,
         solver: Solver = None,
         time_column: TimeColumn = None,
@@ -66,7 +70,12 @@ def _predictor(name: str, forecast: bool, text: str) -> None:
                 n=n,
                 where=parse_where(where or []),
                 library_size=library_size,
-                sample={"guidance": guidance, "steps": steps, "solver": solver},
+                sample={
+                    "guidance": guidance,
+                    "guidance_of": parse_scales(guidance_of),
+                    "steps": steps,
+                    "solver": solver,
+                },
                 time_column=time_column,
                 seed=seed,
                 progress=progress,

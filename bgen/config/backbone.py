@@ -14,7 +14,7 @@ from bgen.config.components import NameIn, SectionOfComponents
 from bgen.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 BackboneName = Literal["mlp", "transformer", "set_transformer", "ssm", "hybrid"]
-Axis = Literal["none", "cells", "time"]
+Axis = Literal["none", "cells", "time", "tokens"]
 
 PATTERNS: dict[str, tuple[Axis, ...]] = {
     "transformer": ("cells", "none"),
@@ -165,6 +165,14 @@ class CellsConfig(Section):
     inducing: PositiveInt = Field(32, description="Inducing points of set_attention.")
 
 
+class TokensConfig(Section):
+    """Mixing over the tokens of a cell's latent state, where the pattern names that axis."""
+
+    count: PositiveInt = Field(
+        8, description="Tokens, K, that the latent state is split into; the library size is one more."
+    )
+
+
 class BackboneConfig(SectionOfComponents):
     """A velocity network on ``[B, T, N, D]``: layers of residual blocks, each mixing along one axis.
 
@@ -175,7 +183,9 @@ class BackboneConfig(SectionOfComponents):
     width: PositiveInt = Field(256, description="Width of the residual stream.")
     layers: PositiveInt = Field(4, description="How often the pattern is repeated.")
     pattern: list[Axis] | None = Field(
-        None, description="hybrid only: axes of one layer's blocks, in order; default time, cells, none."
+        None,
+        description="hybrid only: axes of one layer's blocks (time, cells, tokens, none), in order; default time, "
+        "cells, none.",
     )
     transfer_from: PositiveInt | None = Field(
         None,
@@ -185,6 +195,7 @@ class BackboneConfig(SectionOfComponents):
     recompute: bool = Field(False, description="Activation checkpointing: recompute each block in the backward pass.")
     time: TimeConfig = TimeConfig()
     cells: CellsConfig = CellsConfig()
+    tokens: TokensConfig = TokensConfig()
     mlp: MLPConfig = MLPConfig()
     attention: AttentionConfig = AttentionConfig()
 
@@ -217,7 +228,12 @@ class BackboneConfig(SectionOfComponents):
         if self.name == "transformer" and self.cells.mixer != "attention":
             wrong.append("cells.mixer: transformer has attention; name the backbone set_transformer or hybrid")
         over_time = self.time.mixer if "time" in self.axes else None
-        attends = "cells" in self.axes or over_time == "attention" or (over_time and not self.time.tracked)
+        attends = (
+            "cells" in self.axes
+            or "tokens" in self.axes
+            or over_time == "attention"
+            or (over_time and not self.time.tracked)
+        )
         if attends and self.width % (2 * self.attention.heads):
             wrong.append(f"width: {self.width} is not a multiple of 2 x attention.heads = {2 * self.attention.heads}")
         used = {over_time, self.cells.mixer if "cells" in self.axes else None}

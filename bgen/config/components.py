@@ -15,7 +15,7 @@ In the second, every component has a section under its name, and another key say
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import ConfigDict, GetCoreSchemaHandler, PlainValidator, ValidationError, model_validator
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
@@ -50,6 +50,10 @@ class NamedSection(Section):
     """Settings of one component of several; a subclass fixes ``name``."""
 
     name: str
+
+    def exported(self) -> Self:
+        """Return the settings as a model directory has them: without files of whoever trained the model."""
+        return self
 
 
 @dataclass(frozen=True)

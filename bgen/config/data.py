@@ -17,7 +17,7 @@ class TrajectoriesConfig(Section):
     along: Literal["time", "perturbation"] = Field(
         "time",
         description="time: populations of one system by the store's time; perturbation: a system's control population, "
-        "then one of its perturbed ones.",
+        "then its population under one perturbation, at up to `times` - 1 times if the store has several.",
     )
     system: list[str] = Field(
         default_factory=list,

@@ -7,25 +7,29 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from bgen.config.flow import FlowConfig
-from bgen.config.perturb import PerturbConfig
+from bgen.config.flow import FlowConfig, LogCountsConfig
 from bgen.config.run import RunConfig
 
 
 class FinetuneConfig(RunConfig):
     """The training runs of ``bgen finetune``, on the user's cells in memory.
 
-    The shape of the autoencoder and of the parent's flow comes from the parent and cannot be set.
+    The shape of the autoencoder, the space and the shape of the parent's flow come from the parent and cannot be set.
     """
 
-    stage: Literal["vae", "flow", "perturb"] = Field(
+    stage: Literal["vae", "flow"] = Field(
         "vae", description="What a run trains; `bgen finetune` sets it for each of its runs."
     )
     parent: Path = Field(description="Model directory that is fine-tuned.")
-    flow: FlowConfig = Field(FlowConfig(), description="A new flow over time, where the parent has none (--task time).")
-    perturb: PerturbConfig = Field(
-        PerturbConfig(), description="The flow from control to perturbed cells (--task perturb)."
+    flow: FlowConfig = Field(
+        FlowConfig(), description="A new flow, where the parent has none over time or along perturbations."
     )
+
+    @model_validator(mode="after")
+    def _space_is_the_parents(self) -> FinetuneConfig:
+        if self.flow.space != "latent" or self.flow.log_counts != LogCountsConfig():
+            raise ValueError("flow.space: the space of a flow is that of the parent; leave space and log_counts out")
+        return self
 
     @model_validator(mode="after")
     def _levels_belong_to_a_store(self) -> FinetuneConfig:

@@ -1,4 +1,4 @@
-"""Settings of the rectified flow in latent space, and of sampling from it."""
+"""Settings of the rectified flow, and of sampling from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from bgen.config.backbone import BackboneConfig
-from bgen.config.section import Fraction, NonNegativeFloat, Section
+from bgen.config.section import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
 
 class PatternsConfig(Section):
@@ -33,15 +40,105 @@ class PatternsConfig(Section):
         return self
 
 
-class FlowConfig(Section):
-    """The rectified flow in the latent space (bgen/README.md, "Flow")."""
+class MembersConfig(Section):
+    """A condition that is a set of members with amounts (:mod:`bgen.models.generators.members`)."""
 
-    vae: Path | None = Field(None, description="Run folder or exported directory of the VAE; needed by stage flow.")
+    column: str = Field("perturbation", description="obs column (role or name) of the labels, such as A+B.")
+    amount: str | None = Field(
+        None, description="obs column (role or name) of the amount, which all members of a label have; null: none."
+    )
+    separator: str | None = Field(None, description="Between the names of a label; null: found, usually +.")
+    forget: Fraction = Field(0.2, description="Share of training sets whose members count as never seen.")
+    components: NonNegativeInt = Field(
+        16, description="Size of the co-expression rows by which genes are known; 0: none."
+    )
+    network: Path | None = Field(
+        None, description="CSV of a regulatory network (source, target, weight); its regulators are known by it."
+    )
+    sets: Path | None = Field(None, description="Gene sets (.gmt); genes are known by the sets that they are in.")
+    vectors: list[Path] = Field(
+        default_factory=list,
+        description="CSV or TSV files, a name and its vector in each row: of genes, drugs, anything.",
+    )
+    structures: list[Path] = Field(
+        default_factory=list,
+        description="CSV or TSV files, a drug and its SMILES in each row: drugs known by fingerprints (extra drugs).",
+    )
+
+
+class MemberSizes(Section):
+    """Sizes of :class:`bgen.models.generators.members.MemberEmbedding`, as a model directory keeps them."""
+
+    members: NonNegativeInt
+    labels: NonNegativeInt
+    largest: PositiveInt
+    names: NonNegativeInt
+    vector: NonNegativeInt
+    amount: str | None = Field(description="obs column of the amounts.")
+    forget: Fraction
+
+
+class MixingConfig(Section):
+    """Populations mixed between systems, as augmentation of trajectories along a perturbation."""
+
+    share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="Share of trajectories that are moved towards other systems; 0: none."
+    )
+    concentration: PositiveFloat = Field(
+        0.5, description="Of the Dirichlet distribution that the other systems' weights are drawn from."
+    )
+    cells: PositiveInt = Field(64, description="Cells of a population, at most, from which its mean is taken.")
+
+
+class LogCountsConfig(Section):
+    """The space of a flow without a latent (:mod:`bgen.models.log_counts`)."""
+
+    scale: Literal["one", "gene"] = Field(
+        "one",
+        description="What the logarithms of a gene are divided by: one number for all genes, or its own spread. Their "
+        "mean is subtracted in both.",
+    )
+    counts: Literal["rounded", "poisson", "nb"] = Field(
+        "rounded",
+        description="How integers come of generated expectations: the nearest, a Poisson draw, or one from a negative "
+        "binomial with the gene's dispersion among all training cells.",
+    )
+
+
+class FlowConfig(Section):
+    """The rectified flow (bgen/README.md, "Flow")."""
+
+    space: Literal["latent", "log_counts"] = Field(
+        "latent",
+        description="What flows: latent states of a VAE, or log(1 + counts per 10,000) of all genes, without a VAE.",
+    )
+    vae: Path | None = Field(
+        None, description="Run folder or exported directory of the VAE; needed by stage flow in the space latent."
+    )
+    log_counts: LogCountsConfig = LogCountsConfig()
     backbone: BackboneConfig = BackboneConfig()
     conditions: list[str] = Field(
         default_factory=list, description="obs columns (roles or names) that generation can be asked for."
     )
+    members: MembersConfig | None = Field(
+        None, description="A further condition that is a set of members with amounts; null: there is none."
+    )
+    mixing: MixingConfig = MixingConfig()
+    endpoint: NonNegativeFloat = Field(
+        0.0,
+        description="Weight of a further loss on trajectories: the energy distance between the cells of a population "
+        "and where the velocity leads theirs.",
+    )
+    averages: bool = Field(
+        True, description="After training along perturbations, estimate average effects to go with the flow."
+    )
+    own_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="Share of the flow's own answer in how cells change on average, beside average effects."
+    )
     condition_dropout: Fraction = Field(0.15, description="Probability that training hides a cell's conditions.")
+    condition_dropout_each: Fraction = Field(
+        0.0, description="Probability that training hides each condition by itself: needed to guide by single ones."
+    )
     t_sampling: Literal["uniform", "stratified", "logit_normal"] = Field(
         "stratified", description="Distribution of the flow time t in training."
     )
@@ -85,6 +182,9 @@ class SampleConfig(Section):
     )
     guidance: Annotated[float, Field(ge=0, le=1000)] = Field(
         1.0, description="Guidance scale; 1 is the conditional model itself."
+    )
+    guidance_of: dict[str, Annotated[float, Field(ge=0, le=1000)]] = Field(
+        default_factory=dict, description="Guidance scale of single conditions, beside that of all; 1: none."
     )
     guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Range of t in which guidance acts.")
 

@@ -13,7 +13,6 @@ from pydantic import Field, field_validator, model_validator
 
 from bgen.config.data import DataConfig
 from bgen.config.flow import FlowConfig, SampleConfig
-from bgen.config.perturb import PerturbConfig
 from bgen.config.section import Section
 from bgen.config.track import TrackConfig
 from bgen.config.train import TrainConfig
@@ -25,7 +24,7 @@ from bgen.files import require_local
 class RunConfig(Section):
     """What every training run has, wherever its cells come from."""
 
-    stage: Literal["vae", "flow", "perturb"] = Field(description="perturb: by `bgen finetune --task perturb` only.")
+    stage: Literal["vae", "flow"] = Field(description="What is trained.")
     out: Path = Field(description="Run folder: checkpoints, record, resolved configuration.")
     seed: Annotated[int, Field(ge=0, le=MOST_SEEDS)] = 0
     train: TrainConfig = TrainConfig()
@@ -44,13 +43,24 @@ class Config(RunConfig):
     data: DataConfig
     vae: VAEConfig = VAEConfig()
     flow: FlowConfig = FlowConfig()
-    perturb: PerturbConfig = PerturbConfig()
     sample: SampleConfig = SampleConfig()
 
     @model_validator(mode="after")
     def _flow_needs_a_vae(self) -> Config:
-        if self.stage == "flow" and self.flow.vae is None:
-            raise ValueError("flow.vae: stage 'flow' needs the run folder or exported directory of a trained VAE")
+        if self.stage == "flow" and self.flow.space == "latent" and self.flow.vae is None:
+            raise ValueError(
+                "flow.vae: stage 'flow' needs the run folder or exported directory of a trained VAE (or, without one, "
+                "flow.space=log_counts)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _populations_are_there(self) -> Config:
+        trajectories, flow = self.data.trajectories, self.flow
+        if flow.mixing.share > 0 and (trajectories is None or trajectories.along != "perturbation"):
+            raise ValueError("flow.mixing.share: only trajectories along a perturbation are mixed; set it to 0")
+        if flow.endpoint > 0 and trajectories is None:
+            raise ValueError("flow.endpoint: single cells are no populations; set it to 0, or train on trajectories")
         return self
 
     @model_validator(mode="after")

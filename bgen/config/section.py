@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
@@ -29,3 +30,15 @@ class Section(BaseModel):
     def component_sections(cls) -> Mapping[str, type[Section]]:
         """Return the sections that it has beside its fields, by key: those of components that a registry lists."""
         return {}
+
+
+def named_files(section: BaseModel | None) -> list[Path]:
+    """Return the paths that a section and those within it name, in their order."""
+    found: list[Path] = []
+    for value in () if section is None else dict(section).values():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, Path):
+                found.append(item)
+            elif isinstance(item, BaseModel):
+                found += named_files(item)
+    return found

@@ -5,11 +5,12 @@ An encoder's or decoder's own settings are a section here and one line in :data:
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, model_validator
 
 from bgen.config.components import ChosenByName, NamedSection
+from bgen.config.gene_set import GeneSetEncoderConfig, GeneTableDecoderConfig, RankedEncoderConfig
 from bgen.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
 
 
@@ -25,11 +26,25 @@ class StateVectorDecoderConfig(NamedSection):
     name: Literal["state_vector"] = "state_vector"
 
 
-ENCODERS: dict[str, type[NamedSection]] = {"state_vector": StateVectorEncoderConfig}
+ENCODERS: dict[str, type[NamedSection]] = {
+    "state_vector": StateVectorEncoderConfig,
+    "gene_set": GeneSetEncoderConfig,
+    "ranked": RankedEncoderConfig,
+}
 """Encoders to their settings; the encoders themselves are in :mod:`bgen.models.vae.encoders.registry`."""
 
-DECODERS: dict[str, type[NamedSection]] = {"state_vector": StateVectorDecoderConfig}
+DECODERS: dict[str, type[NamedSection]] = {
+    "state_vector": StateVectorDecoderConfig,
+    "gene_table": GeneTableDecoderConfig,
+}
 """Decoders, likewise (:mod:`bgen.models.vae.decoders.registry`)."""
+
+
+class PanelConfig(Section):
+    """Cells that are shown to the encoder as if fewer genes had been measured, while the decoder explains all."""
+
+    share: Fraction = Field(0.0, description="Share of cells that are shown so in training; 0: none.")
+    most: Fraction = Field(0.9, description="Share of its genes that such a cell loses: uniform up to this.")
 
 
 class VAEConfig(Section):
@@ -43,6 +58,11 @@ class VAEConfig(Section):
     )
 
     latent: PositiveInt = Field(16, description="Size of the latent, D.")
+    latent_tokens: PositiveInt = Field(
+        1,
+        description="Tokens, K, that the latent state consists of, each read off as many of the encoder's tokens: for "
+        "flow.backbone.pattern with tokens, whose count is then the same. Encoder gene_set only.",
+    )
     hidden: PositiveInt = Field(256, description="Width of the encoder's and decoder's hidden layers.")
     blocks: NonNegativeInt = Field(2, description="Residual blocks in the encoder, and as many in the decoder.")
     dropout: Fraction = Field(0.1, description="Dropout in the residual blocks.")
@@ -61,6 +81,7 @@ class VAEConfig(Section):
         0.5,
         description="Share of cells thinned for the encoder; the kept fraction is uniform in (0.3, 1).",
     )
+    panel: PanelConfig = PanelConfig()
     fit_levels: bool = Field(
         False,
         description="After training, move each gene's logit to where the likelihood of training cells is highest.",
@@ -71,3 +92,20 @@ class VAEConfig(Section):
         description="Hidden width at which the learning rate was found; starts and rates then follow muP. null: the "
         "same learning rate for everything.",
     )
+
+    @model_validator(mode="after")
+    def _has_tokens(self) -> Self:
+        if self.latent_tokens == 1:
+            return self
+        own = self.encoder
+        if not isinstance(own, GeneSetEncoderConfig):
+            raise ValueError(f"latent_tokens: encoder {own.name} has no tokens; set encoder.name=gene_set, or 1")
+        read = own.tokens + sum(part.tokens for part in (own.groups, own.network) if part is not None)
+        for what, number in (("latent size", self.latent), ("tokens of the encoder", read)):
+            if number % self.latent_tokens:
+                raise ValueError(f"latent_tokens: {self.latent_tokens} does not divide the {what}, {number}")
+        return self
+
+    def exported(self) -> Self:
+        """Return the settings as a model directory has them."""
+        return self.model_copy(update={"encoder": self.encoder.exported(), "decoder": self.decoder.exported()})

@@ -34,9 +34,6 @@ Key = tuple[int, int, int]
 TOGETHER = 64
 """Chunks that are in memory at once where scattered cells are read."""
 
-AHEAD = 2
-"""Windows that a rank reads ahead."""
-
 _TRAIN, _VALID = 1, 2  # what a cell's random key is for
 
 
@@ -192,7 +189,8 @@ class TrainLoader:
         self._slices = [(a, a + micro) for a in range(rank * share, (rank + 1) * share, micro)]
         self._windows: dict[Key, Chunks] = {}
         lanes = min(order.lanes, -(-order.lanes // world) + 1)
-        self._arena = reader.store.arena((2 * lanes + AHEAD) * order.window)
+        self._ahead = reader.store.windows_ahead(order.window)
+        self._arena = reader.store.arena((2 * lanes + self._ahead) * order.window)
 
     def steps(self, start: int = 0) -> Iterator[list[CellBatch]]:
         """Yield the micro batches of each step from ``start`` on, read ahead by a thread."""
@@ -229,7 +227,8 @@ class TrainLoader:
     def _turn_pages(self, used: dict[int, tuple[Key, int]]) -> None:
         """Forget what was read and start to read the windows that will be needed first."""
         left = {key: len(self._windows[key].cells) - stop for key, stop in used.values()}
-        soonest = [self.order.next_window(key) for key in sorted(left, key=lambda key: (left[key], key))[:AHEAD]]
+        ending = sorted(left, key=lambda key: (left[key], key))[: self._ahead]
+        soonest = [self.order.next_window(key) for key in ending]
         for key in [key for key in self._windows if key[1] not in used or key < used[key[1]][0]]:
             self._windows.pop(key).give_back()
         for key in soonest:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bgen.data.batch import CellBatch
+from bgen.order.mixing import Mixing
 from bgen.order.trajectories import GridOfCells
 
 
@@ -31,27 +32,38 @@ class TrajectoryBatch(CellBatch):
         float32 ``[B, T]``: when the time points are, in the store's unit, ascending along T.
     control
         bool ``[B, T]``: populations before a perturbation.
+    whitened
+        ``[B T N, D + 1]``: latents of the cells, if they are known; None: they are encoded from counts.
+    moved
+        ``[B, T, D + 1]``: what the latents of a population are moved by in training; None: nothing.
     """
 
     mask: Tensor = field(kw_only=True)
     time: Tensor = field(kw_only=True)
     control: Tensor = field(kw_only=True)
+    whitened: Tensor | None = field(kw_only=True, default=None)
+    moved: Tensor | None = field(kw_only=True, default=None)
 
     @classmethod
-    def of_grids(cls, cells: CellBatch, grids: Sequence[GridOfCells]) -> TrajectoryBatch:
-        """Put ``B T N`` cells, in the order of the B ``grids``, on their places."""
+    def of_grids(cls, cells: CellBatch, grids: Sequence[GridOfCells], mixing: Mixing | None = None) -> TrajectoryBatch:
+        """Put ``B T N`` cells, in the order of the B ``grids``, on their places; ``mixing`` says what moves them."""
+        moved = None if mixing is None else torch.from_numpy(np.stack([mixing.moved(grid) for grid in grids]))
         return cls.of(
             cells,
             mask=torch.from_numpy(np.stack([grid.mask for grid in grids])),
             time=torch.from_numpy(np.stack([grid.time for grid in grids])),
             control=torch.from_numpy(np.stack([grid.control for grid in grids])),
+            moved=moved,
         )
 
     @classmethod
-    def of(cls, cells: CellBatch, mask: Tensor, time: Tensor, control: Tensor) -> TrajectoryBatch:
+    def of(
+        cls, cells: CellBatch, mask: Tensor, time: Tensor, control: Tensor, moved: Tensor | None = None
+    ) -> TrajectoryBatch:
         """Put ``B T N`` cells on the grid of ``mask``."""
         assert len(cells) == mask.numel(), "a cell for every place"
-        return cls(**{f.name: getattr(cells, f.name) for f in fields(cells)}, mask=mask, time=time, control=control)
+        of_cells = {f.name: getattr(cells, f.name) for f in fields(cells)}
+        return cls(**of_cells, mask=mask, time=time, control=control, moved=moved)
 
     @property
     def exists(self) -> Tensor:

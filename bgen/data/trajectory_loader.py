@@ -15,14 +15,15 @@ from bgen.data.run_ahead import run_ahead
 from bgen.data.trajectory_batch import TrajectoryBatch
 from bgen.errors import UserError
 from bgen.order.keys import hash_keys
+from bgen.order.mixing import Mixing
 from bgen.order.trajectories import GridOfCells, Trajectories, TrajectoryOrder
 from bgen.store.store import Store
 
 _TRAIN, _VALID = 3, 4  # what a cell's random key is for
 
 
-def read_trajectories(store: Store, split: str, config: TrajectoriesConfig) -> Trajectories:
-    """Find the trajectories of a split.
+def read_trajectories(store: Store, split: str, config: TrajectoriesConfig, amount: str | None = None) -> Trajectories:
+    """Find the trajectories of a split; along a perturbation, those of each ``amount`` (obs column or role), if given.
 
     Raises
     ------
@@ -44,7 +45,10 @@ def read_trajectories(store: Store, split: str, config: TrajectoriesConfig) -> T
                 f"data.trajectories.along=perturbation: the store {store.folder} does not say which value of its "
                 "perturbation column is the control. Build it with that."
             )
-        found = Trajectories.along_perturbation(cells, system, labels, control)
+        given = None if amount is None else store.column(amount)[1][cells]
+        over_time = config.times > 2 and "time" in store.manifest.roles and store.column("time")[0].kind == "number"
+        time = store.column("time")[1][cells] if over_time else None
+        found = Trajectories.along_perturbation(cells, system, labels, control, given, time)
         lacks = "a system with both control and perturbed cells"
     else:
         if "time" not in store.manifest.roles:
@@ -65,7 +69,12 @@ def read_trajectories(store: Store, split: str, config: TrajectoriesConfig) -> T
 
 
 def read_batch(
-    reader: CountReader, grids: Sequence[GridOfCells], keys: np.ndarray, step: int, first_slot: int
+    reader: CountReader,
+    grids: Sequence[GridOfCells],
+    keys: np.ndarray,
+    step: int,
+    first_slot: int,
+    mixing: Mixing | None = None,
 ) -> TrajectoryBatch:
     """Read the cells of trajectories; ``keys [B T N]`` are the cells' random keys."""
     numbers = np.stack([grid.cells for grid in grids]).reshape(-1)
@@ -74,7 +83,7 @@ def read_batch(
     cells = reader.read_cells(distinct).take(torch.from_numpy(place))
     cells.keys = torch.from_numpy(keys.view(np.int64))
     cells.step, cells.first_slot = step, first_slot
-    return TrajectoryBatch.of_grids(cells, grids)
+    return TrajectoryBatch.of_grids(cells, grids, mixing)
 
 
 class TrajectoryLoader:
@@ -94,6 +103,8 @@ class TrajectoryLoader:
         Trajectories per forward pass.
     prefetch
         Steps that are read ahead.
+    mixing
+        What trajectories are moved by; None: nothing.
     """
 
     def __init__(
@@ -106,7 +117,9 @@ class TrajectoryLoader:
         world: int = 1,
         micro_batch: int,
         prefetch: int = 4,
+        mixing: Mixing | None = None,
     ) -> None:
+        self.mixing = mixing
         share = order.batch // world
         assert order.batch == share * world, "checked with the configuration"
         assert share % micro_batch == 0, "checked with the configuration"
@@ -123,7 +136,8 @@ class TrajectoryLoader:
         batches = []
         for low, high in self._slices:
             keys = hash_keys(self.seed, _TRAIN, step, np.arange(low * size, high * size))
-            batches.append(read_batch(self.reader, self.order.read(step, low, high), keys, step, low * size))
+            grids = self.order.read(step, low, high)
+            batches.append(read_batch(self.reader, grids, keys, step, low * size, self.mixing))
         return batches
 
 

@@ -1,13 +1,16 @@
-"""Classifier-free guidance of a velocity, all conditions jointly.
+"""Classifier-free guidance of a velocity, by all conditions jointly and by each of them.
 
-    v = v_0 + w (v_c - v_0)
+    v = v_c + (w - 1) (v_c - v_0) + sum over conditions k of (w_k - 1) (v_c - v_-k)
 
-with the unconditional v_0 and the conditional v_c (Ho and Salimans, 2022). w = 1 is the conditional model itself, w = 0
-the unconditional one, w > 1 trades diversity for fidelity; acting in a limited interval of t keeps more of the
-diversity (Kynkäänniemi et al., 2024). Outside the interval the conditional velocity is used.
+with the conditional v_c, the unconditional v_0 (Ho and Salimans, 2022), and v_-k, where only condition k is hidden: it
+strengthens what k adds to all others. w = 1 is the conditional model itself, w = 0 the unconditional one, w > 1 trades
+diversity for fidelity; of a model with one condition, w_k does what w does. Acting in a limited interval of t keeps
+more of the diversity (Kynkäänniemi et al., 2024). Outside the interval the conditional velocity is used.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -15,19 +18,30 @@ from bgen.flow.solvers import Velocity
 
 
 def guide(
-    conditional: Velocity, unconditional: Velocity, scale: float, interval: tuple[float, float] = (0.0, 1.0)
+    conditional: Velocity,
+    unconditional: Velocity,
+    scale: float,
+    interval: tuple[float, float] = (0.0, 1.0),
+    without: Sequence[tuple[Velocity, float]] = (),
 ) -> Velocity:
-    """Combine two velocities; at each t only those that are needed are evaluated.
+    """Combine velocities; at each t only those that are needed are evaluated.
 
-    ``interval`` is the closed range of t in which the scale ``w`` acts.
+    ``interval`` is the closed range of t in which the scales act; ``without`` has the velocity with one condition
+    hidden, and that condition's scale.
     """
 
     def guided(z: Tensor, t: float) -> Tensor:
-        if scale == 1.0 or not interval[0] <= t <= interval[1]:
-            return conditional(z, t)
-        if scale == 0.0:
+        acting = interval[0] <= t <= interval[1]
+        parts = [(v, w) for v, w in without if w != 1.0] if acting else []
+        if scale == 0.0 and acting and not parts:
             return unconditional(z, t)
-        base = unconditional(z, t)
-        return base + scale * (conditional(z, t) - base)
+        told = conditional(z, t)
+        total = told
+        if scale != 1.0 and acting:
+            base = unconditional(z, t)
+            total = base + scale * (told - base)
+        for v, w in parts:
+            total = total + (w - 1.0) * (told - v(z, t))
+        return total
 
     return guided

@@ -46,6 +46,16 @@ class Finetuning(Section):
     parent: Parent
 
 
+class Extension(Section):
+    """Genes that were added to the model without training (``source`` in genes.csv)."""
+
+    genes: int = Field(description="Genes that were added.")
+    ways: dict[str, int] = Field(description="How their vectors were found, and how many in each way.")
+    trained_genes: int = Field(description="Genes of the training that have a vector.")
+    level_r2: float = Field(description="Share of the variance of their levels that vectors tell of left-out ones.")
+    parent: Parent = Field(description="The model without them.")
+
+
 class Annotation(Section):
     """What an annotator tells."""
 
@@ -60,11 +70,24 @@ class EffectOf(Section):
     dose: float | None = Field(description="null: none.")
 
 
-class EffectScale(Section):
-    """Factors that calibrate the size of average effects (:mod:`bgen.tasks.perturb.effect_scale`)."""
+class EffectPooling(Section):
+    """How average effects are pooled over contexts and joined with the flow's answer
+    (:mod:`bgen.effects.effects`).
+    """
 
-    trained: float = Field(1.0, description="Those of trained perturbations.")
-    unseen: float = Field(1.0, description="Those that are predicted for unseen targets.")
+    width: float | None = Field(None, description="Over which contexts are alike; null: all are.")
+    bilinear: float = Field(0.0, description="Share of the bilinear form in control cells, for unseen contexts.")
+    features: int = Field(0, description="Features of control cells that it sees.")
+    directions: int = Field(0, description="Directions by which it tells perturbations apart.")
+    flow: float = Field(0.5, description="Share of the flow's own answer, at most.")
+    unseen_error: float | None = Field(
+        None,
+        description="Squared error in left-out contexts, in units of squares of effects; null: unknown.",
+    )
+    pairs: float = Field(1.0, description="Effect of an unseen combination in units of the sum of its members'.")
+    knock_down: float | None = Field(
+        None, description="Natural log of the fold of targets of their own perturbation; null: none was measured."
+    )
 
 
 class RegulatoryNetwork(Section):
@@ -102,8 +125,15 @@ class Perturbation(Section):
     column: str | None = Field(None, description="obs column of the labels.")
     controls: list[str] = Field(default_factory=list, description="Labels of control cells, where there are several.")
     separator: str = Field("+", description="Between the names of a label.")
-    effects: list[EffectOf]
-    effect_scale: EffectScale = EffectScale()
+    named: list[str] = Field(
+        default_factory=list, description="Names with a vector beside the model's genes, in the order of their rows."
+    )
+    effects: list[EffectOf] = Field(default_factory=list)
+    contexts: list[list[str]] = Field(
+        default_factory=list, description="Values of the strata in contexts with control and perturbed cells."
+    )
+    own: int = Field(0, description="Effects in contexts that were measured.")
+    pooling: EffectPooling = EffectPooling()
     network: RegulatoryNetwork | None = None
     held_out: HeldOutScores | None = None
 
@@ -125,6 +155,7 @@ class About(Section):
     finetuning: Finetuning | None = None
     annotation: Annotation | None = None
     perturbation: Perturbation | None = None
+    extension: Extension | None = Field(None, description="null: all genes were trained on.")
 
     def as_json(self) -> dict[str, Any]:
         """Return what is said as plain JSON values, without what was left open."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bgen.hub.about import About, HeldOutScores
+from bgen.hub.about import About, Extension, HeldOutScores
 from bgen.names import in_code, in_markdown
 
 _ROWS = ("model", "baseline", "ceiling")
@@ -18,6 +18,11 @@ _KINDS = {
         'cells = model.perturb(controls, "GENE")  # AnnData of integer counts',
     ),
 }
+_ON_LOG_COUNTS = {
+    "flow": "rectified flow on the log counts of single cells",
+    "perturbation": "flow from control to perturbed cells on their log counts",
+}
+"""What a flow without a VAE is."""
 
 
 def model_card(
@@ -26,7 +31,12 @@ def model_card(
     """Return the README.md of a model directory as Markdown with the usual YAML head."""
     columns = preprocessing["columns"]
     asked = config.get("conditions", [])
-    kind, use = _KINDS[config["kind"]]
+    kind = "perturbation" if config.get("sets") else config["kind"]
+    what, use = _KINDS[kind]
+    if vae := config.get("vae"):
+        what += f" of single-cell counts ({vae['likelihood'].upper()} likelihood)"
+    else:
+        what = _ON_LOG_COUNTS[kind]
     lines = [
         "---",
         "library_name: bgen",
@@ -34,8 +44,7 @@ def model_card(
         "---",
         f"# {in_markdown(about.name)}",
         "",
-        f"A {kind} of single-cell counts ({config['vae']['likelihood'].upper()} likelihood),"
-        f" {config['n_genes']:,} genes, organism: {in_markdown(about.organism)}.",
+        f"A {what}, {config['n_genes']:,} genes, organism: {in_markdown(about.organism)}.",
         "",
         "## Use",
         "",
@@ -58,6 +67,8 @@ def model_card(
         name, weights = in_markdown(tuned.parent.name), in_code(tuned.parent.fingerprint[:16])
         task, mode = in_markdown(tuned.task), in_markdown(tuned.mode)
         lines.append(f"- fine-tuned from **{name}** (weights `{weights}`): task {task}, mode {mode}")
+    if about.extension is not None:
+        lines += _extended(about.extension)
     if about.annotation is not None:
         lines += _listed("Labels", about.annotation.labels)
     if about.perturbation is not None:
@@ -78,7 +89,7 @@ def model_card(
     elif metrics is not None:
         lines += _scores(metrics)
     else:
-        advice = "`bgen finetune --hold-out`" if config["kind"] == "perturbation" else "`bgen evaluate`"
+        advice = "`bgen finetune --hold-out`" if config.get("sets") else "`bgen evaluate`"
         lines.append(f"Not evaluated yet: {advice}.")
     lines += [
         "",
@@ -89,6 +100,19 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _extended(added: Extension) -> list[str]:
+    """Return what is said of genes that no training has seen."""
+    ways = in_markdown(", ".join(f"{number:,} {way}" for way, number in added.ways.items()))
+    return [
+        f"- {added.genes:,} genes were added to **{in_markdown(added.parent.name)}** (weights"
+        f" `{in_code(added.parent.fingerprint[:16])}`) without training, by their vectors ({ways}); `genes.csv` and"
+        " what the model makes mark them: `source` is `vector`. How well such genes are known: of"
+        f" {added.trained_genes:,} trained genes with a vector, left out a fifth at a time, vectors tell"
+        f" {added.level_r2:.0%} of the variance of their levels (R2 of the log mean; 0: no more than the mean of all"
+        " genes). How well their differences between cells are told was not measured: `bgen bench genes` does that."
+    ]
 
 
 def _listed(title: str, names: list[str]) -> list[str]:

@@ -23,7 +23,7 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 
-from bgen.config.flow import SampleConfig
+from bgen.config.flow import LogCountsConfig, MemberSizes, SampleConfig
 from bgen.config.section import Section
 from bgen.errors import MOST_COUNTS, UserError
 
@@ -63,17 +63,18 @@ class Preprocessing(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """config.json; the settings of its parts are validated by their own sections."""
+    """config.json; the settings of its parts are validated by their own sections. It has a VAE, or a flow without."""
 
     kind: Literal["vae", "flow", "annotator", "perturbation"]
     n_genes: Annotated[int, Field(gt=0)]
     covariates: list[str]
-    vae: dict[str, Any]
+    vae: dict[str, Any] | None = None
+    log_counts: LogCountsConfig | None = None
     sample: SampleConfig
     about: dict[str, Any]
     flow: dict[str, Any] = Field(default_factory=dict)
     conditions: list[str] = Field(default_factory=list)
-    perturb: dict[str, Any] = Field(default_factory=dict)
+    sets: dict[str, MemberSizes] = Field(default_factory=dict)
 
 
 def read_json(path: Path) -> Any:

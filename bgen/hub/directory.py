@@ -8,6 +8,7 @@
       genes.csv            gene ids and symbols in the model's order
       preprocessing.json   columns: role, categories or mean and standard deviation; normalisation of the input
       conditions.csv       combinations of conditions and covariates in the training cells, and how many cells had each
+      gene_vectors.safetensors   how genes that training never saw are known, if the model has vectors of genes
       metrics.json         scores, once the model was evaluated
       README.md            model card
 """
@@ -33,7 +34,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bgen.config.flow import FlowConfig, SampleConfig
-from bgen.config.perturb import PerturbConfig
 from bgen.config.vae import VAEConfig
 from bgen.errors import UserError, nearest
 from bgen.files import require_local, write_result
@@ -50,16 +50,32 @@ from bgen.hub.contents import (
     require_sound,
     validated,
 )
+from bgen.hub.told import require_told
+from bgen.hub.vectors import FILE as VECTORS
+from bgen.hub.vectors import read_maps, write_maps
 from bgen.models.annotator import Annotator
+from bgen.models.codec import CountsCodec
+from bgen.models.generators.average_effects import AverageEffects
 from bgen.models.generators.latent_flow import LatentFlow
-from bgen.models.generators.perturbation_flow import PerturbationFlow
+from bgen.models.log_counts import LogCounts
+from bgen.models.vae.gene_table import GeneTable
 from bgen.models.vae.vae import VAE
 from bgen.version import __version__
 
-Facts = TypeVar("Facts")
-Module = VAE | LatentFlow | Annotator | PerturbationFlow
-KINDS: dict[type, str] = {VAE: "vae", LatentFlow: "flow", Annotator: "annotator", PerturbationFlow: "perturbation"}
+Found = TypeVar("Found")
+Module = VAE | LatentFlow | Annotator
+KINDS: dict[type, str] = {VAE: "vae", LatentFlow: "flow", Annotator: "annotator"}
 """Kinds of model, as config.json names them."""
+
+LEFT_OUT: dict[str, Any] = {
+    "vae": True,
+    "members": {"network", "sets", "vectors"},
+    "space": True,
+    "log_counts": True,
+}
+"""Settings of a flow that a model directory does not repeat: files of whoever trained it, and its codec, which stands
+by itself.
+"""
 
 FORMAT = 1
 FILES = ("config.json", "model.safetensors", "genes.csv", "preprocessing.json", "conditions.csv")
@@ -120,11 +136,27 @@ class SavedModel:
     metrics: dict[str, Any] | None = None
 
     @property
+    def codec(self) -> CountsCodec:
+        """What stands between counts and states."""
+        codec = self.module if isinstance(self.module, VAE) else self.module.vae
+        assert isinstance(codec, CountsCodec), "no other codec is exported"
+        return codec
+
+    @property
     def vae(self) -> VAE:
-        """The autoencoder."""
-        vae = self.module if isinstance(self.module, VAE) else self.module.vae
-        assert isinstance(vae, VAE), "no other codec is exported"
-        return vae
+        """The autoencoder; UserError if there is none."""
+        return self.require_vae()
+
+    def require_vae(self) -> VAE:
+        """Return the autoencoder; UserError if the model's flow does without one."""
+        codec = self.codec
+        if not isinstance(codec, VAE):
+            raise UserError(
+                "This model has no latent space: its flow runs on the log counts of all genes (flow.space=log_counts),"
+                " so it generates cells and predicts them, but does not embed, annotate, denoise or integrate any. Take"
+                " a VAE, or a flow on one."
+            )
+        return codec
 
     @property
     def kind(self) -> str:
@@ -188,28 +220,31 @@ def save_model(model: SavedModel, folder: Path, replace: bool = False) -> None:
 
 def _write_files(model: SavedModel, partial: Path) -> None:
     """Write the files of a model into a folder."""
-    vae = model.vae
+    codec = model.codec
     config: dict[str, Any] = {
         "format": "bgen-model",
         "format_version": FORMAT,
         "bgen": __version__,
         "kind": model.kind,
-        "n_genes": vae.n_genes,
-        "covariates": list(vae.covariates),
-        "vae": vae.config.model_dump(mode="json"),
+        "n_genes": codec.n_genes,
+        "covariates": list(codec.covariates),
+        **_codec_settings(codec),
         "sample": model.sample.model_dump(mode="json"),
         "about": model.about.as_json(),
     }
     if isinstance(model.module, LatentFlow):
-        config["flow"] = model.module.config.model_dump(mode="json", exclude={"vae"})
+        config["flow"] = model.module.config.model_dump(mode="json", exclude=LEFT_OUT)
         config["conditions"] = model.module.conditions.names
-    if isinstance(model.module, PerturbationFlow):
-        config["perturb"] = model.module.config.model_dump(mode="json")
+        sets = model.module.conditions.member_embeddings
+        config["sets"] = {name: embedding.sizes.model_dump(mode="json") for name, embedding in sets.items()}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.module.state_dict().items()}
     save_file(state, partial / "model.safetensors")
     write_genes(model.genes, partial)
     readable = (partial / NAME).stat().st_mode  # as the umask says; safetensors writes for its owner alone
-    (partial / "model.safetensors").chmod(stat.S_IMODE(readable))
+    write_maps({half: table.map for half, table in _vector_tables(codec).items() if table.map is not None}, partial)
+    for name in ("model.safetensors", VECTORS):
+        if (partial / name).exists():
+            (partial / name).chmod(stat.S_IMODE(readable))
     model.combinations.to_csv(partial / "conditions.csv", index=False)
     preprocessing = {
         "input": "raw integer counts",
@@ -222,6 +257,14 @@ def _write_files(model: SavedModel, partial: Path) -> None:
         _write_json(partial / "metrics.json", model.metrics)
     _write_json(partial / "config.json", config)
     (partial / "README.md").write_text(model_card(config, model.about, preprocessing, model.metrics), encoding="utf-8")
+
+
+def _codec_settings(codec: CountsCodec) -> dict[str, Any]:
+    """Return the settings of a codec, under its kind."""
+    if isinstance(codec, LogCounts):
+        return {"log_counts": codec.config.model_dump(mode="json")}
+    assert isinstance(codec, VAE), "there is no other"
+    return {"vae": codec.config.exported().model_dump(mode="json")}
 
 
 def add_metrics(folder: Path, metrics: dict[str, Any]) -> None:
@@ -265,9 +308,16 @@ def load_directory(folder: str | Path, device: str = "cpu") -> SavedModel:
             f" this bgen ({__version__}) reads bgen-model {FORMAT}."
         )
     config = validated(tree, ModelConfig, folder / "config.json")
+    if config.kind == "perturbation":
+        raise UserError(
+            f"{folder} is a perturbation model of an early bgen, which this one ({__version__}) does not read: train it"
+            " again with `bgen finetune MODEL screen.h5ad --task perturb`."
+        )
     preprocessing = validated(read_json(folder / "preprocessing.json"), Preprocessing, folder / "preprocessing.json")
     columns = {name: ColumnInfo(**facts.model_dump()) for name, facts in preprocessing.columns.items()}
-    if unknown := [name for name in (*config.covariates, *config.conditions) if name not in columns]:
+    amounts = [sizes.amount for sizes in config.sets.values() if sizes.amount is not None]
+    named = [*config.covariates, *config.conditions, *config.sets, *amounts]
+    if unknown := [name for name in named if name not in columns]:
         raise UserError(f"{folder} is damaged: preprocessing.json has no column '{unknown[0]}'. Export it again.")
     about = read_about(config.about, folder / "config.json")
     try:
@@ -283,6 +333,12 @@ def load_directory(folder: str | Path, device: str = "cpu") -> SavedModel:
         state = load_file(weights, device="cpu")
         require_sound(state)
         module.load_state_dict(state)
+        if isinstance(module, LatentFlow):
+            told = next(iter(module.conditions.set_names), None)
+            require_told(module, about.perturbation, len(columns[told].categories) if told else 0)
+        tables = _vector_tables(module if isinstance(module, VAE) else module.vae)
+        for half, of in read_maps(folder, {half: table.vectors.shape[1] for half, table in tables.items()}).items():
+            tables[half].map = of
     except UserError:
         raise
     except Exception as error:  # whatever a damaged model makes of the code that builds it
@@ -316,32 +372,43 @@ def count_combinations(columns: Mapping[str, NDArray[Any]], limit: int = 65_536,
 
 
 def _build(config: ModelConfig, about: About, columns: Mapping[str, ColumnInfo]) -> Module:
-    covariates = {name: len(columns[name].categories) for name in config.covariates}
-    vae = VAE(VAEConfig.model_validate(config.vae), config.n_genes, covariates)
-    if config.kind == "vae":
-        return vae
-    if config.kind == "annotator":
-        return Annotator(vae, torch.ones(len(_said(about.annotation, "annotation").labels)))
-    if config.kind == "perturbation":
-        settings, facts = PerturbConfig.model_validate(config.perturb), _said(about.perturbation, "perturbation")
-        network = torch.zeros(facts.network.components if facts.network else 0, vae.n_genes)
-        rows = torch.zeros(vae.n_genes, settings.gene_components + len(network))
-        effects = torch.zeros(len(facts.effects), vae.n_genes)
-        known = len(facts.perturbations)
-        return PerturbationFlow(settings, vae, known, rows, 1.0, effects, network if len(network) else None)
-    conditions = {name: columns[name] for name in config.conditions}
-    return LatentFlow(
+    codec: VAE | LogCounts
+    if config.log_counts is not None and config.kind == "flow":
+        codec = LogCounts(config.log_counts, config.n_genes)
+    else:
+        covariates = {name: len(columns[name].categories) for name in config.covariates}
+        codec = VAE(VAEConfig.model_validate(_given(config.vae, "vae")), config.n_genes, covariates)
+        if config.kind == "vae":
+            return codec
+        if config.kind == "annotator":
+            return Annotator(codec, torch.ones(len(_given(about.annotation, "about.annotation").labels)))
+    of_sets = {*config.sets, *(sizes.amount for sizes in config.sets.values())}
+    conditions = {name: columns[name] for name in config.conditions if name not in of_sets}
+    flow = LatentFlow(
         FlowConfig.model_validate(config.flow),
-        vae,
+        codec,
         {name: len(info.categories) for name, info in conditions.items() if info.kind == "category"},
         {name: (info.mean, info.std) for name, info in conditions.items() if info.kind == "number"},
+        config.sets,
     )
+    facts = about.perturbation
+    if facts is not None and facts.effects:
+        flow.averages = AverageEffects.empty(
+            len(facts.effects),
+            codec.n_genes,
+            contexts=len(facts.contexts),
+            own=facts.own,
+            features=facts.pooling.features,
+            directions=facts.pooling.directions,
+            regulators=facts.network.components if facts.network else 0,
+        )
+    return flow
 
 
-def _said(facts: Facts | None, name: str) -> Facts:
-    if facts is None:
-        raise KeyError(f"about.{name}")
-    return facts
+def _given(found: Found | None, name: str) -> Found:
+    if found is None:
+        raise KeyError(name)
+    return found
 
 
 def parameters(module: nn.Module) -> int:
@@ -349,8 +416,13 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def _vector_tables(codec: nn.Module) -> dict[str, GeneTable]:
+    return codec.vector_tables if isinstance(codec, VAE) else {}
+
+
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+    flat = tensor.detach().cpu().reshape(-1).contiguous()
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def _write_json(path: Path, tree: Any) -> None:

@@ -353,7 +353,7 @@ def _check_paths(config: Config, place: Target, values: Mapping[str, str], folde
     paths = {"out": config.out}
     if not is_remote(config.data.store):
         paths["data.store"] = Path(config.data.store)
-    if config.stage == "flow" and config.flow.vae is not None:
+    if config.stage == "flow" and config.flow.space == "latent" and config.flow.vae is not None:
         paths["flow.vae"] = config.flow.vae
     outside = {name: path for name, path in paths.items() if not path.is_relative_to(values["mount"])}
     if outside:

@@ -18,6 +18,7 @@ from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
+from bgen.config.flow import FlowConfig, MemberSizes
 from bgen.config.load import load_config
 from bgen.config.run import Config
 from bgen.config.vae import VAEConfig
@@ -26,13 +27,16 @@ from bgen.data.batch import CellBatch
 from bgen.data.trajectory_batch import TrajectoryBatch
 from bgen.errors import UserError, nearest
 from bgen.hub.directory import load_directory
+from bgen.models.codec import Codec
 from bgen.models.generators.latent_flow import LatentFlow
+from bgen.models.log_counts import LogCounts
 from bgen.models.vae.vae import VAE
 from bgen.operate.plan_memory import Memory, activation_bytes, memory
 from bgen.store.format.manifest import Manifest
 from bgen.store.open import open_data
 from bgen.track.devices import DEVICES
 from bgen.train.engine.deepspeed_json import BatchPlan, batch_plan
+from bgen.train.stages.members import label_sets
 
 FILL = 0.9
 """Share of the memory that the recommended micro batch may take."""
@@ -186,7 +190,7 @@ def plan(
         for micro in range(1, share + 1)
         if share % micro == 0 and _peak(needs(micro, train.zero, offloaded), gpu) <= limit
     ]
-    per_cell = subject.flops()
+    per_cell = subject.flops(batch.micro)
     if gpu is None:
         at_once = min(ranks_per_node, cpus())
         cells_per_second = nodes * at_once / seconds_per_cell
@@ -232,11 +236,15 @@ class _Subject:
                 raise UserError(f"{error}\nOr plan without it: --genes and --expressed (genes of a cell).") from None
         self.genes = genes or (manifest.n_genes if manifest else 0)
         self.tokens = float(tokens or (manifest.n_nonzeros / manifest.n_cells if manifest else 0))
-        self.vae = VAE(*self._vae(manifest))
-        self.module: VAE | LatentFlow = self.vae
+        self.codec: Codec
+        self.module: VAE | LatentFlow
+        if config.stage == "vae" or config.flow.space == "latent":
+            self.codec = self.module = VAE(*self._vae(manifest))
+        else:
+            self.codec = LogCounts(config.flow.log_counts, self.genes)
         if config.stage == "flow":
             categories = _categories(config.flow.conditions, manifest)
-            self.module = LatentFlow(config.flow, self.vae, categories, {})
+            self.module = LatentFlow(config.flow, self.codec, categories, {}, _sets(config.flow, manifest, self.genes))
         self.module.train()
 
     def _vae(self, manifest: Manifest | None) -> tuple[VAEConfig, int, dict[str, int]]:
@@ -293,7 +301,7 @@ class _Subject:
         generator = torch.Generator().manual_seed(0)
         n = min(self.genes, max(1, round(self.tokens)))
         rows = [torch.randperm(self.genes, generator=generator)[:n].sort().values for _ in range(cells)]
-        names = set(self.vae.covariates)
+        names = set(self.codec.covariates)
         if isinstance(self.module, LatentFlow):
             names |= set(self.module.conditions.names)
         return CellBatch(
@@ -306,15 +314,36 @@ class _Subject:
             obs={name: torch.zeros(cells, dtype=torch.int64) for name in names},
         )
 
-    def flops(self) -> int:
-        """Floating-point operations of forward and backward pass, a cell."""
+    def flops(self, micro: int = 1) -> int:
+        """Floating-point operations of forward and backward pass, a cell, where ``micro`` of them share tables."""
         trajectories = self.config.data.trajectories
         if trajectories is None or not isinstance(self.module, LatentFlow):
-            return self.module.training_flops(self._batch(1))
+            return self.module.training_flops(self._batch(1).take(torch.zeros(micro, dtype=torch.int64))) // micro
         T, N = trajectories.times, trajectories.cells
         mask, time = torch.ones(1, T, N, dtype=torch.bool), torch.arange(float(T))[None]
         batch = TrajectoryBatch.of(self._batch(T * N), mask, time, torch.zeros(1, T, dtype=torch.bool))
         return self.module.training_flops(batch) // (T * N)
+
+
+def _sets(flow: FlowConfig, manifest: Manifest | None, genes: int) -> dict[str, MemberSizes]:
+    """Return the sizes of the condition that is a set of members, as far as the store tells: of co-expression alone."""
+    members = flow.members
+    if members is None:
+        return {}
+    column = members.column if manifest is None else manifest.roles.get(members.column, members.column)
+    labels = [] if manifest is None or column not in manifest.columns else manifest.columns[column].categories
+    controls = [manifest.control] if manifest is not None and manifest.control else []
+    found = label_sets(labels, controls, members.separator, ()) if len(labels) > len(controls) else None
+    sizes = MemberSizes(
+        members=len(found.names) if found else 0,
+        labels=len(labels),
+        largest=found.own.shape[1] if found else 1,
+        names=genes if members.components else 0,
+        vector=members.components,
+        amount=None,
+        forget=members.forget,
+    )
+    return {column: sizes}
 
 
 def _categories(columns: list[str], manifest: Manifest | None) -> dict[str, int]:

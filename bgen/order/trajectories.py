@@ -2,8 +2,9 @@
 
 A population is the cells of one system (the columns that name it have the same values) at one time. A trajectory is the
 populations of one system in the order of time; or, along a perturbation, the control population of a system and then
-one of its perturbed ones. Every trajectory comes once an epoch, in a keyed random order. If it has more time points or
-cells than asked for, a keyed random choice of them is taken.
+those under one perturbation and amount, in the order of time. Every trajectory
+comes once an epoch, in a keyed random order. If it has more time points or cells than asked for, a keyed random choice
+of them is taken.
 
 Axes: S trajectories, P populations, T time points, N cells per time point.
 """
@@ -11,7 +12,7 @@ Axes: S trajectories, P populations, T time points, N cells per time point.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -41,6 +42,8 @@ class Trajectories:
         Their times.
     controls
         bool: whether they are controls.
+    treatment
+        int64 ``[S]``: number of what is done in each, whatever its system; empty over time.
     """
 
     cells: I64
@@ -48,6 +51,7 @@ class Trajectories:
     points: Sequence[I64]
     times: Sequence[NDArray[np.float32]]
     controls: Sequence[NDArray[np.bool_]]
+    treatment: I64 = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.points)
@@ -81,25 +85,54 @@ class Trajectories:
 
     @classmethod
     def along_perturbation(
-        cls, cells: I64, system: Sequence[NDArray[Any]], perturbation: NDArray[Any], control: int
+        cls,
+        cells: I64,
+        system: Sequence[NDArray[Any]],
+        perturbation: NDArray[Any],
+        control: int,
+        amount: NDArray[np.floating[Any]] | None = None,
+        time: NDArray[np.floating[Any]] | None = None,
     ) -> Trajectories:
-        """Pair the control population of each system (at 0) with each of its perturbed ones (at 1).
+        """Join the control population of each system and its populations under each perturbation and amount.
 
-        ``perturbation [n]`` are codes, of which ``control`` is one; a cell without one (-1), and a system without
-        control cells, belongs to no trajectory.
+        Parameters
+        ----------
+        cells
+            int64 ``[n]``, ascending.
+        system
+            As in :meth:`over_time`. A system without control cells belongs to no trajectory.
+        perturbation
+            Codes ``[n]``, of which ``control`` is one; a cell without one (-1) belongs to no trajectory.
+        amount
+            ``[n]``; None: all perturbations have one amount.
+        time
+            ``[n]``, since the perturbation began: a trajectory has a population for each. The control population, of
+            all times, stands at 0, or one unit before the first if that is not above 0. None: controls are at 0, and
+            all cells under the perturbation at 1.
         """
-        known = perturbation >= 0
+        known = (perturbation >= 0) & (np.isfinite(time) if time is not None else True)
         cells, perturbation = cells[known], perturbation[known]
+        is_control = perturbation == control
+        given = np.zeros(len(cells)) if amount is None else np.nan_to_num(amount[known].astype(np.float64), nan=-1.0)
+        treatment = 1 + _codes([perturbation, given], len(cells))
+        treatment[is_control] = 0  # whatever their amounts, and the first of their system
+        when = np.ones(len(cells)) if time is None else time[known].astype(np.float64)
+        before = 0.0 if len(when) == 0 or when.min() > 0 else float(when.min()) - 1
+        when[is_control] = before
         code = _codes([column[known] for column in system], len(cells))
-        order, edges, first = _group([perturbation, code])
-        points = []
-        system_of, label = code[first], perturbation[first]
-        before = {int(system_of[p]): p for p in np.flatnonzero(label == control)}
-        for p in np.flatnonzero(label != control):
-            if int(system_of[p]) in before:
-                points.append(np.array([before[int(system_of[p])], p]))
-        times = [np.array([0, 1], np.float32)] * len(points)
-        return cls(cells[order], edges, points, times, [np.array([True, False])] * len(points))
+        order, edges, first = _group([when, treatment, code])
+        points, times, controls, kinds = [], [], [], []
+        bounds = np.flatnonzero(np.diff(code[first], prepend=-1, append=-1)) if len(first) else np.zeros(1, np.int64)
+        for a, b in pairwise(bounds):
+            if not is_control[first[a]]:
+                continue
+            done = treatment[first[a + 1 : b]]
+            for kind, members in zip(*_runs(done), strict=True):
+                points.append(np.concatenate([[a], a + 1 + members]))
+                times.append(when[first[points[-1]]].astype(np.float32))
+                controls.append(np.arange(len(points[-1])) == 0)
+                kinds.append(kind)
+        return cls(cells[order], edges, points, times, controls, np.array(kinds, np.int64))
 
     def population(self, number: int) -> I64:
         """Return the cells of a population, ascending."""
@@ -120,12 +153,21 @@ class GridOfCells:
         float32 ``[T]``, ascending; the last one is repeated where there are no more.
     control
         bool ``[T]``.
+    number
+        Of the trajectory.
+    taken
+        Which of its time points stand here, ascending; at most T.
+    draw
+        What it was drawn for.
     """
 
     cells: I64
     mask: NDArray[np.bool_]
     time: NDArray[np.float32]
     control: NDArray[np.bool_]
+    number: int
+    taken: I64
+    draw: int
 
 
 class TrajectoryOrder:
@@ -166,6 +208,8 @@ class TrajectoryOrder:
         """Return trajectory ``number`` with the time points and cells that belong to ``draw``."""
         points = self.trajectories.points[number]
         taken = np.sort(permutation(len(points), *self._key, _POINTS, draw)[: self.times])
+        if len(self.trajectories.treatment):  # what is done is always done to control cells
+            taken[0] = 0
         cells = np.full((self.times, self.cells), self.trajectories.cells[self.trajectories.edges[points[0]]])
         mask = np.zeros((self.times, self.cells), bool)
         for t, point in enumerate(taken):
@@ -174,7 +218,7 @@ class TrajectoryOrder:
             cells[t, : len(chosen)], mask[t, : len(chosen)] = chosen, True
         last = np.minimum(np.arange(self.times), len(taken) - 1)
         time, control = self.trajectories.times[number][taken], self.trajectories.controls[number][taken]
-        return GridOfCells(cells, mask, time[last], control[last] & mask.any(1))
+        return GridOfCells(cells, mask, time[last], control[last] & mask.any(1), number, taken, draw)
 
     def _permute(self, epoch: int) -> I64:
         return permutation(len(self.trajectories), *self._key, _ORDER, epoch)
@@ -190,6 +234,12 @@ def choose(n: int, k: int, *key: int) -> I64:
         if len(distinct) >= k:
             return np.sort(distinct[:k])
     return np.sort(permutation(n, *key)[:k])
+
+
+def _runs(values: I64) -> tuple[list[int], list[I64]]:
+    """Return the distinct values of a sorted array, and the places of each."""
+    bounds = np.flatnonzero(np.diff(values, prepend=-1, append=-1)) if len(values) else np.zeros(1, np.int64)
+    return [int(values[a]) for a, _ in pairwise(bounds)], [np.arange(a, b) for a, b in pairwise(bounds)]
 
 
 def _codes(columns: Sequence[NDArray[Any]], n: int) -> I64:

@@ -11,11 +11,13 @@ from typing import Any, Unpack
 import numpy as np
 import scipy.sparse as sp
 import torch
+from anndata import AnnData
 from numpy.typing import NDArray
 from torch import Tensor
 
 from bgen.data.batch import CellBatch
 from bgen.errors import UserError
+from bgen.genes.table import VECTOR, known_by_vector
 from bgen.hub.directory import SavedModel
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.order.keys import hash_keys
@@ -92,9 +94,9 @@ class AnnDataModel:
     @torch.no_grad()
     def expected_shares(self) -> NDArray[np.float32]:
         """Return the share of each gene ``[G]`` in the counts of the model's average cell."""
-        vae = self.saved.vae
-        average = vae.latent_mean[None, :-1].to(torch.float32)
-        mean = vae.decode(average, torch.ones(1), {}).mean[0]
+        codec = self.saved.codec
+        average = codec.latent_mean[None, :-1].to(torch.float32)
+        mean = codec.decode(average, torch.ones(1), {}).mean[0]
         return (mean / mean.sum()).numpy()
 
     @torch.no_grad()
@@ -111,7 +113,7 @@ class AnnDataModel:
         for start in range(0, len(cells), BATCH):
             part = slice(start, start + BATCH)
             batch = _batch(cells.counts[part], {name: codes[part] for name, codes in obs.items()}, start)
-            mean, logvar = self.saved.vae.encode(batch)
+            mean, logvar = self.saved.codec.encode(batch)
             means.append(mean.numpy())
             variances.append(logvar.exp().numpy())
             if not (np.isfinite(means[-1]).all() and np.isfinite(variances[-1]).all()):
@@ -129,7 +131,7 @@ class AnnDataModel:
         ``covariates`` are category names per cell; a covariate that is not given is unknown to the decoder.
         """
         codes = {name: self._codes(name, np.asarray(values)) for name, values in (covariates or {}).items()}
-        size, wanted = self.saved.vae.size - 1, np.shape(z)[:1]
+        size, wanted = self.saved.codec.size - 1, np.shape(z)[:1]
         if np.ndim(z) != 2 or np.shape(z)[1] != size or np.shape(library_size) != wanted:
             raise UserError(
                 f"Latent states are [n, {size}] and library sizes [n], not {np.shape(z)} and {np.shape(library_size)}."
@@ -148,7 +150,7 @@ class AnnDataModel:
             part = slice(start, start + BATCH)
             codes = {name: torch.from_numpy(column[part]) for name, column in covariates.items()}
             state, size = torch.from_numpy(z[part]), torch.from_numpy(library_size[part])
-            expected.append(self.saved.vae.decode(state, size, codes).mean.numpy())
+            expected.append(self.saved.codec.decode(state, size, codes).mean.numpy())
         return np.concatenate(expected)
 
     def counts(self, data: Cells | UserCells, layer: str | None = None) -> sp.csr_matrix:
@@ -158,7 +160,17 @@ class AnnDataModel:
     def covariates(self, data: Cells | UserCells) -> dict[str, NDArray[np.int64]]:
         """Return codes ``[N]`` of the model's covariates; -1 where the data does not tell or it is new."""
         cells = self.read(data)
-        return {name: cells.columns.get(name, np.full(len(cells), -1)) for name in self.saved.vae.covariates}
+        return {name: cells.columns.get(name, np.full(len(cells), -1)) for name in self.saved.codec.covariates}
+
+    def mark_added_genes(self, adata: AnnData, cells: UserCells) -> None:
+        """Say in ``var['bgen_source']`` of a copy of the cells which genes the model knows by their vectors alone.
+
+        Nothing is added if it knows none so.
+        """
+        by_vector = known_by_vector(self.saved.genes)
+        if by_vector.any():
+            there = (cells.of_var >= 0) & by_vector[cells.of_var]
+            adata.var["bgen_source"] = np.where(there, VECTOR, "")
 
     def _codes(self, name: str, values: NDArray[Any]) -> NDArray[np.int64]:
         """Return the codes of category names; one that the model does not know is unknown, -1."""

@@ -10,10 +10,10 @@ from anndata import AnnData
 
 from bgen.data.as_anndata import read_anndata
 from bgen.errors import MOST_SEEDS, UserError, require_number
-from bgen.evaluate.metrics.space import log_cp10k
 from bgen.evaluate.protocols.scores import Scores
 from bgen.evaluate.registry import CellsProtocol, find_protocol
 from bgen.files import require_new_folder
+from bgen.genes.expression import log_cp10k
 from bgen.genes.table import match_genes
 from bgen.hub.directory import add_metrics
 from bgen.progress import Progress

@@ -76,6 +76,11 @@ def generate_cells(
         raise UserError(
             f"This model is a {kind}: it embeds cells. To generate cells, train a flow on it (stage: flow)."
         )
+    if flow.conditions.set_names and flow.config.patterns.noise == 0:
+        raise UserError(
+            "This model was trained to carry control cells to perturbed ones, not to make cells from noise: use `bgen"
+            " perturb`. (flow.patterns.noise was 0.)"
+        )
     asked = asked_codes(model, flow, where)
     rows, unseen = draw_rows(model.combinations, asked, n, seed)
     keys = torch.from_numpy(hash_keys(seed, np.arange(n)).view(np.int64))
@@ -137,6 +142,7 @@ def provenance(
         "steps": settings.steps,
         "noise": settings.noise,
         "guidance": settings.guidance,
+        "guidance_of": {key: settings.guidance_of[name] for name, key in keys(settings.guidance_of).items()},
         "guidance_interval": list(settings.guidance_interval),
         "organism": model.about.organism,
     }
@@ -175,6 +181,7 @@ def sample_settings(
     defaults: SampleConfig,
     *,
     guidance: float | None = None,
+    guidance_of: Mapping[str, float] | None = None,
     guidance_interval: tuple[float, float] | None = None,
     steps: int | None = None,
     solver: str | None = None,
@@ -188,7 +195,7 @@ def sample_settings(
         If a value is not allowed.
     """
     given: dict[str, Any] = {"guidance": guidance, "guidance_interval": guidance_interval}
-    given |= {"steps": steps, "solver": solver, "noise": noise}
+    given |= {"guidance_of": guidance_of, "steps": steps, "solver": solver, "noise": noise}
     changed = {name: value for name, value in given.items() if value is not None}
     try:
         return SampleConfig.model_validate({**defaults.model_dump(), **changed})

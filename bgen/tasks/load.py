@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
+import pandas as pd
 from anndata import AnnData
 
 from bgen.evaluate.protocols.time_point import TimeScores
 from bgen.hub.directory import load_directory
-from bgen.progress import Progress
+from bgen.progress import Progress, Say
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.cells.annotate import annotate_cells
 from bgen.tasks.cells.denoise import denoise_cells
 from bgen.tasks.cells.integrate import integrate_cells
+from bgen.tasks.extend import extend_model
+from bgen.tasks.gene_list import GeneList
 from bgen.tasks.generate import read_moments, sample_settings
 from bgen.tasks.perturb.perturb import perturb_cells
+from bgen.tasks.perturb.rank import rank_perturbations
+from bgen.tasks.perturb.table import perturb_table
 from bgen.tasks.time.axis import TimeAxis
 from bgen.tasks.time.observed import observe
 from bgen.tasks.time.predict import predict_times
@@ -51,6 +57,7 @@ class Model(AnnDataModel):
         library_size: float | None = None,
         times: Sequence[float] | Literal["all"] | None = None,
         guidance: float | None = None,
+        guidance_of: Mapping[str, float] | None = None,
         guidance_interval: tuple[float, float] | None = None,
         steps: int | None = None,
         solver: str | None = None,
@@ -67,6 +74,7 @@ class Model(AnnDataModel):
         settings = sample_settings(
             self.saved.sample,
             guidance=guidance,
+            guidance_of=self._by_column(guidance_of),
             guidance_interval=guidance_interval,
             steps=steps,
             solver=solver,
@@ -144,7 +152,9 @@ class Model(AnnDataModel):
         TimeAxis.of(self.saved)  # before anything is read
         wanted = read_moments(times).tolist()
         asked = where or {}
-        settings = sample_settings(self.saved.sample, **(sample or {}))
+        given = dict(sample or {})
+        given |= {"guidance_of": self._by_column(given.get("guidance_of"))}
+        settings = sample_settings(self.saved.sample, **given)
         return predict_times(
             self.saved,
             observe(self, self.read(data, **reading), asked, time_column),
@@ -158,8 +168,19 @@ class Model(AnnDataModel):
             progress=progress,
         )
 
+    def _by_column(self, scales: Mapping[str, float] | None) -> dict[str, float] | None:
+        """Return scales of guidance by column, given by column or role."""
+        return None if scales is None else {self.saved.column_name(name): value for name, value in scales.items()}
+
     def embed(self, data: Cells | UserCells, **reading: Unpack[Reading]) -> AnnData:
-        """Return a copy of the data with the latent means of its cells in ``obsm['X_bgen']`` ``[N, D]``."""
+        """Return a copy of the data with the latent means of its cells in ``obsm['X_bgen']`` ``[N, D]``.
+
+        Raises
+        ------
+        UserError
+            If the model has no latent space; so do :meth:`annotate`, :meth:`denoise` and :meth:`integrate`.
+        """
+        self.saved.require_vae()
         cells = self.read(data, **reading)
         mean, _ = self.encode(cells)
         embedded = cells.copy()
@@ -176,12 +197,14 @@ class Model(AnnDataModel):
         **reading: Unpack[Reading],
     ) -> AnnData:
         """Label cells, with probabilities; see :func:`bgen.tasks.cells.annotate.annotate_cells`."""
+        self.saved.require_vae()
         return annotate_cells(self, self.read(data, **reading), label, threshold=threshold)
 
     def denoise(
         self, data: Cells | UserCells, *, library_size: float | None = None, **reading: Unpack[Reading]
     ) -> AnnData:
         """Add expected counts as a layer; see :func:`bgen.tasks.cells.denoise.denoise_cells`."""
+        self.saved.require_vae()
         return denoise_cells(self, self.read(data, **reading), library_size=library_size)
 
     def integrate(
@@ -194,23 +217,77 @@ class Model(AnnDataModel):
         **reading: Unpack[Reading],
     ) -> AnnData:
         """Add a latent and counts without batch effects; see :func:`bgen.tasks.cells.integrate.integrate_cells`."""
+        self.saved.require_vae()
         return integrate_cells(self, self.read(data, **reading), reference=reference, batch=batch, label=label)
 
     def perturb(
         self,
         data: Cells | UserCells,
-        perturbation: str | Sequence[str],
+        perturbation: str | Sequence[str] | pd.DataFrame,
         *,
         control: tuple[str, str] | Literal["all"] | None = None,
         dose: float | str | None = None,
+        time: float | None = None,
         n: int | None = None,
         seed: int = 0,
         progress: Progress | None = None,
         **reading: Unpack[Reading],
     ) -> AnnData:
-        """Predict perturbed cells from control cells; see :func:`bgen.tasks.perturb.perturb.perturb_cells`."""
+        """Predict perturbed cells from control cells; see :func:`bgen.tasks.perturb.perturb.perturb_cells`.
+
+        A table of perturbations gives the cells of all its rows: see :func:`bgen.tasks.perturb.table.perturb_table`.
+        """
         cells = self.read(data, **reading)
-        return perturb_cells(self, cells, perturbation, control=control, dose=dose, n=n, seed=seed, progress=progress)
+        if isinstance(perturbation, pd.DataFrame):
+            return perturb_table(self, cells, perturbation, control=control, n=n, seed=seed, progress=progress)
+        return perturb_cells(
+            self, cells, perturbation, control=control, dose=dose, time=time, n=n, seed=seed, progress=progress
+        )
+
+    def add_genes(
+        self,
+        genes: GeneList,
+        *,
+        vectors: Sequence[str | PathLike[str]] = (),
+        sets: str | PathLike[str] | None = None,
+        orthologs: str | PathLike[str] | None = None,
+        gene_column: str | None = None,
+        say: Say = print,
+    ) -> Model:
+        """Return a model with further genes, which no training has seen; see :func:`bgen.tasks.extend.extend_model`."""
+        saved = extend_model(
+            self.saved, genes, vectors=vectors, sets=sets, orthologs=orthologs, gene_column=gene_column, say=say
+        )
+        return Model(saved)
+
+    def screen(
+        self,
+        data: Cells | UserCells,
+        towards: tuple[str, str],
+        *,
+        perturbations: Sequence[str] | None = None,
+        control: tuple[str, str] | Literal["all"] | None = None,
+        dose: float | str | None = None,
+        time: float | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+        **reading: Unpack[Reading],
+    ) -> pd.DataFrame:
+        """Rank perturbations by how far they move control cells towards other cells of the data.
+
+        See :func:`bgen.tasks.perturb.rank.rank_perturbations`.
+        """
+        return rank_perturbations(
+            self,
+            self.read(data, **reading),
+            towards,
+            perturbations=perturbations,
+            control=control,
+            dose=dose,
+            time=time,
+            seed=seed,
+            progress=progress,
+        )
 
 
 def load_model(folder: str | Path, device: str = "cpu") -> Model:

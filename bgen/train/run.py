@@ -13,14 +13,14 @@ from bgen.config.run import Config
 from bgen.distributed import world as ranks
 from bgen.distributed.patience import together
 from bgen.errors import UserError
-from bgen.hub.about import About, Training
+from bgen.hub.about import About, Perturbation, Training
 from bgen.hub.directory import ColumnInfo, SavedModel, count_combinations, save_model
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.vae.vae import VAE
 from bgen.store.leakage import assert_no_leakage
 from bgen.store.open import open_data
 from bgen.store.store import Store
-from bgen.train.stages.flow import mean_and_std
+from bgen.train.stages.flow import FlowStage, mean_and_std
 from bgen.train.stages.from_store import StoreStage
 from bgen.train.stages.registry import make_stage, rebuild
 from bgen.train.trainer import Trainer, TrainResult, check
@@ -104,13 +104,23 @@ def export(run: Path, out: Path) -> None:
     save_model(exported(config, stage, int(checkpoint.name.rsplit("_", 1)[-1])), out)
 
 
+def _perturbation(config: Config, stage: StoreStage) -> Perturbation | None:
+    """Return what the model says of perturbations, if its flow is told of them."""
+    members = stage.members if isinstance(stage, FlowStage) else None
+    if members is None:
+        return None
+    assert isinstance(stage, FlowStage)
+    system = config.data.trajectories.system if config.data.trajectories else []
+    return members.facts([stage.store.column_name(name) for name in system], stage.effects, stage.context_names)
+
+
 def exported(config: Config, stage: StoreStage, step: int) -> SavedModel:
     """Return what a model directory holds for a trained stage."""
     store, module = stage.store, stage.module
     assert isinstance(module, VAE | LatentFlow)
     conditions = module.conditions.names if isinstance(module, LatentFlow) else []
-    vae = module.vae if isinstance(module, LatentFlow) else module
-    names = list(dict.fromkeys([*conditions, *vae.covariates]))
+    codec = module.vae if isinstance(module, LatentFlow) else module
+    names = list(dict.fromkeys([*conditions, *codec.covariates]))
     roles = {column: role for role, column in store.manifest.roles.items() if role not in ("population", "condition")}
     cells = store.cells_of_split(config.data.split)
     columns: dict[str, ColumnInfo] = {}
@@ -140,6 +150,7 @@ def exported(config: Config, stage: StoreStage, step: int) -> SavedModel:
             cells=len(cells),
             times=_times(store, cells),
             trajectories=config.data.trajectories,
+            perturbation=_perturbation(config, stage),
             training=Training(store=manifest.fingerprint, split=config.data.split, steps=step, seed=config.seed),
         ),
     )

@@ -32,7 +32,7 @@ def test_a_pattern_of_ones_own() -> None:
     [
         ({"name": "ssm", "pattern": ["time"]}, "only backbone hybrid takes one, not ssm"),
         ({"name": "hybrid", "pattern": []}, "name at least one axis"),
-        ({"name": "hybrid", "pattern": ["genes"]}, "'none', 'cells' or 'time'"),
+        ({"name": "hybrid", "pattern": ["genes"]}, "'none', 'cells', 'time' or 'tokens'"),
         ({"name": "transformer", "cells": {"mixer": "set_attention"}}, "set_transformer or hybrid"),
         ({"name": "transformer", "width": 36}, "36 is not a multiple of 2 x attention.heads = 8"),
         ({"name": "ssm", "width": 40, "attention": {"heads": 2}}, "64 does not divide the inner width 80"),

@@ -7,6 +7,7 @@ import pytest
 
 from bgen.config.load import find_config, load_config, load_either, load_finetune, packaged_configs, to_yaml, validate
 from bgen.config.run import Config
+from bgen.config.section import named_files
 from bgen.errors import UserError, nearest
 
 
@@ -154,3 +155,27 @@ def test_nearest() -> None:
     assert nearest("Batch", ["cell_type", "batch"]) == " Did you mean 'batch'?"
     assert nearest("zzz", ["a", "b"]) == " There are: a, b."
     assert nearest("zzz", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("flow.mixing.share=0.5", "only trajectories along a perturbation are mixed"),
+        ("flow.endpoint=0.5", "single cells are no populations"),
+    ],
+)
+def test_settings_of_populations_need_populations(override: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_config("flow", ["data.store=s", override])
+    load_config("perturbation", ["data.store=s", override])
+    if "mixing" in override:
+        with pytest.raises(UserError, match=words):
+            load_config("trajectories", ["data.store=s", override])
+
+
+def test_the_files_that_a_section_names_are_found_wherever_they_stand() -> None:
+    config = load_config(
+        "vae", ["vae.encoder={name: gene_set, groups: {file: a.gmt}, vectors: {files: [b.csv, c.csv]}}"]
+    )
+    assert {path.name for path in named_files(config.vae)} == {"a.gmt", "b.csv", "c.csv"}
+    assert named_files(None) == []

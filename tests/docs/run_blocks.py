@@ -265,7 +265,7 @@ def main() -> int:
     """Run the pages that are given; the exit code is 1 if one fails."""
     parser = argparse.ArgumentParser(description="Run the command blocks of pages, verbatim and in order.")
     parser.add_argument("pages", nargs="+", type=Path)
-    parser.add_argument("--limit", type=float, default=600, help="most seconds of one block (default 600)")
+    parser.add_argument("--limit", type=float, default=2400, help="most seconds of one block (default 2400)")
     parser.add_argument("--keep", type=Path, help="new folder for what the pages make (default: one that is removed)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -88,7 +88,7 @@ def test_a_disk_that_is_full_to_the_last_byte_costs_a_warning_and_an_interval(
     small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Something else fills the disk in step 12 and leaves it in step 22; the record has every row in the end."""
-    settings = {"steps": 30, "checkpoint_every": 5, "eval_every": 0, "zero": 1}
+    settings = {"steps": 30, "checkpoint_every": 5, "eval_every": 0, "zero": 1, "checkpoint_async": False}
     straight, _ = run(toy_config(small_disk / "straight", settings))
     shutil.rmtree(small_disk / "straight")
     config = toy_config(small_disk / "run", settings)

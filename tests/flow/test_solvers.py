@@ -118,3 +118,14 @@ def test_guidance_one_is_conditional_and_zero_unconditional() -> None:
     limited = guide(conditional, unconditional, 2.0, (0.2, 0.6))
     assert torch.equal(limited(z, 0.7), conditional(z, 0.7))
     assert not torch.equal(limited(z, 0.6), conditional(z, 0.6))
+
+
+def test_what_one_condition_adds_is_strengthened_by_itself() -> None:
+    z = torch.randn(3, 2)
+    conditional, unconditional, without = (lambda z, t: 3 * z + t), (lambda z, t: -z), (lambda z, t: z)
+    one = guide(conditional, unconditional, 1.0, (0.2, 0.6), [(without, 2.0)])
+    torch.testing.assert_close(one(z, 0.5), 2 * (3 * z + 0.5) - z)
+    assert torch.equal(one(z, 0.7), conditional(z, 0.7))
+    assert torch.equal(guide(conditional, unconditional, 1.0, without=[(without, 1.0)])(z, 0.5), conditional(z, 0.5))
+    alike = guide(conditional, unconditional, 1.0, without=[(unconditional, 2.5)])  # the only condition: as of all
+    torch.testing.assert_close(alike(z, 0.5), guide(conditional, unconditional, 2.5)(z, 0.5))

@@ -13,7 +13,7 @@ from bgen.hub.about import (
     About,
     Annotation,
     EffectOf,
-    EffectScale,
+    EffectPooling,
     Finetuning,
     Parent,
     Perturbation,
@@ -33,7 +33,9 @@ SCREEN = About(
     perturbation=Perturbation(
         perturbations=["A", "B"],
         effects=[EffectOf(set=["A"], dose=None), EffectOf(set=["A", "B"], dose=0.1)],
-        effect_scale=EffectScale(trained=0.7),
+        contexts=[["B", "1"]],
+        own=2,
+        pooling=EffectPooling(width=3.5, flow=0.4),
         network=RegulatoryNetwork(components=4, edges=3, edges_in_file=9),
     ),
 )
@@ -71,7 +73,7 @@ def test_it_reads_back_as_it_was_written() -> None:
         ),
         ({"label": "type", "labels": ["B", "T"]}, "annotation", Annotation(label="type", labels=["B", "T"])),
         (
-            {"perturbations": ["A"], "effects": [{"set": ["A"], "dose": 1.0}]},  # as before strata and scales
+            {"perturbations": ["A"], "effects": [{"set": ["A"], "dose": 1.0}]},  # as before strata
             "perturbation",
             Perturbation(perturbations=["A"], effects=[EffectOf(set=["A"], dose=1.0)]),
         ),

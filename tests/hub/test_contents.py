@@ -9,14 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bgen.config.flow import FlowConfig, MemberSizes, SampleConfig
+from bgen.config.vae import VAEConfig
 from bgen.errors import UserError
+from bgen.hub.about import About, EffectOf, Perturbation
 from bgen.hub.contents import build_like
-from bgen.hub.directory import load_directory, save_model
+from bgen.hub.directory import ColumnInfo, SavedModel, load_directory, save_model
+from bgen.models.generators.average_effects import AverageEffects
+from bgen.models.generators.latent_flow import LatentFlow
+from bgen.models.vae.vae import VAE
 
 MODELS = Path(__file__).parent / "fixtures_0_1_0"
 
@@ -45,11 +52,7 @@ LARGE = (10_000_000, 10**13)
         *(("vae", f"vae.{name}", size) for name in ("blocks", "latent", "hidden") for size in LARGE),
         *(("flow", f"flow.backbone.{name}", size) for name in ("layers", "width") for size in LARGE),
         *(("course", f"flow.backbone.{name}", size) for name in ("layers", "time.tokens") for size in LARGE),
-        *(("perturbation", f"perturb.{name}", size) for name in ("blocks", "width") for size in LARGE),
-        *(("perturbation", "perturb.gene_components", size) for size in LARGE),
-        *(("network", "about.network.components", size) for size in LARGE),
         ("annotator", "about.labels", "a" * 100),
-        ("perturbation", "about.effects", "a" * 100),
         ("vae", "n_genes", 10**13),
         ("vae", "n_genes", "many"),
         ("vae", "vae.likelihood", ["nb"]),
@@ -72,6 +75,80 @@ def test_settings_that_the_weights_do_not_have(kind: str, where: str, value: Any
     folder = copied(kind, tmp_path)
     put(folder / "config.json", where, value)
     with pytest.raises(UserError):
+        load_directory(folder)
+
+
+@pytest.fixture(scope="module")
+def screen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small flow along perturbations, with average effects."""
+    sizes = MemberSizes(members=2, labels=3, largest=1, names=4, vector=2, amount=None, forget=0.1)
+    config = FlowConfig(source="neighbours", backbone={"width": 16, "layers": 1})
+    flow = LatentFlow(config, VAE(VAEConfig(latent=3, hidden=8, blocks=1), 4, {}), {}, {}, {"guide": sizes})
+    labels = torch.tensor([[-1], [0], [1]])
+    flow.conditions.member_embeddings["guide"].describe(torch.randn(4, 2), labels, labels, 1.0)
+    flow.averages = AverageEffects.empty(2, 4, contexts=1, own=1)
+    facts = Perturbation(
+        perturbations=["a", "b"], column="guide", effects=[EffectOf(set=[x], dose=None) for x in "ab"], own=1
+    )
+    facts = facts.model_copy(update={"contexts": [["x"]]})
+    folder = tmp_path_factory.mktemp("screen") / "model"
+    saved = SavedModel(
+        module=flow,
+        genes=pd.DataFrame({"id": list("pqrs"), "symbol": list("pqrs"), "cells": 1}),
+        columns={"guide": ColumnInfo("perturbation", "category", ["none", "a", "b"])},
+        combinations=pd.DataFrame({"guide": [0, 1, 2], "cells": [3, 4, 5]}),
+        sample=SampleConfig(steps=3),
+        about=About(name="test", organism="synthetic", perturbation=facts),
+    )
+    save_model(saved, folder)
+    assert load_directory(folder).kind == "flow"
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        *(
+            (f"sets.guide.{name}", size)
+            for name in ("members", "labels", "largest", "names", "vector")
+            for size in LARGE
+        ),
+        *((f"about.perturbation.pooling.{name}", size) for name in ("features", "directions") for size in LARGE),
+        *(("about.perturbation.own", size) for size in LARGE),
+        ("about.perturbation.network", {"components": 10**13, "edges": 1, "edges_in_file": 1}),
+        ("about.perturbation.effects", "a" * 100),
+        ("about.perturbation.perturbations", ["a"]),
+        ("about.perturbation.named", ["x"]),
+        ("about.perturbation", None),
+        ("sets", {}),
+        ("sets", {"other": {}}),
+        ("sets.guide.amount", "nothing"),
+    ],
+)
+def test_perturbations_that_the_weights_do_not_have(where: str, value: Any, screen: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(screen, tmp_path / "model"))
+    put(folder / "config.json", where, value)
+    with pytest.raises(UserError):
+        load_directory(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("label_own", lambda t: t + 1, "label_own of guide: 0 to 2 are not within -1 to 1"),
+        ("label_own", lambda t: t - 1, "label_own of guide: -2"),
+        ("label_vector", lambda t: t + 3, "label_vector of guide"),
+        ("typical_amount", lambda t: t * 0, "the typical amount of guide is not positive"),
+        ("own_of", lambda t: t + 1, "contexts of effects: 1 to 1 are not within 0 to 0"),
+        ("averages.general", lambda t: t * torch.nan, "NaN or infinite"),
+    ],
+)
+def test_numbers_of_members_and_effects_that_lead_nowhere(
+    name: str, change: Any, message: str, screen: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(screen, tmp_path / "model"))
+    spoilt(name, change, folder)
+    with pytest.raises(UserError, match=f"damaged: .*{message}"):
         load_directory(folder)
 
 

@@ -86,9 +86,14 @@ def poisoned(folder: Path, zero: int) -> dict[str, Any]:
         return torch.sqrt((scale - scale.detach()).abs().sum()) if batch.step == 5 else None
 
     stage.module.poison = poison
+    rank = ranks.current().rank
+    stage.module.register_buffer("given", torch.full((2, 3), float(rank)))
+    stage.module.register_buffer("told", torch.tensor(rank == 1))
     result = Trainer(stage.config, stage).fit()
-    finite = all(bool(w.isfinite().all()) for w in stage.module.state_dict().values())
-    return {"losses": [loss if loss == loss else None for loss in result.losses], "finite": finite}
+    state = stage.module.state_dict()
+    finite = all(bool(w.isfinite().all()) for w in state.values())
+    losses = [loss if loss == loss else None for loss in result.losses]
+    return {"losses": losses, "finite": finite, "given": state["given"].tolist(), "told": state["told"].tolist()}
 
 
 def plain(folder: Path) -> dict[str, Any]:

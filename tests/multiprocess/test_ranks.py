@@ -144,6 +144,14 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_both(two_ranks: Path, zero
     assert [row["skipped"] for row in rows if row["kind"] == "train"][-1] == 2
 
 
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_every_rank_has_the_buffers_of_rank_0(two_ranks: Path, zero: int) -> None:
+    for rank in (0, 1):
+        found = result(two_ranks, rank)[f"poisoned_{zero}"]
+        assert found["given"] == [[0.0] * 3] * 2
+        assert found["told"] is False
+
+
 @pytest.mark.slow  # tests/multiprocess/test_stages.py starts the command by it
 def test_the_deepspeed_launcher_runs_the_same_script(tmp_path: Path, one_rank: dict[int, list[float]]) -> None:
     done = launch([str(BIN / "deepspeed"), "--num_accelerators", "2"], "plain", tmp_path)

@@ -36,12 +36,19 @@ def losses(run: Path, kind: str = "train") -> list[float]:
 
 def arguments(demo: Any, stage: str, run: Path) -> list[str]:
     more = ["train.patience=3", "vae.fit_levels=true"]
+    if stage == "gene_set":
+        encoder = "{name: gene_set, tokens: 3, width: 32, rows: 16, token_blocks: 1, values: true}"
+        stage, more = "vae", [*more, f"vae.encoder={encoder}", "vae.decoder={name: gene_table, rows: 16}"]
     if stage == "flow":
         more = [f"flow.vae={demo.vae}", "flow.fit_levels=true", "sample.solver=euler", "sample.steps=1"]
+    if stage == "direct":
+        stage = "flow"
+        more = ["flow.space=log_counts", "flow.vae=null", "flow.log_counts.counts=nb", "flow.fit_levels=true"]
+        more += ["sample.solver=euler", "sample.steps=1"]
     return ["train", f"demo/{stage}", f"out={run}", f"data.store={demo.store}", "train.ema=0.99", *SETTINGS, *more]
 
 
-@pytest.fixture(scope="module", params=["vae", "flow"])
+@pytest.fixture(scope="module", params=["vae", "gene_set", "flow", "direct"])
 def whole(request: pytest.FixtureRequest, bgen: Any, demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A run of 20 steps on one rank, uninterrupted."""
     run = tmp_path_factory.mktemp("whole") / request.param
@@ -105,7 +112,7 @@ def test_two_ranks_train_as_one(whole: Any, demo: Any, tmp_path: Path) -> None:
     stage, run = whole
     two = tmp_path / "two"
     launcher, more = [*torchrun(2), "-m"], {}
-    if stage == "vae":
+    if stage not in ("flow", "direct"):
         launcher, more = [python(), *DEEPSPEED], {"DS_ACCELERATOR": "cpu", "PREFORK_EXECUTABLE": python()}
     command = [*launcher, "bgen", *arguments(demo, stage, two)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}

@@ -52,6 +52,13 @@ def test_a_flow_trains_its_backbone_only() -> None:
     assert made.trained == made.parameters["backbone"] + made.parameters["conditions"]
 
 
+def test_a_flow_without_a_vae_has_a_column_for_each_gene() -> None:
+    made = plan("flow", ["flow.space=log_counts", "data.store=nowhere"], **SIZES)
+    assert made.frozen == made.parameters["vae"] == 0
+    more = plan("flow", ["flow.space=log_counts", "data.store=nowhere"], **SIZES | {"genes": 1100})
+    assert more.trained - made.trained == 100 * (256 + 256 + 1)
+
+
 def test_the_store_says_how_many_genes_and_tokens(demo: Any) -> None:
     made = plan("demo/vae", [f"data.store={demo.store}"])
     assert made.parameters["encoder"] > 100 * 64

@@ -136,6 +136,31 @@ def test_a_perturbation_follows_its_own_control() -> None:
     assert grid.control.tolist() == [True, False, False]
 
 
+def test_amounts_are_apart_and_times_of_one_treatment_are_a_course() -> None:
+    label = np.array([0, 0, 1, 1, 1, 1, 2, 2])
+    amount = np.array([0.0, 0.0, 1.0, 1.0, 3.0, np.nan, 1.0, 1.0])
+    time = np.array([6.0, 24.0, 6.0, 24.0, 6.0, 6.0, 24.0, 24.0])
+    cells = np.arange(8)
+    apart = Trajectories.along_perturbation(cells, [], label, 0, amount)
+    assert [apart.population(int(points[1])).tolist() for points in apart.points] == [[5], [2, 3], [4], [6, 7]]
+    assert len(set(apart.treatment.tolist())) == 4
+    course = Trajectories.along_perturbation(cells, [], label, 0, None, time)
+    assert [times.tolist() for times in course.times] == [[0.0, 6.0, 24.0], [0.0, 24.0]]
+    assert all(course.population(int(points[0])).tolist() == [0, 1] for points in course.points)
+    early = Trajectories.along_perturbation(cells, [], label, 0, None, time - 6)
+    assert early.times[0].tolist() == [-1.0, 0.0, 18.0]
+
+
+def test_a_choice_of_time_points_keeps_the_control() -> None:
+    label = np.array([0] * 3 + [1] * 30)
+    time = np.concatenate([np.zeros(3), np.repeat(np.arange(1.0, 11), 3)])
+    found = Trajectories.along_perturbation(np.arange(33), [], label, 0, None, time)
+    order = TrajectoryOrder(found, 1, 3, 2, 0, "x")
+    grids = [grid for step in range(40) for grid in order.read(step)]
+    assert all(grid.control.tolist() == [True, False, False] for grid in grids)
+    assert len({tuple(grid.time.tolist()) for grid in grids}) > 10
+
+
 @pytest.mark.parametrize(("n", "k"), [(0, 3), (3, 3), (10, 3), (1000, 3), (49, 3), (64, 4)])
 def test_choices_are_distinct_ascending_and_even(n: int, k: int) -> None:
     counts = np.zeros(max(n, 1))

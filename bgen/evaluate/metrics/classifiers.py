@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg, sparse, stats
 
-from bgen.evaluate.metrics.space import Space, fit_space, log_cp10k
+from bgen.evaluate.metrics.space import Space, fit_space
+from bgen.genes.expression import log_cp10k
 
 FOLDS = 5
 BOOSTED_FOLDS = 3

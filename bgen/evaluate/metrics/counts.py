@@ -17,7 +17,7 @@ from scipy import sparse, stats
 from bgen.evaluate.metrics.classifiers import auc, held_out_boosted, held_out_linear
 from bgen.evaluate.metrics.distribution import Populations
 from bgen.evaluate.metrics.metric import Better, Metric
-from bgen.evaluate.metrics.space import library_size, log_cp10k
+from bgen.genes.expression import library_size, log_cp10k
 
 Array = NDArray[np.float64]
 

@@ -15,7 +15,8 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from bgen.evaluate.metrics.space import COMPONENTS, fit_space, library_size, log_cp10k
+from bgen.evaluate.metrics.space import COMPONENTS, fit_space
+from bgen.genes.expression import library_size, log_cp10k
 
 Denoiser = Callable[[sp.csr_matrix], NDArray[np.float64]]
 """From counts of one half ``[N, G]`` to the expected counts of such a half ``[N, G]``."""

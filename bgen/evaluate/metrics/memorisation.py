@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse, stats
 
-from bgen.evaluate.metrics.space import fit_space, log_cp10k
+from bgen.evaluate.metrics.space import fit_space
+from bgen.genes.expression import log_cp10k
 
 LEVEL = 0.05
 """Share of honest models that are called memorising, at most; split among the three tests."""

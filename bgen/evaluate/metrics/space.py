@@ -15,22 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-TARGET_SUM = 1e4
+from bgen.genes.expression import log_cp10k
+
 COMPONENTS = 30
-
-
-def library_size(counts: sparse.csr_matrix) -> NDArray[np.float64]:
-    """Return the total count of each cell, float64 [N]."""
-    return np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
-
-
-def log_cp10k(counts: sparse.csr_matrix) -> sparse.csr_matrix:
-    """Return log(1 + 10,000 * counts / library size), sparse float32 [N, G]; a cell without counts stays zero."""
-    library = library_size(counts)
-    scale = np.divide(TARGET_SUM, library, out=np.zeros_like(library), where=library > 0)
-    per_entry = np.repeat(scale, np.diff(counts.indptr))
-    data = np.log1p(counts.data * per_entry).astype(np.float32)
-    return sparse.csr_matrix((data, counts.indices, counts.indptr), shape=counts.shape)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
-from bgen.evaluate.metrics.space import fit_space, library_size
+from bgen.evaluate.metrics.space import fit_space
 from bgen.evaluate.protocols.inputs import JOINT
+from bgen.genes.expression import library_size
 
 CLUSTERS = 50
 LEAST = 10

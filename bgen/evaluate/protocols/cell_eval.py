@@ -20,9 +20,9 @@ from anndata import AnnData
 from rich.table import Table
 
 from bgen.errors import UserError
-from bgen.evaluate.metrics.space import log_cp10k
 from bgen.evaluate.protocols.perturbation import HeldOut
 from bgen.evaluate.protocols.perturbation_scores import CEILING, CONTROL_COPY, MODEL
+from bgen.genes.expression import log_cp10k
 
 PROFILE = "full"
 SKIPPED = ["clustering_agreement"]

@@ -20,9 +20,10 @@ from scipy import stats
 from bgen.evaluate.metrics.conditions import LABEL_METRICS, NUMBER_METRICS, Labelled, Numbered
 from bgen.evaluate.metrics.distribution import Points
 from bgen.evaluate.metrics.metric import Metric
-from bgen.evaluate.metrics.space import Space, library_size
+from bgen.evaluate.metrics.space import Space
 from bgen.evaluate.protocols.inputs import JOINT, Cells
 from bgen.evaluate.protocols.scores import NAMED, LabelScore, Score
+from bgen.genes.expression import library_size
 
 LIBRARY = "library_size"
 """The numeric condition that is read from the counts."""

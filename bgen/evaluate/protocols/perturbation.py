@@ -44,7 +44,7 @@ from bgen.errors import UserError
 from bgen.evaluate.metrics.effects import Chance, PredictedEffect, gene_weights, judged_genes
 from bgen.evaluate.metrics.metric import Metric
 from bgen.evaluate.metrics.registry import choose_metrics
-from bgen.evaluate.metrics.space import Space, fit_space, log_cp10k
+from bgen.evaluate.metrics.space import Space, fit_space
 from bgen.evaluate.protocols.perturbation_scores import (
     CEILING,
     CONTROL_COPY,
@@ -53,6 +53,7 @@ from bgen.evaluate.protocols.perturbation_scores import (
     PerturbationScores,
     measured,
 )
+from bgen.genes.expression import log_cp10k
 
 PROTOCOL = "perturbation-v4"
 MAX_CELLS = 500

@@ -26,9 +26,10 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from bgen.evaluate.metrics.counts import GeneMoments, gene_moments, genes_per_cell
-from bgen.evaluate.metrics.space import fit_space, library_size
+from bgen.evaluate.metrics.space import fit_space
 from bgen.evaluate.protocols.inputs import UNLABELLED, Cells, read_cells
 from bgen.files import write_whole
+from bgen.genes.expression import library_size
 
 COLOURS = {"real": "#4a4a4a", "generated": "#0072B2", "baseline": "#E69F00"}
 TYPE_COLOURS = (

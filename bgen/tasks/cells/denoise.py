@@ -46,6 +46,7 @@ def denoise_cells(model: AnnDataModel, cells: UserCells, *, library_size: float 
     values = cells.as_layer(_expected(model, cells, z, np.flatnonzero(cells.known), library_size))
     denoised = cells.copy()
     denoised.layers[LAYER] = values
+    model.mark_added_genes(denoised, cells)
     denoised.uns["bgen_denoise"] = {
         "model": model.saved.fingerprint(),
         "library_size": "as measured" if library_size is None else float(library_size),

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from bgen.arrays import I64
 from bgen.evaluate.metrics.counts import variable_genes
-from bgen.evaluate.metrics.space import fit_space, log_cp10k
+from bgen.evaluate.metrics.space import fit_space
+from bgen.genes.expression import log_cp10k
 
 LATENTS, COMPONENTS, GENES = "latent states", "principal components", "variable genes"
 

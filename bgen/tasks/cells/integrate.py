@@ -87,6 +87,7 @@ def integrate_cells(
     integrated = cells.copy()
     integrated.obsm[EMBEDDING] = z
     integrated.layers[LAYER] = cells.as_layer(expected)
+    model.mark_added_genes(integrated, cells)
     summary: dict[str, Any] = {
         "model": model.saved.fingerprint(),
         "batch": name,

@@ -33,6 +33,7 @@ class Annotate(Task[NDArray[np.str_]]):
 
     def check(self, parent: SavedModel, adata: AnnData, request: Request) -> None:
         """See :class:`Task`."""
+        parent.require_vae()
         given = self.prepare(parent, adata, request)
         names, numbers = np.unique(given[given != ""], return_counts=True)
         short = [f"{name} ({n})" for name, n in zip(names, numbers, strict=True) if n < LEAST_CELLS]

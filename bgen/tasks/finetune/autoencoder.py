@@ -10,6 +10,7 @@ from bgen.config.finetune import FinetuneConfig
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.distributed import world as ranks
 from bgen.hub.directory import SavedModel
+from bgen.models.vae.vae import VAE
 from bgen.nn.lora import add_lora, merge_lora
 from bgen.tasks.finetune.request import RANK, Mode
 from bgen.tasks.finetune.runs import Runs
@@ -25,7 +26,11 @@ def adapt_autoencoder(
     mode: Mode,
     runs: Runs,
 ) -> None:
-    """Train the autoencoder on the data; in mode head only if it has new rows, and then only those tables."""
+    """Train the autoencoder on the data, if there is one; in mode head only if it has new rows, and then only those
+    tables.
+    """
+    if not isinstance(grown.codec, VAE):
+        return
     vae = grown.vae
     is_larger = vae.n_genes > parent.vae.n_genes or vae.covariates != parent.vae.covariates
     if mode == "head" and not is_larger:
@@ -41,7 +46,8 @@ def adapt_autoencoder(
     runs.say(f"Adapting the autoencoder ({_trained(vae):,} parameters) ...")
     stage = MemoryStage(config, vae, cells, *watched, ranks.current(), runs.fingerprint(grown), "nll")
     result = runs.fit(config, stage)
-    runs.say(f"{result.step} steps, best held-out {stage.monitor} {result.best:.4g}.")
+    best = "" if result.best is None else f", best held-out {stage.monitor} {result.best:.4g}"
+    runs.say(f"{result.step} steps{best}.")
     merge_lora(vae)
     vae.requires_grad_(False).eval()
 

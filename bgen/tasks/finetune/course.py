@@ -224,7 +224,7 @@ class Time(Task[Course]):
             shape = grown.about.trajectories.model_copy(update={"system": course.system})
         else:
             job.runs.say("The model has no flow over this time: a new one is trained on the autoencoder.")
-            flow = LatentFlow(config.flow, grown.vae, {}, {})  # told nothing but the populations
+            flow = LatentFlow(config.flow, grown.codec, {}, {})  # told nothing but the populations
             shape = course_shape(course, config.train.global_batch)
         stage = CourseStage(
             config.model_copy(update={"train": whole_trajectories(config.train, shape, world.size)}),

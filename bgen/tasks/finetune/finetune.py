@@ -32,7 +32,7 @@ from bgen.progress import Say
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.columns import require_column
 from bgen.tasks.finetune.autoencoder import adapt_autoencoder
-from bgen.tasks.finetune.grow import grow, known_columns, widen_library
+from bgen.tasks.finetune.grow import grow, known_columns, tuned_genes, widen_library
 from bgen.tasks.finetune.registry import task_of
 from bgen.tasks.finetune.request import WATCHED, Request, require_cells_enough
 from bgen.tasks.finetune.runs import Runs, request_fingerprint, require_new_run, run_config
@@ -94,7 +94,7 @@ def finetune(
     require_cells_enough(len(read))
     for name in request.named_columns:
         require_column(read.adata, name)
-    request = task.resolve(read, request)
+    request = task.resolve(parent, read, request)
     task.check(parent, read.adata, request)
     base = task.configure(read.adata, request, overrides).model_copy(update={"parent": folder})
     world = check(base)
@@ -117,18 +117,28 @@ def finetune(
     prepared = task.prepare(grown, cells.adata, request)
     if kept_back is not None:
         task.require_scorable(grown, cells, kept_back, request)
-    memory = MemoryCells(cells.counts, known_columns(grown, cells))
-    widen_library(grown.vae, memory)
+    told = task.told(grown, cells, request)
+    grown = replace(grown, columns={**grown.columns, **{name: info for name, (info, _) in told.items()}})
+    columns = {**known_columns(grown, cells), **{name: values for name, (_, values) in told.items()}}
+    memory = MemoryCells(cells.counts, columns)
+    widen_library(grown.codec, memory)
     runs = Runs(resume, request_fingerprint(parent, cells.adata, memory, request), say)
     watched = split_watched(np.arange(len(cells), dtype=np.int64), WATCHED, base.seed)
     adapt_autoencoder(grown, parent, memory, watched, run_config(base, "vae", out / "vae"), request.mode, runs)
     torch.manual_seed(base.seed)  # new networks again: after a resume as in the run that it goes on with
     about = _about(parent, request, len(cells), out)
     done, about = task.train(Job(grown, cells, memory, watched, base, out, request, runs, about), prepared)
-    used = list(dict.fromkeys([*_conditions(done), *grown.vae.covariates]))
+    if isinstance(done, LatentFlow) and done.conditions.set_names and about.perturbation is None:
+        theirs = parent.about.perturbation  # what the parent knows of perturbations stays
+        kept = None if theirs is None else theirs.model_copy(update={"held_out": None})
+        about = about.model_copy(update={"perturbation": kept})
+    if parent.about.extension is not None:
+        about = about.model_copy(update={"extension": parent.about.extension})
+    used = list(dict.fromkeys([*_conditions(done), *grown.codec.covariates]))
     made = replace(
         grown,
         module=done,
+        genes=tuned_genes(grown.genes, cells) if request.mode == "full" else grown.genes,
         columns={name: grown.columns[name] for name in used},
         combinations=count_combinations({name: memory.obs[name] for name in used}),
         about=about,

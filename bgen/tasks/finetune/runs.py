@@ -84,7 +84,7 @@ def require_new_run(out: Path) -> None:
     require_new_folder(out)
 
 
-def run_config(base: FinetuneConfig, stage: Literal["vae", "flow", "perturb"], out: Path) -> FinetuneConfig:
+def run_config(base: FinetuneConfig, stage: Literal["vae", "flow"], out: Path) -> FinetuneConfig:
     """Return the configuration of one training, in the folder ``out``."""
     return base.model_copy(update={"stage": stage, "out": out})
 

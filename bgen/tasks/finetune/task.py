@@ -6,7 +6,7 @@ import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 from anndata import AnnData
@@ -18,7 +18,7 @@ from bgen.data.cells_in_memory import MemoryCells
 from bgen.errors import UserError
 from bgen.evaluate.protocols.perturbation_scores import PerturbationScores
 from bgen.hub.about import About
-from bgen.hub.directory import Module, SavedModel
+from bgen.hub.directory import ColumnInfo, Module, SavedModel
 from bgen.progress import Say
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.finetune.request import Request
@@ -70,7 +70,7 @@ class Job:
         """The grown model, to encode cells with."""
         return AnnDataModel(self.grown)
 
-    def settings(self, stage: Literal["vae", "flow", "perturb"], folder: str) -> FinetuneConfig:
+    def settings(self, stage: Literal["vae", "flow"], folder: str) -> FinetuneConfig:
         """Return the settings of one training, in a folder of its own."""
         return run_config(self.config, stage, self.out / folder)
 
@@ -94,8 +94,8 @@ class Task(abc.ABC, Generic[Prepared]):
         """Return the settings of the training runs, with the user's overrides."""
         return load_finetune("finetune", overrides)
 
-    def resolve(self, data: UserData, request: Request) -> Request:
-        """Return the request with what the data decide, once for all parts of them."""
+    def resolve(self, parent: SavedModel, data: UserData, request: Request) -> Request:
+        """Return the request with what parent and data decide, once for all parts of them."""
         return request
 
     def understood(self, adata: AnnData, request: Request) -> list[str]:
@@ -109,6 +109,12 @@ class Task(abc.ABC, Generic[Prepared]):
     @abc.abstractmethod
     def prepare(self, grown: SavedModel, adata: AnnData, request: Request) -> Prepared:
         """Return what the training needs beside the cells, read and checked before anything is trained."""
+
+    def told(self, grown: SavedModel, cells: UserCells, request: Request) -> dict[str, tuple[ColumnInfo, NDArray[Any]]]:
+        """Return columns that the task's network is told beside those of the parent: what each is, and its codes or
+        numbers ``[N]``.
+        """
+        return {}
 
     def require_scorable(self, grown: SavedModel, cells: UserCells, kept_back: UserData, request: Request) -> None:
         """Raise UserError if what is kept back cannot be scored after training; ``cells`` are those to train on."""

@@ -16,7 +16,9 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from bgen.arrays import F64, I64
-from bgen.evaluate.metrics.space import fit_space, log_cp10k
+from bgen.effects.contexts import Contexts, Key, context_effects, read_contexts
+from bgen.evaluate.metrics.space import fit_space
+from bgen.genes.expression import log_cp10k
 from bgen.genes.sets import GeneSets
 from bgen.tasks.columns import text_column
 from bgen.tasks.perturb.baselines import (
@@ -40,8 +42,7 @@ from bgen.tasks.perturb.baselines import (
     target_genes,
     with_own,
 )
-from bgen.tasks.perturb.context_baselines import Contexts, context_effects, read_contexts
-from bgen.tasks.perturb.keys import Key, ScreenKeys
+from bgen.tasks.perturb.keys import ScreenKeys
 from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, strata_codes
 
 LEAST_CELLS = 10

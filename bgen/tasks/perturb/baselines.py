@@ -1,7 +1,7 @@
 """Effects that need no model: what a prediction of a held-out perturbation has to be better than.
 
 All are differences of mean log(1 + counts per 10,000) between perturbed and control cells of the same strata, estimated
-from the training cells. Each function is one baseline; :mod:`bgen.tasks.perturb.context_baselines` has those that look
+from the training cells. Each function is one baseline; :mod:`bgen.effects.contexts` has those that look
 at where cells come from.
 
 Axes: R trained sets with their dose, G genes, D components, N cells.
@@ -18,9 +18,9 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from bgen.arrays import F64, I64
+from bgen.effects.contexts import Key, left_out_errors
+from bgen.effects.estimates import control_weights
 from bgen.genes.table import find_genes
-from bgen.tasks.perturb.effect_estimates import control_weights
-from bgen.tasks.perturb.keys import Key
 
 TRAIN_MEAN, WEIGHTED_MEAN = "train mean", "train mean, by cells"
 SAME, ADDITIVE = "same in training", "additive"
@@ -56,7 +56,7 @@ def measure_effects(logs: sp.csr_matrix, groups: Sequence[I64], control: I64, st
     """Return the differences ``[R, G]`` of mean logarithms ``[N, G]`` of groups of cells and control cells.
 
     Within strata: control cells weigh such that strata have the proportions of each group. The same as
-    :func:`bgen.tasks.perturb.effect_estimates.log_effect` of each group, in two products of matrices.
+    :func:`bgen.effects.estimates.log_effect` of each group, in two products of matrices.
     """
     if not groups:
         return np.zeros((0, logs.shape[1]))
@@ -198,16 +198,6 @@ def gene_set_ridge(trained: TrainedEffects, rows: F64, at: F64) -> F64 | None:
 def _hat(kernel: F64, penalty: F64) -> F64:
     hat: F64 = kernel @ np.linalg.inv(kernel + penalty)
     return hat
-
-
-def left_out_errors(hat: F64, products: F64) -> F64:
-    """Return the squared error ``[n]`` of predicting each of n observations without it by a linear fit ``hat [n, n]``.
-
-    ``products [n, n]`` are those of observations with one another: y y^T.
-    """
-    residual = np.eye(len(hat)) - hat
-    errors: F64 = np.einsum("ij,jk,ik->i", residual, products, residual) / np.maximum(1 - np.diag(hat), 1e-3) ** 2
-    return errors
 
 
 def target_genes(keys: Sequence[Key], genes: pd.DataFrame) -> list[I64]:

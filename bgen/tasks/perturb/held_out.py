@@ -21,6 +21,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
 
+from bgen.effects.contexts import Key
 from bgen.errors import UserError, nearest
 from bgen.evaluate.protocols.perturbation import MIN_CELLS, HeldOut, mean_log
 from bgen.evaluate.protocols.perturbation_scores import PerturbationScores
@@ -32,7 +33,7 @@ from bgen.progress import Say
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.perturb.baseline_rows import BaselineRows
 from bgen.tasks.perturb.baselines import target_genes
-from bgen.tasks.perturb.keys import DOSE, Key, named, screen_keys
+from bgen.tasks.perturb.keys import DOSE, named, screen_keys
 from bgen.tasks.perturb.perturb import ALL, draw_controls, perturb_cells
 from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, common_strata, require_controls, strata_codes
 from bgen.tasks.user_cells import UserCells

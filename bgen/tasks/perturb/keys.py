@@ -14,14 +14,12 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from bgen.arrays import I64
+from bgen.effects.contexts import Key
 from bgen.tasks.perturb.screen import Columns, read_doses
 from data_tools.check.labels import JOIN
 
 DOSE = "@"
 """Between a label and its dose: "dex@10"."""
-
-Key = tuple[tuple[str, ...], float | None]
-"""Members of a set, sorted, and the dose."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Axes: N cells, G genes of the model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,26 +17,27 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bgen.errors import MOST_CELLS, MOST_SEEDS, UserError, nearest, require_number
-from bgen.genes.table import find_genes
-from bgen.models.generators.counterfactual import change_counts
-from bgen.models.generators.perturbation_flow import PerturbationFlow, PerturbationSet
+from bgen.arrays import F64
+from bgen.effects.context_pool import controls_of
+from bgen.errors import MOST_CELLS, MOST_SEEDS, UserError, require_number
+from bgen.genes.expression import TARGET_SUM
+from bgen.models.generators.counterfactual import change_counts, decode_changed, mean_share
 from bgen.names import index_name
 from bgen.order.keys import hash_keys
 from bgen.progress import Progress
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.generate import ENTRIES
-from bgen.tasks.perturb.effects import Effects
-from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, make_sets, require_controls, whitened_latents
+from bgen.tasks.perturb.query import Query, ask
+from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, require_controls, strata_codes, whitened_latents
+from bgen.tasks.perturb.transport import facts_of, times_of_perturbation, transport
 from bgen.tasks.user_cells import UserCells
 from bgen.version import __version__
-from data_tools.check.labels import JOIN, WHOLE, Grammar
+from data_tools.check.labels import JOIN, WHOLE
 from data_tools.check.quantities import read_quantities
 
 ALL: Literal["all"] = "all"
 """All cells are controls."""
 
-STEPS = 10
 ANCHOR_CELLS = 2000
 """Control cells over which the predicted average effect is brought to its estimate."""
 
@@ -48,6 +49,7 @@ def perturb_cells(
     *,
     control: tuple[str, str] | Literal["all"] | None = None,
     dose: float | str | None = None,
+    time: float | None = None,
     n: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -64,6 +66,8 @@ def perturb_cells(
     dose
         In the unit that the model was trained with, or text with a unit ("10 uM"); needed for drugs trained at several
         doses.
+    time
+        Since the perturbation, in the model's unit; needed for a model that was trained on time courses.
     n
         Cells to predict; default: one for each control cell. More draw control cells again.
     seed
@@ -81,57 +85,127 @@ def perturb_cells(
     UserError
         If the model is no perturbation model, there are no control cells, or nothing is known of the perturbation.
     """
-    flow = _require_flow(model)
+    return predict(
+        prepare_controls(model, cells, control), perturbation, dose=dose, time=time, n=n, seed=seed, progress=progress
+    )
+
+
+@dataclass(frozen=True)
+class ControlCells:
+    """Control cells, encoded once for all that is asked of them.
+
+    Attributes
+    ----------
+    cells
+        The cells ``[N]``.
+    said
+        Which they are, in words.
+    latents
+        Their whitened latents ``[N, D + 1]``.
+    coded
+        Their covariates by column ``[N]``.
+    contexts
+        See :func:`contexts_of`.
+    fingerprint
+        Of the model.
+    """
+
+    model: AnnDataModel
+    cells: UserCells
+    said: str
+    latents: Tensor
+    coded: dict[str, NDArray[np.int64]]
+    contexts: list[tuple[NDArray[np.intp], NDArray[np.intp]]]
+    fingerprint: str
+
+
+def prepare_controls(
+    model: AnnDataModel, cells: UserCells, control: tuple[str, str] | Literal["all"] | None
+) -> ControlCells:
+    """Choose and encode control cells; see :func:`perturb_cells`.
+
+    Raises
+    ------
+    UserError
+        If the model knows no perturbations, or there are too few control cells.
+    """
+    facts_of(model.saved)
+    rows, said = choose_controls(model, cells.adata, control)
+    cells = cells if len(rows) == len(cells) else cells[rows]
+    if len(cells) < LEAST_CONTROLS:
+        raise UserError(f"There are {len(cells)} control cells; at least {LEAST_CONTROLS} are needed.")
+    latents = torch.from_numpy(whitened_latents(model, cells)[0])
+    contexts, print_of = contexts_of(model, cells.adata), model.saved.fingerprint()
+    return ControlCells(model, cells, said, latents, model.covariates(cells), contexts, print_of)
+
+
+def move(controls: ControlCells, query: Query, time: float | None, seed: int) -> Tensor:
+    """Return the whitened latents ``[N, D + 1]`` that control cells would have, each context by itself."""
+    moved = torch.zeros_like(controls.latents)
+    for members, _ in controls.contexts:
+        columns = {name: column[members] for name, column in controls.cells.columns.items()}
+        at = torch.from_numpy(members)
+        moved[at] = transport(controls.model.saved, controls.latents[at], columns, query.members, time=time, seed=seed)
+    return moved
+
+
+def predict(
+    controls: ControlCells,
+    perturbation: str | Sequence[str],
+    *,
+    dose: float | str | None = None,
+    time: float | None = None,
+    n: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> AnnData:
+    """Predict control cells under a perturbation; see :func:`perturb_cells`."""
     require_number("n", n, 1, MOST_CELLS, whole=True)
     require_number("seed", seed, 0, MOST_SEEDS, whole=True)
-    rows, of_controls = choose_controls(model, cells.adata, control)
-    cells = cells if len(rows) == len(cells) else cells[rows]
-    adata = cells.adata
-    if adata.n_obs < LEAST_CONTROLS:
-        raise UserError(f"There are {adata.n_obs} control cells; at least {LEAST_CONTROLS} are needed.")
-    dose = read_dose(model, dose)
-    sets, effect, unseen = ask(model, perturbation, dose)
+    model, cells, before, coded = controls.model, controls.cells, controls.latents, controls.coded
+    query = ask(model, perturbation, read_dose(model, dose))
+    times_of_perturbation(model.saved, time)
     perturbation = perturbation if isinstance(perturbation, str) else JOIN.join(perturbation)
+    adata, codec = cells.adata, model.saved.codec
     wanted = adata.n_obs if n is None else n
     rows = draw_controls(adata.n_obs, wanted, seed)
     keys = torch.from_numpy(hash_keys(seed, np.arange(wanted)).view(np.int64))
-    latents = torch.from_numpy(whitened_latents(model, cells)[0])
-    coded = model.covariates(cells)
-    codes = {name: column[rows] for name, column in coded.items()}
-    some = np.sort(np.random.default_rng(0).permutation(adata.n_obs)[:ANCHOR_CELLS])
-    before = latents[some]
-    covariates = {name: torch.from_numpy(column[some]) for name, column in coded.items()}
-    moved = flow.transport(before, sets.repeat(len(some)), STEPS)
-    measured = cells.counts
-    own = anchor(flow, before, covariates, measured, np.zeros_like(effect))
-    folds = anchor(flow, moved, covariates, measured, effect)
-    parts = []
-    step = max(1, ENTRIES // flow.vae.n_genes)
-    for start in range(0, wanted, step):
-        part = slice(start, min(start + step, wanted))
-        z1 = latents[rows[part]]
-        covariates = {name: torch.from_numpy(column[part]) for name, column in codes.items()}
-        moved = flow.transport(z1, sets.repeat(len(z1)), STEPS)
-        ends = flow.decode(z1, own, covariates), flow.decode(moved, folds, covariates)
-        counts = change_counts(torch.from_numpy(measured[rows[part]].toarray()).float(), *ends, keys[part])
-        parts.append(sp.csr_matrix(counts.numpy().astype(np.float32)))
-        if progress:
-            progress("predicting", part.stop, wanted)
+    moved = move(controls, query, time, seed)
+    order, parts, done = [], [], 0
+    step = max(1, ENTRIES // codec.n_genes)
+    for members, among in controls.contexts:
+        predicted = np.flatnonzero(np.isin(rows, members))
+        own, folds = _centre(model, query, cells.counts[among], (before[among], moved[among]), _some(coded, among))
+        for start in range(0, len(predicted), step):
+            part = predicted[start : start + step]
+            covariates = _some(coded, rows[part])
+            ends = (
+                decode_changed(codec, before[rows[part]], own, covariates),
+                decode_changed(codec, moved[rows[part]], folds, covariates),
+            )
+            counts = change_counts(torch.from_numpy(cells.counts[rows[part]].toarray()).float(), *ends, keys[part])
+            parts.append(sp.csr_matrix(counts.numpy().astype(np.float32)))
+            order.append(part)
+            done += len(part)
+            if progress:
+                progress("predicting", done, wanted)
+    made_counts = sp.vstack(parts, format="csr")[np.argsort(np.concatenate(order))]
     obs = adata.obs.iloc[rows].copy()
     obs["control_cell"] = adata.obs_names[rows]
-    obs["perturbation"], obs["dose"] = perturbation, np.nan if dose is None else float(dose)
+    obs["perturbation"], obs["dose"] = perturbation, np.nan if query.dose is None else query.dose
     obs.index = pd.Index([f"predicted_{i}" for i in range(wanted)], name=index_name("cell", obs.columns))
     var = model.saved.genes.set_index("id").rename_axis("gene")
-    made = AnnData(sp.vstack(parts, format="csr"), obs=obs, var=var)
+    made = AnnData(made_counts, obs=obs, var=var)
     made.uns["bgen"] = {
         "what": "perturbed cells predicted from control cells: raw integer counts, not measurements",
-        "model": model.saved.fingerprint(),
+        "model": controls.fingerprint,
         "version": __version__,
         "seed": seed,
         "perturbation": perturbation,
-        "dose": "none" if dose is None else float(dose),
-        "unseen": unseen,
-        "controls": of_controls,
+        "dose": "none" if query.dose is None else query.dose,
+        "unseen": query.unseen,
+        "notes": query.notes,
+        "controls": controls.said,
     }
     return made
 
@@ -158,8 +232,7 @@ def choose_controls(
     if control == ALL:
         return every, f"all {len(every):,} cells"
     if control is None:
-        facts = about.perturbation
-        assert facts is not None, "checked when it was loaded"
+        facts = facts_of(model.saved)
         column = next((name for name in (facts.column, about.roles.get("perturbation")) if name in adata.obs), None)
         labels = facts.controls or ([about.control] if about.control else [])
         if column is None or not labels:
@@ -202,87 +275,68 @@ def read_dose(model: AnnDataModel, dose: float | str | None) -> float | None:
     return number
 
 
-def anchor(
-    flow: PerturbationFlow,
-    moved: Tensor,
-    covariates: Mapping[str, Tensor],
-    control: sp.csr_matrix,
-    effect: NDArray[np.float64],
-) -> Tensor:
-    """Return what to add to the decoder's logits ``[G]``, so that the average cell is the control average times the
+def contexts_of(model: AnnDataModel, adata: AnnData) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """Return the rows of control cells of each context, and the rows whose average they share.
+
+    Contexts are those of the columns that the model compares cells within, if the data have them all. The cells of
+    contexts with few of them share one average; if they are few together, it is that of all cells.
+    """
+    facts, every = model.saved.about.perturbation, np.arange(adata.n_obs)
+    assert facts is not None, "it knows perturbations"
+    if not facts.strata or not all(name in adata.obs for name in facts.strata):
+        return [(every, every)]
+    stratum = strata_codes(adata, Columns("", "", strata=facts.strata))
+    large = np.bincount(stratum) >= LEAST_CONTROLS
+    made = [(rows, rows) for rows in (np.flatnonzero(stratum == number) for number in np.flatnonzero(large))]
+    rest = np.flatnonzero(~large[stratum])
+    if len(rest):
+        made.append((rest, rest if len(rest) >= LEAST_CONTROLS else every))
+    return made
+
+
+def _centre(
+    model: AnnDataModel,
+    query: Query,
+    counts: sp.csr_matrix,
+    latents: tuple[Tensor, Tensor],
+    coded: Mapping[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return what to add to the decoder's logits ``[G]`` of control cells as they are, and of cells that have moved.
+
+    ``latents`` are those of the same cells before and after.
+    """
+    some = np.sort(np.random.default_rng(0).permutation(counts.shape[0])[:ANCHOR_CELLS])
+    covariates = {name: column[some] for name, column in coded.items()}
+    shares = [mean_share(model.saved.codec, cells[some], covariates).double().numpy() for cells in latents]
+    effect = np.log1p(TARGET_SUM * shares[1]) - np.log1p(TARGET_SUM * shares[0])
+    if query.effects is not None:
+        effect = query.effects.of(query.names, query.dose, controls_of(counts), effect, query.known)
+    return anchor(shares[0], counts, np.zeros_like(effect)), anchor(shares[1], counts, effect)
+
+
+def _some(coded: Mapping[str, NDArray[Any]], rows: NDArray[np.intp]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(column[rows]) for name, column in coded.items()}
+
+
+def anchor(decoded: F64, control: sp.csr_matrix, effect: F64) -> Tensor:
+    """Return what to add to the decoder's logits ``[G]``, so that the average cell is the average control cell with the
     effect.
 
-    The control average is measured, from the counts ``control``, so average errors of flow and decoder cancel.
-    ``moved`` are transported control latents, and ``effect`` natural logs ``[G]``.
+    The average control cell is measured, so average errors of flow and decoder cancel. A gene that is off in control
+    cells gets what the effect says, not a multiple of its few molecules.
+
+    Parameters
+    ----------
+    decoded
+        The decoder's average shares ``[G]`` of the cells before it is added.
+    control
+        Counts of control cells.
+    effect
+        ``[G]``: difference of log(1 + counts per 10,000).
     """
-    decoded = flow.mean_share(moved, covariates).double()
-    library = np.maximum(np.asarray(control.sum(1)).ravel(), 1.0)
-    measured = torch.from_numpy(np.asarray(control.T @ (1 / library)) / len(library))
+    library = np.maximum(np.asarray(control.sum(1, dtype=np.float64)).ravel(), 1.0)
+    measured = TARGET_SUM * np.asarray(control.T @ (1 / library)) / len(library)
+    wanted = np.maximum(np.expm1(np.log1p(measured) + effect), 0.0)
     # Half a molecule in all these cells is added to both sides: a gene that none of them shows would have no ratio.
-    least = 0.5 / float(library.sum())
-    return (torch.from_numpy(effect) + torch.log((measured + least) / (decoded + least))).float()
-
-
-def ask(
-    model: AnnDataModel, perturbation: str | Sequence[str], dose: float | None = None
-) -> tuple[PerturbationSet, NDArray[np.float64], list[str]]:
-    """Return the set ``[1, K]`` that a label means, its average effect ``[G]``, and the members not trained on.
-
-    Raises
-    ------
-    UserError
-        If a member is neither a known perturbation nor a gene of the model, or the dose is missing or wrong.
-    """
-    flow, facts = _require_flow(model), model.saved.about.perturbation
-    assert facts is not None, "checked when it was loaded"
-    names = facts.perturbations
-    if isinstance(perturbation, str):
-        controls = facts.controls or ([model.saved.about.control] if model.saved.about.control else [])
-        is_one = perturbation in names or find_genes(model.saved.genes, [perturbation])[0] >= 0
-        grammar = Grammar(tuple(controls), WHOLE if is_one else facts.separator)
-        parts = [] if grammar.is_control(perturbation) else list(grammar.members(perturbation))
-    else:
-        parts = sorted(set(perturbation))
-    if not parts:
-        raise UserError(
-            f"'{perturbation}' is no perturbation: name a gene or a drug, or several joined by '{facts.separator}'."
-        )
-    genes = find_genes(model.saved.genes, parts)
-    unseen = [part for part in parts if part not in names]
-    for part, gene in zip(parts, genes, strict=True):
-        if part in unseen and (gene < 0 or not flow.gene_embedding[gene].any()):
-            known = [*names, *model.genes]
-            raise UserError(
-                f"The model knows no perturbation '{part}', and no gene of that name that cells express."
-                f"{nearest(part, known)} It was trained on {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
-            )
-    rows = facts.effects
-    doses = sorted({row.dose for row in rows if row.dose is not None})
-    own = [row for row in rows if set(row.set) & set(parts)] or rows
-    if dose is not None and not doses:
-        raise UserError("The model was trained without doses: leave --dose out.")
-    if dose is None and any(row.dose is not None for row in own):
-        raise UserError(f"Give --dose: the model was trained at {', '.join(f'{d:g}' for d in doses)}.")
-    every = [*names, *unseen]
-    targets = find_genes(model.saved.genes, every)
-    sets = make_sets([parts], np.array([np.nan if dose is None else dose]), every, targets)
-    sets.known[sets.known >= len(names)] = -1
-    effects = Effects(
-        [tuple(row.set) for row in rows],
-        np.array([np.nan if row.dose is None else row.dose for row in rows], np.float64),
-        flow.effects.numpy(),
-        facts.effect_scale,
-        flow.network.numpy(),
-    )
-    places = dict(zip(names, targets.tolist(), strict=False))
-    return sets, effects.of(parts, dose, flow.gene_embedding.numpy(), genes, places), unseen
-
-
-def _require_flow(model: AnnDataModel) -> PerturbationFlow:
-    module: Any = model.saved.module
-    if not isinstance(module, PerturbationFlow):
-        raise UserError(
-            f"This model is a {model.saved.kind}: it has seen no perturbations. Train it on control and perturbed"
-            " cells: `bgen finetune MODEL screen.h5ad --task perturb`."
-        )
-    return module
+    least = 0.5 * TARGET_SUM / float(library.sum())
+    return torch.from_numpy(np.log((wanted + least) / (TARGET_SUM * decoded + least))).float()

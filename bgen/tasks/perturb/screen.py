@@ -12,27 +12,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 import torch
 from anndata import AnnData
 from numpy.typing import NDArray
 
 from bgen.data.cells_in_memory import MemoryCells
 from bgen.errors import UserError, nearest
-from bgen.evaluate.metrics.space import fit_space, log_cp10k
 from bgen.genes.table import find_genes
-from bgen.models.generators.perturbation_flow import PerturbationSet
+from bgen.models.codec import Codec
 from bgen.models.vae.vae import VAE
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.columns import require_column, text_column
 from bgen.tasks.user_cells import UserCells
-from bgen.train.stages.perturbation_pairs import Screen
 from data_tools.check.genes import SYMBOL_COLUMNS
 from data_tools.check.labels import JOIN, Grammar, alike, read_grammar
 from data_tools.check.quantities import read_quantities
 
 LEAST_CONTROLS = 20
-EMBEDDING_CELLS = 5000
 
 
 @dataclass(frozen=True)
@@ -137,19 +133,39 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class Screen:
+    """Control and perturbed cells.
+
+    Attributes
+    ----------
+    mean, std
+        ``[N, D + 1]``: whitened posterior of each cell; the log library size, last, has standard deviation 0.
+    label, stratum
+        int64 ``[N]``: number of the set of perturbations and dose (-1: control), and of the stratum.
+    """
+
+    mean: NDArray[np.float32]
+    std: NDArray[np.float32]
+    label: NDArray[np.int64]
+    stratum: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class ScreenData:
-    """Cells in the model's genes, the screen, its labels (``members``, ``dose``), names and target genes of the P."""
+    """Cells in the model's genes, the screen, its labels (``members``, ``dose``), names and target genes of the P, and
+    the values of the strata's columns in each stratum.
+    """
 
     cells: MemoryCells
     screen: Screen
     labels: pd.DataFrame
     names: list[str]
     targets: NDArray[np.int64]
-    dose_scale: float
+    strata: list[list[str]]
 
 
 def read_screen(model: AnnDataModel, cells: UserCells, columns: Columns) -> ScreenData:
-    """Prepare control and perturbed cells.
+    """Prepare control and perturbed cells; those without a label are left out.
 
     Raises
     ------
@@ -172,21 +188,13 @@ def read_screen(model: AnnDataModel, cells: UserCells, columns: Columns) -> Scre
     number[~control] = groups.ngroup()
     labels = groups.size().index.to_frame(index=False)
     labels["members"] = [sets[text] for text in labels["label"]]
-    every = make_sets(labels["members"].tolist(), labels["dose"].to_numpy(float), names, targets)
     mean, std = whitened_latents(model, cells)
-    screen = Screen(
-        mean=mean,
-        std=std,
-        label=number,
-        stratum=strata_codes(adata, columns),
-        known=every.known.numpy(),
-        gene=every.gene.numpy(),
-        dose=every.dose.numpy(),
-        there=every.there.numpy(),
-    )
-    given = dose[np.isfinite(dose) & (dose > 0)]
-    scale = float(np.exp(np.log(given).mean())) if len(given) else 1.0
-    return ScreenData(MemoryCells(cells.counts, model.covariates(cells)), screen, labels, names, targets, scale)
+    stratum = strata_codes(adata, columns)
+    _, firsts = np.unique(stratum, return_index=True)
+    values = [text_column(adata, name)[firsts].tolist() for name in columns.strata]
+    screen = Screen(mean=mean, std=std, label=number, stratum=stratum)
+    strata = [[str(column[at]) for column in values] for at in range(len(firsts))]
+    return ScreenData(MemoryCells(cells.counts, model.covariates(cells)), screen, labels, names, targets, strata)
 
 
 def strata_codes(adata: AnnData, columns: Columns) -> NDArray[np.int64]:
@@ -210,12 +218,12 @@ def whitened_latents(model: AnnDataModel, cells: UserCells) -> tuple[NDArray[np.
     """Return mean and standard deviation ``[N, D + 1]`` of the whitened latents, log library size last."""
     mean, variance = model.encode(cells)
     library = np.maximum(np.asarray(cells.counts.sum(1)).ravel(), 1.0)
-    vae = model.saved.vae
-    whitened: NDArray[np.float32] = vae.whiten(
+    codec = model.saved.codec
+    whitened: NDArray[np.float32] = codec.whiten(
         torch.from_numpy(mean), torch.from_numpy(np.log(library)).float()
     ).numpy()
     std = np.zeros_like(whitened)
-    std[:, :-1] = np.sqrt(variance) / vae.latent_std[:-1].numpy()
+    std[:, :-1] = np.sqrt(variance) / codec.latent_std[:-1].numpy()
     return whitened, std
 
 
@@ -248,41 +256,9 @@ def _no_control(label: NDArray[np.str_], control: str, column: str) -> UserError
     )
 
 
-def make_sets(
-    sets: Sequence[Sequence[str]], dose: NDArray[np.float64], names: Sequence[str], targets: NDArray[np.int64]
-) -> PerturbationSet:
-    """Return sets ``[len(sets), K]`` of perturbations by name, every member of one at its dose."""
-    size = max(1, max(map(len, sets)))
-    known, gene = np.full((len(sets), size), -1), np.full((len(sets), size), -1)
-    there, doses = np.zeros((len(sets), size), bool), np.full((len(sets), size), np.nan, np.float32)
-    place = {name: number for number, name in enumerate(names)}
-    for row, parts in enumerate(sets):
-        for column, name in enumerate(parts):
-            known[row, column], gene[row, column] = place[name], targets[place[name]]
-            there[row, column], doses[row, column] = True, dose[row]
-    return PerturbationSet(*(torch.from_numpy(values) for values in (known, gene, doses, there)))
-
-
-def gene_rows(counts: sp.csr_matrix, components: int) -> NDArray[np.float32]:
-    """Return co-expression rows ``[G, E]``: each gene's correlation with the principal components of cells ``[N, G]``.
-
-    Genes that vary together have similar rows; a gene that is not expressed has zeros.
-    """
-    some = counts[np.random.default_rng(0).permutation(counts.shape[0])[:EMBEDDING_CELLS]]
-    logs = log_cp10k(some)
-    space = fit_space(some, components)
-    scores = space.project(some)
-    mean = np.asarray(logs.mean(0)).ravel()
-    deviation = np.sqrt(np.maximum(np.asarray(logs.multiply(logs).mean(0)).ravel() - mean**2, 0))
-    rows = (space.components * scores.std(0)[:, None] / np.maximum(deviation, 1e-3)).T
-    padded = np.zeros((counts.shape[1], components), np.float32)
-    padded[:, : rows.shape[1]] = rows * np.sqrt(components)
-    return padded
-
-
-def require_plain_counts(vae: VAE) -> None:
-    """Check that a VAE can be the base of a perturbation flow."""
-    if vae.config.likelihood != "nb":
+def require_plain_counts(codec: Codec) -> None:
+    """Check that a codec can be the base of a perturbation flow."""
+    if isinstance(codec, VAE) and codec.config.likelihood != "nb":
         raise UserError("Perturbations are predicted on a VAE with vae.likelihood=nb; this one is zero-inflated.")
 
 

@@ -14,8 +14,9 @@ from bgen.models.generators.latent_flow import LatentFlow
 
 
 def trained_over_time(model: SavedModel) -> bool:
-    """Whether the model was trained on trajectories over time."""
-    return model.about.trajectories is not None and model.about.trajectories.along == "time"
+    """Whether the model was trained on trajectories over time: of systems, or of what perturbations do to them."""
+    shape = model.about.trajectories
+    return shape is not None and (shape.along == "time" or shape.times > 2) and "time" in model.about.roles
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class TimeAxis:
     def of(cls, model: SavedModel) -> TimeAxis:
         """Read it from a model; UserError if that was not trained on trajectories over time."""
         about, shape = model.about, model.about.trajectories
-        if not isinstance(model.module, LatentFlow) or shape is None or shape.along != "time":
+        if not isinstance(model.module, LatentFlow) or shape is None or not trained_over_time(model):
             raise UserError(
                 "This model knows single cells only, not how populations change: it was not trained on trajectories"
                 " over time. Train one with `bgen train trajectories data.store=... flow.vae=...`."

@@ -89,6 +89,8 @@ class Engine:
             if config.zero == 0 and world.size == 1:
                 self._engine.enable_backward_allreduce = False  # alone, it would only copy everything twice
             self.module: nn.Module = self._engine.module
+            if world.size > 1:
+                share_buffers(self.module)
             self.partition = Partition(self._engine, self.module, config.zero)
             if saved is not None:
                 self.partition.restore(saved)
@@ -267,6 +269,18 @@ def import_deepspeed() -> Any:
         import deepspeed.comm
         import deepspeed.ops
     return deepspeed
+
+
+@torch.no_grad()
+def share_buffers(module: nn.Module) -> None:
+    """Give every rank the buffers of rank 0; DeepSpeed does so with parameters only.
+
+    What is computed at the start, such as singular vectors, can differ from one kind of processor to another.
+    """
+    for buffer in module.buffers():
+        flat = buffer.detach().reshape(-1).contiguous()
+        torch.distributed.broadcast(flat.view(torch.uint8), src=0)
+        buffer.copy_(flat.view_as(buffer))
 
 
 def _start_deepspeed(world: World) -> Any:

@@ -13,6 +13,7 @@ from bgen.config.flow import SampleConfig
 from bgen.data.batch import CellBatch
 from bgen.data.loader import CountReader
 from bgen.distributed.world import World, all_sum
+from bgen.models.codec import Codec, CountsCodec
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.vae.levels import LevelStats
 from bgen.models.vae.vae import VAE
@@ -31,6 +32,9 @@ COMPARED_CELLS = 65_536
 
 COMPARED_LATENTS = 16_384
 """Latents that are generated, at least: several under the conditions of each cell where there are fewer cells."""
+
+COMPARED_NUMBERS = 1 << 26
+"""Cells times dimensions of the latents that are kept for the second step, at most."""
 
 COMPARED_COUNTS = 2
 """Cells that are drawn from each latent. They are cheaper than latents, and most of a gene's chance is theirs."""
@@ -63,39 +67,38 @@ def fit_generated_levels(
     Each cell is generated under the conditions of a training cell, as :func:`bgen.tasks.generate.generate_cells` would
     with these settings, library size included. Latents do not depend on the levels, so they are generated once.
     """
-    vae = flow.vae
-    assert isinstance(vae, VAE)
+    codec = flow.vae
+    assert isinstance(codec, CountsCodec)
     latents: list[Tensor] = []
+    most = min(COMPARED_CELLS, max(1, COMPARED_NUMBERS // codec.size))
 
     def sweep(stats: LevelStats) -> None:
-        for place, batch in enumerate(
-            _batches(vae, reader, split, world, COMPARED_CELLS, COMPARED_LATENTS, GENERATION)
-        ):
+        for place, batch in enumerate(_batches(codec, reader, split, world, most, COMPARED_LATENTS, GENERATION)):
             if place == len(latents):
                 conditions = {name: batch.obs[name] for name in flow.conditions.names}
                 latents.append(flow.sample(conditions, len(batch), batch.keys, settings).cpu())
             for draw in range(COMPARED_COUNTS):
                 again = replace(batch, keys=mix(batch.keys + draw))
-                vae.accumulate_generated_levels(stats, again, latents[place].to(world.device))
+                codec.accumulate_generated_levels(stats, again, latents[place].to(world.device))
 
-    _newton(vae, sweep, COMPARED_STEPS)
+    _newton(codec, sweep, COMPARED_STEPS)
 
 
-def _newton(vae: VAE, sweep: Callable[[LevelStats], None], steps: int) -> None:
+def _newton(codec: CountsCodec, sweep: Callable[[LevelStats], None], steps: int) -> None:
     """Take Newton steps, each after a ``sweep`` that adds this rank's share of the cells."""
     for _ in range(steps):
-        stats = vae.level_stats()
+        stats = codec.level_stats()
         sweep(stats)
         stats.sums.copy_(all_sum(stats.sums.cpu()))
-        vae.fit_levels(stats)
+        codec.fit_levels(stats)
 
 
 def _batches(
-    vae: VAE, reader: CountReader, split: str, world: World, most: int, draws: int, *seed: int
+    codec: Codec, reader: CountReader, split: str, world: World, most: int, draws: int, *seed: int
 ) -> Iterator[CellBatch]:
     """Yield this rank's share of at most ``most`` cells, each as often as makes ``draws`` in all, with other keys."""
     cells = keyed_sample(reader.store.cells_of_split(split), most, 0)
-    parts = np.array_split(cells, -(-len(cells) // max(1, min(1024, ENTRIES // vae.n_genes))))
+    parts = np.array_split(cells, -(-len(cells) // max(1, min(1024, ENTRIES // codec.n_genes))))
     for part in parts[world.rank :: world.size]:
         batch = reader.read_cells(part).to(world.device)
         for draw in range(-(-draws // len(cells))):

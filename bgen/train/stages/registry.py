@@ -34,7 +34,5 @@ def rebuild(run: Path, world: World) -> tuple[Config, StoreStage, Path]:
 
 def make_stage(config: Config, store: Store, world: World) -> VAEStage | FlowStage:
     """Build the stage that a configuration names."""
-    if config.stage == "perturb":
-        raise UserError("stage: perturb is trained on control and perturbed cells by `bgen finetune --task perturb`.")
     torch.manual_seed(config.seed)  # the initial weights
     return VAEStage(config, store, world) if config.stage == "vae" else FlowStage(config, store, world)

@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bgen.config.run import Config
 from bgen.data.batch import CellBatch
 from bgen.data.loader import CountReader
 from bgen.data.trajectory_loader import TrajectoryLoader, read_trajectories, valid_trajectories
-from bgen.distributed.world import World
+from bgen.distributed.world import World, all_sum
 from bgen.errors import UserError
-from bgen.order.trajectories import TrajectoryOrder
+from bgen.models.codec import Codec
+from bgen.order.mixing import Mixing
+from bgen.order.trajectories import Trajectories, TrajectoryOrder
+from bgen.train.stages.whitening import keyed_sample
+
+TOGETHER = 1024
+"""Cells that are encoded at a time for means of populations, about."""
 
 
 class TrajectorySource:
@@ -54,8 +63,8 @@ class TrajectorySource:
         """What must be the same when a run is resumed."""
         return {"trajectories": self.shape.model_dump(mode="json")}
 
-    def train(self, start_step: int) -> Iterator[Sequence[CellBatch]]:
-        """See :class:`bgen.train.stages.stage.Stage`."""
+    def train(self, start_step: int, mixing: Mixing | None = None) -> Iterator[Sequence[CellBatch]]:
+        """See :class:`bgen.train.stages.stage.Stage`; ``mixing`` says what trajectories are moved by."""
         loader = TrajectoryLoader(
             self.reader,
             self.order,
@@ -64,6 +73,7 @@ class TrajectorySource:
             world=self.world.size,
             micro_batch=self.micro,
             prefetch=self.config.data.prefetch,
+            mixing=mixing,
         )
         return loader.steps(start_step)
 
@@ -80,12 +90,33 @@ class TrajectorySource:
         )
 
     def _order(self, split: str) -> TrajectoryOrder:
-        store = self.reader.store
+        store, members = self.reader.store, self.config.flow.members
         return TrajectoryOrder(
-            read_trajectories(store, split, self.shape),
+            read_trajectories(store, split, self.shape, members.amount if members else None),
             batch=self.config.train.global_batch // self.shape.size,
             times=self.shape.times,
             cells=self.shape.cells,
             seed=self.config.seed,
             name=f"{store.fingerprint}/{split}",
         )
+
+
+@torch.no_grad()
+def population_means(
+    codec: Codec, reader: CountReader, trajectories: Trajectories, cells: int, world: World
+) -> NDArray[np.float32]:
+    """Return the mean whitened latent of at most ``cells`` cells of every population: float32 ``[P, D + 1]``.
+
+    The populations are dealt to the ranks in the same groups for any number of them, so that the sums are the same.
+    """
+    n = len(trajectories.edges) - 1
+    means = torch.zeros(n, codec.size)
+    size = max(1, TOGETHER // cells)
+    groups = [range(start, min(start + size, n)) for start in range(0, n, size)]
+    for group in groups[world.rank :: world.size]:
+        members = [keyed_sample(trajectories.population(number), cells, number) for number in group]
+        every, back = np.unique(np.concatenate(members), return_inverse=True)
+        z = codec.latents(reader.read_cells(every).to(world.device)).cpu()[torch.from_numpy(back)]
+        for number, part in zip(group, z.split([len(some) for some in members]), strict=True):
+            means[number] = part.mean(0)
+    return all_sum(means).numpy()

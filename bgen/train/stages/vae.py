@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+import sys
 
+from torch import nn
+
+from bgen.checkpoint.files import sha256
 from bgen.config.run import Config
+from bgen.config.section import named_files
 from bgen.distributed.world import World
 from bgen.errors import UserError
 from bgen.models.vae.vae import VAE
@@ -15,7 +18,7 @@ from bgen.train.stages.levels import fit_levels
 from bgen.train.stages.whitening import fit_whitening, keyed_sample
 
 START_CELLS = 8_192
-"""Training cells whose mean counts the decoder starts from."""
+"""Training cells whose statistics the VAE starts from."""
 
 
 class VAEStage(StoreStage):
@@ -33,7 +36,9 @@ class VAEStage(StoreStage):
                 raise UserError(f"vae.covariates: '{name}' holds numbers; covariates are categories, such as batch.")
             categories[name] = len(column.categories)
         self.module = VAE(config.vae, store.manifest.n_genes, categories)
-        self.module.initialise_genes(self._mean_counts())
+        some = keyed_sample(store.cells_of_split(config.data.split), START_CELLS, config.seed)
+        self.module.look_at(self.reader.read_cells(some))  # the same on every rank
+        self._describe_genes(self.module)
 
     def finish(self, module: nn.Module) -> None:
         """Fit the genes' levels and the whitening of the latents on training cells, shared among the ranks."""
@@ -42,10 +47,12 @@ class VAEStage(StoreStage):
             fit_levels(module, self.reader, self.config.data.split, self.world)
         fit_whitening(module, self.reader, self.config.data.split, self.world)
 
-    def _mean_counts(self) -> Tensor:
-        """Mean counts ``[G]`` over a keyed sample of training cells, the same on every rank."""
-        cells = keyed_sample(self.store.cells_of_split(self.config.data.split), START_CELLS, self.config.seed)
-        batch = self.reader.read_cells(cells)
-        total = torch.zeros(batch.n_genes, dtype=torch.float64)
-        total.index_add_(0, batch.indices.long(), batch.counts.double())
-        return (total / len(cells)).float()
+    def _describe_genes(self, vae: VAE) -> None:
+        """Tell the VAE what files say of the genes, and the user how much that is; it must not change on resume."""
+        said = vae.describe_genes(self.store.genes)
+        if not said:
+            return
+        # Of the files, not of what was computed from them: its last bits differ from one kind of processor to another.
+        self.fingerprint["known_of_genes"] = [sha256(path) for path in named_files(self.config.vae)]
+        if self.world.is_main:
+            print("\n".join(said), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The last step of training a VAE: mean and spread of its latents over training cells, shared among the ranks."""
+"""Mean and spread of a codec's states over training cells, shared among the ranks: the last step of training a VAE."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 
 from bgen.data.loader import CountReader
 from bgen.distributed.world import World, all_sum, gather
-from bgen.models.vae.vae import VAE
+from bgen.models.codec import CountsCodec
 from bgen.order.keys import hash_keys
 
 WHITENING_CELLS = 262_144
 """Training cells that the latents' mean and standard deviation are taken over, at most."""
 
 
-def fit_whitening(vae: VAE, reader: CountReader, split: str, world: World) -> None:
-    """Fit a VAE's whitening on (at most :data:`WHITENING_CELLS`) cells of a split; every rank takes a share."""
+def fit_whitening(codec: CountsCodec, reader: CountReader, split: str, world: World) -> None:
+    """Fit a codec's whitening on (at most :data:`WHITENING_CELLS`) cells of a split; every rank takes a share."""
     cells = keyed_sample(reader.store.cells_of_split(split), WHITENING_CELLS, 0)
-    stats = vae.whitening_stats()
+    stats = codec.whitening_stats()
     for part in np.array_split(cells, -(-len(cells) // 1024))[world.rank :: world.size]:
-        vae.accumulate_whitening(stats, reader.read_cells(part).to(world.device))
+        codec.accumulate_whitening(stats, reader.read_cells(part).to(world.device))
     stats.sums.copy_(all_sum(stats.sums.cpu()))
     stats.bounds.copy_(torch.stack(gather(stats.bounds.cpu())).amax(dim=0))
-    vae.fit_whitening(stats)
+    codec.fit_whitening(stats)
 
 
 def keyed_sample(cells: np.ndarray[Any, np.dtype[np.int64]], n: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -76,7 +76,7 @@ def test_correlation_is_that_of_numpy_and_constant_genes_correlate_with_none() -
     counts = random_counts(0)
     counts = sparse.csr_matrix(sparse.hstack([counts, sparse.csr_matrix((300, 1))]))
     genes = np.array([3, 10, 20, 50])
-    from bgen.evaluate.metrics.space import log_cp10k
+    from bgen.genes.expression import log_cp10k
 
     expected = np.corrcoef(log_cp10k(counts).toarray()[:, genes[:3]].T)
     got = c.correlation(counts, genes)

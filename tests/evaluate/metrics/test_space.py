@@ -5,7 +5,8 @@ import pytest
 from scipy import sparse
 from sklearn.decomposition import PCA
 
-from bgen.evaluate.metrics.space import fit_space, library_size, log_cp10k
+from bgen.evaluate.metrics.space import fit_space
+from bgen.genes.expression import library_size, log_cp10k
 
 
 def poisson(seed: int, cells: int = 120, genes: int = 40) -> sparse.csr_matrix:

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from bgen.evaluate.metrics.space import log_cp10k
+from bgen.genes.expression import log_cp10k
 from bgen.genes.sets import GeneSets
 from bgen.tasks.perturb.baseline_rows import BaselineRows
 from bgen.tasks.perturb.keys import screen_keys

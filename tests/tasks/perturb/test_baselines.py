@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from bgen.effects.contexts import left_out_errors
+from bgen.effects.estimates import log_effect
 from bgen.tasks.perturb.baselines import (
     TrainedEffects,
     additive,
     average_dose,
     gene_set_ridge,
     latent_shift,
-    left_out_errors,
     mean_effect,
     measure_effects,
     nearest_dose,
     with_own,
 )
-from bgen.tasks.perturb.effect_estimates import log_effect
 
 NOTHING = np.array([], np.int64)
 

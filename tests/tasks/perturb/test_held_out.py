@@ -129,7 +129,7 @@ def test_a_score_that_fails_loses_no_model(
     request = Request("perturb", "head", columns=COLUMNS, hold_out=[screen.uns["only_b"]])
     with pytest.raises(UserError, match=r"The model is trained and saved: .*no score today"):
         finetune(demo.model, screen, tmp_path / "out", request, overrides=QUICK, say=lambda _: None)
-    assert bgen.load(tmp_path / "out" / "model").saved.kind == "perturbation"
+    assert bgen.load(tmp_path / "out" / "model").saved.about.perturbation.held_out is None
 
 
 def test_the_models_own_control_label_chooses_the_controls(tuned: Path, screen: anndata.AnnData) -> None:

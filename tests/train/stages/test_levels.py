@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bgen.config.backbone import BackboneConfig
-from bgen.config.flow import FlowConfig, SampleConfig
+from bgen.config.flow import FlowConfig, LogCountsConfig, SampleConfig
 from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.data.loader import CountReader
 from bgen.distributed import world as ranks
+from bgen.models.codec import CountsCodec
 from bgen.models.generators.latent_flow import LatentFlow
+from bgen.models.log_counts import LogCounts
 from bgen.models.vae.vae import VAE
 from bgen.order.keys import hash_keys
 from bgen.train.stages import levels
@@ -54,24 +56,29 @@ def means(counts: Tensor) -> Tensor:
     return torch.log1p(1e4 * counts / counts.sum(dim=1, keepdim=True).clamp_min(1)).double().mean(dim=0)
 
 
-@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+@pytest.mark.parametrize("kind", ["nb", "zinb", "log counts"])
 @torch.no_grad()
-def test_generated_cells_have_the_measured_means(likelihood: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generated_cells_have_the_measured_means(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    vae = VAE(VAEConfig(latent=3, hidden=8, blocks=0, likelihood=likelihood), GENES, {"batch": 2})
-    vae.decoder.shift_genes(0.5 * torch.randn(GENES))
-    vae.latent_mean[-1] = 5.5
-    flow = LatentFlow(FlowConfig(backbone=BackboneConfig(width=16)), vae, {"type": 3}, {}).eval()
+    codec: CountsCodec
+    if kind == "log counts":
+        codec = LogCounts(LogCountsConfig(counts="poisson"), GENES)
+        codec.latent_mean[:-1] = 4.0
+    else:
+        codec = VAE(VAEConfig(latent=3, hidden=8, blocks=0, likelihood=kind), GENES, {"batch": 2})
+    codec.shift_genes(0.5 * torch.randn(GENES))
+    codec.latent_mean[-1] = 5.5
+    flow = LatentFlow(FlowConfig(backbone=BackboneConfig(width=16)), codec, {"type": 3}, {}).eval()
     obs = {"type": torch.arange(CELLS) % 3, "batch": torch.arange(CELLS) % 2}
     cells = Cells(generated(flow, obs, 0), obs)
     state = {name: tensor.clone() for name, tensor in flow.state_dict().items()}
 
     moved = 0.3 * torch.randn(GENES)
-    vae.decoder.shift_genes(moved)
+    codec.shift_genes(moved)
     wrong = means(cells.counts) - means(generated(flow, obs, 1))
     monkeypatch.setattr(levels, "COMPARED_LATENTS", CELLS)
     levels.fit_generated_levels(flow, SETTINGS, cast(CountReader, cells), "train", ranks.start())
     right = means(cells.counts) - means(generated(flow, obs, 1))
     assert right.square().mean() < 0.1 * wrong.square().mean()
     changed = [name for name, tensor in flow.state_dict().items() if not tensor.equal(state[name])]
-    assert changed == ["vae.decoder.logits.bias"]
+    assert changed == ["vae.levels" if kind == "log counts" else "vae.decoder.logits.bias"]

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bgen.arrays import F64
-from bgen.tasks.perturb.baselines import left_out_errors
-from bgen.tasks.perturb.keys import Key
+
+Key = tuple[tuple[str, ...], float | None]
+"""Members of a set, sorted, and the dose."""
 
 NEAREST, SIMILAR, RIDGE, BILINEAR = "nearest context", "similar contexts", "ridge on controls", "bilinear on controls"
 FEATURES = 8
@@ -50,6 +52,15 @@ class Contexts:
     control: F64
     effects: NDArray[np.float32]
     keys: list[Key]
+
+    @cached_property
+    def strengths(self) -> tuple[float, float, float]:
+        """Sharpness of similar contexts, and the ridges on controls and of the bilinear form (infinite without three
+        contexts). Chosen once: they do not depend on whose effects are asked for.
+        """
+        fitted = len(self.control) > 2
+        ridges = (choose_ridge(self), choose_bilinear(self)) if fitted else (np.inf, np.inf)
+        return choose_sharpness(self), *ridges
 
     @property
     def there(self) -> NDArray[np.bool_]:
@@ -132,7 +143,9 @@ def bilinear_on_controls(contexts: Contexts, control: F64, ridge: float) -> F64:
 
     M sees the first R directions of mean effects, and is fitted by ridge regression over contexts and perturbations.
     """
-    return _bilinear(contexts, control, (ridge,))[0]
+    fitted = fit_bilinear(contexts)
+    predicted: F64 = fitted.mean + fitted.turn(control, ridge)
+    return predicted
 
 
 def choose_bilinear(contexts: Contexts) -> float:
@@ -142,7 +155,9 @@ def choose_bilinear(contexts: Contexts) -> float:
         rest = contexts.without(context)
         real = contexts.effects[context]
         both = np.isfinite(real[:, 0]) & rest.there.any(0)
-        for at, predicted in enumerate(_bilinear(rest, contexts.control[context], RIDGES)):
+        fitted = fit_bilinear(rest)
+        for at, ridge in enumerate(RIDGES):
+            predicted = fitted.mean + fitted.turn(contexts.control[context], ridge)
             errors[at] += float(((predicted[both] - real[both]) ** 2).sum())
     return RIDGES[_least(errors)]
 
@@ -156,9 +171,8 @@ def context_effects(contexts: Contexts, control: F64, keys: Sequence[Key]) -> di
     chosen = [key for key in keys if key in contexts.keys and contexts.there[:, contexts.keys.index(key)].sum() > 1]
     if not chosen:
         return found
-    sharpness, fitted = choose_sharpness(contexts), len(contexts.control) > 2
-    ridge = choose_ridge(contexts) if fitted else np.inf
-    bilinear = bilinear_on_controls(contexts, control, choose_bilinear(contexts)) if fitted else None
+    sharpness, ridge, strength = contexts.strengths
+    bilinear = bilinear_on_controls(contexts, control, strength) if len(contexts.control) > 2 else None
     for key in chosen:
         at = contexts.keys.index(key)
         rows = {
@@ -171,8 +185,43 @@ def context_effects(contexts: Contexts, control: F64, keys: Sequence[Key]) -> di
     return found
 
 
-def _bilinear(contexts: Contexts, control: F64, ridges: Sequence[float]) -> list[F64]:
-    """Return predictions ``[Q, G]`` for each strength, NaN for perturbations that no context has."""
+@dataclass(frozen=True)
+class Bilinear:
+    """Effects in a context as the mean effect, and what is added by the context's control mean.
+
+        effect of q in c = mean_q + (features of c (x) codes of q) @ weights
+
+    Attributes
+    ----------
+    mean, codes
+        Effects over all contexts ``[Q, G]``, NaN for perturbations that no context has, and their codes ``[Q, R]``.
+    centre, axes
+        Features of a context are ``axes [K, G]`` times its control mean less ``centre [G]``.
+    """
+
+    mean: F64
+    codes: F64
+    centre: F64
+    axes: F64
+    square: F64
+    products: F64
+
+    def weights(self, ridge: float) -> F64:
+        """Return the weights ``[K R, G]``, shrunk by ``ridge``."""
+        if np.isinf(ridge):
+            return np.zeros(self.products.shape)
+        found: F64 = np.linalg.inv(self.square + ridge * np.eye(len(self.square))) @ self.products
+        return found
+
+    def turn(self, control: F64, ridge: float) -> F64:
+        """Return what is added to the mean effects ``[Q, G]`` in a context."""
+        features = np.repeat((self.axes @ (control - self.centre))[None], len(self.codes), 0)
+        added: F64 = _outer(features, self.codes) @ self.weights(ridge)
+        return added
+
+
+def fit_bilinear(contexts: Contexts) -> Bilinear:
+    """Fit the form to contexts by least squares; see :func:`bilinear_on_controls`."""
     there = contexts.there
     counts = there.sum(0)
     effects = np.nan_to_num(contexts.effects).astype(np.float64)
@@ -190,18 +239,11 @@ def _bilinear(contexts: Contexts, control: F64, ridges: Sequence[float]) -> list
         x = _outer(np.repeat(features[context : context + 1] / size, kept.sum(), 0), codes[kept])
         square += x.T @ x
         products += x.T @ (effects[context, kept] - mean[kept])
-    at = _outer(np.repeat(((control - centre) @ axes.T / size)[None], len(mean), 0), codes)
-    made = []
-    for ridge in ridges:
-        if np.isinf(ridge):
-            made.append(mean)
-        else:
-            made.append(mean + at @ np.linalg.solve(square + ridge * np.eye(len(square)), products))
-    return made
+    return Bilinear(mean, codes, centre, axes / size, square, products)
 
 
 def _outer(x: F64, y: F64) -> F64:
-    return np.einsum("nk,nr->nkr", x, y).reshape(len(x), -1)
+    return np.einsum("nk,nr->nkr", x, y).reshape(len(x), x.shape[1] * y.shape[1])
 
 
 def _choose(contexts: Contexts, strengths: Sequence[float], hat: Callable[[F64, float], F64]) -> float:
@@ -250,3 +292,13 @@ def read_contexts(control: Mapping[int, F64], effects: Mapping[int, Mapping[Key,
             if key in effects[number]:
                 values[row, column] = effects[number][key]
     return Contexts(np.array([control[number] for number in numbers]), values, keys)
+
+
+def left_out_errors(hat: F64, products: F64) -> F64:
+    """Return the squared error ``[n]`` of predicting each of n observations without it by a linear fit ``hat [n, n]``.
+
+    ``products [n, n]`` are those of observations with one another: y y^T.
+    """
+    residual = np.eye(len(hat)) - hat
+    errors: F64 = np.einsum("ij,jk,ik->i", residual, products, residual) / np.maximum(1 - np.diag(hat), 1e-3) ** 2
+    return errors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bgen.tasks.perturb.context_baselines import (
+from bgen.effects.contexts import (
     BILINEAR,
     NEAREST,
     RIDGE,
