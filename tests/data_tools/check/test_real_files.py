@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import anndata
@@ -19,9 +18,7 @@ pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DAT
 
 
 def test_pbmc_passes() -> None:
-    started = time.perf_counter()
     report = check([DATA / "pbmc_facs_3774x16791.h5ad"])
-    assert time.perf_counter() - started < 20
     assert not report.errors
     assert report.roles.cell_type == "celltype"
     assert "cell_type" in report.roles.detected
