@@ -30,6 +30,10 @@ DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerato
 """Python, started by :mod:`prefork`, executes it, and it starts its ranks alike."""
 
 
+STAGES = ["vae", "flow", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gene_set", "direct"))]
+"""What is trained; the last two are variants of the first two."""
+
+
 def losses(run: Path, kind: str = "train") -> list[float]:
     return [row["loss"] for row in read(run / "record.jsonl") if row["kind"] == kind]
 
@@ -48,7 +52,7 @@ def arguments(demo: Any, stage: str, run: Path) -> list[str]:
     return ["train", f"demo/{stage}", f"out={run}", f"data.store={demo.store}", "train.ema=0.99", *SETTINGS, *more]
 
 
-@pytest.fixture(scope="module", params=["vae", "gene_set", "flow", "direct"])
+@pytest.fixture(scope="module", params=STAGES)
 def whole(request: pytest.FixtureRequest, bgen: Any, demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A run of 20 steps on one rank, uninterrupted."""
     run = tmp_path_factory.mktemp("whole") / request.param

@@ -73,7 +73,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_model(run / "model").saved.module.state_dict()
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_zero_stages_give_the_same(zero: int, alone: Path, bgen: Any, atlas: Atlas, tmp_path: Path) -> None:
     made = bgen(*atlas.arguments(tmp_path / "run", f"train.zero={zero}"))
     assert made.code == 0, made.err
