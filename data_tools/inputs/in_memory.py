@@ -66,12 +66,12 @@ class MemorySource(Source):
         for first in range(start, stop, step):
             rows: Any = values[first : min(first + step, stop)]
             rows = rows.compute() if hasattr(rows, "compute") else rows
+            parts: Any = rows
             if not sp.issparse(rows):
                 block = sp.csr_matrix(plain(rows))
             elif np.dtype(dtype).isnative:
-                block = sp.csr_matrix(rows)  # type: ignore[call-overload]
+                block = sp.csr_matrix(parts)
             else:
-                parts: Any = rows
                 block = sp.csr_matrix((plain(parts.data), parts.indices, parts.indptr), shape=parts.shape)
             # A matrix in order may share memory with the user's; any other is put in order, in a copy.
             yield first, block if block.has_canonical_format else block.copy()

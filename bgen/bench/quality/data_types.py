@@ -10,8 +10,11 @@ a network says is the mean of a few draws, and its error is the share of the var
 - **A population**: what cells answer depends on how many others of their population stand aside (a *crowd*), or on
   where each cell stands itself. No cell knows the first, and no other cell is needed for the second.
 
-Last, **perturbations** that training never saw, in a simulated screen: known by how their genes vary with
+Then, **perturbations** that training never saw, in a simulated screen: known by how their genes vary with
 others, by vectors of what they drive (which is the truth), and by these vectors with the names shuffled.
+
+Last, **sequences**: promoters of genes in which the order of two motifs decides where a gene is expressed
+(:mod:`bgen.bench.sequences.dna`).
 
 Axes: B courses or populations, T time points, N cells per time point, D dimensions.
 """
@@ -33,7 +36,9 @@ from torch import Tensor
 from bgen.bench.quality.compared import Compared, Figures
 from bgen.bench.quality.perturb import TARGETS, Training, splits, train_flow, train_vae
 from bgen.bench.quality.representations import bench_representations
+from bgen.bench.sequences.dna import bench_dna
 from bgen.config.flow import FlowConfig, PatternsConfig, SampleConfig
+from bgen.config.sequences import SequenceConfig, SequenceTraining
 from bgen.data.batch import CellBatch
 from bgen.data.trajectory_batch import TrajectoryBatch
 from bgen.evaluate.protocols.perturbation_scores import MODEL
@@ -51,6 +56,9 @@ from data_tools.simulate.screens import simulate_screens, write_drives
 
 PROGRAMMES_KNOWN = {"pathways": "gmt", "regulators": "csv"}
 """Simulated cells of known programmes to the format in which these are known."""
+
+PROMOTERS = {"genes": 600, "length": 40, "cells": 300}
+"""Sizes of simulated promoters."""
 
 _OF_SCREENS = ("pearson", "explained")
 """Figures that are told of predicted perturbations."""
@@ -121,6 +129,7 @@ def bench_data_types(out: Path, *, seeds: int = 3, steps: int | None = None, say
     found["courses"] = bench_courses(seeds=seeds, say=say, **given_steps)
     found["populations"] = bench_populations(seeds=seeds, say=say, **given_steps)
     found["perturbations"] = bench_unseen(out / "perturbations", seeds=seeds, say=say, **given_steps)
+    found["sequences"] = bench_sequences(out / "sequences", seeds=seeds, say=say, **given_steps)
     told = {name: one.as_json() for name, one in found.items()}
     write_result(out / "data_types.json", json.dumps(told, indent=1) + "\n")
     write_result(out / "data_types.md", "\n".join(one.markdown() for one in found.values()))
@@ -209,6 +218,23 @@ def bench_unseen(
     note = "Figures of perturbation-v4 over six unseen targets."
     title = "Perturbations that training never saw: what is known of them"
     return Compared(title, against, runs, {"steps": steps}, note)
+
+
+def bench_sequences(folder: Path, *, seeds: int = 3, steps: int | None = None, say: Say) -> Compared:
+    """Compare sequence models on promoters in which the order of two motifs decides; ``steps``: epochs of each."""
+    training = SequenceTraining(epochs=steps or 50, shift=0)
+    (found,) = bench_dna(
+        None,
+        None,
+        folder,
+        by=[],
+        seeds=seeds,
+        config=SequenceConfig(pool=4),
+        training=training,
+        simulated=PROMOTERS,
+        say=say,
+    )
+    return found
 
 
 def courses(n: int, times: int, gaps: Gaps, seed: int, number: int, *, shuffled: bool = False) -> Cells:

@@ -68,7 +68,7 @@ def through_the_table(
     assert isinstance(model.saved.vae, VAE)
     read = model.read(AnnData(some[whole], var=var, uns=organism))
     extended = extend_model(model.saved, ids[held].tolist(), say=lambda _: None)
-    rows = pd.Index(extended.genes["id"].astype(str)).get_indexer(ids[held])
+    rows = pd.Index(extended.genes["id"].astype(str)).get_indexer(pd.Index(ids[held]))
     assert (rows >= 0).all(), "each has a vector"
     labels = counted.labels[whole]
     told = profiles(decoded(extended.vae, read.counts), labels)

@@ -113,7 +113,7 @@ def _logistic(kernel: NDArray[np.float64], y: NDArray[np.float64], strength: flo
         b = weight * f + strength * y * (1 - right)
         inner = root[:, None] * kernel * root
         inner[np.diag_indices_from(inner)] += 1.0
-        factor = linalg.cho_factor(inner, lower=True, overwrite_a=True, check_finite=False)
+        factor: Any = linalg.cho_factor(inner, lower=True, overwrite_a=True, check_finite=False)
         step = b - root * linalg.cho_solve(factor, root * (kernel @ b), check_finite=False) - a
         size = 1.0
         moved = kernel @ step

@@ -63,7 +63,7 @@ def test_the_command_makes_all_tables(bgen: Any, tmp_path: Path) -> None:
     done = bgen("bench", "representations", "--data-types", "--seeds", 1, "--steps", 2, "--out", tmp_path / "out")
     assert done.code == 0, done
     told = json.loads((tmp_path / "out" / "data_types.json").read_text(encoding="utf-8"))
-    assert set(told) == {"pathways", "regulators", "courses", "populations"}
+    assert set(told) == {"pathways", "regulators", "courses", "populations", "perturbations", "sequences"}
     assert "regulators, hard: no difference (against regulators, shuffled, hard)." in done.out
 
 
