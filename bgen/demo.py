@@ -106,7 +106,7 @@ def run_demo(
 
     step("Evaluate")
     with progress() as advance:
-        scores = score(out / "model", out / "store", out / "report", seed=seed, progress=advance)
+        scores = score(model, out / "store", out / "report", seed=seed, progress=advance)
     console.print(scores.table())
     console.print(scores.headline(), highlight=False)
     console.print()

@@ -20,6 +20,7 @@ FLOORS = [
     "bgen.names",
     "bgen.arrays",
     "bgen.progress",
+    "bgen.notebooks",
     "bgen.files",
     "bgen.cpus",
     "bgen.passwords",
@@ -43,6 +44,8 @@ FLOORS = [
     "bgen.operate",
     "bgen.bench",
     "bgen.demo",
+    "bgen.plot",
+    "bgen.api",
     "bgen.cli",
     "bgen",
 ]
@@ -65,6 +68,7 @@ HEAVY = {
 LATE = {
     "bgen/__init__.py": "`import bgen` is quick; what it offers is loaded when it is asked for",
     "bgen/cli": "`--help` needs no torch: a verb imports what it calls",
+    "bgen/tasks/load.py": "a model is loaded without DeepSpeed, and trains with it",
     "bgen/bench/loaders/worker.py": "runs also in a Python that has a peer but not bgen",
     "bgen/bench/speed/versus_worker.py": "runs also in a Python that has a peer but not bgen",
     "bgen/bench/quality/cells_scvi.py": "runs in a Python that has scvi-tools but not bgen",

@@ -111,9 +111,10 @@ def evaluate(
     Example: `bgen evaluate bgen-demo/model --data bgen-demo/store --out bgen-demo/report`
     """
     from bgen.tasks.evaluate import score
+    from bgen.tasks.load import load_model
 
     with progress_bar() as progress:
-        scores = score(model, data, out, generated=generated, seeds=seeds, seed=seed, progress=progress)
+        scores = score(load_model(model), data, out, generated=generated, seeds=seeds, seed=seed, progress=progress)
     if run is not None:
         from bgen.track.publish import log_evaluation
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Annotated, Any, Literal
 
 import typer
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from bgen.errors import MOST_SEEDS, UserError
 from bgen.names import shown
+from bgen.notebooks import progress_bar as show_progress
 from bgen.progress import Progress
 
 WIDE = 200
@@ -92,18 +93,6 @@ def parse_times(text: str | None) -> list[float] | Literal["all"] | None:
         raise UserError(f"--times {text}: write numbers with commas between, such as 0,24,48, or all.") from None
 
 
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
+def progress_bar() -> AbstractContextManager[Progress]:
     """Give a function that shows a progress bar per kind of work on standard error."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=notes, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def advance(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
-
-        yield advance
+    return show_progress(notes)

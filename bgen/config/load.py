@@ -53,7 +53,9 @@ def find_config(name: str | Path, beside: Path | None = None) -> Path:
     raise UserError(f"There is no configuration file '{name}'.{nearest(str(name), own)}")
 
 
-def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    name: str | Path, overrides: Sequence[str] = (), *, settings: Mapping[str, Any] | None = None
+) -> Config:
     """Load, extend, override and validate the configuration of a training.
 
     Parameters
@@ -63,13 +65,15 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
         of files that it builds on; later ones win, mappings are merged, everything else is replaced.
     overrides
         ``section.key=value``; the value is read as YAML.
+    settings
+        Sections with their values, from Python; they win over all else.
 
     Raises
     ------
     UserError
         Naming the path of each wrong key or value and the nearest key.
     """
-    return validate(_resolve(name, overrides), Config, source=str(name))
+    return validate(_merge(_resolve(name, overrides), settings or {}), Config, source=str(name))
 
 
 def load_finetune(name: str | Path, overrides: Sequence[str] = ()) -> FinetuneConfig:

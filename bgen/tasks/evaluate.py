@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import scipy.sparse as sp
@@ -15,11 +17,10 @@ from bgen.evaluate.registry import CellsProtocol, find_protocol
 from bgen.files import require_new_folder
 from bgen.genes.expression import log_cp10k
 from bgen.genes.table import match_genes
-from bgen.hub.directory import add_metrics
+from bgen.hub.directory import SavedModel, add_metrics
 from bgen.progress import Progress
 from bgen.store.open import open_store
 from bgen.store.store import Store
-from bgen.tasks.load import Model, load_model
 from bgen.tasks.user_cells import read_user_data
 from bgen.track import record as records
 from bgen.version import __version__
@@ -31,9 +32,23 @@ SURPLUS = 2
 """Generated cells per test cell, so that every repetition draws another sample of them."""
 
 
+class Generator(Protocol):
+    """What is judged: :class:`bgen.tasks.load.Model`."""
+
+    saved: SavedModel
+    folder: Path | None
+
+    @property
+    def conditions(self) -> Mapping[str, Any]:
+        """What can be asked for."""
+
+    def generate(self, n: int, *, seed: int, progress: Progress | None) -> AnnData:
+        """Return new cells."""
+
+
 def score(
-    model: Path,
-    data: Path,
+    model: Generator,
+    data: Store | str | Path,
     out: Path,
     *,
     generated: Path | None = None,
@@ -47,9 +62,9 @@ def score(
     Parameters
     ----------
     model
-        Model directory; gets the scores into its card, unless ``generated`` is given.
+        A loaded model; its directory, if it has one, gets the scores into its card, unless ``generated`` is given.
     data
-        Store with splits train and test.
+        Store with splits train and test, or its folder or address.
     out
         Folder; must not be there, or be empty.
     generated
@@ -68,12 +83,12 @@ def score(
     require_number("seed", seed, 0, MOST_SEEDS)
     chosen = find_protocol(CellsProtocol, protocol)
     require_new_folder(out)
-    loaded, store = load_model(model), open_store(data)
+    store = data if isinstance(data, Store) else open_store(data)
     train, test = (_read_sample(store, split, seed) for split in ("train", "test"))
     for name, part in (("train", train), ("test", test)):
-        _require_variety(part, f"the split {name} of {data}")
+        _require_variety(part, f"the split {name} of {store.folder}")
     if generated is None:
-        cells = _align(loaded.generate(SURPLUS * test.n_obs, seed=seed, progress=progress), test)
+        cells = _align(model.generate(SURPLUS * test.n_obs, seed=seed, progress=progress), test)
     else:
         cells = _read_generated(generated, store, test)
     cell_type = store.manifest.roles.get("cell_type")
@@ -82,7 +97,7 @@ def score(
         if progress:
             progress("evaluating", done, total)
 
-    asked = [name for name in loaded.conditions if name in cells.obs]
+    asked = [name for name in model.conditions if name in cells.obs]
     scores = chosen.evaluate(
         train, test, cells, cell_type=cell_type, conditions=asked, seeds=seeds, on_progress=advance
     )
@@ -95,12 +110,12 @@ def score(
         test,
         cells,
         seed=seed,
-        losses=_records(model),
-        title=f"How good are the cells of {loaded.saved.about.name}?",
-        provenance=_provenance(loaded, store, generated, seed),
+        losses={} if model.folder is None else records.beside(model.folder),
+        title=f"How good are the cells of {model.saved.about.name}?",
+        provenance=_provenance(model, store, generated, seed),
     )
-    if generated is None:
-        add_metrics(model, scores.as_json())
+    if generated is None and model.folder is not None:
+        add_metrics(model.folder, scores.as_json())
     return scores
 
 
@@ -138,16 +153,7 @@ def _align(cells: AnnData, like: AnnData) -> AnnData:
     return cells if np.array_equal(places, np.arange(cells.n_vars)) else cells[:, places].copy()
 
 
-def _records(model: Path) -> dict[str, list[records.Row]]:
-    """Return the records of the runs that made the model, where they lie beside it."""
-    found = {}
-    for stage, folder in (("VAE", model.parent / "vae"), ("flow", model.parent / "flow"), ("training", model.parent)):
-        if (folder / "record.jsonl").is_file():
-            found[stage] = records.read(folder / "record.jsonl")
-    return found
-
-
-def _provenance(model: Model, store: Store, generated: Path | None, seed: int) -> dict[str, object]:
+def _provenance(model: Generator, store: Store, generated: Path | None, seed: int) -> dict[str, object]:
     return {
         "model": model.saved.fingerprint()[:16],
         "generated cells": generated.name if generated else f"seed {seed}",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import pandas as pd
 from anndata import AnnData
 
+from bgen.errors import UserError
 from bgen.evaluate.protocols.time_point import TimeScores
-from bgen.hub.directory import load_directory
+from bgen.hub.directory import SavedModel, load_directory, save_model
+from bgen.notebooks import progress_bar
 from bgen.progress import Progress, Say
+from bgen.store.store import Store
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.cells.annotate import annotate_cells
 from bgen.tasks.cells.denoise import denoise_cells
@@ -28,6 +33,10 @@ from bgen.tasks.time.observed import observe
 from bgen.tasks.time.predict import predict_times
 from bgen.tasks.time.trajectories import generate_as_trained
 from bgen.tasks.user_cells import Cells, Reading, UserCells
+from bgen.track import record
+
+if TYPE_CHECKING:
+    from bgen.evaluate.protocols.scores import Scores
 
 
 class TimeOptions(Reading, total=False):
@@ -47,7 +56,154 @@ class Model(AnnDataModel):
 
     A method that takes cells takes a file of any format that ``bgen data check`` reads, AnnData in memory, or the
     result of :meth:`read`. Keyword arguments say how cells are read (:class:`bgen.tasks.user_cells.Reading`).
+
+    Attributes
+    ----------
+    folder
+        The directory that it was loaded from or saved in last; None: it is in memory only.
     """
+
+    def __init__(self, saved: SavedModel, folder: Path | None = None) -> None:
+        super().__init__(saved)
+        self.folder = folder
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """What its trainings recorded, a row for each step: columns such as ``train/loss``, a level for each stage.
+
+        Raises
+        ------
+        UserError
+            If the record does not lie beside the model, as it does in a run folder.
+        """
+        found = {} if self.folder is None else record.beside(self.folder)
+        if not found:
+            raise UserError("No record of a training lies beside this model: it was moved, or is in memory only.")
+        return pd.concat({stage: record.as_frame(rows) for stage, rows in found.items()}, names=["stage"])
+
+    def save(self, folder: str | PathLike[str]) -> Path:
+        """Write the model as a directory that :func:`bgen.load` reads anywhere: safetensors and JSON, no pickle.
+
+        Raises
+        ------
+        UserError
+            If the folder is there and not empty.
+        """
+        self.folder = Path(folder)
+        save_model(self.saved, self.folder)
+        return self.folder
+
+    def evaluate(
+        self,
+        data: Store | str | Path,
+        out: str | PathLike[str],
+        *,
+        seeds: int = 3,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Scores:
+        """Score generated cells on a store's test split, beside a baseline and a real-versus-real ceiling.
+
+        Writes ``report.html`` and ``metrics.json`` into ``out``; the model's directory gets the scores into its card.
+        See :func:`bgen.tasks.evaluate.score`.
+        """
+        from bgen.tasks.evaluate import score
+
+        with progress_bar() if progress else nullcontext() as advance:
+            return score(self, data, Path(out), seeds=seeds, seed=seed, progress=advance)
+
+    def finetune(
+        self,
+        data: Cells,
+        out: str | PathLike[str],
+        *,
+        task: Literal["generate", "annotate", "perturb", "time"],
+        mode: Literal["full", "lora", "head"] = "full",
+        label: str | None = None,
+        perturbation: str | None = None,
+        control: str | Sequence[str] = (),
+        separator: str | None = None,
+        dose: str | None = None,
+        time: str | None = None,
+        within: Sequence[str] = (),
+        hold_out: Sequence[str] = (),
+        network: str | PathLike[str] | None = None,
+        add_genes: bool = False,
+        overrides: Sequence[str] = (),
+        resume: bool = False,
+        **reading: Unpack[Reading],
+    ) -> Model:
+        """Adapt the model to cells, and return the new one, which is also written to ``out/model``.
+
+        Parameters
+        ----------
+        task
+            What it is adapted to: "generate" (your cells), "annotate" (their ``label``), "perturb" (the screen in the
+            columns ``perturbation``, with its ``control`` labels, and ``dose``) or "time" (the course in column
+            ``time``).
+        mode
+            How much is trained: "full", "lora" or "head".
+        within
+            obs columns: perturb compares within them, a trajectory lies within them.
+        hold_out
+            perturb: labels (or LABEL@DOSE) that are kept from training, and predictions of which are scored.
+        network
+            perturb: CSV of a regulatory network, for targets that are not in the data.
+        add_genes
+            Give the model the data's genes that it does not know.
+        overrides
+            Such as ``train.steps=500``.
+        resume
+            Go on with what ``out`` holds.
+
+        Raises
+        ------
+        UserError
+            If the model is in memory only (:meth:`save` it first), or as :func:`bgen.tasks.finetune.finetune.finetune`.
+        """
+        from bgen.tasks.finetune.finetune import finetune
+        from bgen.tasks.finetune.request import Request
+        from bgen.tasks.perturb.screen import Columns
+
+        if self.folder is None:
+            raise UserError("Fine-tuning starts from a model directory: save this model first (model.save).")
+        controls = [control] if isinstance(control, str) else list(control)
+        columns = None
+        if perturbation is not None and controls:
+            columns = Columns(perturbation, controls, dose, list(within), separator)
+        request = Request(
+            task,
+            mode,
+            label=label,
+            columns=columns,
+            add_genes=add_genes,
+            hold_out=list(hold_out),
+            time=time,
+            system=list(within),
+            network=None if network is None else Path(network),
+            **reading,
+        )
+        finetune(self.folder, data, Path(out), request, overrides=overrides, resume=resume)
+        return load_model(Path(out) / "model")
+
+    def _repr_html_(self) -> str:
+        saved = self.saved
+        asked = "; ".join(
+            f"{name}: {known if isinstance(known, str) else ', '.join(map(str, known[:8]))}"
+            + (f" and {len(known) - 8} more" if not isinstance(known, str) and len(known) > 8 else "")
+            for name, known in self.conditions.items()
+        )
+        facts = {
+            "model": f"{saved.about.name} ({saved.kind})",
+            "organism": saved.about.organism,
+            "genes": f"{len(self.genes):,}",
+            "trained on": f"{saved.about.cells:,} cells",
+            "can be asked for": asked or "nothing",
+            "directory": str(self.folder) if self.folder else "in memory only",
+            "fingerprint": saved.fingerprint()[:16],
+        }
+        rows = "".join(f"<tr><th>{name}</th><td>{html.escape(str(text))}</td></tr>" for name, text in facts.items())
+        return f'<table class="bgen-model">{rows}</table>'
 
     def generate(
         self,
@@ -298,4 +454,4 @@ def load_model(folder: str | Path, device: str = "cpu") -> Model:
     UserError
         If it is not one, is incomplete or damaged, or comes from a newer bgen.
     """
-    return Model(load_directory(folder, device))
+    return Model(load_directory(folder, device), Path(folder))

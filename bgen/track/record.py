@@ -17,10 +17,15 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 Row = dict[str, Any]
+
+NOT_MEASURED = ("kind", "step", "time")
 
 
 def read(path: Path) -> list[Row]:
@@ -30,6 +35,23 @@ def read(path: Path) -> list[Row]:
         if line.endswith("\n"):
             rows.append(json.loads(line))
     return rows
+
+
+def beside(model: Path) -> dict[str, list[Row]]:
+    """Return the records of the trainings that made a model directory, where they lie beside it, by stage."""
+    places = {"VAE": model.parent / "vae", "flow": model.parent / "flow", "training": model.parent}
+    found = {stage: folder / "record.jsonl" for stage, folder in places.items()}
+    return {stage: read(path) for stage, path in found.items() if path.is_file()}
+
+
+def as_frame(rows: Sequence[Row]) -> pd.DataFrame:
+    """Return what rows of training and held-out losses say: a row for each step, columns such as ``train/loss``."""
+    steps: dict[int, dict[str, float]] = {}
+    for row in rows:
+        if row["kind"] in ("train", "valid"):
+            values = {f"{row['kind']}/{name}": value for name, value in row.items() if name not in NOT_MEASURED}
+            steps.setdefault(row["step"], {}).update(values)
+    return pd.DataFrame.from_dict(steps, orient="index", dtype=float).rename_axis("step").sort_index()
 
 
 class Record:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bgen.names import shown
+from bgen.notebooks import as_html
 from data_tools.inputs.samples import Samples
 
 Level = Literal["error", "warning", "fix", "info"]
@@ -194,6 +195,13 @@ class Report:
 
     def __rich__(self) -> RenderableType:
         return Group(*self._parts())
+
+    def __repr__(self) -> str:
+        cells = sum(int(file.keep.sum()) for file in self.files)
+        return f"<check of {cells:,} cells x {len(self.genes):,} genes: {len(self.errors)} errors>"
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     def print(self, console: Console | None = None) -> None:
         """Print the report as tables."""

@@ -28,6 +28,7 @@ from bgen.evaluate.protocols.scores import Estimate, Score, Scores
 from bgen.evaluate.registry import PROTOCOLS, CellsProtocol, PerturbationProtocol, TimePointProtocol, find_protocol
 from bgen.evaluate.reports.page import write_page
 from bgen.tasks.evaluate import score
+from bgen.tasks.load import load_model
 
 Draw = Callable[[int, int], AnnData]
 EVALUATE = Path(registry.__file__).parent
@@ -53,7 +54,7 @@ def run_page(folder: str) -> dict[str, Any]:
 def run(demo: Any, tmp_path: Path, protocol: str) -> tuple[str, dict[str, Any], str, str]:
     """Score the demo's model; return table, JSON, page and card."""
     model = Path(shutil.copytree(demo.model, tmp_path / "model"))
-    scores = score(model, demo.store, tmp_path / "report", seeds=2, protocol=protocol)
+    scores = score(load_model(model), demo.store, tmp_path / "report", seeds=2, protocol=protocol)
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(scores.table())
     told = json.loads((tmp_path / "report" / "metrics.json").read_text())

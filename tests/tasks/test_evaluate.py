@@ -13,6 +13,7 @@ from bgen.errors import UserError
 from bgen.evaluate.protocols import distribution as module
 from bgen.store.open import open_store
 from bgen.tasks.evaluate import score
+from bgen.tasks.load import load_model
 from data_tools.building.build import build
 from data_tools.check.check import CheckOptions, check
 
@@ -34,7 +35,7 @@ def test_cells_that_cannot_be_compared(demo: Any, tmp_path: Path, change: Any, m
     cells = change(cells[np.asarray(cells.X[:, 0].sum(1)).ravel() > 0]).copy()
     store = store_of(cells, tmp_path / "store")
     with pytest.raises(UserError, match=message):
-        score(demo.model, store, tmp_path / "out")
+        score(load_model(demo.model), store, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -43,13 +44,13 @@ def test_generated_cells_are_read_like_any_others(demo: Any, tmp_path: Path) -> 
     cells.X.data[0] = np.inf
     cells.write_h5ad(tmp_path / "infinite.h5ad")
     with pytest.raises(UserError, match="NaN or infinite"):
-        score(demo.model, demo.store, tmp_path / "out", generated=tmp_path / "infinite.h5ad")
+        score(load_model(demo.model), demo.store, tmp_path / "out", generated=tmp_path / "infinite.h5ad")
     cells[:, 1:].write_h5ad(tmp_path / "fewer.h5ad")
     with pytest.raises(UserError, match="119 of the 120 genes"):
-        score(demo.model, demo.store, tmp_path / "out", generated=tmp_path / "fewer.h5ad")
+        score(load_model(demo.model), demo.store, tmp_path / "out", generated=tmp_path / "fewer.h5ad")
     for seeds in (1, 10**20):
         with pytest.raises(UserError, match="seeds is a number from 2 to 1000"):
-            score(demo.model, demo.store, tmp_path / "out", seeds=seeds)
+            score(load_model(demo.model), demo.store, tmp_path / "out", seeds=seeds)
 
 
 def test_copies_are_looked_for_among_the_training_cells(
@@ -66,7 +67,7 @@ def test_copies_are_looked_for_among_the_training_cells(
 
     monkeypatch.setattr(module, "memorisation", look)
     with pytest.raises(Seen):
-        score(demo.model, demo.store, tmp_path / "out", seeds=2)
+        score(load_model(demo.model), demo.store, tmp_path / "out", seeds=2)
     store = open_store(demo.store)
     assert seen == [len(store.cells_of_split("train")), len(store.cells_of_split("test"))]
     assert seen[0] > seen[1]

@@ -17,6 +17,7 @@ from bgen.evaluate.metrics.memorisation import Memorisation
 from bgen.evaluate.metrics.metric import ARROWS, Better, Metric, shortfall
 from bgen.evaluate.protocols.verdicts import ROWS, Errors, Judgement, judge
 from bgen.files import write_result
+from bgen.notebooks import as_html
 
 SHORT = {
     "at the ceiling": "at the ceiling",
@@ -306,6 +307,9 @@ class Scores:
     def load(cls, path: str | Path) -> Scores:
         """Read a ``metrics.json``; see :meth:`from_json`."""
         return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def _repr_html_(self) -> str:
+        return as_html(self.headline(), self.table())
 
     def table(self) -> Table:
         """Return a table that fits a terminal of 80 columns."""

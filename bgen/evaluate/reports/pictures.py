@@ -210,18 +210,23 @@ def loss_figure(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure | N
     figure = Figure(figsize=(WIDTH if len(drawn) > 1 else WIDTH * 0.62, 3.4))
     axes = figure.subplots(1, len(drawn), squeeze=False)[0]
     for axis, (stage, (what, curves)) in zip(axes, drawn.items(), strict=True):
-        for name, (steps, values) in curves.items():
-            colour, width, marker = ("#8a8a8a", 1.0, None) if name == "train" else ("#0072B2", 2.0, "o")
-            axis.plot(steps, values, label=name, color=colour, linewidth=width, marker=marker, markersize=3.5)
-        axis.set_ylim(*_without_start([values for _, values in curves.values()]))
+        draw_losses(axis, curves, what)
         axis.set_title(stage, fontsize=12, color=TEXT, loc="left")
-        axis.set_xlabel("step", color=TEXT)
-        axis.set_ylabel("negative log-likelihood per cell" if what == "nll" else "loss", color=TEXT)
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axis.legend(frameon=False, fontsize=9)
-        clean(axis)
     figure.tight_layout()
     return figure
+
+
+def draw_losses(axis: Axes, curves: Mapping[str, Series], what: str) -> None:
+    """Draw the curves of :func:`loss_curves`."""
+    for name, (steps, values) in curves.items():
+        colour, width, marker = ("#8a8a8a", 1.0, None) if name == "train" else ("#0072B2", 2.0, "o")
+        axis.plot(steps, values, label=name, color=colour, linewidth=width, marker=marker, markersize=3.5)
+    axis.set_ylim(*_without_start([values for _, values in curves.values()]))
+    axis.set_xlabel("step", color=TEXT)
+    axis.set_ylabel("negative log-likelihood per cell" if what == "nll" else "loss", color=TEXT)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.legend(frameon=False, fontsize=9)
+    clean(axis)
 
 
 def hero_picture(

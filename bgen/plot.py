@@ -1,0 +1,201 @@
+"""Pictures of cells and models: matplotlib Axes in (or made anew), Axes out.
+
+bgen.plot.training(run.history)             losses over the steps
+bgen.plot.cells(real, generated)            both on one map
+bgen.plot.effect(control, perturbed)        change of every gene against its evidence, the strongest named
+bgen.plot.course(cells, genes, time="day")  mean expression over time
+bgen.plot.scores(scores)                    the model between its baseline and real cells
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+from numpy.typing import NDArray
+
+from bgen.errors import UserError, nearest
+from bgen.evaluate.protocols.scores import Scores
+from bgen.evaluate.protocols.verdicts import ROWS
+from bgen.evaluate.reports.pictures import COLOURS, TEXT, clean, draw_cells, draw_losses, joint_layout, read_sets
+from bgen.evaluate.reports.pictures import type_colours as colours_of
+from bgen.genes.expression import log_cp10k
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def training(history: pd.DataFrame, axis: Axes | None = None) -> Axes:
+    """Draw the losses of ``history``, of training in grey and of held-out cells in blue.
+
+    Parameters
+    ----------
+    history
+        As :attr:`bgen.api.trained.Trained.history`: ``train/nll`` and ``valid/nll`` where there are any, else
+        ``train/loss`` and ``valid/loss``.
+    """
+    what = "nll" if "valid/nll" in history or ("train/nll" in history and "valid/loss" not in history) else "loss"
+    curves = {}
+    for kind, name in (("train", "train"), ("valid", "held out")):
+        if f"{kind}/{what}" in history:
+            values = history[f"{kind}/{what}"].dropna()
+            curves[name] = (values.index.tolist(), values.tolist())
+    if not curves:
+        raise UserError(f"The history has neither train/{what} nor valid/{what}.")
+    axis = _axis(axis, (6.2, 3.4))
+    draw_losses(axis, curves, what)
+    return axis
+
+
+def cells(
+    real: AnnData, generated: AnnData, *, cell_type: str | None = None, axes: Sequence[Axes] | None = None
+) -> Sequence[Axes]:
+    """Draw real cells and generated ones on one map, t-SNE of the real cells' principal components.
+
+    Parameters
+    ----------
+    real, generated
+        Counts of the same genes; at most 600 cells of each are drawn, equally many.
+    cell_type
+        obs column of both that colours the cells; default: dark grey and blue.
+    axes
+        Two Axes to draw on.
+    """
+    panels = joint_layout(read_sets({"train": real, "real": real, "generated": generated}, cell_type))
+    colours = colours_of(panels)
+    pair = _axes(axes)
+    for axis, panel in zip(pair, panels, strict=True):
+        draw_cells(axis, panel, panels[0], colours)
+        axis.set_title(f"{panel.name} cells", color=TEXT)
+    for name, colour in colours.items():
+        pair[1].scatter([], [], s=18, color=colour, label=name)
+    if colours:
+        pair[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return pair
+
+
+def effect(control: AnnData, perturbed: AnnData, axis: Axes | None = None, *, top: int = 10) -> Axes:
+    """Draw a volcano: the change of each gene's mean of log(1 + counts per 10,000) against -log10 p (Welch's t).
+
+    Of predicted cells, p says how large a change is beside the spread of the cells, not how sure it is.
+
+    Parameters
+    ----------
+    control, perturbed
+        Counts of the same genes in the same order.
+    top
+        How many genes of the largest changes are named.
+    """
+    table = changes(control, perturbed)
+    axis = _axis(axis, (5.6, 4.4))
+    height = -np.log10(table["p"].clip(lower=1e-300))
+    named = table["change"].abs().nlargest(top).index
+    axis.scatter(table["change"], height, s=7, color="#b5b5b5", linewidths=0, rasterized=True)
+    axis.scatter(table.loc[named, "change"], height[named], s=16, color=COLOURS["generated"], linewidths=0)
+    for name in named:
+        axis.annotate(
+            str(name), (table.loc[name, "change"], height[name]), xytext=(3, 3), textcoords="offset points", fontsize=8
+        )
+    axis.axvline(0, color="#999999", linewidth=0.8)
+    axis.set_xlabel("change of mean log(1 + counts per 10,000)", color=TEXT)
+    axis.set_ylabel("-log10 p", color=TEXT)
+    clean(axis)
+    return axis
+
+
+def changes(control: AnnData, perturbed: AnnData) -> pd.DataFrame:
+    """Return for each gene its ``change`` of mean log(1 + counts per 10,000), and ``p`` by Welch's t-test."""
+    from scipy.stats import t as student
+
+    if not control.var_names.equals(perturbed.var_names):
+        raise UserError("control and perturbed have other genes, or another order of them: take perturbed[:, genes].")
+    if min(control.n_obs, perturbed.n_obs) < 2:
+        raise UserError("An effect needs two cells or more on either side.")
+    (mean_0, error_0), (mean_1, error_1) = (_moments(one) for one in (control, perturbed))
+    error = error_0 + error_1
+    with np.errstate(divide="ignore", invalid="ignore"):
+        freedom = error**2 / (error_0**2 / (control.n_obs - 1) + error_1**2 / (perturbed.n_obs - 1))
+        p = 2 * student.sf(np.abs(mean_1 - mean_0) / np.sqrt(error), freedom)
+    table = pd.DataFrame({"change": mean_1 - mean_0, "p": np.where(error > 0, p, 1.0)}, index=control.var_names)
+    return table
+
+
+def course(cells: AnnData, genes: Sequence[str], *, time: str = "time", axis: Axes | None = None) -> Axes:
+    """Draw the mean of log(1 + counts per 10,000) of genes over the times of cells, real or generated.
+
+    Parameters
+    ----------
+    time
+        obs column of numbers.
+    """
+    if time not in cells.obs:
+        raise UserError(f"obs has no column '{time}'.{nearest(time, cells.obs.columns)}")
+    for name in genes:
+        if name not in cells.var_names:
+            raise UserError(f"There is no gene '{name}'.{nearest(name, cells.var_names)}")
+    at = pd.to_numeric(cells.obs[time])
+    axis = _axis(axis, (5.6, 3.6))
+    logs = log_cp10k(sp.csr_matrix(cells.X))[:, cells.var_names.get_indexer(pd.Index(genes))].toarray()
+    means = pd.DataFrame(logs, columns=pd.Index(genes)).groupby(at.to_numpy()).mean()
+    for name in genes:
+        axis.plot(means.index, means[name], marker="o", markersize=3.5, label=name)
+    axis.set_xlabel(time, color=TEXT)
+    axis.set_ylabel("mean log(1 + counts per 10,000)", color=TEXT)
+    axis.legend(frameon=False, fontsize=9)
+    clean(axis)
+    return axis
+
+
+def scores(found: Scores, axis: Axes | None = None) -> Axes:
+    """Draw each measure of :meth:`bgen.tasks.load.Model.evaluate`: the model, its baseline, and real cells at 1.
+
+    Each line is scaled so that the worst of the three is at 0 and the best at 1.
+    """
+    shown = list(found.scores)
+    axis = _axis(axis, (6.4, 0.9 + 0.27 * len(shown)))
+    colours = {"model": COLOURS["generated"], "baseline": COLOURS["baseline"], "ceiling": COLOURS["real"]}
+    places = np.arange(len(shown))[::-1]
+    short = np.array([[getattr(one, row).shortfall(one.metric.better).mean for row in ROWS] for one in shown])
+    width = np.ptp(short, axis=1, keepdims=True)
+    at = 1 - (short - short.min(1, keepdims=True)) / np.where(width > 0, width, 1)
+    for column, row in enumerate(ROWS):
+        name = "real cells" if row == "ceiling" else row
+        axis.plot(at[:, column], places, "|" if row == "ceiling" else "o", color=colours[row], label=name, markersize=8)
+    axis.set_yticks(places, [one.metric.title for one in shown])
+    axis.set(xlim=(-0.05, 1.05), xticks=[0, 1], xticklabels=["worst", "best"])
+    axis.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    clean(axis)
+    return axis
+
+
+def _moments(cells: AnnData) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean and squared standard error ``[G]`` of log(1 + counts per 10,000)."""
+    logs = log_cp10k(sp.csr_matrix(cells.X))
+    mean = np.asarray(logs.mean(0), np.float64).ravel()
+    square = np.asarray(logs.multiply(logs).mean(0), np.float64).ravel()
+    n = cells.n_obs
+    return mean, np.maximum(square - mean**2, 0) / (n - 1)
+
+
+def _axis(axis: Axes | None, size: tuple[float, float]) -> Axes:
+    if axis is not None:
+        return axis
+    from matplotlib import pyplot
+
+    _, made = pyplot.subplots(figsize=size, layout="constrained")
+    return made
+
+
+def _axes(axes: Sequence[Axes] | None) -> Sequence[Axes]:
+    if axes is not None:
+        if len(axes) != 2:
+            raise UserError(f"Two Axes are needed, for real and for generated cells, not {len(axes)}.")
+        return axes
+    from matplotlib import pyplot
+
+    made: Any = pyplot.subplots(1, 2, figsize=(9.6, 4.2), layout="constrained")
+    return list(made[1])
