@@ -59,12 +59,13 @@ def cells(
     Parameters
     ----------
     real, generated
-        Counts of the same genes; at most 600 cells of each are drawn, equally many.
+        Counts, matched by the names of genes; at most 600 cells of each are drawn, equally many.
     cell_type
         obs column of both that colours the cells; default: dark grey and blue.
     axes
         Two Axes to draw on.
     """
+    real, generated = _same_genes(real, generated, "real and generated")
     panels = joint_layout(read_sets({"train": real, "real": real, "generated": generated}, cell_type))
     colours = colours_of(panels)
     pair = _axes(axes)
@@ -86,7 +87,7 @@ def effect(control: AnnData, perturbed: AnnData, axis: Axes | None = None, *, to
     Parameters
     ----------
     control, perturbed
-        Counts of the same genes in the same order.
+        Counts, matched by the names of genes.
     top
         How many genes of the largest changes are named.
     """
@@ -111,8 +112,7 @@ def changes(control: AnnData, perturbed: AnnData) -> pd.DataFrame:
     """Return for each gene its ``change`` of mean log(1 + counts per 10,000), and ``p`` by Welch's t-test."""
     from scipy.stats import t as student
 
-    if not control.var_names.equals(perturbed.var_names):
-        raise UserError("control and perturbed have other genes, or another order of them: take perturbed[:, genes].")
+    control, perturbed = _same_genes(control, perturbed, "control and perturbed")
     if min(control.n_obs, perturbed.n_obs) < 2:
         raise UserError("An effect needs two cells or more on either side.")
     (mean_0, error_0), (mean_1, error_1) = (_moments(one) for one in (control, perturbed))
@@ -170,6 +170,18 @@ def scores(found: Scores, axis: Axes | None = None) -> Axes:
     axis.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     clean(axis)
     return axis
+
+
+def _same_genes(first: AnnData, second: AnnData, what: str) -> tuple[AnnData, AnnData]:
+    """Return both with the genes that they share, in the order of the first."""
+    if first.var_names.equals(second.var_names):
+        return first, second
+    shared = first.var_names[first.var_names.isin(second.var_names)]
+    if len(shared) < 2 or not (first.var_names.is_unique and second.var_names.is_unique):
+        raise UserError(
+            f"{what} share {len(shared)} names of genes: set var_names of both to the same kind of unique names."
+        )
+    return first[:, shared], second[:, shared]
 
 
 def _moments(cells: AnnData) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

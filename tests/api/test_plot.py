@@ -50,8 +50,11 @@ def test_the_strongest_changes_are_named(cells: anndata.AnnData) -> None:
 
     straight = ttest_ind(*(np.asarray(log)[:, 3] for log in logs), equal_var=False)
     assert table["p"].iloc[3] == pytest.approx(straight.pvalue, rel=1e-3)
-    with pytest.raises(UserError, match="another order"):
-        bgen.plot.effect(control, perturbed[:, ::-1])
+    pd.testing.assert_frame_equal(bgen.plot.changes(control, perturbed[:, ::-1]), table)
+    other = perturbed.copy()
+    other.var_names = [f"other{name}" for name in other.var_names]
+    with pytest.raises(UserError, match="share 0 names of genes"):
+        bgen.plot.effect(control, other)
 
 
 def test_real_and_generated_cells_stand_side_by_side(cells: anndata.AnnData) -> None:
