@@ -70,6 +70,27 @@ def export(
         results.print(f"MLflow: {log_model(run, out, register)}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def push(
+    model: Annotated[Path, typer.Argument(help="Model directory.")],
+    address: Annotated[str, typer.Argument(help="hf://owner/name, or hf://owner/name@branch.")],
+    private: Annotated[bool, typer.Option("--private", help="If it is made now: for its owner alone.")] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "A model of bgen",
+) -> None:
+    """Put a model directory into a repository at Hugging Face's hub (extra `hub`; HF_TOKEN says who you are).
+
+    `bgen.load("hf://owner/name", revision=...)` and every command that takes a model directory read it from there.
+
+    Example: `bgen push model hf://my-lab/blood --private`
+    """
+    from bgen.hub.directory import load_directory
+    from bgen.hub.huggingface import push as send
+
+    load_directory(model)  # it is whole
+    commit = send(model, address, private=private, message=message)
+    results.print(f"Model: {address.partition('@')[0]}@{commit}", highlight=False, soft_wrap=True)
+
+
 @config_app.command("show")
 def config_show(
     config: str,

@@ -50,6 +50,7 @@ from bgen.hub.contents import (
     require_sound,
     validated,
 )
+from bgen.hub.huggingface import fetch, is_address
 from bgen.hub.told import require_told
 from bgen.hub.vectors import FILE as VECTORS
 from bgen.hub.vectors import read_maps, write_maps
@@ -285,14 +286,14 @@ def update_about(folder: Path, about: About) -> None:
 
 
 def load_directory(folder: str | Path, device: str = "cpu") -> SavedModel:
-    """Load a model directory.
+    """Load a model directory, or one at a hub (:mod:`bgen.hub.huggingface`).
 
     Raises
     ------
     UserError
         If it is not one, is incomplete or damaged, or comes from a newer bgen.
     """
-    folder = Path(folder)
+    folder = fetch(folder) if is_address(folder) else Path(folder)
     if not folder.is_dir():
         raise UserError(f"There is no model directory at {folder}. `bgen export` writes one.")
     missing = [name for name in FILES if not (folder / name).is_file()]

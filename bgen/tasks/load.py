@@ -15,6 +15,7 @@ from anndata import AnnData
 from bgen.errors import UserError
 from bgen.evaluate.protocols.time_point import TimeScores
 from bgen.hub.directory import SavedModel, load_directory, save_model
+from bgen.hub.huggingface import fetch, is_address
 from bgen.notebooks import progress_bar
 from bgen.progress import Progress, Say
 from bgen.store.store import Store
@@ -446,12 +447,36 @@ class Model(AnnDataModel):
         )
 
 
-def load_model(folder: str | Path, device: str = "cpu") -> Model:
-    """Load an exported model directory.
+def load_model(
+    folder: str | Path, device: str = "cpu", *, revision: str | None = None, fingerprint: str | None = None
+) -> Model:
+    """Load an exported model directory, or a model of a hub.
+
+    Parameters
+    ----------
+    folder
+        A model directory; or ``hf://owner/name`` (extra ``hub``), of which a copy is kept in the hub's cache.
+    revision
+        Of a hub: branch, tag or commit; default: the newest. Only a commit is the same for ever.
+    fingerprint
+        The first digits, or all, of the fingerprint that the model must have: others are refused.
 
     Raises
     ------
     UserError
-        If it is not one, is incomplete or damaged, or comes from a newer bgen.
+        If it is no model, is incomplete or damaged, or comes from a newer bgen; or as
+        :func:`bgen.hub.huggingface.fetch`.
     """
-    return Model(load_directory(folder, device), Path(folder))
+    if is_address(folder):
+        place = fetch(folder, revision)
+    elif revision is not None:
+        raise UserError(f"{folder} is a folder of this machine, which has no revisions.")
+    else:
+        place = Path(folder)
+    model = Model(load_directory(place, device), place)
+    if fingerprint is not None and not (fingerprint and model.saved.fingerprint().startswith(fingerprint.lower())):
+        raise UserError(
+            f"{folder} has other weights than asked for: its fingerprint is {model.saved.fingerprint()}, not"
+            f" {fingerprint}."
+        )
+    return model
