@@ -15,6 +15,7 @@ from bgen.cli.finetune import app as finetune_app
 from bgen.cli.genes import app as genes_app
 from bgen.cli.operate import app as operate_app
 from bgen.cli.perturb import app as perturb_app
+from bgen.cli.serve import app as serve_app
 from bgen.cli.terminal import Overrides, Seed, notes, progress_bar, results
 from bgen.cli.time import app as time_app
 from bgen.cli.train import app as train_app
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.add_typer(train_app)
 app.add_typer(operate_app)
+app.add_typer(serve_app)
 app.add_typer(cells_app)
 app.add_typer(time_app)
 app.add_typer(perturb_app)

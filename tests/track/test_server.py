@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationW
 
 
 def server_command() -> str | None:
-    """The full MLflow: of this environment (extra `serve`), or the one that BGEN_MLFLOW names."""
+    """The full MLflow: of this environment (extra `mlflow`), or the one that BGEN_MLFLOW names."""
     if importlib.util.find_spec("flask") is not None:
         return shutil.which("mlflow", path=str(Path(sys.executable).parent))
     return os.environ.get("BGEN_MLFLOW")
