@@ -22,9 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import anyio
 from anndata import AnnData
-from anyio import to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
@@ -202,7 +200,7 @@ def make_app(model: Model, limits: Limits | None = None, token: str | None = Non
         async with one_at_a_time:
             if await request.is_disconnected():  # nobody waits for the answer any more
                 raise ClientDisconnect
-            return await to_thread.run_sync(run)
+            return await asyncio.to_thread(run)
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
@@ -249,7 +247,7 @@ async def _received(request: Request, folder: Path, limits: Limits) -> Path:
                 async for chunk in request.stream():
                     size += len(chunk)
                     if size <= limits.body:
-                        await to_thread.run_sync(stream.write, chunk)
+                        await asyncio.to_thread(stream.write, chunk)
                     elif size > DRAINED * limits.body:
                         break
     except TimeoutError:
@@ -284,7 +282,7 @@ async def _asked_of_cells(request: Request, folder: Path, kind: Any, limits: Lim
     if request.headers.get("content-type", "").partition(";")[0] in (H5AD, "application/octet-stream"):
         file = place.rename(folder / "cells.h5ad")
         return file, _validated(kind, dict(request.query_params))
-    tree = dict(await to_thread.run_sync(_parsed, place))
+    tree = dict(await asyncio.to_thread(_parsed, place))
     cells = _validated(Cells, tree.pop("cells", None))
     return cells, _validated(kind, tree)
 
@@ -340,4 +338,4 @@ def serve(model: Model, *, host: str, port: int, limits: Limits, token: str | No
         say(f"Serving {model.saved.about.name} at http://{host}:{place.getsockname()[1]} (API: /docs). Ctrl-C ends it.")
         await server.serve(sockets=[place])
 
-    anyio.run(run)
+    asyncio.run(run())
