@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from bgen.store.webdataset_store import INDEX, TarStore
 
 
 def open_store(
-    where: str | Path,
+    where: str | os.PathLike[str],
     *,
     threads: int = 2,
     access: Access | None = None,
@@ -45,9 +46,9 @@ def open_store(
     UserError
         If there is none, or it cannot be read.
     """
-    if is_remote(where):
-        files = RemoteFiles(str(where), access or Access())
-        return TarStore(str(where), access) if files.exists(INDEX) else RemoteStore(str(where), access)
+    if is_remote(address := os.fspath(where)):
+        files = RemoteFiles(address, access or Access())
+        return TarStore(address, access) if files.exists(INDEX) else RemoteStore(address, access)
     folder = Path(where)
     if (folder / NAME).is_file():
         return TarStore(folder, threads=threads) if (folder / INDEX).is_file() else Store(folder, threads=threads)
@@ -65,6 +66,11 @@ def open_store(
             threads=threads,
         )
     return Store(folder, threads=threads)
+
+
+def is_store(where: str | os.PathLike[str]) -> bool:
+    """Whether this names a store of `bgen data build`, or its WebDataset form: a folder with a manifest, or an address."""
+    return is_remote(os.fspath(where)) or (Path(where) / NAME).is_file()
 
 
 def open_manifest(where: str | Path, access: Access | None = None) -> Manifest:
