@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +11,11 @@ import typer
 from bgen.cli.terminal import notes
 
 Data = Annotated[
-    Path, typer.Argument(help="Your cells, raw counts: .h5ad, .h5mu, AnnData in zarr, 10x .h5, 10x mtx folder.")
+    str,
+    typer.Argument(
+        help="Your cells, raw counts: .h5ad, .h5mu, AnnData in zarr, 10x .h5, 10x mtx folder; or a store, its folder or"
+        " its address (s3://, gs://, https://)."
+    ),
 ]
 Counts = Annotated[
     str | None,
@@ -56,7 +59,7 @@ def with_options(**makers: Callable[..., Any]) -> Callable[[Callable[..., None]]
     return give
 
 
-def read_cells(model: Any, data: Path, reading: dict[str, Any], quiet: bool) -> Any:
+def read_cells(model: Any, data: str, reading: dict[str, Any], quiet: bool) -> Any:
     """Read a user's cells for a model; say on standard error what of them it knows, unless ``quiet``."""
     cells = model.read(data, **reading)
     for sentence in () if quiet else cells.matched.sentences():

@@ -233,10 +233,10 @@ class CsrStore(Store):
         about, values = self._columns[self.column_name(name)]
         return about, values if rows is None else values[slice(*rows)]
 
-    def rows(self, name: str) -> NDArray[np.unsignedinteger[Any]]:
+    def rows(self, name: str, rows: tuple[int, int] | None = None) -> NDArray[np.unsignedinteger[Any]]:
         """See :class:`bgen.store.store.Store`; only "split" is known without reading the counts."""
         assert name == "split", name
-        return self._split
+        return self._split if rows is None else self._split[slice(*rows)]
 
     def cells_of_split(self, split: str) -> I64:
         """See :class:`bgen.store.store.Store`."""

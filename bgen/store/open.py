@@ -69,7 +69,7 @@ def open_store(
 
 
 def is_store(where: str | os.PathLike[str]) -> bool:
-    """Whether this names a store of `bgen data build`, or its WebDataset form: a folder with a manifest, or an address."""
+    """Whether this names a store or its WebDataset form: it is a folder with a manifest, or an address."""
     return is_remote(os.fspath(where)) or (Path(where) / NAME).is_file()
 
 

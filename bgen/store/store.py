@@ -213,9 +213,12 @@ class Store:
             raise self.damaged(ValueError("origin/source names inputs that the manifest does not know"))
         return source[cells], row[cells]
 
-    def rows(self, name: str) -> NDArray[np.unsignedinteger[Any]]:
-        """Return a number of every cell: "genes", "gap_bytes", "overflow", or "split", its split's code."""
-        values = self._read_array(f"rows/{name}")
+    def rows(self, name: str, rows: tuple[int, int] | None = None) -> NDArray[np.unsignedinteger[Any]]:
+        """Return a number of every cell: "genes", "gap_bytes", "overflow", or "split", its split's code.
+
+        ``rows`` as for :meth:`column`.
+        """
+        values = self._read_array(f"rows/{name}", rows=rows)
         if values.dtype.kind != "u" or values.ndim != 1:
             raise self.damaged(ValueError(f"rows/{name} is of another type than bgen writes"))
         if name == "split" and values.max() >= len(self.manifest.splits):

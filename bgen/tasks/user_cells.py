@@ -219,8 +219,16 @@ class UserData:
         counts, total = self._counts(match.of_column, len(genes))
         molecules = float(counts.sum(dtype=np.float64) / max(total, 1.0))
         if match.held < self.floor or not match.known.any():
-            asked = {"floor": self.floor, "gene_column": self.gene_column, "molecules": molecules}
-            raise too_few(genes, self.genes, open_source(self.adata).var(self.matrix), match, expected, **asked)
+            raise too_few(
+                genes,
+                self.genes,
+                open_source(self.adata).var(self.matrix),
+                match,
+                expected,
+                floor=self.floor,
+                gene_column=self.gene_column,
+                molecules=molecules,
+            )
         if not counts.nnz:
             raise UserError(
                 f"No cell has a count of a gene that the model knows: {self.matrix} holds {total:,.0f} molecules. Is it"
