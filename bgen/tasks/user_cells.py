@@ -17,6 +17,7 @@ from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 import pandas as pd
+import psutil
 import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
@@ -433,7 +434,26 @@ def _read(where: str | os.PathLike[str]) -> tuple[AnnData, tuple[str, ...]]:
     if not path.exists():
         raise UserError(f"There is no file {path}.")
     source = open_source(path)
+    _require_room(source)
     return source.read(), source.notes
+
+
+def _require_room(source: Source) -> None:
+    """Raise UserError if the matrices of a file take more memory than is free."""
+    matrices = source.matrices.values()
+    values = (
+        about.shape[0] * about.shape[1] * about.dtype.itemsize
+        if about.stored < 0
+        else about.stored * (about.dtype.itemsize + 4)
+        for about in matrices
+    )
+    needed, free = sum(values), psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"{source.path} takes {needed / 1e9:,.1f} GB in memory, and {free / 1e9:,.1f} GB are free. `bgen embed`,"
+            " `annotate` and `denoise` read it a block at a time with --out NAME.zarr; `bgen data build` makes a store"
+            " of it."
+        )
 
 
 def require_cells(adata: AnnData, what: str = "the data") -> None:
