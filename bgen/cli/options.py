@@ -13,8 +13,8 @@ from bgen.cli.terminal import notes
 Data = Annotated[
     str,
     typer.Argument(
-        help="Your cells, raw counts: .h5ad, .h5mu, AnnData in zarr, 10x .h5, 10x mtx folder; or a store, its folder or"
-        " its address (s3://, gs://, https://)."
+        help="Your cells, raw counts: .h5ad, .h5mu, AnnData in zarr, 10x .h5, 10x mtx folder, or a store; a path or an"
+        " address (s3://, gs://, https://)."
     ),
 ]
 Counts = Annotated[
@@ -29,11 +29,31 @@ Floor = Annotated[
 Layer = Annotated[str | None, typer.Option(help="Layer with the raw counts: --layer NAME is --counts layers/NAME.")]
 
 
+Anonymous = Annotated[
+    bool, typer.Option("--anonymous", help="Read a public bucket (s3://, gs://) without credentials.")
+]
+Payer = Annotated[
+    str | None,
+    typer.Option(
+        "--requester-pays", help="Google Cloud project that is billed, for a bucket whose readers pay (gs://)."
+    ),
+]
+
+
 def cells_options(
-    counts: Counts = None, gene_column: GeneColumn = None, floor: Floor = None, layer: Layer = None
+    counts: Counts = None,
+    gene_column: GeneColumn = None,
+    floor: Floor = None,
+    layer: Layer = None,
+    anonymous: Anonymous = False,
+    requester_pays: Payer = None,
 ) -> dict[str, Any]:
     """Return how a user's cells are read: what was given of :class:`bgen.tasks.user_cells.Reading`."""
-    given = {"counts": counts, "gene_column": gene_column, "floor": floor, "layer": layer}
+    given: dict[str, Any] = {"counts": counts, "gene_column": gene_column, "floor": floor, "layer": layer}
+    if anonymous or requester_pays is not None:
+        from bgen.config.data import Access
+
+        given["access"] = Access(anonymous=anonymous, requester_pays=requester_pays)
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -13,6 +13,9 @@ from bgen.store.remote import Mirror, RemoteFiles, RemoteStore, is_remote
 from bgen.store.store import Store
 from bgen.store.webdataset_store import INDEX, TarStore
 
+FILES = (".h5ad", ".h5mu", ".h5", ".zarr", ".parquet")
+"""How addresses end that are of cells and no store; others are asked for a manifest."""
+
 
 def open_store(
     where: str | os.PathLike[str],
@@ -68,9 +71,17 @@ def open_store(
     return Store(folder, threads=threads)
 
 
-def is_store(where: str | os.PathLike[str]) -> bool:
-    """Whether this names a store or its WebDataset form: it is a folder with a manifest, or an address."""
-    return is_remote(os.fspath(where)) or (Path(where) / NAME).is_file()
+def is_store(where: str | os.PathLike[str], access: Access | None = None) -> bool:
+    """Whether there is a store, or its WebDataset form, in a folder or at an address.
+
+    Raises
+    ------
+    UserError
+        If that cannot be found out.
+    """
+    if is_remote(address := os.fspath(where)):
+        return not address.endswith(FILES) and RemoteFiles(address, access or Access()).exists(NAME)
+    return (Path(where) / NAME).is_file()
 
 
 def open_manifest(where: str | Path, access: Access | None = None) -> Manifest:

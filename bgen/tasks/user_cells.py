@@ -12,7 +12,6 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
@@ -23,6 +22,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from bgen.arrays import I64
+from bgen.config.data import Access
 from bgen.data.as_anndata import read_anndata
 from bgen.errors import UserError, nearest, require_number
 from bgen.genes.table import WAYS
@@ -34,6 +34,7 @@ from data_tools.check.counts import advice
 from data_tools.check.findings import Rounding
 from data_tools.check.genes import Genes, resolve_genes
 from data_tools.check.look import counts_elsewhere, look
+from data_tools.inputs.fetch import on_this_machine
 from data_tools.inputs.registry import open_source
 from data_tools.inputs.source import Source
 
@@ -61,12 +62,15 @@ class Reading(TypedDict, total=False):
         0.8.
     layer
         ``layer="NAME"`` is ``counts="layers/NAME"``.
+    access
+        How an address is read.
     """
 
     counts: str | None
     gene_column: str | None
     floor: float | None
     layer: str | None
+    access: Access | None
 
 
 @dataclass(frozen=True)
@@ -347,6 +351,7 @@ def read_user_data(
     gene_column: str | None = None,
     floor: float | None = None,
     layer: str | None = None,
+    access: Access | None = None,
 ) -> UserData:
     """Read cells of any format that ``bgen data check`` reads, find their counts and name their genes.
 
@@ -358,7 +363,7 @@ def read_user_data(
     if isinstance(data, UserData):
         return data
     require_number("floor", floor, 0, 1)
-    adata, notes = (data, ()) if isinstance(data, AnnData) else _read(data)
+    adata, notes = (data, ()) if isinstance(data, AnnData) else _read(data, access)
     require_cells(adata)
     source = open_source(adata)
     found = find_counts(source, counts=counts, gene_column=gene_column, layer=layer)
@@ -426,11 +431,11 @@ def read_input(path: str | os.PathLike[str]) -> AnnData:
     return _read(path)[0]
 
 
-def _read(where: str | os.PathLike[str]) -> tuple[AnnData, tuple[str, ...]]:
-    if is_store(where):
-        store = open_store(where)
+def _read(where: str | os.PathLike[str], access: Access | None = None) -> tuple[AnnData, tuple[str, ...]]:
+    if is_store(where, access):
+        store = open_store(where, access=access)
         return read_anndata(store, np.arange(len(store))), ()
-    path = Path(where)
+    path = on_this_machine(where, access)
     if not path.exists():
         raise UserError(f"There is no file {path}.")
     source = open_source(path)

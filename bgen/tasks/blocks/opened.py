@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from bgen.tasks.blocks.store_cells import StoreCells
 from bgen.tasks.user_cells import FoundCounts, Reading, find_counts
 from data_tools.check.findings import Rounding
 from data_tools.check.genes import resolve_genes
+from data_tools.inputs.fetch import on_this_machine
 from data_tools.inputs.registry import open_source
 from data_tools.inputs.source import Source
 
@@ -40,16 +40,17 @@ class Opened:
         UserError
             If there are none, or they are a store and an option of files is given.
         """
-        if not is_store(data):
-            return cls(open_source(Path(data)), reading)
+        access = reading.get("access")
+        if not is_store(data, access):
+            return cls(open_source(on_this_machine(data, access)), reading)
         if given := [name for name in ("counts", "layer", "gene_column") if reading.get(name) is not None]:
             option = f"--{given[0].replace('_', '-')}"
             raise UserError(f"{os.fspath(data)} is a store, which knows its counts and genes: leave out {option}.")
-        return cls(open_store(data), reading)
+        return cls(open_store(data, access=access), reading)
 
     def state(self) -> dict[str, str]:
         """Return what tells these cells, and how they are read, from others."""
-        given = {name: str(value) for name, value in self.reading.items() if value is not None}
+        given = {name: str(value) for name, value in self.reading.items() if value is not None and name != "access"}
         if isinstance(self.cells, Store):
             return {"the cells": self.cells.fingerprint, **given}
         return {"the cells": json.dumps(self.cells.state()), **given}

@@ -22,12 +22,13 @@ from bgen.errors import MOST_COUNTS, UserError, require_number
 from bgen.models.codec import CountsCodec
 from bgen.names import key
 from bgen.progress import Progress, Say
+from bgen.store.remote import is_remote
 from bgen.tasks.anndata_model import AnnDataModel, cell_batch
 from bgen.tasks.blocks.cells import Batch, BlockCells
 from bgen.tasks.blocks.folder import Room
 from bgen.tasks.blocks.opened import Opened
 from bgen.tasks.blocks.reference import read_reference
-from bgen.tasks.blocks.run import WEEK, BlockVerb, Done, once, write_in_blocks
+from bgen.tasks.blocks.run import WEEK, BlockVerb, Done, once, together, write_in_blocks
 from bgen.tasks.cells.annotate import ABSTAINED, Learnt, decide, learn_labels, own_head, own_labels
 from bgen.tasks.cells.denoise import at_size, find_wanted
 from bgen.tasks.user_cells import Reading
@@ -324,7 +325,9 @@ def _in_blocks(
     require_number("floor", reading.get("floor"), 0, 1)
     ranks.start()
     ranks.set_timeout(WEEK)
-    opened = Opened.of(data, reading)
+    if is_remote(os.fspath(data)):
+        once(lambda: Opened.of(data, reading).state())  # one rank copies what lies elsewhere, the others find it
+    opened = together(lambda: Opened.of(data, reading))
     plan = {"the model": model.saved.fingerprint(), **opened.state(), **asked}
 
     def prepare() -> BlockVerb:
