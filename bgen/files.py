@@ -151,3 +151,12 @@ def write_h5ad(adata: AnnData, path: Path) -> None:
         if "NULL" not in str(error):  # how h5py says it
             raise
         raise UserError(f"{path} cannot be written: a text in uns holds a NUL character. Remove it.") from None
+
+
+def sync_file(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -13,16 +13,26 @@ import typer
 
 from bgen.cli.options import Data, cells_options, read_cells, with_options
 from bgen.cli.terminal import Json, Seed, notes, parse_scales, parse_times, parse_where, progress_bar, results
-from bgen.errors import MOST_CELLS, MOST_COUNTS
+from bgen.errors import MOST_CELLS, MOST_COUNTS, UserError
 from bgen.files import require_new_file, write_h5ad
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from bgen.tasks.blocks.run import Done
+
 app = typer.Typer(help="What a model does with your cells.")
 
 ModelFolder = Annotated[Path, typer.Argument(help="Model directory.")]
 Out = Annotated[Path, typer.Option(help="The .h5ad to write.")]
+OutInBlocks = Annotated[
+    Path,
+    typer.Option(
+        help="The .h5ad to write, made in memory; or a new NAME.zarr, made a block of cells at a time, for any number"
+        " of cells: by any number of ranks (torchrun -m bgen ...), and the same command goes on after a stop."
+    ),
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Throw away what another run left of --out NAME.zarr.")]
 
 
 @app.command()
@@ -130,17 +140,37 @@ def evaluate(
 
 @app.command()
 @with_options(reading=cells_options)
-def embed(model: ModelFolder, data: Data, out: Out, *, reading: Any, as_json: Json = False) -> None:
+def embed(
+    model: ModelFolder,
+    data: Data,
+    out: OutInBlocks,
+    variance: Annotated[
+        bool, typer.Option("--variance", help="Also the variance of each latent state, in obsm['X_bgen_variance'].")
+    ] = False,
+    restart: Restart = False,
+    *,
+    reading: Any,
+    as_json: Json = False,
+) -> None:
     """Put the latent state of the cells into obsm['X_bgen'].
 
     Example: `bgen embed bgen-demo/model my.h5ad --out embedded.h5ad`
+
+    Example: `torchrun --nproc-per-node 8 -m bgen embed model s3://bucket/store --out embedded.zarr`
     """
+    from bgen.tasks.blocks.verbs import embed_in_blocks
     from bgen.tasks.load import load_model
 
-    require_new_file(out)
+    if _in_blocks(out, restart):
+        loaded = load_model(model)
+        with progress_bar() as progress:
+            options = {"variance": variance, "restart": restart, "progress": progress, "say": _say(as_json)}
+            done = embed_in_blocks(loaded, data, out, reading, **options)
+        _finish_blocks(done, out, {"dimensions": loaded.saved.codec.size - 1}, [], as_json)
+        return
     loaded = load_model(model)
     read = read_cells(loaded, data, reading, as_json)
-    cells = loaded.embed(read)
+    cells = loaded.embed(read, variance=variance)
     _finish(cells, out, read.matched, {"dimensions": cells.obsm["X_bgen"].shape[1]}, [], as_json)
 
 
@@ -149,12 +179,13 @@ def embed(model: ModelFolder, data: Data, out: Out, *, reading: Any, as_json: Js
 def annotate(
     model: ModelFolder,
     data: Data,
-    out: Out,
+    out: OutInBlocks,
     label: Annotated[
         str | None,
         typer.Option(help="obs column: cells with a value there are the reference; default: the model's own."),
     ] = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Least probability; below it, 'unknown'.")] = 0.5,
+    restart: Restart = False,
     *,
     reading: Any,
     as_json: Json = False,
@@ -165,13 +196,32 @@ def annotate(
 
     Example: `bgen annotate bgen-demo/model my.h5ad --label cell_type --out annotated.h5ad`
     """
+    from bgen.tasks.blocks.verbs import annotate_in_blocks
     from bgen.tasks.load import load_model
 
-    require_new_file(out)
+    if _in_blocks(out, restart):
+        loaded = load_model(model)
+        with progress_bar() as progress:
+            options = {
+                "label": label,
+                "threshold": threshold,
+                "restart": restart,
+                "progress": progress,
+                "say": _say(as_json),
+            }
+            done = annotate_in_blocks(loaded, data, out, reading, **options)
+        told = done.uns["bgen_annotate"]
+        _finish_blocks(done, out, told, _annotated(told), as_json)
+        return
     loaded = load_model(model)
     read = read_cells(loaded, data, reading, as_json)
     cells = loaded.annotate(read, label, threshold=threshold)
     told = dict(cells.uns["bgen_annotate"])
+    _finish(cells, out, read.matched, told, _annotated(told), as_json)
+
+
+def _annotated(told: dict[str, Any]) -> list[str]:
+    """Say what was annotated, and from what."""
     said = [
         f"{told['query_cells']:,} cells annotated from {sum(told['reference_cells'].values()):,} {told['reference']};"
         f" {told['abstained']:,} left unknown.",
@@ -182,7 +232,7 @@ def annotate(
     if "macro_f1" in told:
         scores = ", ".join(f"{name} {score:.3f}" for name, score in told["macro_f1"].items())
         said.append(f"Macro-F1, cross-validated on the reference: {scores}. Labels were told by {told['seen']}.")
-    _finish(cells, out, read.matched, told, said, as_json)
+    return said
 
 
 @app.command()
@@ -190,10 +240,15 @@ def annotate(
 def denoise(
     model: ModelFolder,
     data: Data,
-    out: Out,
+    out: OutInBlocks,
     library_size: Annotated[
         float | None, typer.Option(min=1, max=MOST_COUNTS, help="Total counts of each cell; default: its own.")
     ] = None,
+    genes: Annotated[
+        list[str] | None,
+        typer.Option(help="Only these genes, by id or symbol, with commas between; may be repeated. Default: all."),
+    ] = None,
+    restart: Restart = False,
     *,
     reading: Any,
     as_json: Json = False,
@@ -201,16 +256,44 @@ def denoise(
     """Put expected counts, given each cell's state, into layers['denoised'].
 
     Example: `bgen denoise bgen-demo/model my.h5ad --out denoised.h5ad`
+
+    Example: `bgen denoise bgen-demo/model store --genes CD3E,CD19 --out denoised.zarr`
     """
+    from bgen.distributed.world import read_world
+    from bgen.tasks.blocks.verbs import denoise_in_blocks
     from bgen.tasks.cells.denoise import denoising_scores
     from bgen.tasks.load import load_model
 
-    require_new_file(out)
+    named = None if genes is None else [name.strip() for text in genes for name in text.split(",") if name.strip()]
+    if _in_blocks(out, restart):
+        loaded = load_model(model)
+        with progress_bar() as progress:
+            options = {
+                "library_size": library_size,
+                "genes": named,
+                "restart": restart,
+                "progress": progress,
+                "say": _say(as_json),
+            }
+            done = denoise_in_blocks(loaded, data, out, reading, **options)
+        ranks, told = read_world(), dict(done.uns["bgen_denoise"])
+        if ranks.is_main:  # the others need not wait
+            told["deviance"] = denoising_scores(loaded, done.verb.cells.some())
+        _finish_blocks(done, out, told, _scored(told["deviance"]) if ranks.is_main else [], as_json)
+        return
     loaded = load_model(model)
     read = read_cells(loaded, data, reading, as_json)
-    cells = loaded.denoise(read, library_size=library_size)
+    cells = loaded.denoise(read, library_size=library_size, genes=named)
     scores = denoising_scores(loaded, read)
     told = {**cells.uns["bgen_denoise"], "deviance": scores}
+    said = _scored(scores)
+    if told["genes_unknown_to_the_model"]:
+        said.append(f"{told['genes_unknown_to_the_model']:,} genes unknown to the model are NaN.")
+    _finish(cells, out, read.matched, told, said, as_json)
+
+
+def _scored(scores: dict[str, Any]) -> list[str]:
+    """Say how good denoising is on molecules that were held out."""
     said = [
         "Poisson deviance on molecules held out (lower is better): "
         f"{scores['model']:.1f}; best PCA {scores['pca']:.1f}, mean profile {scores['mean']:.1f},"
@@ -222,9 +305,7 @@ def denoise(
             "Held-out counts within the central 50 and 90 % that the model gives them:"
             f" {covered['coverage_50']:.0%} and {covered['coverage_90']:.0%}."
         )
-    if told["genes_unknown_to_the_model"]:
-        said.append(f"{told['genes_unknown_to_the_model']:,} genes unknown to the model are NaN.")
-    _finish(cells, out, read.matched, told, said, as_json)
+    return said
 
 
 @app.command()
@@ -263,6 +344,51 @@ def integrate(
     if told["cells_of_unknown_batches"]:
         said.append(f"{told['cells_of_unknown_batches']:,} cells are of batches that the model does not know.")
     _finish(cells, out, read.matched, told, said, as_json)
+
+
+def _in_blocks(out: Path, restart: bool) -> bool:
+    """Whether cells are read and written a block at a time, as ``--out NAME.zarr`` asks for.
+
+    Raises
+    ------
+    UserError
+        If ``--out`` names neither an .h5ad nor a .zarr that can be written, or is an .h5ad and several ranks are there.
+    """
+    from bgen.distributed.world import read_world
+
+    if out.suffix == ".zarr":
+        return True
+    if restart:
+        raise UserError(f"--restart is for --out NAME.zarr, which is made in blocks; {out} is made at once.")
+    if read_world().size > 1:
+        raise UserError(f"{out} is made by one process. Several ranks share the cells with --out NAME.zarr.")
+    require_new_file(out)
+    return False
+
+
+def _say(quiet: bool) -> Any:
+    """Return what is told sentences while cells are read."""
+    return None if quiet else lambda sentence: notes.print(sentence, highlight=False, soft_wrap=True)
+
+
+def _finish_blocks(done: Done, out: Path, told: dict[str, Any], said: list[str], as_json: bool) -> None:
+    """Say what was written a block at a time; rank 0 speaks for all."""
+    from bgen.distributed.world import read_world
+
+    if not read_world().is_main:
+        return
+    cells, matched = done.verb.cells, done.matched
+    genes = len(done.verb.var)
+    if as_json:
+        shape = {"out": str(out), "cells": len(cells), "genes": genes, "matched": matched.as_json()}
+        typer.echo(json.dumps({**shape, **told}, default=float))
+        return
+    for sentence in matched.sentences():
+        if sentence not in cells.matched.sentences():  # of which nothing could be said before all were read
+            notes.print(sentence, highlight=False, soft_wrap=True)
+    for line in said:
+        results.print(line, highlight=False)
+    results.print(f"{len(cells):,} cells x {genes:,} genes: {out}", highlight=False, soft_wrap=True)
 
 
 def _finish(cells: AnnData, out: Path, matched: Any, told: dict[str, Any], said: list[str], as_json: bool) -> None:

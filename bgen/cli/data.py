@@ -21,8 +21,12 @@ from bgen.version import __version__
 app = typer.Typer(help="Check, build and inspect stores of counts.", no_args_is_help=True)
 
 Files = Annotated[
-    list[Path],
-    typer.Argument(help=".h5ad, .h5mu, AnnData in zarr, 10x .h5, 10x mtx folders, or parquet.", show_default=False),
+    list[str],
+    typer.Argument(
+        help=".h5ad, .h5mu, AnnData in zarr, 10x .h5, 10x mtx folders, parquet, or SOMA; paths, or addresses (s3://,"
+        " gs://, https://).",
+        show_default=False,
+    ),
 ]
 Role = Annotated[str | None, typer.Option(help="obs column with this role; default: detected; none: no column.")]
 
@@ -290,7 +294,7 @@ def to_webdataset(
     results.print(f"{shards} shards: {out}")
 
 
-def _check(files: list[Path], options: Any, reading: dict[str, Any]) -> Any:
+def _check(files: list[str], options: Any, reading: dict[str, Any]) -> Any:
     from data_tools.check.check import check as look
 
     if "layer" in reading:

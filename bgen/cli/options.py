@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +11,11 @@ import typer
 from bgen.cli.terminal import notes
 
 Data = Annotated[
-    Path, typer.Argument(help="Your cells, raw counts: .h5ad, .h5mu, AnnData in zarr, 10x .h5, 10x mtx folder.")
+    str,
+    typer.Argument(
+        help="Your cells, raw counts: .h5ad, .h5mu, AnnData in zarr, 10x .h5, 10x mtx folder, or a store; a path or an"
+        " address (s3://, gs://, https://)."
+    ),
 ]
 Counts = Annotated[
     str | None,
@@ -26,11 +29,31 @@ Floor = Annotated[
 Layer = Annotated[str | None, typer.Option(help="Layer with the raw counts: --layer NAME is --counts layers/NAME.")]
 
 
+Anonymous = Annotated[
+    bool, typer.Option("--anonymous", help="Read a public bucket (s3://, gs://) without credentials.")
+]
+Payer = Annotated[
+    str | None,
+    typer.Option(
+        "--requester-pays", help="Google Cloud project that is billed, for a bucket whose readers pay (gs://)."
+    ),
+]
+
+
 def cells_options(
-    counts: Counts = None, gene_column: GeneColumn = None, floor: Floor = None, layer: Layer = None
+    counts: Counts = None,
+    gene_column: GeneColumn = None,
+    floor: Floor = None,
+    layer: Layer = None,
+    anonymous: Anonymous = False,
+    requester_pays: Payer = None,
 ) -> dict[str, Any]:
     """Return how a user's cells are read: what was given of :class:`bgen.tasks.user_cells.Reading`."""
-    given = {"counts": counts, "gene_column": gene_column, "floor": floor, "layer": layer}
+    given: dict[str, Any] = {"counts": counts, "gene_column": gene_column, "floor": floor, "layer": layer}
+    if anonymous or requester_pays is not None:
+        from bgen.config.data import Access
+
+        given["access"] = Access(anonymous=anonymous, requester_pays=requester_pays)
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -56,7 +79,7 @@ def with_options(**makers: Callable[..., Any]) -> Callable[[Callable[..., None]]
     return give
 
 
-def read_cells(model: Any, data: Path, reading: dict[str, Any], quiet: bool) -> Any:
+def read_cells(model: Any, data: str, reading: dict[str, Any], quiet: bool) -> Any:
     """Read a user's cells for a model; say on standard error what of them it knows, unless ``quiet``."""
     cells = model.read(data, **reading)
     for sentence in () if quiet else cells.matched.sentences():

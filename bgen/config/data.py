@@ -57,6 +57,9 @@ class Access(Section):
         False,
         description="Read a public bucket without credentials; else they are found as AWS's and Google's tools do.",
     )
+    requester_pays: str | None = Field(
+        None, description="Google Cloud project that is billed, for a bucket (gs://) whose readers pay."
+    )
     endpoint: Address | None = Field(None, description="Of an S3 server other than Amazon's; null: AWS_ENDPOINT_URL.")
     region: str | None = Field(None, description="Of an S3 server; null: AWS_REGION.")
     threads: PositiveInt = Field(16, description="Requests at a time.")

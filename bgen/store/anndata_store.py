@@ -228,14 +228,15 @@ class CsrStore(Store):
         """The gene table; how many cells express a gene is not known (-1)."""
         return self._genes
 
-    def column(self, name: str) -> tuple[Column, NDArray[Any]]:
+    def column(self, name: str, rows: tuple[int, int] | None = None) -> tuple[Column, NDArray[Any]]:
         """See :class:`bgen.store.store.Store`."""
-        return self._columns[self.column_name(name)]
+        about, values = self._columns[self.column_name(name)]
+        return about, values if rows is None else values[slice(*rows)]
 
-    def rows(self, name: str) -> NDArray[np.unsignedinteger[Any]]:
+    def rows(self, name: str, rows: tuple[int, int] | None = None) -> NDArray[np.unsignedinteger[Any]]:
         """See :class:`bgen.store.store.Store`; only "split" is known without reading the counts."""
         assert name == "split", name
-        return self._split
+        return self._split if rows is None else self._split[slice(*rows)]
 
     def cells_of_split(self, split: str) -> I64:
         """See :class:`bgen.store.store.Store`."""
@@ -248,9 +249,9 @@ class CsrStore(Store):
         part = np.searchsorted(self._first_rows, cells, side="right") - 1
         return part.astype(np.int32), cells - self._first_rows[part]
 
-    def names(self) -> NDArray[np.str_]:
+    def names(self, rows: tuple[int, int] | None = None) -> NDArray[np.str_]:
         """See :class:`bgen.store.store.Store`."""
-        return self._names
+        return self._names if rows is None else self._names[slice(*rows)]
 
     def read_chunks(self, chunks: I64, arena: Arena, slots: I64) -> list[Future[None]]:
         """See :class:`bgen.store.store.Store`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from bgen.store.remote import Mirror, RemoteFiles, RemoteStore, is_remote
 from bgen.store.store import Store
 from bgen.store.webdataset_store import INDEX, TarStore
 
+FILES = (".h5ad", ".h5mu", ".h5", ".zarr", ".parquet")
+"""How addresses end that are of cells and no store; others are asked for a manifest."""
+
 
 def open_store(
-    where: str | Path,
+    where: str | os.PathLike[str],
     *,
     threads: int = 2,
     access: Access | None = None,
@@ -45,9 +49,9 @@ def open_store(
     UserError
         If there is none, or it cannot be read.
     """
-    if is_remote(where):
-        files = RemoteFiles(str(where), access or Access())
-        return TarStore(str(where), access) if files.exists(INDEX) else RemoteStore(str(where), access)
+    if is_remote(address := os.fspath(where)):
+        files = RemoteFiles(address, access or Access())
+        return TarStore(address, access) if files.exists(INDEX) else RemoteStore(address, access)
     folder = Path(where)
     if (folder / NAME).is_file():
         return TarStore(folder, threads=threads) if (folder / INDEX).is_file() else Store(folder, threads=threads)
@@ -65,6 +69,19 @@ def open_store(
             threads=threads,
         )
     return Store(folder, threads=threads)
+
+
+def is_store(where: str | os.PathLike[str], access: Access | None = None) -> bool:
+    """Whether there is a store, or its WebDataset form, in a folder or at an address.
+
+    Raises
+    ------
+    UserError
+        If that cannot be found out.
+    """
+    if is_remote(address := os.fspath(where)):
+        return not address.endswith(FILES) and RemoteFiles(address, access or Access()).exists(NAME)
+    return (Path(where) / NAME).is_file()
 
 
 def open_manifest(where: str | Path, access: Access | None = None) -> Manifest:

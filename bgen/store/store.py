@@ -135,10 +135,13 @@ class Store:
             raise UserError(f"The store {self.folder} has no column or role '{name}'.{nearest(name, choices)}")
         return column
 
-    def column(self, name: str) -> tuple[Column, NDArray[Any]]:
-        """Return what a column (or role) is and its values ``[n_cells]``: int32 codes (-1 = missing) or numbers."""
+    def column(self, name: str, rows: tuple[int, int] | None = None) -> tuple[Column, NDArray[Any]]:
+        """Return what a column (or role) is and its values ``[n_cells]``: int32 codes (-1 = missing) or numbers.
+
+        ``rows``: only those of the cells from the first to below the second, without reading the others.
+        """
         column = self.column_name(name)
-        about, values = self.manifest.columns[column], self._read_array(obs_path(column))
+        about, values = self.manifest.columns[column], self._read_array(obs_path(column), rows=rows)
         kind = "i4" if about.kind == "category" else "f4" if values.itemsize == 4 else "f8"
         if values.dtype != np.dtype(kind) or (
             kind == "i4" and not -1 <= values.min() <= values.max() < len(about.categories)
@@ -210,18 +213,21 @@ class Store:
             raise self.damaged(ValueError("origin/source names inputs that the manifest does not know"))
         return source[cells], row[cells]
 
-    def rows(self, name: str) -> NDArray[np.unsignedinteger[Any]]:
-        """Return a number of every cell: "genes", "gap_bytes", "overflow", or "split", its split's code."""
-        values = self._read_array(f"rows/{name}")
+    def rows(self, name: str, rows: tuple[int, int] | None = None) -> NDArray[np.unsignedinteger[Any]]:
+        """Return a number of every cell: "genes", "gap_bytes", "overflow", or "split", its split's code.
+
+        ``rows`` as for :meth:`column`.
+        """
+        values = self._read_array(f"rows/{name}", rows=rows)
         if values.dtype.kind != "u" or values.ndim != 1:
             raise self.damaged(ValueError(f"rows/{name} is of another type than bgen writes"))
         if name == "split" and values.max() >= len(self.manifest.splits):
             raise self.damaged(ValueError("rows/split names splits that the manifest does not know"))
         return values
 
-    def names(self) -> NDArray[np.str_]:
-        """Return the barcodes ``[n_cells]``."""
-        raw = self._read_array("origin/name")
+    def names(self, rows: tuple[int, int] | None = None) -> NDArray[np.str_]:
+        """Return the barcodes ``[n_cells]``; ``rows`` as for :meth:`column`."""
+        raw = self._read_array("origin/name", rows=rows)
         if raw.dtype != np.uint8 or raw.ndim != 2:
             raise self.damaged(ValueError("origin/name holds no texts"))
         try:
@@ -300,8 +306,8 @@ class Store:
     def _read_file(self, name: str) -> bytes:
         return read_checked(self.folder, name, self.manifest.files[name])
 
-    def _read_array(self, name: str, n: int | None = None) -> NDArray[Any]:
+    def _read_array(self, name: str, n: int | None = None, rows: tuple[int, int] | None = None) -> NDArray[Any]:
         try:
-            return read_array(name, self.manifest.n_cells if n is None else n, self.manifest.files, self._load)
+            return read_array(name, self.manifest.n_cells if n is None else n, self.manifest.files, self._load, rows)
         except (ValueError, OSError) as error:
             raise error if isinstance(error, UserError) else self.unread(error) from None

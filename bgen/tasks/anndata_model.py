@@ -112,13 +112,19 @@ class AnnDataModel:
         means, variances = [], []
         for start in range(0, len(cells), BATCH):
             part = slice(start, start + BATCH)
-            batch = _batch(cells.counts[part], {name: codes[part] for name, codes in obs.items()}, start)
+            batch = cell_batch(cells.counts[part], {name: codes[part] for name, codes in obs.items()}, start)
             mean, logvar = self.saved.codec.encode(batch)
             means.append(mean.numpy())
             variances.append(logvar.exp().numpy())
             if not (np.isfinite(means[-1]).all() and np.isfinite(variances[-1]).all()):
                 raise UserError("The model gives latent states that are not finite: its weights are damaged.")
         return np.concatenate(means), np.concatenate(variances)
+
+    def whiten(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return latent means ``[N, D]`` standardised by the training cells."""
+        vae = self.saved.vae
+        whitened: NDArray[np.float32] = (latents - vae.latent_mean[:-1].numpy()) / vae.latent_std[:-1].numpy()
+        return whitened
 
     def decode(
         self,
@@ -178,7 +184,8 @@ class AnnDataModel:
         return np.array([codes.get(str(value), -1) for value in values], dtype=np.int64)
 
 
-def _batch(counts: sp.csr_matrix, obs: Mapping[str, NDArray[np.int64]], first: int) -> CellBatch:
+def cell_batch(counts: sp.csr_matrix, obs: Mapping[str, NDArray[np.int64]], first: int) -> CellBatch:
+    """Return cells in memory as a batch: counts ``[B, G]``, codes by column ``[B]``, the number of the first cell."""
     cells = np.arange(first, first + counts.shape[0])
     columns: dict[str, Tensor] = {name: torch.from_numpy(codes) for name, codes in obs.items()}
     return CellBatch(

@@ -93,7 +93,12 @@ def text_column(adata: AnnData, name: str, keep: Collection[str] = ()) -> NDArra
         If it is not there; names the nearest.
     """
     require_column(adata, name)
-    texts = as_text(adata.obs[name])
+    return as_labels(adata.obs[name], keep)
+
+
+def as_labels(values: pd.Series, keep: Collection[str] = ()) -> NDArray[np.str_]:
+    """Return a column as text ``[N]``; see :func:`text_column`."""
+    texts = as_text(values)
     return np.where(texts.str.lower().isin(MISSING) & ~texts.isin(list(keep)), "", texts).astype(str)
 
 

@@ -329,8 +329,11 @@ class Model(AnnDataModel):
         """Return scales of guidance by column, given by column or role."""
         return None if scales is None else {self.saved.column_name(name): value for name, value in scales.items()}
 
-    def embed(self, data: Cells | UserCells, **reading: Unpack[Reading]) -> AnnData:
+    def embed(self, data: Cells | UserCells, *, variance: bool = False, **reading: Unpack[Reading]) -> AnnData:
         """Return a copy of the data with the latent means of its cells in ``obsm['X_bgen']`` ``[N, D]``.
+
+        With ``variance`` their variances are in ``obsm['X_bgen_variance']``. For more cells than fit in memory, see
+        :func:`bgen.tasks.blocks.verbs.embed_in_blocks`.
 
         Raises
         ------
@@ -339,9 +342,11 @@ class Model(AnnDataModel):
         """
         self.saved.require_vae()
         cells = self.read(data, **reading)
-        mean, _ = self.encode(cells)
+        mean, spread = self.encode(cells)
         embedded = cells.copy()
         embedded.obsm["X_bgen"] = mean
+        if variance:
+            embedded.obsm["X_bgen_variance"] = spread
         embedded.uns["bgen"] = {**dict(embedded.uns.get("bgen", {})), "embedding_model": self.saved.fingerprint()}
         return embedded
 
@@ -358,11 +363,16 @@ class Model(AnnDataModel):
         return annotate_cells(self, self.read(data, **reading), label, threshold=threshold)
 
     def denoise(
-        self, data: Cells | UserCells, *, library_size: float | None = None, **reading: Unpack[Reading]
+        self,
+        data: Cells | UserCells,
+        *,
+        library_size: float | None = None,
+        genes: Sequence[str] | None = None,
+        **reading: Unpack[Reading],
     ) -> AnnData:
         """Add expected counts as a layer; see :func:`bgen.tasks.cells.denoise.denoise_cells`."""
         self.saved.require_vae()
-        return denoise_cells(self, self.read(data, **reading), library_size=library_size)
+        return denoise_cells(self, self.read(data, **reading), library_size=library_size, genes=genes)
 
     def integrate(
         self,

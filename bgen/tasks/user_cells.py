@@ -12,29 +12,31 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 import pandas as pd
+import psutil
 import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
 
 from bgen.arrays import I64
+from bgen.config.data import Access
+from bgen.data.as_anndata import read_anndata
 from bgen.errors import UserError, nearest, require_number
-from bgen.genes.table import WAYS, match_names
+from bgen.genes.table import WAYS
 from bgen.hub.directory import ColumnInfo
+from bgen.store.open import is_store, open_store
 from bgen.tasks.columns import match_columns
+from bgen.tasks.gene_match import FLOOR, by_gene, match_genes, too_few
 from data_tools.check.counts import advice
 from data_tools.check.findings import Rounding
-from data_tools.check.genes import ID_COLUMNS, SYMBOL_COLUMNS, Genes, resolve_genes
+from data_tools.check.genes import Genes, resolve_genes
 from data_tools.check.look import counts_elsewhere, look
+from data_tools.inputs.fetch import on_this_machine
 from data_tools.inputs.registry import open_source
-
-FLOOR = 0.8
-"""Share of the molecules of an average cell of the model that must be of genes that data has, unless the user says
-otherwise."""
+from data_tools.inputs.source import Source
 
 FEW_MOLECULES = 0.1
 """Share of an average cell's molecules that genes missing from the data may hold without a warning."""
@@ -43,7 +45,7 @@ ALL = 0.995
 """From this share on, all molecules count as known."""
 
 Cells: TypeAlias = str | os.PathLike[str] | AnnData
-"""A file or folder of cells, or AnnData in memory."""
+"""A file or folder of cells, a store (its folder or address), or AnnData in memory."""
 
 
 class Reading(TypedDict, total=False):
@@ -60,12 +62,15 @@ class Reading(TypedDict, total=False):
         0.8.
     layer
         ``layer="NAME"`` is ``counts="layers/NAME"``.
+    access
+        How an address is read.
     """
 
     counts: str | None
     gene_column: str | None
     floor: float | None
     layer: str | None
+    access: Access | None
 
 
 @dataclass(frozen=True)
@@ -215,17 +220,20 @@ class UserData:
             If the genes that are there hold less than the share ``floor`` of an average cell's molecules, or if no cell
             has a count of them.
         """
-        places, way = match_names(
-            genes, self.genes.ids.tolist(), self.genes.symbols.tolist(), enough=max(self.floor, FLOOR)
-        )
-        of_column = np.append(places, -1)[self.genes.gene_map]
-        known = np.zeros(len(genes), bool)
-        known[places[places >= 0]] = True
-        counts, total = self._counts(of_column, len(genes))
+        match = match_genes(genes, self.genes, self.floor, expected)
+        counts, total = self._counts(match.of_column, len(genes))
         molecules = float(counts.sum(dtype=np.float64) / max(total, 1.0))
-        held = float(known.mean() if expected is None else expected[known].sum(dtype=np.float64))
-        if held < self.floor or not known.any():
-            raise self._too_few(genes, int(known.sum()), held, molecules, expected)
+        if match.held < self.floor or not match.known.any():
+            raise too_few(
+                genes,
+                self.genes,
+                open_source(self.adata).var(self.matrix),
+                match,
+                expected,
+                floor=self.floor,
+                gene_column=self.gene_column,
+                molecules=molecules,
+            )
         if not counts.nnz:
             raise UserError(
                 f"No cell has a count of a gene that the model knows: {self.matrix} holds {total:,.0f} molecules. Is it"
@@ -235,19 +243,20 @@ class UserData:
         matched = Matched(
             matrix=self.matrix,
             rounding=self.rounding,
-            way=way,
-            genes=int(known.sum()),
-            missing=genes["id"][~known].tolist(),
-            unknown=self.genes.ids[places < 0].tolist(),
-            repeated=int((of_column >= 0).sum() - known.sum()),
+            way=match.way,
+            genes=match.enough,
+            missing=genes["id"][~match.known].tolist(),
+            unknown=self.genes.ids[match.places < 0].tolist(),
+            repeated=int((match.of_column >= 0).sum() - match.enough),
             molecules=molecules,
-            missing_molecules=0.0 if expected is None else max(0.0, 1.0 - held),
+            missing_molecules=0.0 if expected is None else max(0.0, 1.0 - match.held),
             columns=where,
             absent=[name for name in columns if name not in where],
             values=values,
             notes=(*self.notes, *read),
         )
-        return UserCells(self, genes["id"].tolist(), counts, found, known, self._of_var(places, of_column), matched)
+        of_var = self._of_var(match.places, match.of_column)
+        return UserCells(self, genes["id"].tolist(), counts, found, match.known, of_var, matched)
 
     def totals(self) -> NDArray[np.float32]:
         """Return the sum of all counts of each distinct gene of the data."""
@@ -260,14 +269,8 @@ class UserData:
         named = self.genes.gene_map >= 0
         blocks, total = [], 0.0
         for _, block in source.iterate(self.matrix):
-            data = np.rint(block.data) if self.rounding == "nearest" else block.data
-            total += float(data[named[block.indices]].sum(dtype=np.float64))
-            gene = of_column[block.indices]
-            kept = gene >= 0
-            indptr = np.concatenate([[0], np.cumsum(kept)])[block.indptr]
-            some = sp.csr_matrix((data[kept].astype(np.float32), gene[kept], indptr), shape=(block.shape[0], n_genes))
-            some.sum_duplicates()
-            some.eliminate_zeros()
+            some, sum_of_block = by_gene(block, of_column, n_genes, self.rounding, named)
+            total += sum_of_block
             blocks.append(some)
         return (blocks[0] if len(blocks) == 1 else sp.vstack(blocks, format="csr")), total
 
@@ -279,28 +282,6 @@ class UserData:
         own = resolve_genes(self.adata.var, column, "sum", accept_unnamed=True)
         at = pd.Series(places, index=self.genes.ids).reindex(own.ids).fillna(-1).to_numpy(np.int64)
         return np.append(at, -1)[own.gene_map]
-
-    def _too_few(
-        self, genes: pd.DataFrame, found: int, held: float, molecules: float, expected: NDArray[np.float32] | None
-    ) -> UserError:
-        var = open_source(self.adata).var(self.matrix)
-        shares = np.full(len(genes), 1 / max(len(genes), 1)) if expected is None else expected
-        better = ""
-        for column in (*ID_COLUMNS, *SYMBOL_COLUMNS):
-            if column in var and column != self.gene_column:
-                other = resolve_genes(var, column, "sum", accept_unnamed=True)
-                places, _ = match_names(genes, other.ids.tolist(), other.symbols.tolist())
-                if shares[np.unique(places[places >= 0])].sum() >= self.floor:
-                    better = f" var['{column}'] has enough of them: --gene-column {column}."
-                    break
-        share = found / len(genes)
-        weight = "" if expected is None else f", which hold {held:.0%} of the molecules of an average cell of the model"
-        return UserError(
-            f"the data has {found:,} of the {len(genes):,} genes of the model ({share:.0%}){weight}. At least"
-            f" {self.floor:.0%} are needed; --floor lowers that. The model's ids look like"
-            f" {', '.join(genes['id'][:3])}; those of the data like {', '.join(self.genes.ids[:3])}. Genes that the"
-            f" model knows hold {molecules:.0%} of the data's molecules.{better}"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -370,6 +351,7 @@ def read_user_data(
     gene_column: str | None = None,
     floor: float | None = None,
     layer: str | None = None,
+    access: Access | None = None,
 ) -> UserData:
     """Read cells of any format that ``bgen data check`` reads, find their counts and name their genes.
 
@@ -381,14 +363,38 @@ def read_user_data(
     if isinstance(data, UserData):
         return data
     require_number("floor", floor, 0, 1)
+    adata, notes = (data, ()) if isinstance(data, AnnData) else _read(data, access)
+    require_cells(adata)
+    source = open_source(adata)
+    found = find_counts(source, counts=counts, gene_column=gene_column, layer=layer)
+    least = FLOOR if floor is None else floor
+    return UserData(source.read(), found.matrix, found.rounding, found.genes, gene_column, least, notes)
+
+
+@dataclass(frozen=True)
+class FoundCounts:
+    """The matrix of a source that holds the counts, how its values become integers, and which gene each column is."""
+
+    matrix: str
+    rounding: Rounding
+    genes: Genes
+
+
+def find_counts(
+    source: Source, *, counts: str | None = None, gene_column: str | None = None, layer: str | None = None
+) -> FoundCounts:
+    """Find the counts of some cells, reading every value once, a block of rows at a time.
+
+    Raises
+    ------
+    UserError
+        If there is no such matrix, layer or column, or the matrix does not hold counts.
+    """
     if counts is not None and layer is not None:
         raise UserError(f"--layer {layer} and --counts {counts} both name the matrix of counts: give one of them.")
-    adata, notes = (data, ()) if isinstance(data, AnnData) else _read(Path(data))
-    require_cells(adata)
-    if layer is not None and layer not in adata.layers:
-        layers = [str(name) for name in adata.layers if name is not None]  # anndata 0.13 counts X among them, as None
+    if layer is not None and f"layers/{layer}" not in source.matrices:
+        layers = [name.removeprefix("layers/") for name in source.matrices if name.startswith("layers/")]
         raise UserError(f"The data has no layer '{layer}'.{nearest(layer, layers)}")
-    source = open_source(adata)
     looked = look(
         source,
         counts if layer is None else f"layers/{layer}",
@@ -411,13 +417,11 @@ def read_user_data(
         raise UserError(said.strip())
     if found.maximum >= 2**32:
         raise UserError(f"{name} has a value of {found.maximum:.6g}: no count is that large.")
-    rounding: Rounding = "nearest" if found.verdict == "near counts" else "none"
-    least = FLOOR if floor is None else floor
-    return UserData(source.read(), name, rounding, looked.genes, gene_column, least, notes)
+    return FoundCounts(name, "nearest" if found.verdict == "near counts" else "none", looked.genes)
 
 
-def read_input(path: Path) -> AnnData:
-    """Read all that a file or folder of cells holds, whatever its format.
+def read_input(path: str | os.PathLike[str]) -> AnnData:
+    """Read all that a file or folder of cells, or a store, holds, whatever its format.
 
     Raises
     ------
@@ -427,11 +431,34 @@ def read_input(path: Path) -> AnnData:
     return _read(path)[0]
 
 
-def _read(path: Path) -> tuple[AnnData, tuple[str, ...]]:
+def _read(where: str | os.PathLike[str], access: Access | None = None) -> tuple[AnnData, tuple[str, ...]]:
+    if is_store(where, access):
+        store = open_store(where, access=access)
+        return read_anndata(store, np.arange(len(store))), ()
+    path = on_this_machine(where, access)
     if not path.exists():
         raise UserError(f"There is no file {path}.")
     source = open_source(path)
+    _require_room(source)
     return source.read(), source.notes
+
+
+def _require_room(source: Source) -> None:
+    """Raise UserError if the matrices of a file take more memory than is free."""
+    matrices = source.matrices.values()
+    values = (
+        about.shape[0] * about.shape[1] * about.dtype.itemsize
+        if about.stored < 0
+        else about.stored * (about.dtype.itemsize + 4)
+        for about in matrices
+    )
+    needed, free = sum(values), psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"{source.path} takes {needed / 1e9:,.1f} GB in memory, and {free / 1e9:,.1f} GB are free. `bgen embed`,"
+            " `annotate` and `denoise` read it a block at a time with --out NAME.zarr; `bgen data build` makes a store"
+            " of it."
+        )
 
 
 def require_cells(adata: AnnData, what: str = "the data") -> None:

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bgen.errors import UserError
+from bgen.files import sync_file
 
 WORK = "build"
 """Folder in the partial one for what is not part of the store."""
@@ -40,7 +41,9 @@ class Interrupted(UserError):
 
 
 @contextmanager
-def all_or_nothing(folder: Path, plan: Plan | None = None, *, restart: bool = False) -> Iterator[Path]:
+def all_or_nothing(
+    folder: Path, plan: Plan | None = None, *, restart: bool = False, what: str = "build"
+) -> Iterator[Path]:
     """Give a folder to write in; it becomes ``folder`` if all goes well, and vanishes otherwise.
 
     Parameters
@@ -51,6 +54,8 @@ def all_or_nothing(folder: Path, plan: Plan | None = None, *, restart: bool = Fa
         Lets a build of the same plan go on where one was stopped; None: nothing stays in any case.
     restart
         Throw away what another build left.
+    what
+        What messages call the work: "build", "run".
 
     Raises
     ------
@@ -65,9 +70,9 @@ def all_or_nothing(folder: Path, plan: Plan | None = None, *, restart: bool = Fa
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"Another build is writing {folder}. Wait for it, or choose another --out.") from None
+            raise UserError(f"Another {what} is writing {folder}. Wait for it, or choose another --out.") from None
         if plan is not None:
-            _take_up(partial, plan, folder, restart)
+            _take_up(partial, plan, folder, restart, what)
         try:
             yield partial
             _sync(partial)
@@ -142,7 +147,7 @@ def commit(path: Path, data: bytes | memoryview) -> None:
     half.rename(path)
 
 
-def _take_up(partial: Path, plan: Plan, folder: Path, restart: bool) -> None:
+def _take_up(partial: Path, plan: Plan, folder: Path, restart: bool, what: str) -> None:
     """Go on with a build of this plan, or begin one.
 
     Raises
@@ -158,7 +163,7 @@ def _take_up(partial: Path, plan: Plan, folder: Path, restart: bool) -> None:
     if before is not None and before != plan and not restart:
         other = ", ".join(sorted(name for name in plan.keys() | before.keys() if plan.get(name) != before.get(name)))
         raise UserError(
-            f"A build of {folder} was interrupted, and this one differs from it in: {other}. Repeat that one to go on"
+            f"A {what} of {folder} was interrupted, and this one differs from it in: {other}. Repeat that one to go on"
             f" with it, or throw away what it did with --restart (it is in {partial})."
         )
     if before != plan or restart:
@@ -185,8 +190,4 @@ def _sync(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         if path.relative_to(folder).parts[:1] == (WORK,):
             continue
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_file(path)

@@ -18,6 +18,7 @@ import pandas as pd
 from anndata import AnnData
 from numpy.typing import NDArray
 
+from bgen.config.data import Access
 from bgen.errors import UserError
 from bgen.store.format.columns import MAX_CATEGORIES
 from data_tools.check.counts import MatrixStatistics, advice, describe, duplicate_groups, saturated
@@ -26,6 +27,7 @@ from data_tools.check.genes import Genes, MergeDuplicates, resolve_organism
 from data_tools.check.look import Looked, Progress, counts_elsewhere, look
 from data_tools.check.obs import resolve_roles
 from data_tools.check.vocabulary import take_reference
+from data_tools.inputs.fetch import on_this_machine
 from data_tools.inputs.in_memory import NAME as IN_MEMORY
 from data_tools.inputs.registry import members, open_source
 from data_tools.inputs.samples import read_samples
@@ -66,6 +68,8 @@ class CheckOptions:
         Leave out cells that the file marks as copies of other datasets' (is_primary_data is False).
     roles
         Columns that the user named; others are looked for by name, "none" switches a role off.
+    access
+        How inputs at addresses are read.
     """
 
     counts: str | None = None
@@ -79,6 +83,7 @@ class CheckOptions:
     samples: Path | None = None
     primary_only: bool = False
     roles: Roles = field(default_factory=Roles)
+    access: Access | None = None
 
 
 @dataclass
@@ -114,7 +119,8 @@ def check(
     report = Report(samples=None if options.samples is None else read_samples(options.samples))
     checked = []
     in_memory = [file for file in files if isinstance(file, AnnData)]
-    paths = dict.fromkeys(one for file in files if not isinstance(file, AnnData) for one in members(Path(file)))
+    named = [on_this_machine(file, options.access) for file in files if not isinstance(file, AnnData)]
+    paths = dict.fromkeys(one for file in named for one in members(file))
     for given in (*paths, *in_memory):
         where = IN_MEMORY if isinstance(given, AnnData) else given
         try:

@@ -19,6 +19,7 @@ from data_tools.inputs.h5ad import is_h5ad, is_h5mu, open_h5ad, open_h5mu
 from data_tools.inputs.hdf5_probe import require_readable
 from data_tools.inputs.in_memory import open_memory
 from data_tools.inputs.parquet import is_parquet, members_of_parquet, open_parquet
+from data_tools.inputs.soma import is_soma, open_soma
 from data_tools.inputs.source import Source
 from data_tools.inputs.tenx_h5 import is_tenx_h5, open_tenx_h5
 from data_tools.inputs.tenx_mtx import is_mtx, open_mtx
@@ -59,6 +60,7 @@ FORMATS: dict[str, Format] = {
     "10x h5": Format("10x .h5", is_tenx_h5, open_tenx_h5),
     "10x mtx": Format("10x .mtx folders", is_mtx, open_mtx),
     "parquet": Format("parquet files of lists of genes", is_parquet, open_parquet, members_of_parquet),
+    "soma": Format("SOMA experiments", is_soma, open_soma),
 }
 """Formats by name; a path is of the first one that it fits."""
 

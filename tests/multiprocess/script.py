@@ -23,6 +23,9 @@ from bgen.data.batch import CellBatch
 from bgen.distributed import world as ranks
 from bgen.distributed.report import report_user_error
 from bgen.errors import UserError
+from bgen.tasks.blocks import run as blocks
+from bgen.tasks.blocks.verbs import embed_in_blocks
+from bgen.tasks.load import load_model
 from bgen.train.trainer import Trainer
 
 AVERAGED = {"ema": 0.9, "patience": 20, "eval_every": 5}
@@ -156,6 +159,20 @@ def killed_while_saving(folder: Path) -> dict[str, Any]:
 
     commit.files.sha256 = killing
     run(toy_config(folder / "run", {"steps": 30, "checkpoint_every": 10}))
+    raise AssertionError("not killed")
+
+
+def killed_while_embedding(folder: Path) -> dict[str, Any]:
+    """Rank 1 dies of SIGKILL when its first block is written and not told; rank 0 is ended by the launcher."""
+    committed = blocks.commit
+
+    def killing(path: Path, data: bytes) -> None:
+        if os.environ["RANK"] == "1" and path.parent.name == "done":
+            os.kill(os.getpid(), signal.SIGKILL)
+        committed(path, data)
+
+    blocks.commit = killing
+    embed_in_blocks(load_model(folder / "model"), folder / "store", folder / "out.zarr", {})
     raise AssertionError("not killed")
 
 

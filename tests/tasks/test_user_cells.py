@@ -315,3 +315,17 @@ def test_a_model_reads_what_was_already_opened(model: Model, cells: anndata.AnnD
     opened = read_user_data(in_raw(cells), counts="raw/X")
     assert np.array_equal(model.encode(model.read(opened))[0], latents)
     assert np.array_equal(opened.totals(), np.asarray(cells.X.sum(0)).ravel())
+
+
+def test_a_file_that_memory_cannot_hold_is_refused_at_once(bgen: Any, demo: Any, tmp_path: Path) -> None:
+    """720 GB of zeros that take no room on the disk."""
+    n = 300_000
+    names = pd.Index([str(i) for i in range(n)])
+    anndata.AnnData(obs=pd.DataFrame(index=names), var=pd.DataFrame(index=names)).write_h5ad(tmp_path / "huge.h5ad")
+    with h5py.File(tmp_path / "huge.h5ad", "a") as file:
+        matrix = file.create_dataset("X", shape=(n, n), dtype="f8", chunks=(1000, 1000))
+        matrix.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    done = bgen("embed", demo.model, tmp_path / "huge.h5ad", "--out", tmp_path / "out.h5ad")
+    assert done.code == 2
+    assert "huge.h5ad takes 720.0 GB in memory" in " ".join(done.err.split())
+    assert "with --out NAME.zarr" in " ".join(done.err.split())

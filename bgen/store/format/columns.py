@@ -54,7 +54,9 @@ def column_metadata(values: NDArray[Any]) -> dict[str, Any]:
     }
 
 
-def read_array(name: str, n: int, files: Collection[str], load: Callable[[str], bytes]) -> NDArray[Any]:
+def read_array(
+    name: str, n: int, files: Collection[str], load: Callable[[str], bytes], rows: tuple[int, int] | None = None
+) -> NDArray[Any]:
     """Read an array that was written with :func:`column_metadata`.
 
     It is read here and not by a general reader, so that every byte is compared with the manifest, a file that is
@@ -71,11 +73,13 @@ def read_array(name: str, n: int, files: Collection[str], load: Callable[[str], 
         The files of the manifest; only chunks of zeros are not among them.
     load
         Returns the bytes of one of them, as they were written.
+    rows
+        Read only the files that hold the entries from the first to below the second; None: all.
 
     Returns
     -------
     NDArray
-        ``[n]`` or ``[n, width]``.
+        ``[n]`` or ``[n, width]``, or as many rows as were asked for.
 
     Raises
     ------
@@ -85,16 +89,19 @@ def read_array(name: str, n: int, files: Collection[str], load: Callable[[str], 
         If a file cannot be read.
     """
     shape, dtype = _shape(name, n, load(f"{name}/zarr.json"))
-    values = np.zeros(shape, dtype)
+    start, stop = (0, n) if rows is None else rows
+    low, high = start // ROWS_CHUNK, -(-stop // ROWS_CHUNK)
+    before = low * ROWS_CHUNK
+    values = np.zeros((min(high * ROWS_CHUNK, n) - before, *shape[1:]), dtype)
     tail = "/0" if len(shape) == 2 else ""
-    numbers = [number for number in range(-(-n // ROWS_CHUNK)) if f"{name}/c/{number}{tail}" in files]
+    numbers = [number for number in range(low, high) if f"{name}/c/{number}{tail}" in files]
 
     def read(number: int) -> None:
         file = f"{name}/c/{number}{tail}"
         data = load(file)
         if google_crc32c.value(data) != WHOLE:
             raise ValueError(f"{file} does not have the bytes that were written")
-        part = values[number * ROWS_CHUNK : (number + 1) * ROWS_CHUNK]
+        part = values[number * ROWS_CHUNK - before : (number + 1) * ROWS_CHUNK - before]
         chunk = part if len(part) == ROWS_CHUNK else np.empty((ROWS_CHUNK, *shape[1:]), dtype)
         try:
             decode_zstd(memoryview(data)[:-4], chunk.reshape(-1).view(np.uint8))
@@ -108,7 +115,7 @@ def read_array(name: str, n: int, files: Collection[str], load: Callable[[str], 
     elif numbers:
         with ThreadPoolExecutor(cpus() + 4) as pool:
             list(pool.map(read, numbers))
-    return values
+    return values[start - before : stop - before]
 
 
 def count_chunks(name: str, files: Collection[str]) -> int:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from bgen.models.annotator import Annotator
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.names import key, keys
 from bgen.tasks.anndata_model import AnnDataModel
-from bgen.tasks.cells.features import GENES, Features, component_features, gene_features, latent_features
+from bgen.tasks.cells.features import BLOCK, ComponentFeatures, Features, GeneFeatures, LatentFeatures
 from bgen.tasks.columns import text_column
 from bgen.tasks.time.trajectories import generate_as_trained
 from bgen.tasks.user_cells import UserCells
@@ -86,39 +87,101 @@ def annotate_cells(
     if not 0 <= threshold < 1:
         raise UserError(f"The threshold is a probability from 0 to below 1, not {threshold:g}.")
     if label is None:
-        return _with_its_own_head(model, cells, threshold)
-    adata = cells.adata
-    latents = _whitened(model, model.encode(cells)[0])
-    features = latent_features(latents)
-    given = text_column(adata, label) if label in adata.obs else np.full(len(cells), "")
+        annotated, summary = _with_its_own_head(model, cells, threshold)
+        query = None
+    else:
+        adata = cells.adata
+        latents = model.whiten(model.encode(cells)[0])
+        given = text_column(adata, label) if label in adata.obs else np.full(len(cells), "")
+        learnt = learn_labels(model, cells.counts, latents, given, label, adata.obs.columns, seed)
+        parts = [slice(first, first + BLOCK) for first in range(0, len(cells), BLOCK)]
+        probabilities = np.concatenate([learnt.probabilities(cells.counts[part], latents[part]) for part in parts])
+        annotated = _told(cells, label, learnt.labels, probabilities, threshold, learnt.novelty.of(latents))
+        labelled = without_rare(given)[0] != ""
+        query = ~labelled if not labelled.all() else None
+        summary = {"model": model.saved.fingerprint(), "label": label, "threshold": threshold, **learnt.summary}
+    told = annotated.obs[f"{key(summary['label'])}_bgen"].to_numpy()
+    told = told if query is None else told[query]
+    annotated.uns["bgen_annotate"] = {**summary, "query_cells": len(told), "abstained": int((told == ABSTAINED).sum())}
+    return annotated
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """Labels, learnt from reference cells.
+
+    Attributes
+    ----------
+    features, classifier
+        What the classifier sees of a cell, and the classifier.
+    novelty
+        How far from the reference a cell lies.
+    summary
+        What was learnt from, for ``uns``.
+    """
+
+    features: Features
+    classifier: Any
+    novelty: Novelty
+    summary: dict[str, Any]
+
+    @property
+    def labels(self) -> NDArray[np.str_]:
+        """The labels ``[K]``, in order."""
+        return self.classifier.classes_.astype(str)
+
+    def probabilities(self, counts: sp.csr_matrix, latents: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the probability of each label ``[N, K]`` for counts ``[N, G]`` and whitened latents ``[N, D]``."""
+        return self.classifier.predict_proba(self.features.of(counts, latents))
+
+
+def learn_labels(
+    model: AnnDataModel,
+    counts: sp.csr_matrix,
+    latents: NDArray[np.float32],
+    given: NDArray[np.str_],
+    label: str,
+    columns: Iterable[object],
+    seed: int = 0,
+) -> Learnt:
+    """Learn labels from the cells that have one, or from cells that the model generates if none has.
+
+    Parameters
+    ----------
+    counts, latents
+        Of cells, those without a label among them: ``[N, G]``, and whitened ``[N, D]``.
+    given
+        Their labels ``[N]``, "" where there is none.
+    label, columns
+        Name of the column, and those of all obs columns for a message.
+
+    Raises
+    ------
+    UserError
+        If there is neither a reference nor a model that knows the labels, or fewer than two labels have enough
+        reference cells.
+    """
     given, rare = without_rare(given)
-    labelled = given != ""
-    summary: dict[str, Any] = {"model": model.saved.fingerprint(), "label": label, "threshold": threshold}
-    if labelled.any():
-        rows, names = np.flatnonzero(labelled), given[labelled]
+    rows = np.flatnonzero(given != "")
+    summary: dict[str, Any] = {}
+    features: Features
+    if len(rows):
+        names = given[rows]
         require_labels(names)
         summary["reference"] = "labelled cells of the data"
-        features, scores = choose(cells.counts, features, given, rows, seed)
-        summary["macro_f1"] = scores
-        reference, learnt = latents[rows], rows[_some(names, seed)] if features.name == GENES else rows
-        classifier = fit_classifier(features.of(learnt), given[learnt])
+        features, summary["macro_f1"] = choose(counts, latents, given, rows, seed)
+        reference, learnt = latents[rows], rows[_some(names, seed)] if isinstance(features, GeneFeatures) else rows
+        classifier = fit_classifier(features.of(counts[learnt], latents[learnt]), given[learnt])
     else:
-        reference, names = _generated_reference(model, label, adata, seed)
+        features = LatentFeatures()
+        reference, names = _generated_reference(model, label, columns, seed)
         require_labels(names)
         summary["reference"] = "cells generated by the model"
         classifier = fit_classifier(reference, names)
     summary["reference_cells"] = _by_key(Counter(names.tolist()))
     summary["too_rare"] = _by_key(rare)
     summary["seen"] = features.name
-    probabilities = np.concatenate([classifier.predict_proba(block) for block in features.blocks(len(cells))])
-    novelty = relative_distance(latents, reference)
-    annotated = _told(cells, label, classifier.classes_.astype(str), probabilities, threshold, novelty)
-    told = annotated.obs[f"{key(label)}_bgen"].to_numpy()
-    query = told[~labelled] if not labelled.all() else told
-    summary["query_cells"] = len(query)
-    summary["abstained"] = int((query == ABSTAINED).sum())
-    annotated.uns["bgen_annotate"] = summary
-    return annotated
+    return Learnt(features, classifier, Novelty.of_reference(reference), summary)
 
 
 def without_rare(given: NDArray[np.str_]) -> tuple[NDArray[np.str_], dict[str, int]]:
@@ -140,30 +203,41 @@ def _by_key(numbers: Mapping[str, int]) -> dict[str, int]:
     return {key: numbers[name] for name, key in keys(numbers).items()}
 
 
-def _with_its_own_head(model: AnnDataModel, cells: UserCells, threshold: float) -> AnnData:
-    """Annotate with the classifier that fine-tuning trained."""
-    module = model.saved.module
+def _with_its_own_head(model: AnnDataModel, cells: UserCells, threshold: float) -> tuple[AnnData, dict[str, Any]]:
+    """Annotate with the classifier that fine-tuning trained; also return what ``uns`` says of it."""
+    module, summary = own_head(model, threshold)
+    probabilities = module.probabilities(torch.from_numpy(model.encode(cells)[0])).double().numpy()
+    return _told(cells, summary["label"], own_labels(model), probabilities, threshold, None), summary
+
+
+def own_head(model: AnnDataModel, threshold: float) -> tuple[Annotator, dict[str, Any]]:
+    """Return the classifier that fine-tuning trained, and what ``uns`` says of it.
+
+    Raises
+    ------
+    UserError
+        If the model has none.
+    """
+    module, about = model.saved.module, model.saved.about
     if not isinstance(module, Annotator):
         raise UserError(
             "Give --label, the obs column with the labels of your reference cells: only a model made by"
             " `bgen finetune --task annotate` has labels of its own."
         )
-    about = model.saved.about
     assert about.annotation is not None, "checked when it was loaded"
-    label, labels = about.annotation.label, about.annotation.labels
-    probabilities = module.probabilities(torch.from_numpy(model.encode(cells)[0])).double().numpy()
-    annotated = _told(cells, label, np.array(labels), probabilities, threshold, None)
-    abstained = int((annotated.obs[f"{key(label)}_bgen"] == ABSTAINED).sum())
-    annotated.uns["bgen_annotate"] = {
+    return module, {
         "model": model.saved.fingerprint(),
-        "label": label,
+        "label": about.annotation.label,
         "threshold": threshold,
         "reference": "cells that the model was fine-tuned on",
         "reference_cells": {"all": about.cells},
-        "query_cells": len(cells),
-        "abstained": abstained,
     }
-    return annotated
+
+
+def own_labels(model: AnnDataModel) -> NDArray[np.str_]:
+    """Return the labels ``[K]`` of a model that has a classifier."""
+    assert model.saved.about.annotation is not None, "checked when it was loaded"
+    return np.array(model.saved.about.annotation.labels)
 
 
 def _told(
@@ -175,18 +249,29 @@ def _told(
     novelty: NDArray[np.float64] | None,
 ) -> AnnData:
     """Return a copy with the columns that :func:`annotate_cells` promises; novelty only where it is known."""
-    best = probabilities.argmax(1)
-    probability = probabilities[np.arange(len(best)), best]
-    sure = (probability >= threshold) & (novelty is None or novelty <= 1)
+    told, probability = decide(classes, probabilities, threshold, novelty)
     annotated = cells.copy()
     name = key(label)
-    annotated.obs[f"{name}_bgen"] = pd.Categorical(np.where(sure, classes[best], ABSTAINED))
+    annotated.obs[f"{name}_bgen"] = pd.Categorical(told)
     annotated.obs[f"{name}_probability"] = probability
     if novelty is not None:
         annotated.obs[f"{name}_novelty"] = novelty
     named = list(keys(classes).values())
     annotated.obsm[f"{name}_probabilities"] = pd.DataFrame(probabilities, index=annotated.obs_names, columns=named)
     return annotated
+
+
+def decide(
+    classes: NDArray[np.str_],
+    probabilities: NDArray[np.float64],
+    threshold: float,
+    novelty: NDArray[np.float64] | None,
+) -> tuple[NDArray[np.str_], NDArray[np.float64]]:
+    """Return the label of each cell ``[N]``, or "unknown", and the probability of the most probable one."""
+    best = probabilities.argmax(1)
+    probability = probabilities[np.arange(len(best)), best]
+    sure = (probability >= threshold) & (novelty is None or novelty <= 1)
+    return np.where(sure, classes[best], ABSTAINED), probability
 
 
 def require_labels(labels: NDArray[np.str_]) -> None:
@@ -203,16 +288,19 @@ def require_labels(labels: NDArray[np.str_]) -> None:
 
 
 def choose(
-    counts: sp.csr_matrix, latents: Features, labels: NDArray[np.str_], rows: I64, seed: int
+    counts: sp.csr_matrix, latents: NDArray[np.float32], labels: NDArray[np.str_], rows: I64, seed: int
 ) -> tuple[Features, dict[str, float]]:
     """Return what tells labels ``[N]`` of the reference cells ``rows`` apart best, and the macro-F1 of each candidate.
 
-    Candidates are latents, principal components and the most variable genes of counts ``[N, G]``, each by
+    Candidates are latents ``[N, D]``, principal components and the most variable genes of counts ``[N, G]``, each by
     cross-validation on the same reference cells; of equals the first is taken.
     """
     some = rows[_some(labels[rows], seed)]
-    candidates = [latents, component_features(counts), gene_features(counts)]
-    scores = {features.name: cross_validated_f1(features.of(some), labels[some]) for features in candidates}
+    candidates: list[Features] = [LatentFeatures(), ComponentFeatures.fit(counts), GeneFeatures.fit(counts)]
+    scores = {
+        features.name: cross_validated_f1(features.of(counts[some], latents[some]), labels[some])
+        for features in candidates
+    }
     return max(candidates, key=lambda features: scores[features.name]), scores
 
 
@@ -226,14 +314,34 @@ def _some(labels: NDArray[np.str_], seed: int) -> I64:
     return np.sort(np.concatenate(kept))
 
 
-def relative_distance(latents: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return ``[N]``: distance to the 5th nearest of the reference cells, relative to that among themselves."""
-    from sklearn.neighbors import NearestNeighbors  # slow to import: only where cells are annotated
+@dataclass(frozen=True)
+class Novelty:
+    """How far cells lie from reference cells, relative to how far these lie from each other.
 
-    neighbours = NearestNeighbors().fit(reference)
-    among, _ = neighbours.kneighbors(reference, n_neighbors=NEIGHBOURS + 1)  # the first is the cell itself
-    distance, _ = neighbours.kneighbors(latents, n_neighbors=NEIGHBOURS)
-    return np.asarray(distance[:, -1] / np.quantile(among[:, -1], NOVEL_QUANTILE))
+    Attributes
+    ----------
+    neighbours
+        Finds the nearest reference cells.
+    usual
+        Distance to the 5th nearest other one that few reference cells exceed.
+    """
+
+    neighbours: Any
+    usual: float
+
+    @classmethod
+    def of_reference(cls, reference: NDArray[np.float32]) -> Novelty:
+        """Fit to whitened latents of reference cells ``[N, D]``."""
+        from sklearn.neighbors import NearestNeighbors  # slow to import: only where cells are annotated
+
+        neighbours = NearestNeighbors().fit(reference)
+        among, _ = neighbours.kneighbors(reference, n_neighbors=NEIGHBOURS + 1)  # the first is the cell itself
+        return cls(neighbours, float(np.quantile(among[:, -1], NOVEL_QUANTILE)))
+
+    def of(self, latents: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return ``[n]``: distance to the 5th nearest of the reference cells, relative to that among themselves."""
+        distance, _ = self.neighbours.kneighbors(latents, n_neighbors=NEIGHBOURS)
+        return np.asarray(distance[:, -1] / self.usual)
 
 
 def fit_classifier(features: NDArray[np.float32], labels: NDArray[np.str_]) -> Any:
@@ -274,14 +382,8 @@ def _cross_validated(features: NDArray[np.float32], labels: NDArray[np.str_]) ->
     return best, told
 
 
-def _whitened(model: AnnDataModel, latents: NDArray[np.float32]) -> NDArray[np.float32]:
-    vae = model.saved.vae
-    whitened: NDArray[np.float32] = (latents - vae.latent_mean[:-1].numpy()) / vae.latent_std[:-1].numpy()
-    return whitened
-
-
 def _generated_reference(
-    model: AnnDataModel, label: str, adata: AnnData, seed: int
+    model: AnnDataModel, label: str, columns: Iterable[object], seed: int
 ) -> tuple[NDArray[np.float32], NDArray[np.str_]]:
     """Return whitened latents of cells generated per training label, and their labels."""
     module = model.saved.module
@@ -290,10 +392,11 @@ def _generated_reference(
     names = [name for name in names if name in model.conditions]
     column = next((name for name in names if label in (name, known[name].role)), None)
     if column is None:
+        there = list(columns)
         raise UserError(
             f"There is nothing to learn '{label}' from: no cell of the data has a value in obs['{label}']"
-            f"{'' if label in adata.obs else ', which is not there'}, and the model was not trained on such labels."
-            f"{nearest(label, [*adata.obs.columns, *names])} Label some cells in that column, and leave it empty for"
+            f"{'' if label in there else ', which is not there'}, and the model was not trained on such labels."
+            f"{nearest(label, [*there, *names])} Label some cells in that column, and leave it empty for"
             " the others."
         )
     parts, labels = [], []
@@ -301,6 +404,6 @@ def _generated_reference(
         made = generate_as_trained(
             model.saved, GENERATED_CELLS, where={column: name}, settings=model.saved.sample, seed=seed + number
         )
-        parts.append(_whitened(model, model.encode(made)[0]))
+        parts.append(model.whiten(model.encode(made)[0]))
         labels += [name] * GENERATED_CELLS
     return np.concatenate(parts), np.array(labels)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from bgen.config.data import Access
 from bgen.errors import UserError
 from bgen.hub.directory import SavedModel
 from bgen.models.generators.latent_flow import LatentFlow
@@ -33,7 +34,7 @@ class Request:
         annotate: obs column of labels.
     columns
         perturb: how the data says what was done to a cell.
-    counts, gene_column, floor, layer
+    counts, gene_column, floor, layer, access
         How the cells are read: see :class:`bgen.tasks.user_cells.Reading`.
     time, system
         time: obs column of the times, and the obs columns that name a trajectory.
@@ -53,6 +54,7 @@ class Request:
     gene_column: str | None = None
     floor: float | None = None
     layer: str | None = None
+    access: Access | None = None
     add_genes: bool = False
     hold_out: Sequence[str] = ()
     time: str | None = None
@@ -70,7 +72,13 @@ class Request:
     @property
     def reading(self) -> Reading:
         """How the cells are read."""
-        return Reading(counts=self.counts, gene_column=self.gene_column, floor=self.floor, layer=self.layer)
+        return Reading(
+            counts=self.counts,
+            gene_column=self.gene_column,
+            floor=self.floor,
+            layer=self.layer,
+            access=self.access,
+        )
 
 
 def require_cells_enough(n_cells: int) -> None:

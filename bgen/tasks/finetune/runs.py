@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,5 +94,5 @@ def request_fingerprint(parent: SavedModel, adata: AnnData, cells: MemoryCells, 
     table = adata.obs[request.named_columns].astype(str)
     digest = hashlib.sha256(cells.digest().encode())
     digest.update(pd.util.hash_pandas_object(table).to_numpy().tobytes())
-    asked = json.dumps(asdict(request), default=str)
+    asked = json.dumps(asdict(replace(request, access=None)), default=str)
     return {"parent": parent.fingerprint(), "cells": digest.hexdigest(), "request": asked}

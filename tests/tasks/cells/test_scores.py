@@ -12,7 +12,6 @@ import scipy.sparse as sp
 import bgen
 from bgen.tasks.cells import annotate, denoise
 from bgen.tasks.cells.annotate import choose, cross_validated_f1
-from bgen.tasks.cells.features import latent_features
 
 
 def test_a_rare_label_that_is_never_found_halves_the_figure() -> None:
@@ -32,11 +31,11 @@ def test_labels_are_told_by_what_tells_them_apart(monkeypatch: pytest.MonkeyPatc
     noise = rng.normal(size=(300, 4)).astype(np.float32)
     truth = (labels[:, None] == np.unique(labels)).astype(np.float32)
     rows = np.arange(0, 300, 2)
-    chosen, scores = choose(counts, latent_features(noise), labels, rows, seed=0)
+    chosen, scores = choose(counts, noise, labels, rows, seed=0)
     assert chosen.name != "latent states"
     assert scores[chosen.name] > scores["latent states"] + 0.3
-    assert choose(counts, latent_features(truth), labels, rows, seed=0)[0].name == "latent states"
-    assert choose(counts, latent_features(noise), labels, rows, seed=0)[1] == scores
+    assert choose(counts, truth, labels, rows, seed=0)[0].name == "latent states"
+    assert choose(counts, noise, labels, rows, seed=0)[1] == scores
 
 
 def test_calibration_compares_one_half_with_what_the_other_tells(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
