@@ -62,7 +62,7 @@ MOST_FILES = 14
 HEAVY = {
     "torch", "deepspeed", "mlflow", "matplotlib", "anndata", "numba", "ot", "scipy", "sklearn", "zarr", "distributed",
     "rich", "torchdiffeq", "zstandard", "cell_eval", "scib_metrics", "transformers", "harmonypy", "scvi",
-    "rdkit", "numcodecs", "pyarrow", "tiledbsoma", "huggingface_hub", "uvicorn",
+    "rdkit", "numcodecs", "pyarrow", "tiledbsoma", "huggingface_hub", "uvicorn", "wandb",
 }  # fmt: skip
 """Third-party packages that a function may import itself, since a command that does not need them need not wait."""
 

@@ -1,4 +1,4 @@
-"""MLflow as a mirror of a run's record: it may be slow, down or gone, and training does not notice.
+"""A tracker as a mirror of a run's record: it may be slow, down or gone, and training does not notice.
 
 A process of its own reads ``record.jsonl`` behind the trainer and sends what is new; rank 0 starts it. It has the
 lowest priority: MLflow takes seconds to import and to migrate a fresh sqlite file, which as a thread of the trainer
@@ -20,7 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from bgen.track.mlflow import MlflowRun, Target, what_failed
+from bgen.track.mlflow import MlflowRun, what_failed
+from bgen.track.target import TITLES, Target
+from bgen.track.trackers import TensorBoardRun, WandbRun
 
 # Seconds given to what is left at the end: a fresh sqlite file is migrated first, a server has answered or has not.
 CLOSE_SQLITE = 60.0
@@ -60,7 +62,8 @@ class Mirror:
             MLflow's status for the run: FINISHED, KILLED or FAILED.
         """
         self._write(status)
-        limit = CLOSE_SQLITE if self.target.uri.startswith("sqlite") else CLOSE_SERVER
+        local = self.target.uri.startswith("sqlite") or self.target.kind != "mlflow"
+        limit = CLOSE_SQLITE if local else CLOSE_SERVER
         try:
             said, _ = self._process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -73,8 +76,8 @@ class Mirror:
         if reports and reports[-1]["failures"]:
             reason = f"{reports[-1]['failures']} failed attempts, last: {reports[-1]['error']}"
         return (
-            f"MLflow at {self.target.place} did not receive everything ({reason}). The record is complete: "
-            f"{self.target.record}; `bgen track sync` sends it."
+            f"{TITLES[self.target.kind]} {self.target.place} did not receive everything ({reason}). The record is "
+            f"complete: {self.target.record}{'; `bgen track sync` sends it' if self.target.kind == 'mlflow' else ''}."
         )
 
     def _write(self, line: str) -> None:
@@ -87,7 +90,7 @@ class Mirror:
 class Follower:
     """The work of the process: send what is new until the run's status is given."""
 
-    def __init__(self, run: MlflowRun, orders: IO[str]) -> None:
+    def __init__(self, run: MlflowRun | TensorBoardRun | WandbRun, orders: IO[str]) -> None:
         self._run, self._orders = run, orders
         self._failures, self._error = 0, ""
         self._status = ""
@@ -110,7 +113,7 @@ class Follower:
                         self._report(complete=True)
                         return
                     pause, seen = 1.0, size
-                except Exception as error:  # whatever MLflow raises, training goes on
+                except Exception as error:  # whatever a tracker raises, training goes on
                     self._failures += 1
                     self._error = what_failed(error)
                     wait, pause = pause, min(2 * pause, PAUSE)
@@ -140,7 +143,9 @@ def main() -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(os, "nice"):
         os.nice(int(sys.argv[1]))
-    Follower(MlflowRun(Target(**json.loads(sys.stdin.readline()))), sys.stdin).follow()
+    target = Target(**json.loads(sys.stdin.readline()))
+    kinds: dict[str, Any] = {"mlflow": MlflowRun, "tensorboard": TensorBoardRun, "wandb": WandbRun}
+    Follower(kinds[target.kind](target), sys.stdin).follow()
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bgen.errors import UserError
 from bgen.passwords import without_passwords
-from bgen.track.record import Row
+from bgen.track.record import Tail, metrics_of
+from bgen.track.target import Target
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,53 +28,11 @@ PARAMS = 100
 # Name of the tag that says which checkpoints the run has as a whole; MLflow's tags have at most 5,000 characters.
 CHECKPOINTS_TAG = "bgen.checkpoints"
 CHECKPOINTS_NAMED = 100
-# MLflow shows what begins with "system/" on a page of its own.
-PREFIX = {"hosts": "system"}
 
 
 def tracking_uri(uri: str | None, run_folder: Path) -> str:
     """The configured URI, else MLFLOW_TRACKING_URI, else a sqlite file beside the run folder."""
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_folder.resolve().parent / 'mlflow.db'}"
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is sent where; all of it can be written as JSON.
-
-    Attributes
-    ----------
-    record
-        The JSONL file; rows are only ever appended while something is sent from it.
-    uri
-        Tracking URI.
-    experiment, run_name
-        Where the run appears.
-    run
-        Identifier of the training run, the same across restarts; the MLflow run carries it as a tag.
-    params
-        The resolved configuration, flattened; logged when the run is created (MLflow does not allow changes).
-    artifacts
-        Files logged at every start, as ``attempt_N/<name>``.
-    dataset
-        Name, digest and place of the training data: the run's input. None: not said.
-    checkpoints
-        Folder of checkpoints; those that the record names are logged as ``checkpoints/<name>``. None: they are not.
-    """
-
-    record: str
-    uri: str
-    experiment: str
-    run_name: str
-    run: str
-    params: dict[str, str]
-    artifacts: list[str]
-    dataset: tuple[str, str, str] | None = None
-    checkpoints: str | None = None
-
-    @property
-    def place(self) -> str:
-        """The tracking URI as it may be shown."""
-        return without_passwords(self.uri)
 
 
 class MlflowRun:
@@ -86,7 +43,7 @@ class MlflowRun:
         self.run_id = ""
         self._client: MlflowClient | None = None
         self._sent = 0
-        self._offset = 0
+        self._tail = Tail(Path(target.record))
         self._sent_before: dict[str, int] = {}
         self._resumed = False
         self._saved: list[str] = []
@@ -177,26 +134,20 @@ class MlflowRun:
         from mlflow.entities import Metric
 
         assert self._client is not None
-        with Path(self.target.record).open("rb") as stream:
-            stream.seek(self._offset)
-            data = stream.read()
-        data = data[: data.rfind(b"\n") + 1]
         metrics: list[Metric] = []
-        offset = self._offset
-        for line in data.splitlines(keepends=True):
-            row = json.loads(line)
+        for row in self._tail.rows():
             if row.get("event") == "checkpoint" and row["checkpoint"] not in self._saved:
                 self._saved.append(row["checkpoint"])
-            metrics += [Metric(*entry) for entry in self._metrics(row)]
-            offset += len(line)
+            metrics += [Metric(*entry) for entry in metrics_of(row) if entry[3] > self._last_step(entry[0])]
             if len(metrics) > BATCH - 50:
                 self._client.log_batch(self.run_id, metrics=metrics)
                 self._sent += len(metrics)
-                self._offset, metrics = offset, []
+                self._tail.keep()
+                metrics = []
         if metrics:
             self._client.log_batch(self.run_id, metrics=metrics)
             self._sent += len(metrics)
-        self._offset = offset
+        self._tail.keep()
         if self.target.checkpoints is not None and self._saved:
             self._log_checkpoints(self.target.checkpoints)
 
@@ -211,19 +162,6 @@ class MlflowRun:
                 logged.append(name)
                 self._client.set_tag(self.run_id, CHECKPOINTS_TAG, " ".join(logged[-CHECKPOINTS_NAMED:]))
             self._saved.remove(name)
-
-    def _metrics(self, row: Row) -> list[tuple[str, float, int, int]]:
-        if row["kind"] == "event":
-            return []
-        moment = int(1000 * row.get("time", time.time()))
-        found = []
-        for name, value in row.items():
-            if name in ("kind", "step", "time") or not isinstance(value, int | float):
-                continue
-            key = f"{PREFIX.get(row['kind'], row['kind'])}/{name}"
-            if row["step"] > self._last_step(key):
-                found.append((key, float(value), moment, int(row["step"])))
-        return found
 
     def _last_step(self, key: str) -> int:
         """Last step of ``key`` that the run had when this process started: MLflow would keep both points of a step."""

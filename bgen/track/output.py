@@ -5,9 +5,11 @@ Only rank 0 writes; on the other ranks every call does nothing.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,16 @@ from bgen.passwords import without_passwords
 from bgen.track import record as records
 from bgen.track.environment import environment
 from bgen.track.mirror import Mirror
-from bgen.track.mlflow import Target, flatten, tracking_uri
+from bgen.track.mlflow import flatten, tracking_uri
 from bgen.track.progress import ProgressLine
+from bgen.track.target import Kind, Target
 
 RECORD = "record.jsonl"
 CONFIG = "config.yaml"
 DEEPSPEED = "deepspeed.json"
 ENVIRONMENT = "environment.json"
 CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
 
 
 def run_identifier(config: RunConfig) -> str:
@@ -68,10 +72,11 @@ class RunOutput:
         data: dict[str, Any] | None = None,
     ) -> None:
         self._record: records.Record | None = None
-        self._mirror: Mirror | None = None
+        self._mirrors: list[Mirror] = []
         self._progress: ProgressLine | None = None
         if not world.is_main:
             return
+        _require_installed(config)
         path = config.out / RECORD
         try:
             config.out.mkdir(parents=True, exist_ok=True)
@@ -83,8 +88,8 @@ class RunOutput:
         except OSError as error:
             raise UserError(f"The run folder {config.out} cannot be written to: {error.strerror}.") from error
         self._progress = ProgressLine(config.stage, step or 0, config.train.steps, config.track.progress)
-        if config.track.mlflow:
-            self._mirror = Mirror(target(config, run, tracking_uri(config.track.uri, config.out), data))
+        for kind, uri in _mirrored(config).items():
+            self._mirrors.append(Mirror(replace(target(config, run, uri, data), kind=kind)))
 
     def row(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Add a row to the record; floats that are not finite become null, and addresses lose their passwords."""
@@ -123,8 +128,27 @@ class RunOutput:
             self._record.close()
             if self._record.kept:
                 self.say(f"warning: {self._record.kept} rows of {self._record.path} could not be written")
-        if self._mirror is not None and (complaint := self._mirror.close(status)):
-            self.say(f"warning: {complaint}")
+        for mirror in self._mirrors:
+            if complaint := mirror.close(status):
+                self.say(f"warning: {complaint}")
+
+
+def _mirrored(config: RunConfig) -> dict[Kind, str]:
+    """Return where each tracker that is asked for is sent to."""
+    track, found = config.track, dict[Kind, str]()
+    if track.mlflow:
+        found["mlflow"] = tracking_uri(track.uri, config.out)
+    if track.tensorboard:
+        found["tensorboard"] = str(config.out / TENSORBOARD)
+    if track.wandb:
+        found["wandb"] = f"project {track.experiment}"
+    return found
+
+
+def _require_installed(config: RunConfig) -> None:
+    for extra, asked in (("tensorboard", config.track.tensorboard), ("wandb", config.track.wandb)):
+        if asked and importlib.util.find_spec(extra) is None:
+            raise UserError(f"track.{extra} needs the package {extra}: pip install 'bgen-flow[{extra}]'.")
 
 
 def target(config: RunConfig, run: str, uri: str, data: dict[str, Any] | None) -> Target:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ import pandas as pd
 Row = dict[str, Any]
 
 NOT_MEASURED = ("kind", "step", "time")
+PREFIX = {"hosts": "system"}
+"""What trackers call the rows of a kind, where it is another word: MLflow shows "system/" on a page of its own."""
 
 
 def read(path: Path) -> list[Row]:
@@ -52,6 +54,40 @@ def as_frame(rows: Sequence[Row]) -> pd.DataFrame:
             values = {f"{row['kind']}/{name}": value for name, value in row.items() if name not in NOT_MEASURED}
             steps.setdefault(row["step"], {}).update(values)
     return pd.DataFrame.from_dict(steps, orient="index", dtype=float).rename_axis("step").sort_index()
+
+
+def metrics_of(row: Row) -> list[tuple[str, float, int, int]]:
+    """Return name, value, Unix milliseconds and step of each number of a row, as trackers take them."""
+    if row["kind"] == "event":
+        return []
+    moment, kind = int(1000 * row.get("time", time.time())), PREFIX.get(row["kind"], row["kind"])
+    return [
+        (f"{kind}/{name}", float(value), moment, int(row["step"]))
+        for name, value in row.items()
+        if name not in NOT_MEASURED and isinstance(value, int | float)
+    ]
+
+
+class Tail:
+    """The rows of a record that somebody has not had yet; only whole lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._kept = self._offset = 0
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows after those that were kept."""
+        self._offset = self._kept
+        with self.path.open("rb") as stream:
+            stream.seek(self._offset)
+            data = stream.read()
+        for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
+            self._offset += len(line)
+            yield json.loads(line)
+
+    def keep(self) -> None:
+        """Say that whatever was yielded has arrived: it is not yielded again."""
+        self._kept = self._offset
 
 
 class Record:

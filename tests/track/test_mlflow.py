@@ -15,8 +15,9 @@ import pytest
 from mlflow import MlflowClient
 
 from bgen.track.mirror import Mirror
-from bgen.track.mlflow import RUN_TAG, Target, flatten, tracking_uri
+from bgen.track.mlflow import RUN_TAG, flatten, tracking_uri
 from bgen.track.record import Record, truncate
+from bgen.track.target import Target
 
 # SQLAlchemy deprecates what MLflow calls; as errors, these warnings would look like failures of the store.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -115,8 +116,8 @@ from contextlib import closing, suppress
 from pathlib import Path
 import bgen.track.mirror
 from bgen.track.mirror import Mirror
-from bgen.track.mlflow import Target
 from bgen.track.record import Record
+from bgen.track.target import Target
 bgen.track.mirror.NICENESS = 0  # or it would wait for minutes on a busy machine
 folder = Path(sys.argv[1])
 mirror = Mirror(Target(str(folder / "record.jsonl"), f"sqlite:///{folder / 'mlflow.db'}", "e", "r", "i", {}, []))

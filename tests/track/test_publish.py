@@ -180,7 +180,7 @@ def test_mlflow_tells_its_makers_nothing_unless_it_is_asked_to(monkeypatch: pyte
     prepare()
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "false"
     code = (
-        "from bgen.track.mlflow import MlflowRun, Target\n"
+        "from bgen.track.mlflow import MlflowRun\nfrom bgen.track.target import Target\n"
         "MlflowRun(Target('r', 'sqlite://', '', '', '', {}, [])).client()\n"
         "from mlflow.telemetry.utils import is_telemetry_disabled as off; print(off())"
     )
