@@ -28,6 +28,7 @@ from bgen.store.format.columns import ROWS_CHUNK
 from bgen.store.open import open_store
 from bgen.tasks.blocks import cells as block_cells
 from bgen.tasks.blocks import reference
+from bgen.tasks.blocks.folder import Writer
 from bgen.tasks.blocks.opened import Opened
 from bgen.tasks.blocks.run import rows_of_block
 from bgen.tasks.load import Model
@@ -300,8 +301,16 @@ def test_wide_results_are_cut_into_batches(
 ) -> None:
     monkeypatch.setattr("bgen.tasks.blocks.folder.WIDE", 100)
     monkeypatch.setattr("bgen.tasks.blocks.run.BATCH", 64)
+    write, written = Writer.write, []
+
+    def noted(self: Writer, where: str, first: int, values: np.ndarray) -> None:
+        written.append((where, len(values)))
+        write(self, where, first, values)
+
+    monkeypatch.setattr(Writer, "write", noted)
     done = bgen("denoise", demo.model, demo.cells, "--out", tmp_path / "wide.zarr")
     assert done.code == 0, done
+    assert max(rows for where, rows in written if where == "layers/denoised") == 64  # none waits for its block to end
     layer = zarr.open_group(tmp_path / "wide.zarr", mode="r")["layers/denoised"]
     assert layer.chunks == (64, 120)
     assert len(list((tmp_path / "wide.zarr/layers/denoised").glob("*.0"))) == 10
