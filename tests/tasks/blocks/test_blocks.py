@@ -28,8 +28,10 @@ from bgen.store.format.columns import ROWS_CHUNK
 from bgen.store.open import open_store
 from bgen.tasks.blocks import cells as block_cells
 from bgen.tasks.blocks import reference
+from bgen.tasks.blocks.folder import Writer
 from bgen.tasks.blocks.opened import Opened
 from bgen.tasks.blocks.run import rows_of_block
+from bgen.tasks.cells import annotate
 from bgen.tasks.load import Model
 from data_tools.export.to_webdataset import to_webdataset
 from data_tools.inputs import h5ad, source
@@ -49,6 +51,12 @@ def embedded(bgen: Any, demo: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     assert done.code == 0, done
     assert "600 cells" in done.out
     return out
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let classifiers choose among one strength: each costs five fits."""
+    monkeypatch.setattr(annotate, "STRENGTHS", annotate.STRENGTHS[3:4])
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -180,6 +188,7 @@ def test_damage_ends_the_run_and_keeps_what_is_done(bgen: Any, demo: Any, tmp_pa
     assert bgen(*asked).code == 0
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_file_is_read_in_blocks_and_never_whole(
     bgen: Any, demo: Any, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +229,7 @@ def test_a_file_is_read_in_blocks_and_never_whole(
             assert made.obs["donor_bgen"].astype(str).equals(whole[verb].obs["donor_bgen"].astype(str))
 
 
+@pytest.mark.usefixtures("quick")
 def test_labels_of_a_store_are_those_in_memory(bgen: Any, demo: Any, model: Model, tmp_path: Path) -> None:
     done = bgen("annotate", demo.model, demo.store, "--label", "cell_type", "--out", tmp_path / "out.zarr", "--json")
     assert done.code == 0, done
@@ -300,8 +310,16 @@ def test_wide_results_are_cut_into_batches(
 ) -> None:
     monkeypatch.setattr("bgen.tasks.blocks.folder.WIDE", 100)
     monkeypatch.setattr("bgen.tasks.blocks.run.BATCH", 64)
+    write, written = Writer.write, []
+
+    def noted(self: Writer, where: str, first: int, values: np.ndarray) -> None:
+        written.append((where, len(values)))
+        write(self, where, first, values)
+
+    monkeypatch.setattr(Writer, "write", noted)
     done = bgen("denoise", demo.model, demo.cells, "--out", tmp_path / "wide.zarr")
     assert done.code == 0, done
+    assert max(rows for where, rows in written if where == "layers/denoised") == 64  # none waits for its block to end
     layer = zarr.open_group(tmp_path / "wide.zarr", mode="r")["layers/denoised"]
     assert layer.chunks == (64, 120)
     assert len(list((tmp_path / "wide.zarr/layers/denoised").glob("*.0"))) == 10
