@@ -25,6 +25,11 @@ class TrajectoriesConfig(Section):
     )
     times: Annotated[int, Field(ge=2)] = Field(8, description="Time points of a trajectory, T, at most.")
     cells: PositiveInt = Field(32, description="Cells drawn per time point, N.")
+    pool: PositiveInt = Field(
+        16_384,
+        description="Cells of each lane, about, from which trajectories are drawn; twice as many are in memory. The"
+        " more, the more trajectories are mixed, and the less is decoded that is not used.",
+    )
 
     @property
     def size(self) -> int:

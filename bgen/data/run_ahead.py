@@ -5,13 +5,13 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import TypeVar
 
 Batch = TypeVar("Batch")
 
 
-def run_ahead(read: Callable[[int], list[Batch]], start: int, prefetch: int) -> Iterator[list[Batch]]:
+def run_ahead(read: Callable[[int], list[Batch]], start: int, prefetch: int) -> Generator[list[Batch]]:
     """Yield ``read(start)``, ``read(start + 1)``, ... without end, at most ``prefetch`` steps read ahead."""
     ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(prefetch)
     stop = threading.Event()

@@ -60,7 +60,8 @@ class SkippingReader(CountReader):
         whole = []
         for piece, start, stop in pieces:
             mended, lost = self._mend(piece)
-            self.skipped_cells += int(lost[start:stop].sum())
+            if lost.any():  # or another thread's sum could be lost
+                self.skipped_cells += int(lost[start:stop].sum())
             whole.append((mended, start, stop))
         return super().pack(whole, keys, step, first_slot)
 

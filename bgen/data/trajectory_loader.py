@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -11,11 +13,13 @@ from torch import Tensor
 from bgen.config.data import TrajectoriesConfig
 from bgen.data.batch import CellBatch
 from bgen.data.loader import CountReader
+from bgen.data.pools import Pool, read_pools
 from bgen.data.run_ahead import run_ahead
 from bgen.data.trajectory_batch import TrajectoryBatch
 from bgen.errors import UserError
 from bgen.order.keys import hash_keys
 from bgen.order.mixing import Mixing
+from bgen.order.pools import Key, PooledTrajectories
 from bgen.order.trajectories import GridOfCells, Trajectories, TrajectoryOrder
 from bgen.store.store import Store
 
@@ -65,7 +69,8 @@ def read_trajectories(store: Store, split: str, config: TrajectoriesConfig, amou
         lacks = "a cell with a time"
     if len(found) == 0:
         raise UserError(f"data.trajectories: the split '{split}' of {store.folder} has no trajectory: not {lacks}.")
-    return found
+    group = store.shuffled_within()
+    return found if group is None else found.shuffled_within(group[found.cells])
 
 
 def read_batch(
@@ -89,6 +94,9 @@ def read_batch(
 class TrajectoryLoader:
     """The batches of one rank, step by step and without end; to resume, give the number of the step.
 
+    The cells of one window of each lane are in memory, packed, and a thread reads those of the next windows, of all
+    lanes together.
+
     Parameters
     ----------
     reader
@@ -110,7 +118,7 @@ class TrajectoryLoader:
     def __init__(
         self,
         reader: CountReader,
-        order: TrajectoryOrder,
+        order: PooledTrajectories,
         *,
         seed: int,
         rank: int = 0,
@@ -125,20 +133,69 @@ class TrajectoryLoader:
         assert share % micro_batch == 0, "checked with the configuration"
         self.reader, self.order, self.seed, self.prefetch = reader, order, seed, prefetch
         self._slices = [(a, a + micro_batch) for a in range(rank * share, (rank + 1) * share, micro_batch)]
+        self._pools: dict[Key, tuple[Future[list[Pool]], int]] = {}  # which of the pools that are read together
+        self._thread: ThreadPoolExecutor | None = None
+        self._stop = threading.Event()
 
-    def steps(self, start: int = 0) -> Iterator[list[TrajectoryBatch]]:
+    def steps(self, start: int = 0) -> Generator[list[TrajectoryBatch]]:
         """Yield the micro batches of each step from ``start`` on, read ahead by a thread."""
-        return run_ahead(self.read, start, self.prefetch)
+        self._stop.clear()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="bgen-pools")
+        ahead = run_ahead(self.read, start, self.prefetch)
+        try:
+            while True:  # not "yield from", which would close it before the reading of pools has stopped
+                yield next(ahead)
+        finally:
+            self._stop.set()
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            ahead.close()
+            self._thread.shutdown()
 
     def read(self, step: int) -> list[TrajectoryBatch]:
         """Read the micro batches of one step."""
+        runs = [self.order.runs(step, low, high) for low, high in self._slices]
+        needed = list(dict.fromkeys(run.window for slice_runs in runs for run in slice_runs))
+        if any(key not in self._pools for key in needed):
+            self._fill(needed)
         size = self.order.times * self.order.cells
         batches = []
-        for low, high in self._slices:
+        for (low, high), slice_runs in zip(self._slices, runs, strict=True):
             keys = hash_keys(self.seed, _TRAIN, step, np.arange(low * size, high * size))
-            grids = self.order.read(step, low, high)
-            batches.append(read_batch(self.reader, grids, keys, step, low * size, self.mixing))
+            grids = [self.order.window(run.window).grids[run.start : run.stop] for run in slice_runs]
+            pieces = [
+                self._pool(run.window).pick(np.stack([grid.cells for grid in some]).reshape(-1))
+                for run, some in zip(slice_runs, grids, strict=True)
+            ]
+            whole = [(piece, 0, len(piece.cells)) for piece in pieces]
+            cells = self.reader.pack(whole, keys, step, low * size).to_csr()
+            batches.append(TrajectoryBatch.of_grids(cells, [grid for some in grids for grid in some], self.mixing))
+        self._turn_pages({key[1]: key for key in sorted(needed)})
         return batches
+
+    def _turn_pages(self, last: dict[int, Key]) -> None:
+        """Forget the pools before the ``last`` of each lane; once all lanes have turned, start to read the next."""
+        for key in [key for key in self._pools if key[1] not in last or key < last[key[1]]]:
+            self._pools.pop(key)
+        coming = [self.order.next_window(key) for key in last.values()]
+        if self._thread is not None and not any(key in self._pools for key in coming):
+            self._fill(coming)
+
+    def _fill(self, keys: list[Key]) -> None:
+        """Read the pools of some windows, if they are not there: together, so that each chunk is read once."""
+        keys = [key for key in keys if key not in self._pools]
+        if not keys:
+            return
+        cells = [self.order.window(key).cells for key in keys]
+        if self._thread is not None:
+            together = self._thread.submit(read_pools, self.reader, cells, self._stop.is_set)
+        else:
+            together = Future()
+            together.set_result(read_pools(self.reader, cells))
+        self._pools.update({key: (together, number) for number, key in enumerate(keys)})
+
+    def _pool(self, key: Key) -> Pool:
+        together, number = self._pools[key]
+        return together.result()[number]
 
 
 def valid_trajectories(

@@ -197,13 +197,16 @@ class Order:
         last = int(np.searchsorted(epoch.ends, high, side="left")) + 1 if high > low else first
         # the lanes' first windows differ in size, so that the lanes do not all turn a page at the same step
         edges = [first]
-        size = max(1, self.window * (number + 1) // self.lanes)
+        size = self._first_size(number)
         while edges[-1] < last:
             edges.append(min(edges[-1] + size, last))
             size = self.window
         chunk_edges = np.array(edges)
         rows = np.where(chunk_edges > 0, epoch.ends[np.maximum(chunk_edges, 1) - 1], 0)
         return _Lane(chunk_edges, np.clip(rows, low, high) - low)
+
+    def _first_size(self, lane: int) -> int:
+        return max(1, self.window * (lane + 1) // self.lanes)
 
     def _windows_of(self, epoch: int, lane: int, start: int, stop: int) -> Iterator[Run]:
         edges = self._lane(epoch, lane).row_edges

@@ -4,7 +4,11 @@ A population is the cells of one system (the columns that name it have the same 
 populations of one system in the order of time; or, along a perturbation, the control population of a system and then
 those under one perturbation and amount, in the order of time. Every trajectory
 comes once an epoch, in a keyed random order. If it has more time points or cells than asked for, a keyed random choice
-of them is taken.
+of time points, and keyed neighbours of a population, are taken.
+
+Neighbours, because a store is read by chunks: a build shuffles the cells of a population, so neighbours in its line of
+cells are as random a choice as any other, and lie in few chunks (:func:`Trajectories.neighbours`). Training shares
+what it reads among many draws besides (:mod:`bgen.order.pools`).
 
 Axes: S trajectories, P populations, T time points, N cells per time point.
 """
@@ -12,7 +16,7 @@ Axes: S trajectories, P populations, T time points, N cells per time point.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -23,7 +27,10 @@ from numpy.typing import NDArray
 from bgen.arrays import I64
 from bgen.order.keys import hash_keys, hash_text, permutation
 
-_ORDER, _POINTS, _CELLS = 3, 4, 5  # what a key is for
+_ORDER, _POINTS, _CELLS, _AT = 3, 4, 5, 7  # what a key is for
+
+SLAB = 2048
+"""Cells of a shuffled piece within which a share of the way is exact."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +51,9 @@ class Trajectories:
         bool: whether they are controls.
     treatment
         int64 ``[S]``: number of what is done in each, whatever its system; empty over time.
+    pieces
+        int64 ``[Q + 1]``, ``edges`` among them: the cells ``pieces[q]:pieces[q + 1]`` of the line ``cells`` were
+        shuffled by who wrote them. None: their order means something, or nobody knows.
     """
 
     cells: I64
@@ -52,6 +62,7 @@ class Trajectories:
     times: Sequence[NDArray[np.float32]]
     controls: Sequence[NDArray[np.bool_]]
     treatment: I64 = field(default_factory=lambda: np.zeros(0, np.int64))
+    pieces: I64 | None = None
 
     def __len__(self) -> int:
         return len(self.points)
@@ -138,6 +149,51 @@ class Trajectories:
         """Return the cells of a population, ascending."""
         return self.cells[self.edges[number] : self.edges[number + 1]]
 
+    def shuffled_within(self, group: NDArray[Any]) -> Trajectories:
+        """Return these, told that cells ``[n]`` of the line with the same value of ``group`` lie in random order."""
+        return replace(self, pieces=np.union1d(self.edges, np.flatnonzero(group[1:] != group[:-1]) + 1))
+
+    def neighbours(self, number: int, n: int, at: float, *key: int) -> I64:
+        """Return min(n, size) distinct cells of a population, ascending, each of them equally likely.
+
+        They are neighbours in the line of the population's cells, from a share ``at`` of the way on, where the line is
+        one shuffled piece; else neighbours in each piece, as many as is its part of the population; and any cells
+        where nothing was shuffled. Populations that are spread over the same chunks have their cells at one share of
+        the way in the same chunks, about: so one ``at`` for many of them makes them share what is read.
+
+        Parameters
+        ----------
+        at
+            From 0 up to 1; uniform where cells are to be equally likely. Of pieces of more than :data:`SLAB` cells it
+            tells the place in the store, in steps of about so many cells, so that cells are alike to 2 %.
+        key
+            Of what ``at`` leaves open: a uniform choice for each population.
+        """
+        low, high = int(self.edges[number]), int(self.edges[number + 1])
+        size = high - low
+        if n >= size:
+            return self.cells[low:high]
+        if self.pieces is None:
+            return self.cells[low + choose(size, n, *key)]
+        bounds = self.pieces[np.searchsorted(self.pieces, low) : np.searchsorted(self.pieces, high) + 1]
+        phase = int(hash_keys(*key)) % size  # rounds the parts of the pieces, up as often as is right
+        taken = np.diff(((bounds - low) * n + phase) // size)
+        starts = np.array([self._start(a, b, at) for a, b in pairwise(bounds.tolist())])
+        piece = np.repeat(np.arange(len(taken)), taken)
+        place = starts[piece] + np.arange(n) - np.repeat(np.cumsum(taken) - taken, taken)
+        return np.sort(self.cells[bounds[piece] + place % np.diff(bounds)[piece]])
+
+    def _start(self, low: int, high: int, at: float) -> int:
+        """Return which cell of a piece ``low:high`` of the line is a share ``at`` of the way."""
+        slabs = max(1, (high - low) // SLAB)
+        if slabs == 1:
+            return int(at * (high - low))
+        line = self.cells[low:high]
+        slab = int(at * slabs)
+        edges = int(line[0]) + np.array([slab, slab + 1]) * (int(line[-1]) + 1 - int(line[0])) // slabs
+        first, last = np.searchsorted(line, edges).tolist()
+        return int(first + (at * slabs - slab) * (last - first))
+
 
 @dataclass(frozen=True, eq=False)
 class GridOfCells:
@@ -191,7 +247,7 @@ class TrajectoryOrder:
         if len(trajectories) == 0:
             raise ValueError(f"There are no trajectories in {name}.")
         self.trajectories, self.batch, self.times, self.cells = trajectories, batch, times, cells
-        self._key = (seed, hash_text(name))
+        self.seed, self.name, self._key = seed, name, (seed, hash_text(name))
         self._epoch = lru_cache(maxsize=2)(self._permute)
 
     def read(self, step: int, start: int = 0, stop: int | None = None) -> list[GridOfCells]:
@@ -206,22 +262,39 @@ class TrajectoryOrder:
 
     def grid(self, number: int, draw: int) -> GridOfCells:
         """Return trajectory ``number`` with the time points and cells that belong to ``draw``."""
-        points = self.trajectories.points[number]
-        taken = np.sort(permutation(len(points), *self._key, _POINTS, draw)[: self.times])
-        if len(self.trajectories.treatment):  # what is done is always done to control cells
-            taken[0] = 0
+        points, taken = self.trajectories.points[number], self.taken(number, draw)
+        at = share_of_way(*self._key, _AT, draw)
         cells = np.full((self.times, self.cells), self.trajectories.cells[self.trajectories.edges[points[0]]])
         mask = np.zeros((self.times, self.cells), bool)
         for t, point in enumerate(taken):
-            members = self.trajectories.population(int(points[point]))
-            chosen = members[choose(len(members), self.cells, *self._key, _CELLS, draw, t)]
+            key = (*self._key, _CELLS, draw, t)
+            chosen = self.trajectories.neighbours(int(points[point]), self.cells, at, *key)
             cells[t, : len(chosen)], mask[t, : len(chosen)] = chosen, True
+        return self.on_grid(number, taken, cells, mask, draw)
+
+    def taken(self, number: int, draw: int) -> I64:
+        """Return which time points of a trajectory belong to ``draw``, ascending."""
+        n = len(self.trajectories.points[number])
+        if n <= self.times:
+            return np.arange(n)
+        taken = np.sort(permutation(n, *self._key, _POINTS, draw)[: self.times])
+        if len(self.trajectories.treatment):  # what is done is always done to control cells
+            taken[0] = 0
+        return taken
+
+    def on_grid(self, number: int, taken: I64, cells: I64, mask: NDArray[np.bool_], draw: int) -> GridOfCells:
+        """Return cells ``[T, N]`` of the time points ``taken`` with what is known of these."""
         last = np.minimum(np.arange(self.times), len(taken) - 1)
         time, control = self.trajectories.times[number][taken], self.trajectories.controls[number][taken]
         return GridOfCells(cells, mask, time[last], control[last] & mask.any(1), number, taken, draw)
 
     def _permute(self, epoch: int) -> I64:
         return permutation(len(self.trajectories), *self._key, _ORDER, epoch)
+
+
+def share_of_way(*key: int) -> float:
+    """Return a number from 0 up to 1 that belongs to ``key``."""
+    return int(hash_keys(*key) >> np.uint64(11)) * 2.0**-53
 
 
 def choose(n: int, k: int, *key: int) -> I64:

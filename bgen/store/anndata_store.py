@@ -238,6 +238,10 @@ class CsrStore(Store):
         assert name == "split", name
         return self._split if rows is None else self._split[slice(*rows)]
 
+    def shuffled_within(self) -> None:
+        """See :class:`bgen.store.store.Store`: files keep the order that they have."""
+        return None
+
     def cells_of_split(self, split: str) -> I64:
         """See :class:`bgen.store.store.Store`."""
         if split not in self.manifest.splits:

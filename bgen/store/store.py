@@ -149,6 +149,15 @@ class Store:
             raise self.damaged(ValueError(f"{obs_path(column)} holds values that the manifest does not know"))
         return about, values
 
+    def shuffled_within(self) -> NDArray[Any] | None:
+        """Return a value ``[n_cells]``: neighbours with the same one were put in random order, within their split.
+
+        None: the order of the cells is not known to be random.
+        """
+        if "population" in self.manifest.roles:
+            return self.column("population")[1]
+        return np.zeros(self.manifest.n_cells, np.uint8)
+
     def cells_of_split(self, split: str) -> I64:
         """Return the numbers of the cells of a split, ascending."""
         if split not in self.manifest.splits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from bgen.data.loader import CountReader
 from bgen.data.trajectory_batch import TrajectoryBatch
 from bgen.data.trajectory_loader import TrajectoryLoader, read_trajectories, valid_trajectories
 from bgen.errors import UserError
-from bgen.order.trajectories import TrajectoryOrder
+from bgen.order.pools import PooledTrajectories
 from bgen.store.open import open_store
 from bgen.store.store import Store
 from data_tools.export.to_anndata import to_anndata
@@ -24,8 +25,9 @@ from data_tools.export.to_webdataset import to_webdataset
 SHAPE = TrajectoriesConfig(system=["cell_type"], times=4, cells=30)
 
 
-def order(store: Store, batch: int = 4, split: str = "train") -> TrajectoryOrder:
-    return TrajectoryOrder(read_trajectories(store, split, SHAPE), batch, SHAPE.times, SHAPE.cells, 0, "name")
+def order(store: Store, batch: int = 4, split: str = "train") -> PooledTrajectories:
+    about = read_trajectories(store, split, SHAPE), batch, SHAPE.times, SHAPE.cells, 0, "name"
+    return PooledTrajectories(*about, lanes=8, pool=500, first_cell=store.first_cell)
 
 
 def test_cells_stand_where_the_order_puts_them(store: Store) -> None:
@@ -62,6 +64,36 @@ def test_ranks_and_micro_batches_are_slices_of_the_same_batch(store: Store) -> N
     ]
     for name in ("cells", "keys", "counts", "mask", "time", "control", "slots"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
+
+
+def test_steps_go_on_anywhere_across_windows(store: Store) -> None:
+    reader, ordered = CountReader(store), order(store)
+    last = [run.window for run in ordered.runs(40)]
+    assert min(last) > (0, 7, 0)  # all lanes have turned to other windows by then
+    steps = TrajectoryLoader(reader, order(store), seed=0, micro_batch=4).steps(0)
+    for step, (batch,) in zip(range(41), steps, strict=False):
+        if step % 10 == 0:
+            (alone,) = TrajectoryLoader(reader, ordered, seed=0, micro_batch=4).read(step)
+            for name in ("cells", "keys", "indices", "counts", "mask", "time"):
+                assert torch.equal(getattr(batch, name), getattr(alone, name)), name
+    steps.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("bgen-loader", "bgen-pools"))]
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_chunk_is_read_once_a_window(ranks: int, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks: list[int] = []
+    read = store.read_chunks
+    monkeypatch.setattr(store, "read_chunks", lambda some, *rest: chunks.extend(some.tolist()) or read(some, *rest))
+    used = set()
+    loader = TrajectoryLoader(CountReader(store), order(store), seed=0, micro_batch=1, rank=0, world=ranks)
+    for step in range(3):
+        used |= {run.window for run in loader.order.runs(step, 0, 4 // ranks)}
+        loader.read(step)
+    cells = np.unique(np.concatenate([loader.order.window(key).cells for key in used]))
+    needed = np.unique(np.searchsorted(store.first_cell, cells, side="right") - 1)
+    assert sorted(set(chunks)) == needed.tolist()
+    assert len(chunks) <= len(needed) * len({key[::2] for key in used})
 
 
 def test_held_out_trajectories_are_the_same_for_any_ranks(store: Store) -> None:

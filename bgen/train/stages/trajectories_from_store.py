@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,8 +19,12 @@ from bgen.distributed.world import World, all_sum
 from bgen.errors import UserError
 from bgen.models.codec import Codec
 from bgen.order.mixing import Mixing
+from bgen.order.pools import PooledTrajectories
 from bgen.order.trajectories import Trajectories, TrajectoryOrder
 from bgen.train.stages.whitening import keyed_sample
+
+FAR_APART = 8.0
+"""Cells decoded for one that is used, above which the user is told."""
 
 TOGETHER = 1024
 """Cells that are encoded at a time for means of populations, about."""
@@ -56,7 +61,18 @@ class TrajectorySource:
                 f"{max(1, round(config.train.global_batch / unit)) * unit}."
             )
         self.micro = micro_batch // self.shape.size
-        self.order = self._order(config.data.split)
+        about = self._about(config.data.split)
+        self.order = PooledTrajectories(
+            **about, lanes=config.data.lanes, pool=self.shape.pool, first_cell=reader.store.first_cell
+        )
+        if self.order.decoded > FAR_APART and world.is_main:
+            print(
+                f"warning: the store {reader.store.folder} does not hold populations together: training decodes about"
+                f" {self.order.decoded:.0f} cells for each one that it uses. Build it with --population COLUMN, whose"
+                f" values name these populations, or raise data.trajectories.pool={self.shape.pool}.",
+                file=sys.stderr,
+                flush=True,
+            )
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -81,7 +97,7 @@ class TrajectorySource:
         """Read this rank's held-out trajectories."""
         return valid_trajectories(
             self.reader,
-            self._order(self.config.data.valid),
+            TrajectoryOrder(**self._about(self.config.data.valid)),
             seed=self.config.seed,
             cells=self.config.train.eval_cells,
             micro_batch=self.micro,
@@ -89,16 +105,17 @@ class TrajectorySource:
             world=self.world.size,
         )
 
-    def _order(self, split: str) -> TrajectoryOrder:
+    def _about(self, split: str) -> dict[str, Any]:
+        """Return the parameters of the order of a split."""
         store, members = self.reader.store, self.config.flow.members
-        return TrajectoryOrder(
-            read_trajectories(store, split, self.shape, members.amount if members else None),
-            batch=self.config.train.global_batch // self.shape.size,
-            times=self.shape.times,
-            cells=self.shape.cells,
-            seed=self.config.seed,
-            name=f"{store.fingerprint}/{split}",
-        )
+        return {
+            "trajectories": read_trajectories(store, split, self.shape, members.amount if members else None),
+            "batch": self.config.train.global_batch // self.shape.size,
+            "times": self.shape.times,
+            "cells": self.shape.cells,
+            "seed": self.config.seed,
+            "name": f"{store.fingerprint}/{split}",
+        }
 
 
 @torch.no_grad()
