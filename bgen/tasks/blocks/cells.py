@@ -139,8 +139,8 @@ class BlockCells(ABC):
     def batches(self, start: int, stop: int, size: int) -> Iterator[Batch]:
         """Yield the cells ``start:stop``, ``size`` at a time, read ahead by a thread; ``start`` is a multiple of it."""
         pieces = self._joined(start, stop, size)
-        ahead = run_ahead(lambda _: [next(pieces, None)], 0, AHEAD)
-        with closing(ahead):  # type: ignore[type-var]
+        ahead: Any = run_ahead(lambda _: [next(pieces, None)], 0, AHEAD)
+        with closing(ahead):
             for (batch,) in ahead:
                 if batch is None:
                     return
