@@ -81,7 +81,8 @@ def test_a_file_that_changed_is_copied_again(
 
 def test_files_and_folders_of_s3_are_read(bgen: Any, folder: Path, s3: str, tmp_path: Path) -> None:
     cells = anndata.read_h5ad(folder / "cells.h5ad")
-    cells = anndata.AnnData(cells.X, obs=cells.obs[["cell_type"]], var=cells.var[[]])  # a few dozen files
+    plain = {"obs": cells.obs[["cell_type"]], "var": cells.var[[]], "uns": {"organism": cells.uns["organism"]}}
+    cells = anndata.AnnData(cells.X, **plain)  # a few dozen files
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of versions of zarr
         cells.write_zarr(tmp_path / "cells.zarr")
