@@ -241,6 +241,10 @@ class CsrStore(Store):
         """See :class:`bgen.store.store.Store`: files keep the order that they have."""
         return None
 
+    @property
+    def _is_shuffled(self) -> bool:
+        return False
+
     def cells_of_split(self, split: str) -> I64:
         """See :class:`bgen.store.store.Store`."""
         if split not in self.manifest.splits:
@@ -252,9 +256,9 @@ class CsrStore(Store):
         part = np.searchsorted(self._first_rows, cells, side="right") - 1
         return part.astype(np.int32), cells - self._first_rows[part]
 
-    def names(self) -> NDArray[np.str_]:
+    def names(self, cells: I64 | None = None) -> NDArray[np.str_]:
         """See :class:`bgen.store.store.Store`."""
-        return self._names
+        return self._names if cells is None else self._names[cells]
 
     def read_chunks(self, chunks: I64, arena: Arena, slots: I64) -> list[Future[None]]:
         """See :class:`bgen.store.store.Store`."""
