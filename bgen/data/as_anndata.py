@@ -10,6 +10,7 @@ from anndata import AnnData
 from bgen.arrays import I64
 from bgen.data.loader import CountReader
 from bgen.names import index_name
+from bgen.order.sample import SCATTERED
 from bgen.store.store import Store
 
 
@@ -25,7 +26,7 @@ def read_anndata(store: Store, cells: I64) -> AnnData:
     counts = sp.csr_matrix(
         (batch.counts.numpy(), batch.indices.numpy(), batch.indptr.numpy()), shape=(len(cells), batch.n_genes)
     )
-    obs = pd.DataFrame(index=pd.Index(store.names()[cells], name=index_name("cell", store.manifest.columns)))
+    obs = pd.DataFrame(index=pd.Index(store.names(cells=cells), name=index_name("cell", store.manifest.columns)))
     for name in store.manifest.columns:
         column, values = store.column(name)
         if column.kind == "category":
@@ -46,6 +47,8 @@ def read_anndata(store: Store, cells: I64) -> AnnData:
 def read_split(store: Store, split: str, limit: int | None = None, seed: int = 0) -> AnnData:
     """Return the cells of a split, or a seeded sample of at most ``limit`` of them."""
     cells = store.cells_of_split(split)
-    if limit is not None and len(cells) > limit:
+    if limit is not None and len(cells) > SCATTERED * limit:  # few chunks of a large store are read
+        cells = store.sample(cells, limit, seed)
+    elif limit is not None and len(cells) > limit:
         cells = np.sort(np.random.default_rng(seed).choice(cells, limit, replace=False))
     return read_anndata(store, cells)

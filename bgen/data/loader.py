@@ -259,8 +259,7 @@ def valid_batches(
     members = reader.store.cells_of_split(split)
     if len(members) == 0:
         raise UserError(f"The split '{split}' of {reader.store.folder} holds no cells. Choose another data.valid.")
-    if len(members) > cells:
-        members = np.sort(members[np.argsort(hash_keys(seed, _VALID, members))[:cells]])
+    members = reader.store.sample(members, cells, seed, _VALID)
     per_step = min(micro_batch, -(-len(members) // world)) * world
     batches = []
     for start in range(0, len(members), per_step):

@@ -242,6 +242,10 @@ class CsrStore(Store):
         """See :class:`bgen.store.store.Store`: files keep the order that they have."""
         return None
 
+    @property
+    def _is_shuffled(self) -> bool:
+        return False
+
     def cells_of_split(self, split: str) -> I64:
         """See :class:`bgen.store.store.Store`."""
         if split not in self.manifest.splits:
@@ -253,9 +257,10 @@ class CsrStore(Store):
         part = np.searchsorted(self._first_rows, cells, side="right") - 1
         return part.astype(np.int32), cells - self._first_rows[part]
 
-    def names(self, rows: tuple[int, int] | None = None) -> NDArray[np.str_]:
+    def names(self, rows: tuple[int, int] | None = None, *, cells: I64 | None = None) -> NDArray[np.str_]:
         """See :class:`bgen.store.store.Store`."""
-        return self._names if rows is None else self._names[slice(*rows)]
+        found = self._names if rows is None else self._names[slice(*rows)]
+        return found if cells is None else found[cells]
 
     def read_chunks(self, chunks: I64, arena: Arena, slots: I64) -> list[Future[None]]:
         """See :class:`bgen.store.store.Store`."""

@@ -32,6 +32,7 @@ from bgen.errors import Unreachable, UserError, nearest
 from bgen.genes.table import NAME as GENES
 from bgen.genes.table import hash_genes, parse_genes
 from bgen.order.cells import Members, Order
+from bgen.order.sample import sample
 from bgen.store.arena import Arena
 from bgen.store.format.codec import PROFILES, find_wrong_sizes, locate_rows
 from bgen.store.format.columns import ROWS_CHUNK, count_chunks, obs_path, read_array
@@ -158,6 +159,15 @@ class Store:
             return self.column("population")[1]
         return np.zeros(self.manifest.n_cells, np.uint8)
 
+    def sample(self, cells: I64, n: int, *key: int) -> I64:
+        """Return min(n, all) of some cells that belong to ``key``, ascending (see :mod:`bgen.order.sample`)."""
+        return sample(cells, n, self.first_cell, *key, whole=self._is_shuffled)
+
+    @property
+    def _is_shuffled(self) -> bool:
+        """Whether the cells of a split are in random order."""
+        return "population" not in self.manifest.roles
+
     def cells_of_split(self, split: str) -> I64:
         """Return the numbers of the cells of a split, ascending."""
         if split not in self.manifest.splits:
@@ -234,11 +244,12 @@ class Store:
             raise self.damaged(ValueError("rows/split names splits that the manifest does not know"))
         return values
 
-    def names(self, rows: tuple[int, int] | None = None) -> NDArray[np.str_]:
-        """Return the barcodes ``[n_cells]``; ``rows`` as for :meth:`column`."""
+    def names(self, rows: tuple[int, int] | None = None, *, cells: I64 | None = None) -> NDArray[np.str_]:
+        """Return the barcodes ``[n_cells]``; ``rows`` as for :meth:`column`, or only those of some ``cells [n]``."""
         raw = self._read_array("origin/name", rows=rows)
         if raw.dtype != np.uint8 or raw.ndim != 2:
             raise self.damaged(ValueError("origin/name holds no texts"))
+        raw = raw if cells is None else raw[cells]  # as texts they take ten times the memory
         try:
             return np.char.decode(np.ascontiguousarray(raw).view(f"S{raw.shape[1]}")[:, 0], "utf-8")
         except UnicodeDecodeError as error:

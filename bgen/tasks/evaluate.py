@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 from anndata import AnnData
 
-from bgen.data.as_anndata import read_anndata
+from bgen.data.as_anndata import read_split
 from bgen.errors import MOST_SEEDS, UserError, require_number
 from bgen.evaluate.protocols.scores import Scores
 from bgen.evaluate.registry import CellsProtocol, find_protocol
@@ -120,12 +120,9 @@ def score(
 
 
 def _read_sample(store: Store, split: str, seed: int) -> AnnData:
-    cells = store.cells_of_split(split)
-    if len(cells) == 0:
+    if len(store.cells_of_split(split)) == 0:
         raise UserError(f"The split '{split}' of {store.folder} holds no cells to judge by.")
-    if len(cells) > MOST_CELLS:
-        cells = np.sort(np.random.default_rng(seed).choice(cells, MOST_CELLS, replace=False))
-    return read_anndata(store, cells)
+    return read_split(store, split, MOST_CELLS, seed)
 
 
 def _read_generated(path: Path, store: Store, test: AnnData) -> AnnData:

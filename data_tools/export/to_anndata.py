@@ -86,7 +86,7 @@ def to_anndata(
 def _annotation(store: Store, cells: I64) -> anndata.AnnData:
     """Return everything but the counts."""
     manifest = store.manifest
-    obs = pd.DataFrame(index=pd.Index(store.names()[cells], name=index_name("cell", manifest.columns)))
+    obs = pd.DataFrame(index=pd.Index(store.names(cells=cells), name=index_name("cell", manifest.columns)))
     for name in manifest.columns:
         column, values = store.column(name)
         picked = values[cells]

@@ -49,6 +49,10 @@ PACKAGES = {
 """The other loaders, and what their environment must hold."""
 
 
+TRAJECTORIES = "trajectories"
+"""The form of bgen's loader of populations, whose CPU time for a cell is compared with that of its CSR batches."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One row of the table: ``path`` is a name in the atlas folder, the rest as in
@@ -69,7 +73,7 @@ def cases(peers: Sequence[str], batches: Sequence[int], threads: int) -> list[Ca
         first = batch == batches[0]
         for profile in PROFILES:
             found += [Case("bgen", profile, batch, "packed"), Case("bgen", profile, batch, "packed", threads)]
-            found += [Case("bgen", profile, batch, form) for form in ("csr", "dense") if first]
+            found += [Case("bgen", profile, batch, form) for form in ("csr", "dense", TRAJECTORIES) if first]
         if "annbatch" in peers:
             found += [Case("annbatch", "annbatch", batch, form) for form in ("csr", "dense") if first or form == "csr"]
         if "cellstream" in peers:
@@ -260,8 +264,19 @@ def _summarise(case: Case, records: list[dict[str, Any]], folder: Path, cells: i
 
 
 def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add each row's rates relative to annbatch's and cellstream's of the same batch size and, if dense, form."""
+    """Add each row's rates relative to annbatch's and cellstream's of the same batch size and, if dense, form.
+
+    Of trajectories: the CPU time of a cell over that of the CSR batches of the same store and size.
+    """
     for row in rows:
+        if row["form"] == TRAJECTORIES:
+            same = [
+                base["cpu_rate"]
+                for base in rows
+                if base["form"] == "csr" and all(base[key] == row[key] for key in ("path", "batch", "threads"))
+            ]
+            row["cpu_per_cell_over_csr"] = same[0] / row["cpu_rate"]
+            continue
         for peer in ("annbatch", "cellstream"):
             for base in rows:
                 same_form = (base["form"] == "dense") == (row["form"] == "dense")

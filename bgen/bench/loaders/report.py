@@ -25,10 +25,12 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
         title=_atlas(result),
         caption=f"{machine['cpu']}, {machine['cores']} cores; medians of {result['repetitions']} repetitions of"
         f" {result['seconds']:g} s; types per batch at random: {random}; write: from"
-        f" h5ad, by bgen with 2 processes, its check included; x: cells per CPU-second over the peer's",
+        f" h5ad, by bgen with 2 processes, its check included; x: cells per CPU-second over the peer's; CPU over"
+        " csr: CPU time of a cell of trajectories over that of bgen's csr",
     )
     columns = (
         "loader batch form threads cells/s per_CPU-s B/cell write_s private_MB first_s types x_annbatch x_cellstream"
+        " CPU_over_csr"
     )
     for column in columns.split():
         table.add_column(column.replace("_", " "), justify="left" if column in ("loader", "form") else "right")
@@ -47,6 +49,7 @@ def show(result: dict[str, Any], console: Console | None = None) -> None:
             f"{row['first_batch_s']:.2f}",
             f"{row['types']:.1f}" if row.get("types") else "",
             *(f"{ratio:.2f}" if ratio else "" for ratio in ratios),
+            f"{row['cpu_per_cell_over_csr']:.2f}" if "cpu_per_cell_over_csr" in row else "",
             style="bold" if row["loader"] == "bgen" else None,
         )
     (console or Console(width=140)).print(table)

@@ -38,7 +38,8 @@ class Job:
     batch
         Cells per batch.
     form
-        "packed", "csr" or "dense": what a batch is at the end, as torch tensors or scipy matrices on the CPU.
+        "packed", "csr" or "dense": what a batch is at the end, as torch tensors or scipy matrices on the CPU;
+        "trajectories": CSR of populations, 32 cells at each of 8 times, that are spread over the store.
     threads
         Threads that decode, where the loader can be told.
     seconds
@@ -65,6 +66,9 @@ def bgen(job: Job) -> Callable[[], Batches]:
 
     def open_() -> Batches:
         store = Store(job.path, threads=job.threads)
+        if job.form == "trajectories":
+            for (batch,) in _trajectories(store, job).steps():
+                yield len(batch), batch.obs["cell_type"].numpy() if job.types else None
         order = store.order("train", batch=job.batch, lanes=8, window=16, seed=0)
         loader = TrainLoader(CountReader(store, ["cell_type"] if job.types else []), order, seed=0)
         dense = torch.empty(job.batch if job.form == "dense" else 0, store.manifest.n_genes)
@@ -77,6 +81,35 @@ def bgen(job: Job) -> Callable[[], Batches]:
             yield len(packed), packed.obs["cell_type"].numpy() if job.types else None
 
     return open_
+
+
+def _trajectories(store: Any, job: Job) -> Any:
+    """Return the loader of courses of the batches of the atlas, at times that are made up."""
+    import numpy as np
+
+    from bgen.config.data import TrajectoriesConfig
+    from bgen.data.loader import CountReader
+    from bgen.data.trajectory_loader import TrajectoryLoader
+    from bgen.order.keys import hash_keys
+    from bgen.order.pools import PooledTrajectories
+    from bgen.order.trajectories import Trajectories
+
+    shape, cells = TrajectoriesConfig(), store.cells_of_split("train")
+    time = (hash_keys(0, cells) % np.uint64(shape.times)).astype(np.float32)
+    courses = Trajectories.over_time(cells, [store.column("batch")[1][cells]], time, np.zeros(len(cells), bool))
+    order = PooledTrajectories(
+        courses.shuffled_within(np.zeros(len(cells), np.uint8)),
+        batch=max(1, job.batch // shape.size),
+        times=shape.times,
+        cells=shape.cells,
+        seed=0,
+        name="bench",
+        lanes=8,
+        pool=shape.pool,
+        first_cell=store.first_cell,
+    )
+    reader = CountReader(store, ["cell_type"] if job.types else [])
+    return TrajectoryLoader(reader, order, seed=0, micro_batch=order.batch)
 
 
 def annbatch(job: Job) -> Callable[[], Batches]:

@@ -34,7 +34,7 @@ from bgen.train.stages.from_store import StoreStage
 from bgen.train.stages.levels import fit_generated_levels
 from bgen.train.stages.members import COEXPRESSION_CELLS, TrainedMembers, label_sets, read_named_vectors
 from bgen.train.stages.trajectories_from_store import population_means
-from bgen.train.stages.whitening import fit_whitening, keyed_sample
+from bgen.train.stages.whitening import fit_whitening
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class FlowStage(StoreStage):
         sets = label_sets(column.categories, [control], config.separator, names, trained)
         is_control = np.array([sets.grammar.is_control(label) for label in column.categories])
         controls = cells[(codes[cells] >= 0) & is_control[codes[cells]]]
-        some = keyed_sample(controls if len(controls) else cells, COEXPRESSION_CELLS, 0)
+        some = store.sample(controls if len(controls) else cells, COEXPRESSION_CELLS, 0)
         batch = self.reader.read_cells(some)
         shape = (len(some), batch.n_genes)
         counts = sp.csr_matrix((batch.counts.numpy(), batch.indices.numpy(), batch.indptr.numpy()), shape)
@@ -157,7 +157,7 @@ class FlowStage(StoreStage):
         assert trajectories is not None
         cells = store.cells_of_split(self.config.data.split)
         codes = store.column(members.column)[1]
-        cells = keyed_sample(cells[codes[cells] >= 0], MOST_CELLS, 0)
+        cells = store.sample(cells[codes[cells] >= 0], MOST_CELLS, 0)
         codes = codes[cells].astype(np.int64)
         amounts = np.full(len(cells), np.nan)
         if members.amount is not None:

@@ -20,14 +20,16 @@ from bgen.errors import UserError
 from bgen.models.codec import Codec
 from bgen.order.mixing import Mixing
 from bgen.order.pools import PooledTrajectories
-from bgen.order.trajectories import Trajectories, TrajectoryOrder
-from bgen.train.stages.whitening import keyed_sample
+from bgen.order.trajectories import Trajectories, TrajectoryOrder, share_of_way
 
 FAR_APART = 8.0
 """Cells decoded for one that is used, above which the user is told."""
 
-TOGETHER = 1024
-"""Cells that are encoded at a time for means of populations, about."""
+TOGETHER = 16_384
+"""Cells that are read at a time for means of populations, about: neighbours of populations that share chunks."""
+
+ENCODED = 1024
+"""Cells of them that are encoded at a time."""
 
 
 class TrajectorySource:
@@ -130,10 +132,15 @@ def population_means(
     means = torch.zeros(n, codec.size)
     size = max(1, TOGETHER // cells)
     groups = [range(start, min(start + size, n)) for start in range(0, n, size)]
-    for group in groups[world.rank :: world.size]:
-        members = [keyed_sample(trajectories.population(number), cells, number) for number in group]
+    for number, group in list(enumerate(groups))[world.rank :: world.size]:
+        at = share_of_way(number)
+        members = [trajectories.neighbours(population, cells, at, population) for population in group]
         every, back = np.unique(np.concatenate(members), return_inverse=True)
-        z = codec.latents(reader.read_cells(every).to(world.device)).cpu()[torch.from_numpy(back)]
-        for number, part in zip(group, z.split([len(some) for some in members]), strict=True):
-            means[number] = part.mean(0)
+        batch = reader.read_cells(every)
+        parts = torch.arange(len(every)).split(ENCODED)
+        z = torch.cat([codec.latents(batch.take(part).to(world.device)).cpu() for part in parts])[
+            torch.from_numpy(back)
+        ]
+        for population, part in zip(group, z.split([len(some) for some in members]), strict=True):
+            means[population] = part.mean(0)
     return all_sum(means).numpy()

@@ -15,7 +15,7 @@ from bgen.models.vae.vae import VAE
 from bgen.store.store import Store
 from bgen.train.stages.from_store import StoreStage
 from bgen.train.stages.levels import fit_levels
-from bgen.train.stages.whitening import fit_whitening, keyed_sample
+from bgen.train.stages.whitening import fit_whitening
 
 START_CELLS = 8_192
 """Training cells whose statistics the VAE starts from."""
@@ -36,7 +36,7 @@ class VAEStage(StoreStage):
                 raise UserError(f"vae.covariates: '{name}' holds numbers; covariates are categories, such as batch.")
             categories[name] = len(column.categories)
         self.module = VAE(config.vae, store.manifest.n_genes, categories)
-        some = keyed_sample(store.cells_of_split(config.data.split), START_CELLS, config.seed)
+        some = store.sample(store.cells_of_split(config.data.split), START_CELLS, config.seed)
         self.module.look_at(self.reader.read_cells(some))  # the same on every rank
         self._describe_genes(self.module)
 

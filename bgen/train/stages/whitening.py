@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
 from bgen.data.loader import CountReader
 from bgen.distributed.world import World, all_sum, gather
 from bgen.models.codec import CountsCodec
-from bgen.order.keys import hash_keys
 
 WHITENING_CELLS = 262_144
 """Training cells that the latents' mean and standard deviation are taken over, at most."""
@@ -18,17 +15,10 @@ WHITENING_CELLS = 262_144
 
 def fit_whitening(codec: CountsCodec, reader: CountReader, split: str, world: World) -> None:
     """Fit a codec's whitening on (at most :data:`WHITENING_CELLS`) cells of a split; every rank takes a share."""
-    cells = keyed_sample(reader.store.cells_of_split(split), WHITENING_CELLS, 0)
+    cells = reader.store.sample(reader.store.cells_of_split(split), WHITENING_CELLS, 0)
     stats = codec.whitening_stats()
     for part in np.array_split(cells, -(-len(cells) // 1024))[world.rank :: world.size]:
         codec.accumulate_whitening(stats, reader.read_cells(part).to(world.device))
     stats.sums.copy_(all_sum(stats.sums.cpu()))
     stats.bounds.copy_(torch.stack(gather(stats.bounds.cpu())).amax(dim=0))
     codec.fit_whitening(stats)
-
-
-def keyed_sample(cells: np.ndarray[Any, np.dtype[np.int64]], n: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return at most ``n`` of the cells, ascending, the same on every rank."""
-    if len(cells) <= n:
-        return cells
-    return np.sort(cells[np.argsort(hash_keys(seed, cells))[:n]])

@@ -29,7 +29,10 @@ def test_bgen_alone(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "loader.json").read_text()) == result
     assert (tmp_path / "out" / "loader.png").stat().st_size > 10_000
     rows = {(row["path"], row["form"], row["threads"]): row for row in result["rows"]}
-    assert len(rows) == 8
+    assert len(rows) == 10
+    assert rows["small", "trajectories", 1]["cpu_per_cell_over_csr"] == pytest.approx(
+        rows["small", "csr", 1]["cpu_rate"] / rows["small", "trajectories", 1]["cpu_rate"]
+    )
     for row in rows.values():
         assert row["cpu_rate"] > 1000
         assert row["wall_rate"] > 1000
@@ -46,7 +49,7 @@ def test_bgen_alone(tmp_path: Path) -> None:
     assert not any("Writing the atlas" in line for line in said)  # it is kept
 
 
-@pytest.mark.parametrize("form", ["packed", "csr", "dense"])
+@pytest.mark.parametrize("form", ["packed", "csr", "dense", "trajectories"])
 def test_a_job_is_measured(form: str, atlas: Atlas, folder: Path) -> None:
     job = Job("bgen", str(folder / "small"), 256, form, 1, 0.1, str(folder / "types.npy"))
     found = measure(job)
@@ -54,7 +57,10 @@ def test_a_job_is_measured(form: str, atlas: Atlas, folder: Path) -> None:
     assert found["wall_rate"] > 1000
     assert 0 < found["first_batch_s"] < 30
     assert 50 < found["private_mb"] < 4000
-    assert found["types"] == pytest.approx(_random_types(atlas, 256), rel=0.1)
+    if form == "trajectories":  # of one batch of the atlas, which has fewer types than all
+        assert 1 < found["types"] < 1.1 * _random_types(atlas, 256)
+    else:
+        assert found["types"] == pytest.approx(_random_types(atlas, 256), rel=0.1)
     assert not [thread for thread in threading.enumerate() if thread.name == "bgen-loader"]
 
 
@@ -82,6 +88,18 @@ def test_ratios_compare_the_same_batch_and_form() -> None:
     assert dense["cpu_over_annbatch"] == 3.0
     assert "cpu_over_annbatch" not in large
     assert "cpu_over_cellstream" not in packed
+
+
+def test_trajectories_are_compared_with_the_same_store() -> None:
+    def row(path: str, form: str, rate: float, threads: int = 1) -> dict[str, Any]:
+        of = {"loader": "bgen", "path": path, "batch": 1024, "form": form, "threads": threads}
+        return of | {"cpu_rate": rate, "wall_rate": rate}
+
+    rows = [row("small", "csr", 9.0), row("fast", "csr", 12.0), row("fast", "packed", 20.0)]
+    *others, found = _with_ratios([*rows, row("fast", "trajectories", 4.0)])
+    assert found["cpu_per_cell_over_csr"] == 3.0
+    assert not any("cpu_per_cell_over_csr" in other for other in others)
+    assert Case("bgen", "fast", 1024, "trajectories") in cases([], [1024, 4096], 2)
 
 
 def test_peers_that_cannot_be_measured_are_explained(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.log_counts import LogCounts
 from bgen.models.vae.vae import VAE
 from bgen.order.keys import hash_keys
+from bgen.order.sample import sample
 from bgen.train.stages import levels
 
 GENES, CELLS = 60, 3000
@@ -35,6 +36,9 @@ class Cells:
 
     def cells_of_split(self, split: str) -> NDArray[np.int64]:
         return np.arange(len(self.counts))
+
+    def sample(self, cells: NDArray[np.int64], n: int, *key: int) -> NDArray[np.int64]:
+        return sample(cells, n, np.array([0, len(cells)]), *key)
 
     def read_cells(self, cells: NDArray[np.int64]) -> CellBatch:
         counts = self.counts[cells].float()
