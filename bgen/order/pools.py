@@ -126,10 +126,13 @@ class PooledTrajectories(TrajectoryOrder):
         measured: dict[int, float] = {}
         for self.draws in DRAWS:
             self._deal()
-            measured[self.draws] = self.window((0, self.lanes - 1, 0)).decoded(first_cell)
-            if measured[self.draws] <= DECODED or self._width == 2:
+            window = self.window((0, self.lanes - 1, 0))
+            if measured and len(window.cells) > 2 * pool:  # a single trajectory needs more than there is room for
                 break
-        if measured[self.draws] > DECODED:
+            measured[self.draws] = window.decoded(first_cell)
+            if measured[self.draws] <= DECODED:
+                break
+        if measured.get(self.draws, np.inf) > DECODED:
             self.draws = min(measured, key=lambda k: (measured[k], k))
             self._deal()
         self.decoded = measured[self.draws]

@@ -18,9 +18,11 @@ from bgen.config.load import load_config
 from bgen.data.loader import CountReader, valid_batches
 from bgen.distributed.world import World
 from bgen.errors import UserError
+from bgen.order import pools
 from bgen.store.format.manifest import hash_folder, read_manifest
 from bgen.store.open import open_data
 from bgen.store.store import Store
+from bgen.train.stages import trajectories_from_store
 from bgen.train.stages.from_store import StoreStage
 from bgen.train.stages.registry import make_stage
 from bgen.train.trainer import Trainer, check
@@ -152,6 +154,38 @@ def test_packed_batches_train_like_unpacked_ones(demo: Any, tmp_path: Path) -> N
         losses.append(Trainer(config, stage).fit().losses)
     assert len(losses[0]) == 8
     assert losses[0] == losses[1]
+
+
+def test_populations_that_lie_far_apart_are_said_before_the_first_step(
+    contents: Contents, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The few cells of a population stand in as many chunks, or side by side."""
+    monkeypatch.setattr(pools, "DRAWS", (1,))  # in a store of this size many draws would make up for it
+    rng = np.random.default_rng(0)
+    population = rng.permutation(np.repeat(np.arange(200), len(contents.obs) // 200 + 1)[: len(contents.obs)])
+    obs = contents.obs.assign(clone=[f"c{i}" for i in population])
+    for name, roles in (("apart", {}), ("together", {"population": "clone"})):
+        made = replace(contents, obs=obs, roles=contents.roles | roles)
+        write_store(tmp_path / name, made, profile="small", seed=0, created_by="test")
+
+    def start(name: str) -> tuple[str, float]:
+        trajectories = "data.trajectories={system: [clone], times: 2, cells: 2, pool: 32}"
+        settings = f"data.store={tmp_path / name}", "train.global_batch=16", "train.micro_batch=16", trajectories
+        config = load_config(
+            "demo/flow", [*settings, f"out={tmp_path / 'run'}", "flow.vae=none", "flow.fit_levels=false"]
+        )
+        stage = StoreStage(config, open_data(config.data), World(0, 1, 0, 1, torch.device("cpu")), [])
+        assert stage.trajectories is not None
+        return capsys.readouterr().err, stage.trajectories.order.decoded
+
+    said, decoded = start("apart")
+    assert f"does not hold populations together: training decodes about {decoded:.0f} cells" in said
+    assert "--population COLUMN" in said
+    monkeypatch.setattr(trajectories_from_store, "FAR_APART", decoded - 1)
+    assert start("apart")[0]
+    said, nearer = start("together")
+    assert nearer < decoded - 1
+    assert said == ""
 
 
 def test_an_empty_held_out_split_and_too_few_lanes_are_said_before_the_first_step(

@@ -116,7 +116,7 @@ class StoreStage:
                 f"The split '{data.valid}' of {data.store} holds no cells: choose another data.valid, or train without"
                 " held-out cells (train.eval_every=0)."
             )
-        if data.trajectories is None and self.world.size > data.lanes and self.world.is_main:
+        if self.world.size > data.lanes and self.world.is_main:
             factor = self.world.size / data.lanes
             print(
                 f"warning: {self.world.size} ranks share data.lanes={data.lanes} lanes, so that each chunk is read"
