@@ -24,9 +24,6 @@ from bgen.data.batch import CellBatch
 from bgen.distributed import world as ranks
 from bgen.distributed.report import report_user_error
 from bgen.errors import UserError
-from bgen.tasks.blocks import run as blocks
-from bgen.tasks.blocks.verbs import embed_in_blocks
-from bgen.tasks.load import load_model
 from bgen.train.trainer import Trainer
 
 AVERAGED = {"ema": 0.9, "patience": 20, "eval_every": 5}
@@ -165,6 +162,11 @@ def killed_while_saving(folder: Path) -> dict[str, Any]:
 
 def killed_while_embedding(folder: Path) -> dict[str, Any]:
     """Rank 1 dies of SIGKILL when its first block is written and not told; rank 0 is ended by the launcher."""
+    # here, since another scenario looks at what a training imports
+    from bgen.tasks.blocks import run as blocks
+    from bgen.tasks.blocks.verbs import embed_in_blocks
+    from bgen.tasks.load import load_model
+
     committed = blocks.commit
 
     def killing(path: Path, data: bytes) -> None:
