@@ -123,10 +123,13 @@ class Writer:
         arrays = {name: item for name, item in items if isinstance(item, zarr.Array) and item.shape[:1] == (folder.n,)}
         # a chunk of zeros is written like any other: one that is not there was not written
         self._arrays = {name: array.with_config({"write_empty_chunks": True}) for name, array in arrays.items()}
+        self._written: set[str] = set()
 
     def write(self, where: str, first: int, values: NDArray[Any]) -> None:
         """Write values, or codes of categories, of the cells from ``first`` on: whole chunks, except at the end."""
-        array: Any = self._arrays[where if where in self._arrays else f"{where}/codes"]
+        name = where if where in self._arrays else f"{where}/codes"
+        self._written.add(name)
+        array: Any = self._arrays[name]
         array[first : first + len(values)] = values.astype(array.dtype, copy=False)
 
     def sync(self, first: int, last: int) -> None:
@@ -134,7 +137,9 @@ class Writer:
         for name, array in self._arrays.items():
             rows = array.chunks[0]
             for chunk in range(first // rows, -(-last // rows)):
-                sync_file(self.folder.path / name / ".".join([str(chunk), *["0"] * (array.ndim - 1)]))
+                path = self.folder.path / name / ".".join([str(chunk), *["0"] * (array.ndim - 1)])
+                if name in self._written or path.exists():  # of what anndata wrote, chunks of one value need no file
+                    sync_file(path)
 
 
 def add_array(group: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], rows: int) -> None:
