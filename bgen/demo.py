@@ -29,7 +29,7 @@ from data_tools.check.check import check
 from data_tools.simulate.simulate import simulate
 
 ASKED = ("cell_type", "perturbation", "time", "dose")
-"""Roles that the demo's flow is conditioned on, where the data has them."""
+"""Roles that a flow is conditioned on where the data has them: the demo's, and in Python unless it is said."""
 
 STEPS = 7
 

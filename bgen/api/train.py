@@ -21,6 +21,7 @@ from bgen.config.load import load_config
 from bgen.config.run import Config
 from bgen.config.train import TrainConfig
 from bgen.config.vae import VAEConfig
+from bgen.demo import ASKED
 from bgen.errors import UserError, nearest
 from bgen.store.open import open_manifest
 from bgen.store.store import Store
@@ -29,9 +30,6 @@ from bgen.train.run import train
 
 Data: TypeAlias = AnnData | Store | str | PathLike[str]
 """AnnData in memory, a file of cells, a store, or its folder or address."""
-
-ASKED = ("cell_type", "perturbation", "time", "dose")
-"""Roles that a flow is conditioned on unless it is said, where the data has them."""
 
 
 def train_vae(
@@ -57,7 +55,7 @@ def train_vae(
     covariates
         obs columns (or roles) that the decoder is told, and latents need not hold; default: the batch, if there is one.
     config
-        Name of a configuration that comes with bgen, such as "sizes/tiny" on top of "vae", or a YAML file.
+        Name of a configuration that comes with bgen, such as "demo/vae", or a YAML file.
     resume
         Go on with the run in ``out``, or start if there is none.
     settings

@@ -166,10 +166,10 @@ class RemoteFiles:
         OSError
             If it cannot be reached.
         """
+        if self.url.startswith(("http://", "https://")):
+            raise ValueError(f"{self.url}: what is in it cannot be listed")
         try:
             return sorted(name.decode() for name in self._kvstore.list().result())
-        except NotImplementedError:
-            raise ValueError(f"{self.url}: what is in it cannot be listed") from None
         except ValueError as error:
             raise OSError(f"{self.url} cannot be listed: {error}{self._credentials_missing(str(error))}") from None
 
