@@ -85,6 +85,7 @@ _SKY = {
     "cpus": "",
     "memory": "",
     "package": "",
+    "image": "",
 }
 
 TARGETS: dict[str, Target] = {
@@ -194,7 +195,10 @@ def launch(
     if target == "sky":
         package = _package(values["package"])
         values |= {"package": str(package), "package_name": package.name if package.suffix else "source"}
-        values["extra"] = "[gpu]" if device == "cuda" else ""
+        # an image of ours holds everything that bgen needs
+        install = "pip install --no-deps" if values["image"] else "pip install"
+        extra_name = "[gpu]" if device == "cuda" and not values["image"] else ""
+        values["install"] = f'{install} "/tmp/bgen/{values["package_name"]}{extra_name}"'
     require_new_folder(folder)
 
     script = folder / place.template
@@ -405,6 +409,7 @@ def _blocks(
     secrets = [variable.name for variable in variables if variable.secret]
     if target == "sky":
         wanted = f"accelerators: {values['accelerator']}:{ranks}\n" if device == "cuda" else ""
+        wanted += f"image_id: docker:{values['image']}\n" if values["image"] else ""
         here = _secrets_here(variables)
         return {
             "environment": "\n".join(f"{name}: {_quoted(value)}" for name, value in plain.items()),

@@ -264,6 +264,11 @@ def test_what_sky_installs_travels_with_the_job(tmp_path: Path) -> None:
     (task,) = documents(render("sky", settings=[f"package={wheel}"], device="cpu", out=Path("cpu")))
     assert task["file_mounts"][f"/tmp/bgen/{wheel.name}"] == str(wheel)
     assert task["setup"].strip() == f'pip install "/tmp/bgen/{wheel.name}"'
+    assert "image_id" not in task["resources"]
+    # an image holds the packages of the lock, which are not to be replaced
+    (task,) = documents(render("sky", settings=[f"package={wheel}", "image=r.org/bgen:1"], out=Path("image")))
+    assert task["resources"]["image_id"] == "docker:r.org/bgen:1"
+    assert task["setup"].strip() == f'pip install --no-deps "/tmp/bgen/{wheel.name}"'
     with pytest.raises(UserError, match="is neither a wheel nor a checkout"):
         render("sky", settings=[f"package={tmp_path}"], out=Path("none"))
 
