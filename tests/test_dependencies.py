@@ -36,7 +36,6 @@ NOT_IMPORTED = {
     "sphinx": ".site/build.py runs it",
     "sphinx-book-theme": ".site/conf.py names it, for the looks",
     "moto": "the tests run its server as a program",
-    "packaging": "mamba-ssm's kernels import it, and are installed without their dependencies",
     "pytest-xdist": "pytest loads it by itself",
     "sqlalchemy": "MLflow keeps its sqlite file with it, and mlflow-skinny does not bring it",
     "triton": "mamba-ssm's kernels are written in it",
