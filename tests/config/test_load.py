@@ -140,8 +140,8 @@ def test_levels_are_fitted_where_cells_are_generated_one_by_one() -> None:
         load_finetune("finetune", ["parent=model", "flow.fit_levels=true"])
 
 
-# Those of sizes are parts that others extend; tests/models/test_sizes.py reads them so.
-WHOLE = sorted(path for path in packaged_configs().rglob("*.yaml") if path.parent.name != "sizes")
+# Those of sizes are parts that others extend; tests/models/backbones/test_sizes.py reads them so.
+WHOLE = sorted(path for path in packaged_configs().rglob("*.yaml") if packaged_configs() / "sizes" not in path.parents)
 
 
 @pytest.mark.parametrize("path", WHOLE, ids=lambda p: p.stem)

@@ -63,11 +63,11 @@ def test_the_linter_finds_nothing() -> None:
 @pytest.mark.slow
 def test_the_steps_of_the_image_run(tmp_path: Path) -> None:
     """In an environment of their own, with torch's build for CPUs."""
-    python = shutil.which("python3.12") or next(
-        iter(map(str, sorted(Path.home().glob(".pyenv/versions/3.12*/bin/python3.12")))), None
+    python = shutil.which("python3.11") or next(
+        iter(map(str, sorted(Path.home().glob(".pyenv/versions/3.11*/bin/python3.11")))), None
     )
     if python is None:
-        pytest.skip("the lock is for Python 3.12, which is not here")
+        pytest.skip("the lock is for Python 3.11, which is not here")
     subprocess.run([python, "-m", "venv", tmp_path / "env"], check=True)
     for name in ("launch", "bgen", "data_tools", "configs"):
         shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))

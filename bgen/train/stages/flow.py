@@ -93,6 +93,8 @@ class FlowStage(StoreStage):
         if told.label is not None:
             self.members = self._members(told)
         sizes = {} if self.members is None else {self.members.column: self.members.sizes}
+        if self.trajectories is None and world.is_main:
+            _tell_of_mixing(config.flow)
         self.module = LatentFlow(config.flow, self.codec, categories, self.numbers, sizes)
         if self.members is not None:
             self.members.describe(self.module.conditions.member_embeddings[self.members.column])
@@ -209,6 +211,19 @@ def _codec(flow: FlowConfig, store: Store, world: World) -> tuple[CountsCodec, d
     if said and world.is_main:
         print("\n".join(said), file=sys.stderr, flush=True)
     return LogCounts(flow.log_counts, genes), {"log_counts": flow.log_counts.model_dump(mode="json")}
+
+
+def _tell_of_mixing(flow: FlowConfig) -> None:
+    """Warn where single cells pay for mixing that they have no use for."""
+    idle = [axis for axis in ("time", "cells") if axis in flow.backbone.axes]
+    if idle:
+        print(
+            f"warning: flow.backbone={flow.backbone.name} mixes over {' and '.join(idle)}, but this flow learns single"
+            " cells, which have neither neighbours nor a course. They come cheaper from flow.backbone.name=mlp (extends:"
+            " [flow, sizes/cells/...]); or train trajectories.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def mean_and_std(values: np.ndarray[Any, Any]) -> tuple[float, float]:

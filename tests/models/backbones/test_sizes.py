@@ -32,12 +32,19 @@ def flow_parameters(config: Config) -> int:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes_are_what_they_are_called(size: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    assert flow_parameters(configured(size, "flow", tmp_path_factory)) == pytest.approx(SIZES[size], rel=0.15)
+    of_courses = configured(size, "trajectories", tmp_path_factory)
+    assert {"time", "cells"} <= set(of_courses.flow.backbone.axes)
+    of_cells = configured(f"cells/{size}", "flow", tmp_path_factory)
+    assert of_cells.flow.backbone.axes == ("none",)
+    assert of_cells.vae == of_courses.vae
+    for config in (of_courses, of_cells):
+        assert flow_parameters(config) == pytest.approx(SIZES[size], rel=0.15)
     assert vae_parameters(configured(size, "vae", tmp_path_factory), 20_000) == pytest.approx(SIZES[size], rel=0.15)
 
 
 def test_tiny_is_under_a_million(tmp_path_factory: pytest.TempPathFactory) -> None:
-    assert flow_parameters(configured("tiny", "flow", tmp_path_factory)) < 1e6
+    assert flow_parameters(configured("tiny", "trajectories", tmp_path_factory)) < 1e6
+    assert flow_parameters(configured("cells/tiny", "flow", tmp_path_factory)) < 1e6
     assert vae_parameters(configured("tiny", "vae", tmp_path_factory), 2_000) < 1e6
 
 
