@@ -219,8 +219,8 @@ def _tell_of_mixing(flow: FlowConfig) -> None:
     if idle:
         print(
             f"warning: flow.backbone={flow.backbone.name} mixes over {' and '.join(idle)}, but this flow learns single"
-            " cells, which have neither neighbours nor a course. They come cheaper from flow.backbone.name=mlp (extends:"
-            " [flow, sizes/cells/...]); or train trajectories.",
+            " cells, which have neither neighbours nor a course. flow.backbone.name=mlp is cheaper (extends: [flow,"
+            " sizes/cells/...]); or train trajectories.",
             file=sys.stderr,
             flush=True,
         )
