@@ -38,7 +38,6 @@ NOT_IMPORTED = {
     "moto": "the tests run its server as a program",
     "pytest-xdist": "pytest loads it by itself",
     "sqlalchemy": "MLflow keeps its sqlite file with it, and mlflow-skinny does not bring it",
-    "triton": "mamba-ssm's kernels are written in it",
 }
 """Distributions that are declared, though no file imports them, and why."""
 
@@ -60,7 +59,10 @@ NOT_DECLARED = {
 BROUGHT = {"dask": "distributed", "ninja": "deepspeed", "pydantic_core": "pydantic"}
 """Packages that are imported and come, in the version that it needs, with a core dependency."""
 
-AT_ONCE = {"bgen/serve/app.py": "`bgen serve` alone imports it, and says what it needs"}
+AT_ONCE = {
+    "bgen/serve/app.py": "`bgen serve` alone imports it, and says what it needs",
+    "bgen/models/likelihoods/sparse_triton.py": "imported on GPUs where Triton is, and kernels are made as it is",
+}
 """Files that import what an extra brings without waiting until it is used, and why."""
 
 TOOLS = {"dev"}

@@ -1,4 +1,4 @@
-"""The published Triton kernels on a CPU, through Triton's interpreter; skipped where that is not set up."""
+"""Triton kernels on a CPU, through Triton's interpreter; skipped where that is not set up."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 
-def _reason() -> str | None:
-    absent = [name for name in ("triton", "mamba_ssm", "einops") if importlib.util.find_spec(name) is None]
+def _reason(needed: tuple[str, ...]) -> str | None:
+    absent = [name for name in needed if importlib.util.find_spec(name) is None]
     if absent:
         return f"not installed: {', '.join(absent)}"
     if torch.cuda.is_available():
@@ -23,9 +23,9 @@ def _reason() -> str | None:
 
 
 @pytest.fixture(autouse=True)
-def kernels_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels_run_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip, or let the kernels' launchers believe that there is a device to choose."""
-    if (reason := _reason()) is not None:
+    if (reason := _reason(request.module.NEEDED)) is not None:
         pytest.skip(reason)
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())

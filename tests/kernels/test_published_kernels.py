@@ -20,6 +20,7 @@ from bgen.nn.points import Points
 from bgen.nn.scans import published_kernels as kernels
 from bgen.nn.scans.ssd import ssd_sequential
 
+NEEDED = ("triton", "mamba_ssm", "einops")
 pytestmark = pytest.mark.filterwarnings("ignore:Deterministic mode")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

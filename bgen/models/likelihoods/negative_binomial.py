@@ -3,10 +3,12 @@
     rho = softmax(logits),  mu = library * rho,  x ~ NB(mean mu, variance mu + mu^2 / theta)
 
 theta is the inverse dispersion, one per gene. The zero-inflated form replaces each count by zero with probability
-``sigmoid(dropout_logits)``. Everything here is float32 (or float64 where float64 is given), also under autocast.
+``sigmoid(dropout_logits)``. Everything here is computed in float32 (or float64 where float64 is given), also under
+autocast; logits are kept as they come.
 
 Each distribution is evaluated in two ways: :meth:`log_prob` takes dense counts and the textbook formula, as the
-reference; :meth:`log_prob_sparse` takes a batch and is what training uses (:mod:`bgen.models.likelihoods.sparse`).
+reference; :meth:`log_prob_sparse` takes a batch and is what training uses (:mod:`bgen.models.likelihoods.sparse`, and
+on GPUs :mod:`bgen.models.likelihoods.fused`).
 
 Axes: B cells, G genes.
 """
@@ -20,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bgen.data.batch import CellBatch
+from bgen.models.likelihoods import fused
 from bgen.models.likelihoods.sampling import sample_negative_binomial
 from bgen.models.likelihoods.sparse import SparseNB, log_softmax_at, nonzero_term
 from bgen.nn.random import Stream, uniform
@@ -54,14 +57,14 @@ class NegativeBinomial:
     log_theta: Tensor
 
     def __post_init__(self) -> None:
-        self.logits = _full_precision(self.logits)
-        self.library = self.library.to(self.logits.dtype).clamp_min(SMALLEST_LIBRARY)
-        self.log_theta = self.log_theta.to(self.logits.dtype).clamp(*LOG_THETA_RANGE)
+        precision = torch.float64 if self.logits.dtype == torch.float64 else torch.float32
+        self.library = self.library.to(precision).clamp_min(SMALLEST_LIBRARY)
+        self.log_theta = self.log_theta.to(precision).clamp(*LOG_THETA_RANGE)
 
     @property
     def rate(self) -> Tensor:
         """``[B, G]``: mu, the mean of the negative binomial."""
-        return torch.softmax(self.logits, dim=1) * self.library[:, None]
+        return torch.softmax(_full_precision(self.logits), dim=1) * self.library[:, None]
 
     @property
     def mean(self) -> Tensor:
@@ -70,7 +73,7 @@ class NegativeBinomial:
 
     def log_prob(self, counts: Tensor) -> Tensor:
         """Log-probability of each of the dense counts ``[B, G]``, by the textbook formula."""
-        log_mu = torch.log_softmax(self.logits, dim=1) + self.library.log()[:, None]
+        log_mu = torch.log_softmax(_full_precision(self.logits), dim=1) + self.library.log()[:, None]
         theta = self.log_theta.exp()
         log_total = torch.logaddexp(log_mu, self.log_theta)
         return (
@@ -84,8 +87,10 @@ class NegativeBinomial:
     def log_prob_sparse(self, batch: CellBatch) -> Tensor:
         """Log-probability of each cell ``[B]``."""
         with torch.autocast(self.logits.device.type, enabled=False):
-            counts = batch.counts.to(self.logits.dtype)
-            return SparseNB.apply(self.logits, self.log_theta, self.library, batch, counts)
+            if fused.usable(self.logits):
+                return fused.log_prob(self.logits, None, self.log_theta, self.library, batch)
+            counts = batch.counts.to(self.library.dtype)
+            return SparseNB.apply(_full_precision(self.logits), self.log_theta, self.library, batch, counts)
 
     def rate_given(self, counts: Tensor) -> Tensor:
         """Return the expected Poisson rate behind each of the dense counts ``[B, G]``.
@@ -114,48 +119,49 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
 
     dropout_logits: Tensor
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.dropout_logits = _full_precision(self.dropout_logits)
-
     @property
     def mean(self) -> Tensor:
         """``[B, G]``: expected counts."""
-        return self.rate * torch.sigmoid(-self.dropout_logits)
+        return self.rate * torch.sigmoid(-_full_precision(self.dropout_logits))
 
     def log_prob(self, counts: Tensor) -> Tensor:
         """Log-probability of each of the dense counts ``[B, G]``, by the textbook formula."""
-        negative_binomial = super().log_prob(counts)
-        kept = negative_binomial - F.softplus(self.dropout_logits)
-        zero = torch.logaddexp(negative_binomial, self.dropout_logits) - F.softplus(self.dropout_logits)
+        negative_binomial, dropout = super().log_prob(counts), _full_precision(self.dropout_logits)
+        kept = negative_binomial - F.softplus(dropout)
+        zero = torch.logaddexp(negative_binomial, dropout) - F.softplus(dropout)
         return torch.where(counts == 0, zero, kept)
 
     def log_prob_sparse(self, batch: CellBatch) -> Tensor:
         """Log-probability of each cell ``[B]``: that of all zeros, corrected at the non-zeros."""
         with torch.autocast(self.logits.device.type, enabled=False):
-            rows, counts = batch.rows, batch.counts.to(self.logits.dtype)
-            flat = rows * self.logits.shape[1] + batch.indices
+            if fused.usable(self.logits):
+                return fused.log_prob(self.logits, self.dropout_logits, self.log_theta, self.library, batch)
+            logits, dropout = _full_precision(self.logits), _full_precision(self.dropout_logits)
+            rows, counts = batch.rows, batch.counts.to(logits.dtype)
+            flat = rows * logits.shape[1] + batch.indices
             theta = self.log_theta.exp()
-            rho = torch.softmax(self.logits, dim=1)
-            log_mu = log_softmax_at(self.logits, rho, rows, flat) + self.library.log().index_select(0, rows)
+            rho = torch.softmax(logits, dim=1)
+            log_mu = log_softmax_at(logits, rho, rows, flat) + self.library.log().index_select(0, rows)
             log1p_ratio = torch.log1p(rho * self.library[:, None] / theta)
             zero = -theta * log1p_ratio
-            inflated = torch.logaddexp(zero, self.dropout_logits)
+            inflated = torch.logaddexp(zero, dropout)
             at_nonzero = nonzero_term(
                 counts, log_mu, log1p_ratio.view(-1).index_select(0, flat), theta.index_select(0, batch.indices)
             )
             at_nonzero = at_nonzero + (zero - inflated).view(-1).index_select(0, flat)
             correction = torch.segment_reduce(at_nonzero, "sum", offsets=batch.indptr, initial=0.0)
-            return (inflated - F.softplus(self.dropout_logits)).sum(dim=1) + correction
+            return (inflated - F.softplus(dropout)).sum(dim=1) + correction
 
     def rate_given(self, counts: Tensor) -> Tensor:
         """See :class:`NegativeBinomial`; the rate of what was replaced by zero is zero."""
         log_zero = -self.log_theta.exp() * torch.log1p(self.rate / self.log_theta.exp())
-        kept = torch.where(counts == 0, torch.sigmoid(log_zero - self.dropout_logits), 1.0)
+        kept = torch.where(counts == 0, torch.sigmoid(log_zero - _full_precision(self.dropout_logits)), 1.0)
         return super().rate_given(counts) * kept
 
     @torch.no_grad()
     def sample(self, keys: Tensor) -> Tensor:
         """Draw counts, int32 ``[B, G]``: a pure function of the parameters and of ``keys`` ``[B]``."""
-        kept = uniform(keys, Stream.ZERO_INFLATION, self.logits.shape[1]) > torch.sigmoid(self.dropout_logits)
+        kept = uniform(keys, Stream.ZERO_INFLATION, self.logits.shape[1]) > torch.sigmoid(
+            _full_precision(self.dropout_logits)
+        )
         return super().sample(keys) * kept

@@ -58,7 +58,7 @@ class LevelStats:
 
     def explain(self, batch: CellBatch, likelihood: NegativeBinomial) -> None:
         """Add cells with the distribution that explains them."""
-        logits = likelihood.logits.detach().requires_grad_()
+        logits = likelihood.logits.detach().float().requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(replace(likelihood, logits=logits).log_prob_sparse(batch).sum(), logits)
         mu = likelihood.rate
