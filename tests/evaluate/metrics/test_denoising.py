@@ -41,3 +41,9 @@ def test_mixing_is_one_for_equal_batches_and_zero_for_separate_ones() -> None:
     batches = rng.integers(3, size=600)
     assert batch_mixing(points, batches) == pytest.approx(1, abs=0.05)
     assert batch_mixing(points + 100 * batches[:, None].astype(np.float32), batches) == 0
+
+
+def test_a_cell_is_no_neighbour_of_its_own() -> None:
+    """All others are neighbours here, and two of three are of the other batch: as in perfect mixing."""
+    points = np.array([[0.0], [1.0], [2.0], [3.0]], np.float32)
+    assert batch_mixing(points, ["a", "b", "b", "a"]) == pytest.approx(1)

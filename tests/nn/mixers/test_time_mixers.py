@@ -185,3 +185,15 @@ def test_one_point_float32_and_autocast(name: str, real: bool) -> None:
         assert parameter.dtype == torch.float32
         # Every row does something, those of the backward direction too.
         assert parameter.grad.reshape(len(parameter), -1).abs().sum(1).min() > 0, parameter_name
+
+
+def test_s4d_holds_its_input_over_a_unit_of_time() -> None:
+    """Zero-order hold: for a constant input the sum at the places is the integral of the state equation, exactly."""
+    mixer = make("s4d")
+    assert isinstance(mixer, S4D)
+    step, gain = mixer.exponents()
+    rate = torch.complex(-mixer.A_log.exp(), mixer.A_imag)
+    places = torch.arange(6, dtype=torch.float64)
+    summed = (step[None] * places[:, None, None]).exp().sum(0) * gain[0]
+    integral = torch.view_as_complex(mixer.C)[0] * ((step * 6).exp() - 1) / rate  # of C exp(A s), s from 0 to 6 dt
+    torch.testing.assert_close(summed, integral)
