@@ -131,6 +131,28 @@ def bench_ssd(
     typer.echo(json.dumps(measure(repetitions, say=notes.print), indent=1))
 
 
+@app.command("gpu")
+def bench_gpu(
+    out: Annotated[Path, typer.Option(help="Folder for gpu.json and the mixers' table and picture.")],
+    device: Annotated[str, typer.Option(help="cuda, or cpu: the same lines in small.")] = "cuda",
+    minutes: Annotated[float, typer.Option(min=0.1, max=1e4, help="After so many, nothing new is begun.")] = 8.0,
+) -> None:
+    """Find out on a card what is right, how fast it is and what it holds: parity, steps, sampling, loading, mixers.
+
+    Exit code 1: something differs from the CPU by more than rounding.
+
+    Example: `bgen bench gpu --device cpu --out bench`
+    """
+    from bgen.bench.speed.gpu import bench_gpu as measure
+
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"--device is cpu or cuda, not '{device}'.")
+    found = measure(out, device=device, minutes=minutes, say=notes.print)
+    results.print(found.tables())
+    if not found.agrees:
+        raise typer.Exit(1)
+
+
 @app.command("time")
 def bench_time(
     file: Annotated[Path, typer.Argument(help="The course: .csv (emt), .npz (eb), .h5ad (worm, simulated).")],

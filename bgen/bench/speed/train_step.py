@@ -109,10 +109,13 @@ def time_backbone(
     device: torch.device,
     precision: str = "float32",
     repetitions: int = 5,
+    compiled: bool = False,
 ) -> Timing:
     """Time a training step of a velocity network on latents ``[B, T, N, D]`` of ``shape`` and ``size`` D."""
     torch.manual_seed(0)
     model = build_backbone(size, config).to(device)
+    if compiled:
+        compile_blocks(model)
     B, T, N = shape
     z, target = torch.randn(2, B, T, N, size, device=device)
     t, condition = torch.rand(B, T, device=device), torch.randn(B, T, config.width, device=device)
@@ -124,10 +127,14 @@ def time_backbone(
     return _time(model, loss, B * T * N, 3 * model.flops(B, T, N), device, precision, repetitions)
 
 
-def time_vae(config: Config, genes: int, cells: int, device: torch.device, repetitions: int = 5) -> Timing:
+def time_vae(
+    config: Config, genes: int, cells: int, device: torch.device, repetitions: int = 5, compiled: bool = False
+) -> Timing:
     """Time a training step of a VAE on random sparse counts."""
     torch.manual_seed(0)
     model = VAE(config.vae, genes, {}).to(device)
+    if compiled:
+        compile_blocks(model)
     expressed = max(1, round(NONZERO_SHARE * genes))
     indices = torch.stack([torch.randperm(genes)[:expressed].sort().values for _ in range(cells)])
     numbers = torch.arange(cells)
@@ -144,6 +151,14 @@ def time_vae(config: Config, genes: int, cells: int, device: torch.device, repet
         return model(batch)["loss"].mean()
 
     return _time(model, loss, cells, model.training_flops(batch), device, config.train.precision, repetitions)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Let torch compile each block of a network (the members of its lists ``blocks``) when it is first used."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and name.endswith("blocks"):
+            for block in module:
+                block.compile()
 
 
 def _time(
