@@ -68,8 +68,8 @@ class StepLosses:
             return []
         totals = ranks.all_sum(torch.stack(self._waiting).cpu()).tolist()
         steps = [
-            StepMeans({name: value / cells for name, value in zip(self._names, row, strict=True)}, *rest)
-            for row, (cells, *rest) in zip(totals, self._known, strict=True)
+            StepMeans({name: value / cells for name, value in zip(self._names, row, strict=True)}, rate, norm, applied)
+            for row, (cells, rate, norm, applied) in zip(totals, self._known, strict=True)
         ]
         self._waiting, self._known = [], []
         return steps

@@ -18,6 +18,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,8 @@ class Watch(TorchDispatchMode):
     ----------
     taken
         Copies from the device to the host within :meth:`taking`.
+    strict
+        Whether copies are refused at all; a verb of a user may wait for what it brings and fetches.
     products
         dtypes of matrix products.
     """
@@ -64,6 +67,7 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.taken = 0
+        self.strict = True
         self.products: set[torch.dtype] = set()
         self._taking = False
 
@@ -100,10 +104,10 @@ class Watch(TorchDispatchMode):
         if source.device.type == to.type:
             return
         if to.type == "cpu":
-            if not self._taking:
+            if self.strict and not self._taking:
                 raise WaitError("a copy from the device to the host")
             self.taken += 1
-        elif waits:
+        elif self.strict and waits:
             raise WaitError("a copy from the host to the device that is not non_blocking")
 
 
@@ -136,6 +140,22 @@ class Trace:
         """Trace what runs within this, in mixed precision as training runs it."""
         with self.mode, self.watch, torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             yield self.watch
+
+    @contextmanager
+    def verb(self) -> Iterator[Watch]:
+        """Trace a user's verb, which may copy back and forth; arrays that come of tensors are ones."""
+
+        def numpy(tensor: Tensor) -> Any:
+            if tensor.device.type != "cpu":
+                raise OnCPUError(f"an array is asked for of a tensor {list(tensor.shape)} that is on the device")
+            return np.ones(tensor.shape, str(tensor.dtype).removeprefix("torch."))
+
+        self.watch.strict = False
+        with pytest.MonkeyPatch.context() as patch, self(autocast=False) as watch:
+            patch.setattr(Tensor, "numpy", numpy)
+            patch.setattr("bgen.models.backbones.stack.check_times", lambda *_: None)  # on the CPU, by values
+            yield watch
+        self.watch.strict = True
 
     def on_host(self, thing: Any) -> Any:
         """Return tensors, or what holds them, without their values, still on the CPU."""

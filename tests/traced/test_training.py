@@ -1,4 +1,4 @@
-"""What runs on a GPU in a step of training, traced for CUDA: nothing waits for the device, and nothing is on the CPU."""
+"""What runs on a GPU in a step of training, traced for CUDA: nothing waits for it, and nothing is on the CPU."""
 
 from __future__ import annotations
 

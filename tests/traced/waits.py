@@ -1,4 +1,4 @@
-"""Where the host may wait for the GPU, and why: the one list. Everything else that waits fails a test of this folder."""
+"""Where the host may wait for the GPU, and why: the one list. All else that waits fails a test of this folder."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ ALLOWED = (
     ),
     Allowed(
         "bgen.models.likelihoods.sampling.negative_binomial_quantile",
-        "Counts are drawn once a cell, after all steps of the solver. Nearly all entries are zero and leave the walk at "
-        "once; without looking how many are left, each of hundreds of steps would cost as much as the first.",
+        "Counts are drawn once a cell, after all steps of the solver. Nearly all entries are zero and leave the walk "
+        "at once; without looking how many are left, each of hundreds of steps would cost as much as the first.",
         lambda uniforms, mu, theta: torch.zeros(mu.shape, dtype=torch.int32, device=mu.device),
     ),
     Allowed(
-        "bgen.models.generators.counterfactual.change_counts",
+        "bgen.tasks.perturb.perturb.change_counts",
         "Counts of perturbed cells are drawn once a cell, as above: only genes that fall are thinned.",
+        lambda counts, before, after, keys: torch.zeros(counts.shape, device=before.logits.device),
     ),
     Allowed(
         "torchdiffeq.odeint",

@@ -325,7 +325,7 @@ class LatentFlow(nn.Module):
     ) -> Tensor:
         """Carry noise to latents ``[B, T, N, D + 1]``."""
         self.conditions.require_known(conditions)
-        device = self.vae.latent_mean.device
+        device = self.vae.device
         if places is not None:
             if places.time.device.type == "cpu":
                 self.backbone.check_times(places.mask, places.time)
