@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +58,8 @@ class Places:
 
     def to(self, device: torch.device) -> Places:
         """Return the same on a device."""
-        held = {part.name: getattr(self, part.name) for part in fields(self)}
-        moved = {name: None if of is None else of.to(device, non_blocking=True) for name, of in held.items()}
-        return Places(**moved)
+        held: dict[str, Any] = {part.name: getattr(self, part.name) for part in fields(self)}
+        return Places(**{k: None if of is None else of.to(device, non_blocking=True) for k, of in held.items()})
 
 
 class LatentFlow(nn.Module):
