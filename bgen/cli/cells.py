@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bgen.cli.options import Data, cells_options, read_cells, with_options
+from bgen.cli.options import Data, Device, cells_options, read_cells, with_options
 from bgen.cli.terminal import Json, Seed, notes, parse_scales, parse_times, parse_where, progress_bar, results
 from bgen.errors import MOST_CELLS, MOST_COUNTS, UserError
 from bgen.files import require_new_file, write_h5ad
@@ -65,6 +65,7 @@ def generate(
         float | None, typer.Option(min=0.001, max=100, help="Spread of the noise at the start; 1.05 covers more.")
     ] = None,
     seed: Seed = 0,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Generate cells as counts: single cells, or populations over time from a model that was trained on trajectories.
@@ -77,7 +78,7 @@ def generate(
     from bgen.tasks.load import load_model
 
     require_new_file(out)
-    loaded = load_model(model)
+    loaded = load_model(model, device)
     with progress_bar() as progress:
         cells = loaded.generate(
             n,
@@ -114,6 +115,7 @@ def evaluate(
         Path | None, typer.Option(help="Run folder of the model: its run at MLflow gets the scores as a child.")
     ] = None,
     seed: Seed = 0,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Score a model beside a negative binomial per cluster and a real-versus-real ceiling, and write a report.
@@ -124,7 +126,9 @@ def evaluate(
     from bgen.tasks.load import load_model
 
     with progress_bar() as progress:
-        scores = score(load_model(model), data, out, generated=generated, seeds=seeds, seed=seed, progress=progress)
+        scores = score(
+            load_model(model, device), data, out, generated=generated, seeds=seeds, seed=seed, progress=progress
+        )
     if run is not None:
         from bgen.track.publish import log_evaluation
 
@@ -150,6 +154,7 @@ def embed(
     restart: Restart = False,
     *,
     reading: Any,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Put the latent state of the cells into obsm['X_bgen'].
@@ -158,17 +163,19 @@ def embed(
 
     Example: `torchrun --nproc-per-node 8 -m bgen embed model s3://bucket/store --out embedded.zarr`
     """
+    from bgen.distributed.world import compute_on
     from bgen.tasks.blocks.verbs import embed_in_blocks
     from bgen.tasks.load import load_model
 
     if _in_blocks(out, restart):
-        loaded = load_model(model)
+        compute_on(device)
+        loaded = load_model(model, device)
         with progress_bar() as progress:
             options = {"variance": variance, "restart": restart, "progress": progress, "say": _say(as_json)}
             done = embed_in_blocks(loaded, data, out, reading, **options)
         _finish_blocks(done, out, {"dimensions": loaded.saved.codec.size - 1}, [], as_json)
         return
-    loaded = load_model(model)
+    loaded = load_model(model, device)
     read = read_cells(loaded, data, reading, as_json)
     cells = loaded.embed(read, variance=variance)
     _finish(cells, out, read.matched, {"dimensions": cells.obsm["X_bgen"].shape[1]}, [], as_json)
@@ -188,6 +195,7 @@ def annotate(
     restart: Restart = False,
     *,
     reading: Any,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Label cells, with a probability, and 'unknown' where the model cannot tell.
@@ -196,11 +204,13 @@ def annotate(
 
     Example: `bgen annotate bgen-demo/model my.h5ad --label cell_type --out annotated.h5ad`
     """
+    from bgen.distributed.world import compute_on
     from bgen.tasks.blocks.verbs import annotate_in_blocks
     from bgen.tasks.load import load_model
 
     if _in_blocks(out, restart):
-        loaded = load_model(model)
+        compute_on(device)
+        loaded = load_model(model, device)
         with progress_bar() as progress:
             options = {
                 "label": label,
@@ -213,7 +223,7 @@ def annotate(
         told = done.uns["bgen_annotate"]
         _finish_blocks(done, out, told, _annotated(told), as_json)
         return
-    loaded = load_model(model)
+    loaded = load_model(model, device)
     read = read_cells(loaded, data, reading, as_json)
     cells = loaded.annotate(read, label, threshold=threshold)
     told = dict(cells.uns["bgen_annotate"])
@@ -251,6 +261,7 @@ def denoise(
     restart: Restart = False,
     *,
     reading: Any,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Put expected counts, given each cell's state, into layers['denoised'].
@@ -259,14 +270,15 @@ def denoise(
 
     Example: `bgen denoise bgen-demo/model store --genes CD3E,CD19 --out denoised.zarr`
     """
-    from bgen.distributed.world import read_world
+    from bgen.distributed.world import compute_on, read_world
     from bgen.tasks.blocks.verbs import denoise_in_blocks
     from bgen.tasks.cells.denoise import denoising_scores
     from bgen.tasks.load import load_model
 
     named = None if genes is None else [name.strip() for text in genes for name in text.split(",") if name.strip()]
     if _in_blocks(out, restart):
-        loaded = load_model(model)
+        compute_on(device)
+        loaded = load_model(model, device)
         with progress_bar() as progress:
             options = {
                 "library_size": library_size,
@@ -281,7 +293,7 @@ def denoise(
             told["deviance"] = denoising_scores(loaded, done.verb.cells.some())
         _finish_blocks(done, out, told, _scored(told["deviance"]) if ranks.is_main else [], as_json)
         return
-    loaded = load_model(model)
+    loaded = load_model(model, device)
     read = read_cells(loaded, data, reading, as_json)
     cells = loaded.denoise(read, library_size=library_size, genes=named)
     scores = denoising_scores(loaded, read)
@@ -321,6 +333,7 @@ def integrate(
     ] = None,
     *,
     reading: Any,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Put a latent state without batch effects into obsm, and counts as of one batch into a layer.
@@ -330,7 +343,7 @@ def integrate(
     from bgen.tasks.load import load_model
 
     require_new_file(out)
-    loaded = load_model(model)
+    loaded = load_model(model, device)
     read = read_cells(loaded, data, reading, as_json)
     cells = loaded.integrate(read, reference=reference, batch=batch, label=label)
     told = dict(cells.uns["bgen_integrate"])

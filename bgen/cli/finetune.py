@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bgen.cli.options import Data, GeneColumn, cells_options, with_options
+from bgen.cli.options import Data, Device, GeneColumn, cells_options, with_options
 from bgen.cli.terminal import Json, notes, results
 
 app = typer.Typer(help="Adapt a model to your cells.")
@@ -70,6 +70,7 @@ def finetune(
     request: Any,
     reading: Any,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with OUT from its newest checkpoint.")] = False,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Adapt a model to your cells; the result is a model directory whose card names its parent.
@@ -81,11 +82,12 @@ def finetune(
 
     Example: `bgen finetune bgen-demo/model course.h5ad --task time --time day --within donor --out my-course`
     """
-    from bgen.distributed.world import read_world
+    from bgen.distributed.world import compute_on, read_world
     from bgen.tasks.finetune.finetune import finetune as run
 
     say = _quiet if as_json else notes.print
     request = replace(request, **reading)
+    compute_on(device)
     tuned = run(model, data, out, request, overrides=overrides or [], resume=resume, say=say)
     if not read_world().is_main:  # rank 0 reports for all
         return

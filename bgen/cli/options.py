@@ -29,6 +29,9 @@ Floor = Annotated[
 Layer = Annotated[str | None, typer.Option(help="Layer with the raw counts: --layer NAME is --counts layers/NAME.")]
 
 
+Device = Annotated[
+    str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps, or auto: a GPU with CUDA if there is one.")
+]
 Anonymous = Annotated[
     bool, typer.Option("--anonymous", help="Read a public bucket (s3://, gs://) without credentials.")
 ]

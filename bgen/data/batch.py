@@ -68,7 +68,8 @@ class CellBatch:
     @cached_property
     def rows(self) -> Tensor:
         """int64 ``[NNZ]``: the cell that each entry belongs to."""
-        return torch.repeat_interleave(torch.arange(len(self), device=self.indptr.device), self.indptr.diff())
+        number = torch.arange(len(self), device=self.indptr.device)
+        return torch.repeat_interleave(number, self.indptr.diff(), output_size=len(self.indices))
 
     @classmethod
     def join(cls, parts: Sequence[CellBatch]) -> CellBatch:

@@ -49,6 +49,7 @@ class World:
 
 T = TypeVar("T")
 _world: World | None = None
+_on_cpu = False
 
 
 def read_world() -> World:
@@ -74,7 +75,7 @@ def read_world() -> World:
         local_size = size if given is None else _number(given)
         if not 0 <= rank < size:
             raise UserError(f"RANK is {rank}, but WORLD_SIZE is {size}: ranks count from 0 to {size - 1}.")
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not _on_cpu:
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"local rank {local_rank} has no GPU: this host shows {torch.cuda.device_count()}. Start as many "
@@ -84,6 +85,53 @@ def read_world() -> World:
     else:
         device = torch.device("cpu")
     return World(rank, size, local_rank, local_size, device)
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device that a user means.
+
+    Parameters
+    ----------
+    name
+        "cpu", "cuda" (this rank's GPU), "cuda:1" (that one), "mps" (Apple's), or "auto": a GPU with CUDA if there is
+        one, else the CPU.
+
+    Raises
+    ------
+    UserError
+        If there is no such device here.
+    """
+    kind, _, number = name.partition(":")
+    if name == "auto":
+        return read_world().device
+    if name == "cpu":
+        return torch.device("cpu")
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("device mps: torch finds no GPU of Apple here. Take cpu, or auto.")
+        return torch.device("mps")
+    if kind != "cuda" or (number and not number.isdecimal()):
+        raise UserError(f"There is no device '{name}': it is auto, cpu, cuda, cuda:NUMBER or mps.")
+    if not torch.cuda.is_available():
+        why = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no GPU here"
+        raise UserError(f"device {name}: {why}. Take cpu, or auto; `bgen doctor` says what is there.")
+    count = torch.cuda.device_count()
+    if number and int(number) >= count:
+        raise UserError(f"device {name}: this host shows {count} GPUs, numbered from 0.")
+    return torch.device("cuda", int(number) if number else read_world().local_rank % count)
+
+
+def compute_on(name: str) -> torch.device:
+    """Let this process's rank compute on the device that a user means, and return it.
+
+    Raises
+    ------
+    UserError
+        As :func:`device_of`.
+    """
+    global _on_cpu
+    _on_cpu = name == "cpu"
+    return device_of(name)
 
 
 def _number(name: str) -> int:

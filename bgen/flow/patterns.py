@@ -58,16 +58,15 @@ def draw_observed(keys: Tensor, exists: Tensor, control: Tensor, weights: dict[s
         ],
         dim=1,
     )
-    possible_BP = torch.stack(
+    weight_BP = torch.stack(
         [
-            torch.ones_like(n_B, dtype=torch.bool),
-            n_B >= 2,
-            n_B >= 3,
-            (exists & control).any(1) & (exists & ~control).any(1),
+            weights["noise"] * torch.ones_like(n_B, dtype=torch.bool),
+            weights["forecast"] * (n_B >= 2),
+            weights["interpolate"] * (n_B >= 3),
+            weights["perturb"] * ((exists & control).any(1) & (exists & ~control).any(1)),
         ],
         dim=1,
     )
-    weight_BP = possible_BP * torch.tensor([weights[name] for name in PATTERNS], device=keys.device)
     edge_BP = weight_BP.cumsum(1)
     # The first pattern whose edge lies above the draw; where no pattern has weight, the first: noise.
     chosen_B = (u_B2[:, :1] * edge_BP[:, -1:] < edge_BP).int().argmax(1)

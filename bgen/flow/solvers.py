@@ -55,7 +55,7 @@ def integrate(v: Velocity, z1: Tensor, steps: int, solver: str, tolerance: float
     if solver == "adaptive":
         from torchdiffeq import odeint  # imports scipy's integration and optimisation: half a second
 
-        ends = torch.tensor([1.0, 0.0], dtype=z1.dtype, device=z1.device)
+        ends = torch.linspace(1, 0, 2, dtype=z1.dtype, device=z1.device)
         found: Tensor = odeint(lambda t, z: v(z, float(t)), z1, ends, rtol=tolerance, atol=tolerance, method="dopri5")
         return found[-1]
     step = SOLVERS[solver]

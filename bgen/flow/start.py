@@ -78,15 +78,19 @@ def start(z: Tensor, mask: Tensor, time: Tensor, observed: Tensor, noise: Tensor
         ``[B, T, N, D]``: what time points without an observed neighbour start from.
     seeds
         int64 ``[B, T]``: the draw from the plan is a pure function of them.
+
+    Plans are solved on the CPU, whatever the device: everything goes there once, and comes back once.
     """
+    device = z.device
+    z, mask, time, observed, seeds = (t.cpu() for t in (z, mask, time, observed, seeds))
     exists = mask.any(-1)
     before, after = neighbours(exists, observed)
-    z1 = noise.clone()
+    z1 = noise.to("cpu", copy=True)
     for b, t in (exists & ~observed & ((before >= 0) | (after >= 0))).nonzero().tolist():
         low, high = int(before[b, t]), int(after[b, t])
         wanted = int(mask[b, t].sum())
         rng = np.random.default_rng(int(seeds[b, t]) & (2**63 - 1))
-        sides = [z[b, k][mask[b, k]].cpu().numpy() for k in (low, high) if k >= 0]
+        sides = [z[b, k][mask[b, k]].numpy() for k in (low, high) if k >= 0]
         if len(sides) == 2:
             share = float((time[b, t] - time[b, low]) / (time[b, high] - time[b, low]).clamp_min(1e-12))
             points, weights = displace(sides[0], sides[1], share)
@@ -95,18 +99,19 @@ def start(z: Tensor, mask: Tensor, time: Tensor, observed: Tensor, noise: Tensor
             weights = np.full(len(points), 1 / len(points))
         chosen = points[draw(weights, wanted, rng)]
         z1[b, t, mask[b, t]] = torch.from_numpy(chosen).to(z1)
-    return z1
+    return z1.to(device)
 
 
 @torch.no_grad()
 def couple(z0: Tensor, z1: Tensor, mask: Tensor, moving: Tensor) -> Tensor:
     """Return ``z_1`` with the cells of the time points ``moving [B, T]`` in the order of their partners in ``z_0``."""
-    paired = z1.clone()
+    paired, device = z1.to("cpu", copy=True), z1.device
+    z0, z1, mask, moving = (t.cpu() for t in (z0, z1, mask, moving))
     for b, t in (mask.any(-1) & moving).nonzero().tolist():
         there = mask[b, t]
         x0, x1 = z0[b, t][there], z1[b, t][there]
-        paired[b, t, there] = x1[torch.from_numpy(pair(x0.cpu().numpy(), x1.cpu().numpy())).to(x1.device)]
-    return paired
+        paired[b, t, there] = x1[torch.from_numpy(pair(x0.numpy(), x1.numpy()))]
+    return paired.to(device)
 
 
 def starts_of(time: Tensor, exists: Tensor, observed: Tensor, scale: float) -> Starts:

@@ -15,13 +15,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
 import stat
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -160,6 +161,15 @@ class SavedModel:
         return codec
 
     @property
+    def device(self) -> torch.device:
+        """Where the module is: what it is given must be there, and what it returns is."""
+        return self.codec.device
+
+    def to(self, device: torch.device) -> SavedModel:
+        """Return the model on a device: itself if it is there, else a copy."""
+        return self if self.device == device else replace(self, module=copy.deepcopy(self.module).to(device))
+
+    @property
     def kind(self) -> str:
         """One of :data:`KINDS`."""
         return KINDS[type(self.module)]
@@ -285,8 +295,8 @@ def update_about(folder: Path, about: About) -> None:
     write_result(folder / "README.md", model_card(config, about, preprocessing, metrics))
 
 
-def load_directory(folder: str | Path, device: str = "cpu") -> SavedModel:
-    """Load a model directory, or one at a hub (:mod:`bgen.hub.huggingface`).
+def load_directory(folder: str | Path, device: torch.device | str = "cpu") -> SavedModel:
+    """Load a model directory, or one at a hub (:mod:`bgen.hub.huggingface`), onto a device.
 
     Raises
     ------

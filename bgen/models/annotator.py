@@ -37,6 +37,11 @@ class Annotator(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the classifier is."""
+        return self.vae.device
+
     def forward(self, batch: CellBatch) -> dict[str, Tensor]:
         """Return ``loss`` (weighted cross-entropy, nats) and ``error`` per cell ``[B]``.
 

@@ -52,6 +52,11 @@ class Codec(nn.Module, ABC):
         self.register_buffer("latent_std", torch.ones(self.size))
         self.register_buffer("log_library_range", torch.tensor([-torch.inf, torch.inf]))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the codec is."""
+        return self.latent_mean.device
+
     @abstractmethod
     def latents(self, batch: CellBatch) -> Tensor:
         """Return whitened latents of cells, ``[B, D + 1]``, without gradients; all randomness comes from

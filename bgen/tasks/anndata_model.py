@@ -38,6 +38,11 @@ class AnnDataModel:
     def __init__(self, saved: SavedModel) -> None:
         self.saved = saved
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs. What a method returns is in the CPU's memory, wherever that is."""
+        return self.saved.device
+
     def __repr__(self) -> str:
         saved = self.saved
         return f"<bgen {saved.kind} '{saved.about.name}': {len(self.genes):,} genes>"
@@ -96,8 +101,8 @@ class AnnDataModel:
         """Return the share of each gene ``[G]`` in the counts of the model's average cell."""
         codec = self.saved.codec
         average = codec.latent_mean[None, :-1].to(torch.float32)
-        mean = codec.decode(average, torch.ones(1), {}).mean[0]
-        return (mean / mean.sum()).numpy()
+        mean = codec.decode(average, torch.ones(1, device=self.device), {}).mean[0]
+        return (mean / mean.sum()).cpu().numpy()
 
     @torch.no_grad()
     def encode(
@@ -113,9 +118,9 @@ class AnnDataModel:
         for start in range(0, len(cells), BATCH):
             part = slice(start, start + BATCH)
             batch = cell_batch(cells.counts[part], {name: codes[part] for name, codes in obs.items()}, start)
-            mean, logvar = self.saved.codec.encode(batch)
-            means.append(mean.numpy())
-            variances.append(logvar.exp().numpy())
+            mean, logvar = self.saved.codec.encode(batch.to(self.device))
+            means.append(mean.cpu().numpy())
+            variances.append(logvar.exp().cpu().numpy())
             if not (np.isfinite(means[-1]).all() and np.isfinite(variances[-1]).all()):
                 raise UserError("The model gives latent states that are not finite: its weights are damaged.")
         return np.concatenate(means), np.concatenate(variances)
@@ -123,7 +128,8 @@ class AnnDataModel:
     def whiten(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return latent means ``[N, D]`` standardised by the training cells."""
         vae = self.saved.vae
-        whitened: NDArray[np.float32] = (latents - vae.latent_mean[:-1].numpy()) / vae.latent_std[:-1].numpy()
+        mean, std = (of[:-1].cpu().numpy() for of in (vae.latent_mean, vae.latent_std))
+        whitened: NDArray[np.float32] = (latents - mean) / std
         return whitened
 
     def decode(
@@ -154,9 +160,9 @@ class AnnDataModel:
         expected = []
         for start in range(0, len(z), BATCH):
             part = slice(start, start + BATCH)
-            codes = {name: torch.from_numpy(column[part]) for name, column in covariates.items()}
-            state, size = torch.from_numpy(z[part]), torch.from_numpy(library_size[part])
-            expected.append(self.saved.codec.decode(state, size, codes).mean.numpy())
+            codes = {name: torch.from_numpy(column[part]).to(self.device) for name, column in covariates.items()}
+            state, size = (torch.from_numpy(of[part]).to(self.device) for of in (z, library_size))
+            expected.append(self.saved.codec.decode(state, size, codes).mean.cpu().numpy())
         return np.concatenate(expected)
 
     def counts(self, data: Cells | UserCells, layer: str | None = None) -> sp.csr_matrix:

@@ -74,6 +74,7 @@ def extend_model(
     UserError
         If the model has no vectors, a file cannot be used, or no gene is left to be added.
     """
+    where, saved = saved.device, saved.to(torch.device("cpu"))
     tables = _tables(saved.vae)
     asked = read_gene_list(genes, gene_column)
     places, _ = match_names(saved.genes, asked["id"].tolist(), asked["symbol"].tolist())
@@ -119,13 +120,14 @@ def extend_model(
     )
     added = new[has].assign(cells=0, **{SOURCE: VECTOR})
     table = saved.genes.assign(**{SOURCE: saved.genes.get(SOURCE, "")})
-    return replace(
+    larger = replace(
         saved,
         module=_module(saved, vae, added),
         genes=pd.concat([table, added], ignore_index=True),
         about=saved.about.model_copy(update={"extension": extension}),
         metrics=None,
     )
+    return larger.to(where)
 
 
 def _tables(vae: VAE) -> dict[str, GeneTable]:

@@ -165,16 +165,19 @@ def decode_counts(
     """Draw counts ``[n, G]`` for whitened latents ``[n, D + 1]``.
 
     ``values`` hold the covariates' codes ``[n]`` by column; ``log_library [n]`` fixes the size, otherwise the generated
-    one is taken.
+    one is taken. All may lie on the CPU.
     """
+    device = flow.vae.device
+    whitened, keys = whitened.to(device), keys.to(device)
+    told = {name: values[name].to(device) for name in flow.vae.covariates if name in values}
     z, generated = flow.vae.unwhiten(whitened)
-    library = (generated if log_library is None else log_library).clamp(max=math.log(MOST_COUNTS)).exp()
-    likelihood = flow.vae.decode(z, library, {n: values[n] for n in flow.vae.covariates if n in values})
-    if not bool(likelihood.mean.sum().isfinite()):
+    library = (generated if log_library is None else log_library.to(device)).clamp(max=math.log(MOST_COUNTS)).exp()
+    likelihood = flow.vae.decode(z, library, told)
+    if not np.isfinite(likelihood.mean.sum().cpu().numpy()):
         raise UserError(
             "The model gives counts that are not finite: its weights or the settings of generation are off."
         )
-    return sp.csr_matrix(likelihood.sample(keys).numpy().astype(np.float32))
+    return sp.csr_matrix(likelihood.sample(keys).cpu().numpy().astype(np.float32))
 
 
 def sample_settings(

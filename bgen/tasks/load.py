@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 import pandas as pd
 from anndata import AnnData
 
+from bgen.distributed.world import device_of
 from bgen.errors import UserError
 from bgen.evaluate.protocols.time_point import TimeScores
 from bgen.hub.directory import SavedModel, load_directory, save_model
@@ -185,7 +186,7 @@ class Model(AnnDataModel):
             **reading,
         )
         finetune(self.folder, data, Path(out), request, overrides=overrides, resume=resume)
-        return load_model(Path(out) / "model")
+        return load_model(Path(out) / "model", str(self.device))
 
     def _repr_html_(self) -> str:
         saved = self.saved
@@ -458,7 +459,7 @@ class Model(AnnDataModel):
 
 
 def load_model(
-    folder: str | Path, device: str = "cpu", *, revision: str | None = None, fingerprint: str | None = None
+    folder: str | Path, device: str = "auto", *, revision: str | None = None, fingerprint: str | None = None
 ) -> Model:
     """Load an exported model directory, or a model of a hub.
 
@@ -466,6 +467,9 @@ def load_model(
     ----------
     folder
         A model directory; or ``hf://owner/name`` (extra ``hub``), of which a copy is kept in the hub's cache.
+    device
+        Where its network runs: "cpu", "cuda", "cuda:1", "mps", or "auto": a GPU with CUDA if there is one, else the
+        CPU. Cells and results are in the CPU's memory anyhow.
     revision
         Of a hub: branch, tag or commit; default: the newest. Only a commit is the same for ever.
     fingerprint
@@ -474,7 +478,7 @@ def load_model(
     Raises
     ------
     UserError
-        If it is no model, is incomplete or damaged, or comes from a newer bgen; or as
+        If it is no model, is incomplete or damaged, or comes from a newer bgen, if there is no such device; or as
         :func:`bgen.hub.huggingface.fetch`.
     """
     if is_address(folder):
@@ -483,7 +487,7 @@ def load_model(
         raise UserError(f"{folder} is a folder of this machine, which has no revisions.")
     else:
         place = Path(folder)
-    model = Model(load_directory(place, device), place)
+    model = Model(load_directory(place, device_of(device)), place)
     if fingerprint is not None and not (fingerprint and model.saved.fingerprint().startswith(fingerprint.lower())):
         raise UserError(
             f"{folder} has other weights than asked for: its fingerprint is {model.saved.fingerprint()}, not"

@@ -44,9 +44,9 @@ def held_out_losses(
         for batch, weight in batches:
             if stopped():
                 return None
-            losses = engine.forward(batch.to(device))
-            weight = weight.to(device, torch.float64)
-            weights = weights + weight.sum().cpu()
+            losses = engine.forward(engine.moved(batch))
+            weights = weights + weight.sum(dtype=torch.float64)
+            weight = weight.to(device, torch.float64, non_blocking=True)
             for name, loss in losses.items():
                 # Padding may hold anything, also values that are not finite.
                 total = torch.where(weight > 0, loss.double() * weight, 0.0).sum()

@@ -36,6 +36,7 @@ from bgen.train.held_out_losses import held_out_losses
 from bgen.train.saving import Saver, Weights
 from bgen.train.stages.stage import CountsDamage, CountsFlops, Stage
 from bgen.train.state import RunState
+from bgen.train.step_losses import StepLosses
 from bgen.train.threads import as_many_threads_as_pay
 from bgen.train.watch import HostReport, Watchdog
 
@@ -85,6 +86,7 @@ class Trainer:
             config.out / CHECKPOINTS, train.keep, train.keep_every, train.save_timeout, self._beat
         )
         self._watchdog: Watchdog | None = None
+        self.losses = StepLosses()
         self._losses: list[float] = []
         self._damage_told: list[int] = []
         self._damaged = 0
@@ -270,62 +272,64 @@ class Trainer:
         micro_batches = before if drawn is None else drawn
         assert micro_batches is not None
         _seed(self.config.seed, state.step, self.world.rank)
-        sums: dict[str, Tensor] = {}
         unfinite: list[Tensor] = []
-        spike = False
+        spike, mean = False, math.nan
         computed = 0.0
         flops = 0
         for number, batch in enumerate(micro_batches, 1):
             begin = time.perf_counter()
-            moved = batch.to(self.world.device)
-            unpacked = moved.to_csr() if isinstance(moved, PackedBatch) else moved
+            unpacked = self.engine.moved(batch)
             losses = self.engine.forward(unpacked)
             if isinstance(self.engine.module, CountsFlops):
                 flops += self.engine.module.training_flops(unpacked)
             computed += time.perf_counter() - begin
-            for name, loss in losses.items():
-                total = loss.detach().double().sum()
-                sums[name] = sums[name] + total if name in sums else total
+            self.losses.add(losses)
             unfinite.append(~losses["loss"].detach().isfinite())
             if train.skip_spikes and number == len(micro_batches):
-                mean = ranks.all_sum(sums["loss"].cpu()[None]).item() / train.global_batch
+                mean = ranks.all_sum(self.losses.sums["loss"].cpu()[None]).item() / train.global_batch
                 spike = state.is_spike(mean, train.skip_spikes)
             self.engine.backward(losses["loss"].float().mean(), spoil=spike or drawn is None)
         rate = learning_rate(train, state.step)
         outcome = self.engine.step(rate)
 
-        names = sorted(sums)
         cells = sum(len(batch) for batch in micro_batches)
         nonzeros = sum(len(batch.counts) for batch in micro_batches)
         damaged = self._damaged_cells()
         here = [cells, nonzeros, waited, flops, stop, drawn is None, damaged, *self.checkpoints.status()]
-        local = torch.cat([torch.tensor(here, dtype=torch.float64), torch.stack([sums[name] for name in names]).cpu()])
-        everywhere = ranks.all_sum(local).tolist()
-        cells_all, nonzeros_all, waited_all, flops_all, stop, lacking, damaged_all, written, failed, *totals = (
-            everywhere
-        )
+        everywhere = ranks.all_sum(torch.tensor(here, dtype=torch.float64)).tolist()
+        cells_all, nonzeros_all, waited_all, flops_all, stop, lacking, damaged_all, written, failed = everywhere
         if lacking:
+            self.losses.drop()
             self.saver.advance(int(written), int(failed))
             return stop > 0, False
         self._damaged = int(damaged_all)
-        means = {name: total / cells_all for name, total in zip(names, totals, strict=True)}
         self.throughput.add(int(cells_all), int(nonzeros_all), waited_all / self.world.size, flops_all)
         self.hosts.add(waited + computed)
 
         state.step += 1
-        self._losses.append(means["loss"] if outcome.applied else math.nan)
+        self.losses.close(int(cells_all), rate, outcome.grad_norm, outcome.applied)
         if outcome.applied:
             state.skipped_in_row = 0
             if train.skip_spikes:
-                state.remember(means["loss"])
+                self._settle()
             if self.weights.average is not None:
                 self.weights.average.update(self.engine.partition.weights(), state.step - 1)
-            state.add({**means, "lr": rate, "grad_norm": outcome.grad_norm})
         else:
-            self._skipped(micro_batches, unfinite, means["loss"] if spike else None)
+            self._settle()
+            self._skipped(micro_batches, unfinite, mean if spike else None)
         self.saver.advance(int(written), int(failed))
         self.output.progress(state.step)
         return stop > 0, True
+
+    def _settle(self) -> None:
+        """Bring the losses of the last steps from the device into the state; all ranks call it together."""
+        for step in self.losses.take():
+            loss = step.losses["loss"]
+            self._losses.append(loss if step.applied else math.nan)
+            if step.applied:
+                if self.config.train.skip_spikes:
+                    self.state.remember(loss)
+                self.state.add({**step.losses, "lr": step.learning_rate, "grad_norm": step.grad_norm})
 
     def _skipped(
         self, micro_batches: Sequence[CellBatch | PackedBatch], unfinite: list[Tensor], spike: float | None
@@ -372,6 +376,7 @@ class Trainer:
         self._beat()
 
     def _log(self) -> None:
+        self._settle()
         means = self.state.take_means()
         figures = self.throughput.report()
         counts = {"skipped": self.state.skipped} | ({"damaged_cells": self._damaged} if self._damaged else {})
@@ -424,6 +429,7 @@ class Trainer:
         due = self.state.step % self.config.train.checkpoint_every == 0
         if not (due or self._complete or asked_to_stop):
             return
+        self._settle()
         if asked_to_stop and not self._complete:
             self.saver.save_now(self.weights, self.state)
         else:

@@ -163,7 +163,7 @@ def _pretrain(
     train_whole("vae", [*common, *small, f"out={folder / 'vae'}", f"train.steps={size.vae_steps}"])
     flow = [f"out={folder / 'flow'}", f"flow.vae={folder / 'vae'}", f"train.steps={size.flow_steps}"]
     train_whole("perturbation", [*common, *flow, *overrides])
-    return load_model(folder / "flow" / "model")
+    return load_model(folder / "flow" / "model", "cpu")
 
 
 def _of(cells: AnnData, contexts: Sequence[str]) -> AnnData:

@@ -262,7 +262,7 @@ def train_flow(split: Split, run: Path, overrides: dict[str, list[str]], seed: i
     """Train a flow in the folder ``run`` beside the store, with ``settings`` that say what space it flows in."""
     conditions = f"flow.conditions={[split.cell_type] if split.cell_type else []}"
     train_whole("flow", [*_common(run.parent, seed), f"out={run}", conditions, *settings, *overrides["flow"]])
-    return load_model(run / "model")
+    return load_model(run / "model", "cpu")
 
 
 def _common(folder: Path, seed: int) -> list[str]:

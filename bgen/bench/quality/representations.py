@@ -269,7 +269,7 @@ def _measure(
     began = time.process_time()
     train_whole("vae", [*common, *given, f"out={run}", *overrides])
     spent = time.process_time() - began
-    model = load_model(run / "model")
+    model = load_model(run / "model", "cpu")
     done = json.loads((run / "record.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     shutil.rmtree(run)
     vae = model.saved.vae

@@ -84,7 +84,7 @@ def train_without(
         f"train={json.dumps(training)}",
     ]
     train_whole("trajectories", flow)
-    return load_model(folder / "flow" / "model"), cells
+    return load_model(folder / "flow" / "model", "cpu"), cells
 
 
 def read_worm(path: Path) -> tuple[AnnData, list[str]]:

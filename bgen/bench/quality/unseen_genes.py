@@ -142,7 +142,7 @@ def bench_genes(
             given = [f"data.store={store}", f"out={run}", f"seed={seed}", f"train.steps={steps}"]
             given += [f"vae.{half}={json.dumps({'name': name, 'vectors': told})}" for half, name in _HALVES.items()]
             train_whole("vae", [*given, "track.mlflow=false", "track.progress=false", *overrides])
-            model = load_model(run / "model")
+            model = load_model(run / "model", "cpu")
             shutil.rmtree(run)
             figures = _measure(model, some[enough & test].copy(), withheld)
             runs[row].append(figures)

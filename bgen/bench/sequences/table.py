@@ -64,7 +64,7 @@ def through_the_table(
         f"vae.decoder={{name: gene_table, vectors: {table}}}",
     ]
     train_whole("vae", settings)
-    model = load_model(work / "vae" / "model")
+    model = load_model(work / "vae" / "model", "cpu")
     assert isinstance(model.saved.vae, VAE)
     read = model.read(AnnData(some[whole], var=var, uns=organism))
     extended = extend_model(model.saved, ids[held].tolist(), say=lambda _: None)

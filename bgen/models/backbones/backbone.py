@@ -50,6 +50,13 @@ class Backbone(nn.Module, ABC):
         ``[B, T, N, O]``
         """
 
+    def check_times(self, mask: Tensor | None, time: Tensor) -> None:
+        """Raise UserError if the times ``[B, T]`` do not suit what mixes along them.
+
+        :meth:`forward` does so where they are on the CPU. On a GPU the host would have to wait for the answer: whoever
+        moves them there asks before.
+        """
+
     @abstractmethod
     def flops(self, B: int, T: int, N: int) -> int:
         """Floating-point operations of the forward pass; see :mod:`bgen.nn.flops` for what is counted."""

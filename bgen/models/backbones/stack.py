@@ -62,14 +62,19 @@ class Stack(Backbone):
         Raises
         ------
         UserError
-            Times do not ascend, or a mixer needs a regular grid and this is none.
+            As :meth:`check_times`, where the times are on the CPU.
         """
         B, T, N, _ = z.shape
+        if time is not None and time.device.type == "cpu":
+            self.check_times(mask, time)
         grid = Grid((B, T, N), mask, None if time is None else time / self.config.time.scale)
-        check_times(self, self.config, grid)
         condition = condition + self.flow_time(t)
         x = through(self.blocks, self.stem(grid.blank(z)), condition, grid, self.config.recompute)
         return grid.blank(self.head(self.norm(x)))
+
+    def check_times(self, mask: Tensor | None, time: Tensor) -> None:
+        """See :class:`Backbone`: times must ascend, and some mixers need a regular grid."""
+        check_times(self, self.config, mask, time)
 
     def flops(self, B: int, T: int, N: int) -> int:
         """See :class:`Backbone`."""
@@ -87,11 +92,12 @@ def through(blocks: nn.ModuleList, x: Tensor, condition: Tensor, grid: Grid, rec
     return x
 
 
-def check_times(backbone: nn.Module, config: BackboneConfig, grid: Grid) -> None:
-    """Raise UserError if the times do not suit what mixes along them."""
+def check_times(backbone: nn.Module, config: BackboneConfig, mask: Tensor | None, time: Tensor) -> None:
+    """Raise UserError if the times ``[B, T]`` do not suit what mixes along them."""
     if "time" not in config.axes:
         return
+    points = Grid((*time.shape, 0), mask, time / config.time.scale).populations
     if any(getattr(module, "needs_regular_grid", False) for module in backbone.modules()):
-        check_regular(grid.populations, config.time.mixer)
+        check_regular(points, config.time.mixer)
     else:
-        check_ascending(grid.populations)
+        check_ascending(points)

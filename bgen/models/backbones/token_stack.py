@@ -91,9 +91,10 @@ class TokenStack(Backbone):
     ) -> Tensor:
         """See :class:`Backbone`; the result is zero at cells that do not exist."""
         B, T, N, _ = z.shape
+        if time is not None and time.device.type == "cpu":
+            self.check_times(mask, time)
         scaled = None if time is None else time / self.config.time.scale
         whole = Grid((B, T, N), mask, scaled)
-        check_times(self, self.config, whole)
         each = self.tokens + 1
         grid = Grid((B * each, T, N), *(None if of is None else of.repeat_interleave(each, 0) for of in (mask, scaled)))
         z = whole.blank(z)
@@ -104,6 +105,10 @@ class TokenStack(Backbone):
         condition = (condition + self.flow_time(t)).repeat_interleave(each, 0)
         x = self.norm(through(self.blocks, x, condition, grid, self.config.recompute))
         return whole.blank(self.head(x.unflatten(0, (B, each)).permute(0, 2, 3, 1, 4)))
+
+    def check_times(self, mask: Tensor | None, time: Tensor) -> None:
+        """See :class:`Backbone`."""
+        check_times(self, self.config, mask, time)
 
     def flops(self, B: int, T: int, N: int) -> int:
         """See :class:`Backbone`."""

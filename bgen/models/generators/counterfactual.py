@@ -38,8 +38,10 @@ _LEAST_KEPT = 1e-6
 def change_counts(counts: Tensor, before: NegativeBinomial, after: NegativeBinomial, keys: Tensor) -> Tensor:
     """Return counts float32 ``[B, G]`` of cells with ``counts`` of that shape, keyed by ``keys [B]``.
 
-    ``before`` and ``after`` are the model's distributions of the cells as they are and as they become.
+    ``before`` and ``after`` are the model's distributions of the cells as they are and as they become; the result is
+    where they are.
     """
+    counts, keys = counts.to(before.logits.device), keys.to(before.logits.device)
     fold = (after.rate / before.rate).nan_to_num(1.0)
     falls, rises = (counts > 0) & (fold < 1), fold > 1
     u = _spread(keys, counts)
@@ -62,17 +64,25 @@ def _spread(keys: Tensor, counts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_share(codec: Codec, latents: Tensor, covariates: Mapping[str, Tensor]) -> Tensor:
-    """``[G]``: mean over cells of the decoder's expected shares, for whitened latents ``[B, D + 1]``."""
-    z, _ = codec.unwhiten(latents)
-    return codec.decode(z, torch.ones(len(z)), covariates).mean.mean(0)
+    """``[G]``: mean over cells of the decoder's expected shares, for whitened latents ``[B, D + 1]``.
+
+    What is given may lie on the CPU; the result is where the codec is.
+    """
+    z, _ = codec.unwhiten(latents.to(codec.device))
+    return codec.decode(z, torch.ones(len(z), device=z.device), _there(covariates, codec)).mean.mean(0)
 
 
 @torch.no_grad()
 def decode_changed(codec: Codec, latents: Tensor, folds: Tensor, covariates: Mapping[str, Tensor]) -> NegativeBinomial:
     """Return the distribution of counts for whitened latents ``[B, D + 1]``, with log fold changes ``[G]`` on top.
 
-    Since these are ratios of shares, the share that falling genes lose goes to all genes in proportion.
+    Since these are ratios of shares, the share that falling genes lose goes to all genes in proportion. What is given
+    may lie on the CPU; the result is where the codec is.
     """
-    z, log_library = codec.unwhiten(latents)
-    decoded = codec.decode(z, log_library.exp(), covariates)
-    return NegativeBinomial(decoded.logits + folds, log_library.exp(), decoded.log_theta)
+    z, log_library = codec.unwhiten(latents.to(codec.device))
+    decoded = codec.decode(z, log_library.exp(), _there(covariates, codec))
+    return NegativeBinomial(decoded.logits + folds.to(codec.device), log_library.exp(), decoded.log_theta)
+
+
+def _there(covariates: Mapping[str, Tensor], codec: Codec) -> dict[str, Tensor]:
+    return {name: codes.to(codec.device) for name, codes in covariates.items()}

@@ -7,7 +7,8 @@ size (the flow has D + 1 dimensions), C width of the condition.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,11 @@ class Places:
     observed: Tensor | None = None
     latents: Tensor | None = None
     start: Tensor | None = None
+
+    def to(self, device: torch.device) -> Places:
+        """Return the same on a device."""
+        held: dict[str, Any] = {part.name: getattr(self, part.name) for part in fields(self)}
+        return Places(**{k: None if of is None else of.to(device, non_blocking=True) for k, of in held.items()})
 
 
 class LatentFlow(nn.Module):
@@ -128,6 +134,11 @@ class LatentFlow(nn.Module):
         z0, z1, t = z0[:, None, None], z1[:, None, None], t[:, None]
         predicted = self.velocity(interpolate(z0, z1, t), t, condition[:, None])
         return {"loss": velocity_loss(predicted, velocity(z0, z1))}
+
+    def check_batch(self, batch: CellBatch) -> None:
+        """See :class:`bgen.train.stages.stage.ChecksBatches`."""
+        if isinstance(batch, TrajectoryBatch):
+            self.backbone.check_times(batch.mask, batch.time)
 
     def _trajectory_loss(self, batch: TrajectoryBatch, z0: Tensor, z1: Tensor) -> dict[str, Tensor]:
         B, T, N = batch.mask.shape
@@ -248,6 +259,8 @@ class LatentFlow(nn.Module):
     ) -> Tensor:
         """Generate whitened latents ``[n, D + 1]``; ``vae.unwhiten`` and ``vae.decode`` turn them into counts.
 
+        What is given may lie on the CPU; the result is where the model is.
+
         Parameters
         ----------
         conditions
@@ -280,7 +293,9 @@ class LatentFlow(nn.Module):
         """Generate whitened latents ``[B, T, N, D + 1]`` where nothing is observed, given what is.
 
         Joint generation, forecast, interpolation and prediction of a perturbation are the same call with different time
-        points observed. Observed latents come back as they were given; places without a cell are zero.
+        points observed. Observed latents come back as they were given; places without a cell are zero. What is given
+        may lie on the CPU, where alone times are checked (:meth:`Backbone.check_times`); the result is where the model
+        is.
 
         Parameters
         ----------
@@ -310,6 +325,14 @@ class LatentFlow(nn.Module):
     ) -> Tensor:
         """Carry noise to latents ``[B, T, N, D + 1]``."""
         self.conditions.require_known(conditions)
+        device = self.vae.device
+        if places is not None:
+            if places.time.device.type == "cpu":
+                self.backbone.check_times(places.mask, places.time)
+            places = places.to(device)
+        keys = keys.to(device, non_blocking=True)
+        conditions = {name: column.to(device, non_blocking=True) for name, column in conditions.items()}
+        log_library = None if log_library is None else log_library.to(device, non_blocking=True)
         z1 = settings.noise * normal(keys.flatten(), Stream.FLOW_START, self.size).unflatten(0, keys.shape)
         columns = {name: column.flatten() for name, column in conditions.items()}
         v = self._guided(columns, settings, keys, places)

@@ -53,6 +53,10 @@ class Members:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Members:
         return Members(*(change(getattr(self, field.name)) for field in fields(self)))
 
+    def to(self, device: torch.device, non_blocking: bool = False) -> Members:
+        """Return the same on a device."""
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
+
     @property
     def nothing(self) -> Members:
         """Empty sets in their place, as of control cells."""

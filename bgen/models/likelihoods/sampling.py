@@ -21,7 +21,12 @@ _LARGEST = 2**31 - 1
 
 
 def sample_negative_binomial(mu: Tensor, theta: Tensor, keys: Tensor) -> Tensor:
-    """Draw int32 ``[B, G]`` with means ``mu [B, G]`` and inverse dispersions ``theta [G]``, keyed by ``keys [B]``."""
+    """Draw int32 ``[B, G]`` with means ``mu [B, G]`` and inverse dispersions ``theta [G]``, keyed by ``keys [B]``.
+
+    The walk is in float64, which Apple's GPUs lack: what is there is drawn on the CPU.
+    """
+    if mu.device.type == "mps":
+        return sample_negative_binomial(mu.cpu(), theta.cpu(), keys.cpu()).to(mu.device)
     return negative_binomial_quantile(uniform64(keys, Stream.COUNTS, mu.shape[1]), mu, theta)
 
 

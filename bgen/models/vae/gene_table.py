@@ -76,7 +76,7 @@ class GeneTable(nn.Module):
         with without_autocast(some):
             row: Tensor | None = self.residual
             if row is not None and self.config is not None and self.training and self.config.residual_dropout > 0:
-                key = torch.tensor([step], device=some.device)
+                key = torch.full((1,), step, device=some.device)
                 drawn = uniform(key, Stream.RESIDUAL, self.n_genes)[0] < self.config.residual_dropout
                 row = torch.where((drawn & self.has_vector)[:, None], 0.0, row)
             if self.of_vector is not None:

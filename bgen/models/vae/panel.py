@@ -8,6 +8,7 @@ Axes: B cells, NNZ stored counts.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bgen.data.batch import CellBatch
@@ -22,9 +23,20 @@ def on_panels(batch: CellBatch, counts: Tensor, share: float, most: float) -> Te
     """
     choice = uniform(batch.keys, Stream.PANEL_CELL, 2)
     chosen, lost = choice[:, 0] < share, most * choice[:, 1]
+    if counts.device.type != "cpu":
+        return lose(batch, counts, torch.where(chosen, lost, 0.0))
     entries = chosen.index_select(0, batch.rows).nonzero().squeeze(1)
     rows = batch.rows.index_select(0, entries)
     # The position in the key's sequence is the gene, so a draw does not depend on which other genes are present.
     state = row_state(batch.keys, Stream.PANEL_GENE).index_select(0, rows)
     missing = unit_from_bits(at(state, batch.indices.index_select(0, entries).long())) < lost.index_select(0, rows)
     return counts.index_fill(0, entries[missing], 0)
+
+
+def lose(batch: CellBatch, counts: Tensor, lost: Tensor) -> Tensor:
+    """Let every cell lose each gene with its probability ``lost [B]``.
+
+    All entries are drawn for, also of cells that lose none: to pick the others out, the host would wait for a GPU.
+    """
+    state = row_state(batch.keys, Stream.PANEL_GENE).index_select(0, batch.rows)
+    return torch.where(unit_from_bits(at(state, batch.indices.long())) < lost.index_select(0, batch.rows), 0.0, counts)

@@ -34,9 +34,7 @@ def thin(batch: CellBatch, share: float) -> Tensor:
     keep = KEPT[0] + (KEPT[1] - KEPT[0]) * choice[:, 1]
     state = row_state(batch.keys, Stream.THIN_COUNT)
     if batch.counts.device.type != "cpu":
-        rows = batch.rows
-        entries = chosen.index_select(0, rows).nonzero().squeeze(1)
-        return _thin_entries(batch, batch.counts, entries, rows.index_select(0, entries), state, keep)
+        return _thin_all(batch, state, torch.where(chosen, keep, 1.0))
     done, large, large_rows = thin_small(
         batch.indptr.numpy(),
         batch.indices.numpy(),
@@ -49,6 +47,18 @@ def thin(batch: CellBatch, share: float) -> Tensor:
     )
     left = torch.from_numpy(large), torch.from_numpy(large_rows)
     return _thin_entries(batch, torch.from_numpy(done), *left, state, keep)
+
+
+def _thin_all(batch: CellBatch, state: Tensor, keep: Tensor) -> Tensor:
+    """All counts ``[NNZ]`` thinned; a cell whose ``keep [B]`` is 1 keeps them as they are.
+
+    It never asks which entries those are: on a GPU the host would have to wait for the answer.
+    """
+    rows = batch.rows
+    kept = keep.index_select(0, rows)
+    lost = torch.where(kept < 1, 1 - kept, 0.5)  # any share will do where the result is not used
+    drawn = binomial(batch.counts, lost, unit_from_bits(at(state.index_select(0, rows), batch.indices.long())))
+    return torch.where(kept < 1, batch.counts - drawn, batch.counts)
 
 
 def _thin_entries(
@@ -76,9 +86,13 @@ def binomial(n: Tensor, p: Tensor, u: Tensor) -> Tensor:
 
     probability = torch.exp(n * torch.log1p(-p))
     small = n <= _EXACT
-    result[small] = 0
+    walk = _walk if n.device.type == "cpu" else _walk_together
+    return walk(n, p / (1 - p), u, probability, small, result.masked_fill_(small, 0))
+
+
+def _walk(n: Tensor, odds: Tensor, u: Tensor, probability: Tensor, small: Tensor, result: Tensor) -> Tensor:
+    """Walk up from P(0) = ``probability`` where ``small``, and write into ``result``; those that are there leave."""
     entry = (small & (u > probability)).nonzero().squeeze(1)
-    odds = p / (1 - p)
     n, odds, u, probability = (values.index_select(0, entry) for values in (n, odds, u, probability))
     cumulative = probability
     k = 0
@@ -93,4 +107,15 @@ def binomial(n: Tensor, p: Tensor, u: Tensor) -> Tensor:
         n, odds, u, probability, cumulative = (
             values.index_select(0, keep) for values in (n, odds, u, probability, cumulative)
         )
+    return result
+
+
+def _walk_together(n: Tensor, odds: Tensor, u: Tensor, probability: Tensor, small: Tensor, result: Tensor) -> Tensor:
+    """As :func:`_walk`, to the bit, without asking who is there: all walk as far as the longest may."""
+    cumulative = probability
+    result += small & (u > cumulative)
+    for k in range(_EXACT - 1):
+        probability = probability * ((n - k) / (k + 1) * odds)
+        cumulative = cumulative + probability
+        result += small & (u > cumulative) & (n > k + 1)
     return result

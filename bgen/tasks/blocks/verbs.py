@@ -5,7 +5,6 @@ Axes: N cells of a batch, G genes of the model, D latent size.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from numpy.typing import NDArray
 
 from bgen.distributed import world as ranks
 from bgen.errors import MOST_COUNTS, UserError, require_number
-from bgen.models.codec import CountsCodec
 from bgen.names import key
 from bgen.progress import Progress, Say
 from bgen.store.remote import is_remote
@@ -51,9 +49,9 @@ class ModelVerb(BlockVerb):
 
     def __init__(self, model: AnnDataModel, cells: BlockCells) -> None:
         self.model, self.cells = model, cells
-        self._device = ranks.current().device
-        codec = model.saved.codec
-        self._codec: CountsCodec = codec if self._device.type == "cpu" else copy.deepcopy(codec).to(self._device)
+        here = ranks.current()
+        self._saved = model.saved if here.size == 1 else model.saved.to(here.device)
+        self._device, self._codec = self._saved.device, self._saved.codec
 
     @torch.no_grad()
     def states(
@@ -183,7 +181,9 @@ class AnnotateVerb(ModelVerb):
         mean, _ = self.states(batch.counts, self.codes(batch), batch.first)
         novelty = None
         if self._learnt is None:
-            probabilities = self._head.probabilities(torch.from_numpy(mean)).double().numpy()
+            probabilities = (
+                self._head.probabilities(torch.from_numpy(mean).to(self._head.device)).cpu().double().numpy()
+            )
         else:
             latents = self.model.whiten(mean)
             probabilities = self._learnt.probabilities(batch.counts, latents)

@@ -206,7 +206,8 @@ def _by_key(numbers: Mapping[str, int]) -> dict[str, int]:
 def _with_its_own_head(model: AnnDataModel, cells: UserCells, threshold: float) -> tuple[AnnData, dict[str, Any]]:
     """Annotate with the classifier that fine-tuning trained; also return what ``uns`` says of it."""
     module, summary = own_head(model, threshold)
-    probabilities = module.probabilities(torch.from_numpy(model.encode(cells)[0])).double().numpy()
+    mean = torch.from_numpy(model.encode(cells)[0]).to(model.device)
+    probabilities = module.probabilities(mean).cpu().double().numpy()
     return _told(cells, summary["label"], own_labels(model), probabilities, threshold, None), summary
 
 

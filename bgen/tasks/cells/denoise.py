@@ -131,7 +131,7 @@ def denoising_scores(model: AnnDataModel, cells: UserCells, *, seed: int = 0) ->
         scores["verdict"] = judge_cells(deviance["model"], deviance[scores["baseline"]])
     if model.saved.vae.config.likelihood == "nb":
         first, second = split_molecules(some.counts, seed)
-        theta = np.exp(model.saved.vae.log_theta.detach().numpy().astype(np.float64))
+        theta = np.exp(model.saved.vae.log_theta.detach().cpu().numpy().astype(np.float64))
         scores["calibration"] = calibration(second, by_model(first), theta, seed=seed).as_json()
     return scores
 

@@ -184,7 +184,7 @@ def predict(
                 decode_changed(codec, moved[rows[part]], folds, covariates),
             )
             counts = change_counts(torch.from_numpy(cells.counts[rows[part]].toarray()).float(), *ends, keys[part])
-            parts.append(sp.csr_matrix(counts.numpy().astype(np.float32)))
+            parts.append(sp.csr_matrix(counts.cpu().numpy().astype(np.float32)))
             order.append(part)
             done += len(part)
             if progress:
@@ -307,7 +307,7 @@ def _centre(
     """
     some = np.sort(np.random.default_rng(0).permutation(counts.shape[0])[:ANCHOR_CELLS])
     covariates = {name: column[some] for name, column in coded.items()}
-    shares = [mean_share(model.saved.codec, cells[some], covariates).double().numpy() for cells in latents]
+    shares = [mean_share(model.saved.codec, cells[some], covariates).cpu().double().numpy() for cells in latents]
     effect = np.log1p(TARGET_SUM * shares[1]) - np.log1p(TARGET_SUM * shares[0])
     if query.effects is not None:
         effect = query.effects.of(query.names, query.dose, controls_of(counts), effect, query.known)

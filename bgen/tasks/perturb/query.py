@@ -59,7 +59,7 @@ def members_of(model: AnnDataModel, perturbation: str | Sequence[str]) -> list[s
     UserError
         If there are none.
     """
-    facts, vectors = facts_of(model.saved), member_embedding(model.saved).vectors.numpy()
+    facts, vectors = facts_of(model.saved), member_embedding(model.saved).vectors.cpu().numpy()
     if isinstance(perturbation, str):
         controls = facts.controls or ([model.saved.about.control] if model.saved.about.control else [])
         is_one = perturbation in facts.perturbations
@@ -84,7 +84,7 @@ def ask(model: AnnDataModel, perturbation: str | Sequence[str], dose: float | No
         If nothing is known of a member, or the dose is missing or wrong.
     """
     embedding, facts, genes = member_embedding(model.saved), facts_of(model.saved), model.saved.genes
-    names, vectors = facts.perturbations, embedding.vectors.numpy()
+    names, vectors = facts.perturbations, embedding.vectors.cpu().numpy()
     parts = members_of(model, perturbation)
     rows = find_vectors(genes, facts.named, vectors, parts)
     unseen = [part for part in parts if part not in names]
@@ -120,7 +120,7 @@ def ask(model: AnnDataModel, perturbation: str | Sequence[str], dose: float | No
     averages = model.saved.module.averages if isinstance(model.saved.module, LatentFlow) else None
     effects = None if averages is None else Effects.of_tables(averages, facts.effects, facts.pooling)
     every = [*names, *unseen]
-    network = None if averages is None or not len(averages.network) else averages.network.numpy()
+    network = None if averages is None or not len(averages.network) else averages.network.cpu().numpy()
     by_name = Known.of_vectors(genes, every, find_vectors(genes, facts.named, vectors, every), vectors, network)
     return Query(parts, members, dose, unseen, effects, by_name, notes)
 

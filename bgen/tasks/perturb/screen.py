@@ -219,11 +219,10 @@ def whitened_latents(model: AnnDataModel, cells: UserCells) -> tuple[NDArray[np.
     mean, variance = model.encode(cells)
     library = np.maximum(np.asarray(cells.counts.sum(1)).ravel(), 1.0)
     codec = model.saved.codec
-    whitened: NDArray[np.float32] = codec.whiten(
-        torch.from_numpy(mean), torch.from_numpy(np.log(library)).float()
-    ).numpy()
+    state, size = (torch.from_numpy(of).to(codec.device) for of in (mean, np.log(library).astype(np.float32)))
+    whitened: NDArray[np.float32] = codec.whiten(state, size).cpu().numpy()
     std = np.zeros_like(whitened)
-    std[:, :-1] = np.sqrt(variance) / codec.latent_std[:-1].numpy()
+    std[:, :-1] = np.sqrt(variance) / codec.latent_std[:-1].cpu().numpy()
     return whitened, std
 
 

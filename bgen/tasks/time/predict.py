@@ -225,7 +225,8 @@ def _whitened(flow: LatentFlow, observed: Observed, rows: I64, rng: np.random.Ge
     noise = rng.standard_normal((len(rows), observed.mean.shape[1]))
     z = observed.mean[rows] + np.sqrt(observed.variance[rows]) * noise.astype(np.float32)
     library = np.maximum(np.asarray(observed.counts[rows].sum(1)).ravel(), 1.0).astype(np.float32)
-    return flow.vae.whiten(torch.from_numpy(z), torch.from_numpy(np.log(library)))
+    state, size = (torch.from_numpy(of).to(flow.vae.device) for of in (z, np.log(library)))
+    return flow.vae.whiten(state, size).cpu()
 
 
 def _shared(

@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from bgen.checkpoint.shards import FIXED, Shards
 from bgen.config.train import TrainConfig
 from bgen.data.batch import CellBatch
+from bgen.data.packed import PackedBatch
 from bgen.distributed.world import World
 from bgen.train.engine.deepspeed_json import deepspeed_config
 from bgen.train.engine.parameter_groups import parameter_groups
 from bgen.train.engine.partition import Partition
+from bgen.train.stages.stage import ChecksBatches
 
 Pieces = dict[tuple[str, int], Tensor]
 """Flat pieces of parameters by name and first element, as :meth:`Partition.weights` returns them."""
@@ -95,6 +97,19 @@ class Engine:
             if saved is not None:
                 self.partition.restore(saved)
                 self.put(self.partition.weights())
+
+    def moved(self, batch: CellBatch | PackedBatch) -> CellBatch:
+        """Return a batch on this rank's device, unpacked there, once the module has looked at what it must.
+
+        Raises
+        ------
+        UserError
+            If the module cannot take the batch.
+        """
+        if self.world.device.type != "cpu" and isinstance(batch, CellBatch) and isinstance(self.module, ChecksBatches):
+            self.module.check_batch(batch)
+        moved = batch.to(self.world.device)
+        return moved.to_csr() if isinstance(moved, PackedBatch) else moved
 
     def forward(self, batch: CellBatch) -> dict[str, Tensor]:
         """The module's per-cell losses ``{name: [B]}``, in the configured precision."""

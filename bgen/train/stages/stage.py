@@ -21,6 +21,15 @@ class CountsFlops(Protocol):
 
 
 @runtime_checkable
+class ChecksBatches(Protocol):
+    """A module that must look at the values of a batch before it computes with them."""
+
+    def check_batch(self, batch: CellBatch) -> None:
+        """Raise UserError if the module cannot take a batch, which is still on the CPU: a GPU's answer takes a wait."""
+        ...
+
+
+@runtime_checkable
 class CountsDamage(Protocol):
     """A stage that may go on without data that is damaged."""
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.models.annotator import LABEL, Annotator
-from bgen.models.vae.panel import on_panels
+from bgen.models.vae.panel import lose, on_panels
 from bgen.models.vae.vae import VAE
+from bgen.nn.random import Stream, uniform
 
 CELLS, GENES = 600, 200
 
@@ -52,6 +53,14 @@ def test_a_draw_depends_on_the_key_and_the_gene_alone() -> None:
     others = replace(batch_of(fewer), keys=batch.keys)
     assert torch.equal(on_panels(others, others.counts, 0.5, 0.8).view(CELLS, -1), left[:, 50:])
     assert torch.equal(batch.counts, dense.flatten())
+
+
+def test_drawing_for_all_entries_loses_the_same_genes() -> None:
+    batch = batch_of(torch.ones(60, 40))
+    choice = uniform(batch.keys, Stream.PANEL_CELL, 2)
+    found = lose(batch, batch.counts, torch.where(choice[:, 0] < 0.5, 0.9 * choice[:, 1], 0.0))
+    assert torch.equal(found, on_panels(batch, batch.counts, 0.5, 0.9))
+    assert 0.1 < float((found == 0).float().mean()) < 0.4
 
 
 @pytest.mark.parametrize("encoder", ["state_vector", "gene_set"])

@@ -24,11 +24,8 @@ def batch_of(cells: int, genes: int) -> CellBatch:
 def plain(batch: CellBatch, share: float) -> torch.Tensor:
     """All chosen entries by torch, as on a GPU."""
     choice = uniform(batch.keys, Stream.THIN_CELL, 2)
-    entries = (choice[:, 0] < share).index_select(0, batch.rows).nonzero().squeeze(1)
-    rows = batch.rows.index_select(0, entries)
-    keep = KEPT[0] + (KEPT[1] - KEPT[0]) * choice[:, 1]
-    state = row_state(batch.keys, Stream.THIN_COUNT)
-    return thinning._thin_entries(batch, batch.counts, entries, rows, state, keep)
+    keep = torch.where(choice[:, 0] < share, KEPT[0] + (KEPT[1] - KEPT[0]) * choice[:, 1], 1.0)
+    return thinning._thin_all(batch, row_state(batch.keys, Stream.THIN_COUNT), keep)
 
 
 def test_the_compiled_form_draws_what_the_plain_one_draws() -> None:
@@ -43,6 +40,16 @@ def test_the_compiled_form_draws_what_the_plain_one_draws() -> None:
     assert 0.2 < float((compiled != before).float().mean()) < 0.4
     assert float(before.max()) > 500
     assert torch.equal(thin(batch, 0.0), before)
+
+
+def test_a_walk_of_all_together_ends_where_each_walk_by_itself_does() -> None:
+    n = torch.arange(1, 60.0).repeat(200)
+    u, p = torch.rand(2, len(n), generator=torch.Generator().manual_seed(0))
+    u[:59] = 1 - 1e-7  # these walk to the end
+    given = n, p / (1 - p), u, torch.exp(n * torch.log1p(-p)), n <= 32
+    alone, together = (walk(*given, torch.zeros_like(n)) for walk in (thinning._walk, thinning._walk_together))
+    assert torch.equal(alone, together)
+    assert float(alone.max()) == 32
 
 
 def test_parts_of_the_cells_are_thinned_as_all_together() -> None:

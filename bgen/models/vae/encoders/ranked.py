@@ -70,12 +70,13 @@ class RankedEncoder(Encoder):
         first = score.argsort(descending=True, stable=True)
         first = first[batch.rows.index_select(0, first).argsort(stable=True)]  # by cell, then by score, then by gene
         place = torch.arange(len(genes), device=genes.device) - batch.indptr.index_select(0, batch.rows)
-        kept = (place < len(self.place)) & (counts.index_select(0, first) > 0)
-        at = batch.rows[kept], place[kept]
-        sentence = genes.new_zeros(len(batch), len(self.place))
-        there = torch.zeros_like(sentence, dtype=torch.bool)
-        sentence[at], there[at] = genes.index_select(0, first[kept]), True
-        return sentence, there
+        K = len(self.place)
+        kept = (place < K) & (counts.index_select(0, first) > 0)
+        at = batch.rows * (K + 1) + torch.where(kept, place, K)  # those that are left out share a last place
+        sentence = genes.new_zeros(len(batch) * (K + 1)).scatter_(0, at, genes.index_select(0, first))
+        there = torch.zeros_like(sentence, dtype=torch.bool).scatter_(0, at, kept)
+        there_BK = there.view(-1, K + 1)[:, :K]
+        return sentence.view(-1, K + 1)[:, :K] * there_BK, there_BK
 
     @torch.no_grad()
     def look_at(self, batch: CellBatch) -> None:
