@@ -57,6 +57,9 @@ class TrainConfig(Section):
         description="bf16 is torch autocast: parameters and optimiser stay float32. pure_bf16 casts every parameter "
         "(also decay rates and norms) and keeps float32 only in the optimiser.",
     )
+    compile: bool = Field(
+        False, description="Let torch.compile make kernels of each block: for GPUs; the first steps then take a minute."
+    )
     deepspeed: Path | None = Field(
         None, description="JSON file with further DeepSpeed settings, merged over those that follow from this section."
     )

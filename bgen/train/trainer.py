@@ -28,6 +28,7 @@ from bgen.track.progress import warn
 from bgen.track.throughput import Throughput
 from bgen.train import restore
 from bgen.train.data_outage import Batches
+from bgen.train.engine.compiled import compiled
 from bgen.train.engine.deepspeed_json import batch_plan, deepspeed_config
 from bgen.train.engine.engine import Engine
 from bgen.train.engine.schedules import learning_rate
@@ -153,7 +154,8 @@ class Trainer:
             try:
                 self._open(folder, messages, accept_changed_data)
                 try:
-                    interrupted = self._loop()
+                    with compiled(self.stage.module, self.config.train.compile):
+                        interrupted = self._loop()
                     self._finish(interrupted)
                     status = "KILLED" if interrupted else "FINISHED"
                 finally:

@@ -23,6 +23,7 @@ from bgen.models.backbones.registry import build_backbone
 from bgen.models.vae.vae import VAE
 from bgen.track.devices import device_name, peak_flops
 from bgen.track.throughput import peak_memory
+from bgen.train.engine.compiled import compiled
 from bgen.train.engine.parameter_groups import parameter_groups
 
 NONZERO_SHARE = 0.1
@@ -109,13 +110,11 @@ def time_backbone(
     device: torch.device,
     precision: str = "float32",
     repetitions: int = 5,
-    compiled: bool = False,
+    compile_blocks: bool = False,
 ) -> Timing:
     """Time a training step of a velocity network on latents ``[B, T, N, D]`` of ``shape`` and ``size`` D."""
     torch.manual_seed(0)
     model = build_backbone(size, config).to(device)
-    if compiled:
-        compile_blocks(model)
     B, T, N = shape
     z, target = torch.randn(2, B, T, N, size, device=device)
     t, condition = torch.rand(B, T, device=device), torch.randn(B, T, config.width, device=device)
@@ -124,17 +123,16 @@ def time_backbone(
     def loss() -> torch.Tensor:
         return (model(z, t, condition, None, moments).float() - target).square().mean()
 
-    return _time(model, loss, B * T * N, 3 * model.flops(B, T, N), device, precision, repetitions)
+    with compiled(model, compile_blocks):
+        return _time(model, loss, B * T * N, 3 * model.flops(B, T, N), device, precision, repetitions)
 
 
 def time_vae(
-    config: Config, genes: int, cells: int, device: torch.device, repetitions: int = 5, compiled: bool = False
+    config: Config, genes: int, cells: int, device: torch.device, repetitions: int = 5, compile_blocks: bool = False
 ) -> Timing:
     """Time a training step of a VAE on random sparse counts."""
     torch.manual_seed(0)
     model = VAE(config.vae, genes, {}).to(device)
-    if compiled:
-        compile_blocks(model)
     expressed = max(1, round(NONZERO_SHARE * genes))
     indices = torch.stack([torch.randperm(genes)[:expressed].sort().values for _ in range(cells)])
     numbers = torch.arange(cells)
@@ -150,15 +148,8 @@ def time_vae(
     def loss() -> torch.Tensor:
         return model(batch)["loss"].mean()
 
-    return _time(model, loss, cells, model.training_flops(batch), device, config.train.precision, repetitions)
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Let torch compile each block of a network (the members of its lists ``blocks``) when it is first used."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and name.endswith("blocks"):
-            for block in module:
-                block.compile()
+    with compiled(model, compile_blocks):
+        return _time(model, loss, cells, model.training_flops(batch), device, config.train.precision, repetitions)
 
 
 def _time(
