@@ -58,8 +58,11 @@ class Places:
 
     def to(self, device: torch.device) -> Places:
         """Return the same on a device."""
-        held: dict[str, Any] = {part.name: getattr(self, part.name) for part in fields(self)}
-        return Places(**{k: None if of is None else of.to(device, non_blocking=True) for k, of in held.items()})
+        held = {part.name: getattr(self, part.name) for part in fields(self)}
+        moved: dict[str, Any] = {
+            name: None if tensor is None else tensor.to(device, non_blocking=True) for name, tensor in held.items()
+        }
+        return Places(**moved)
 
 
 class LatentFlow(nn.Module):
