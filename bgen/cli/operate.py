@@ -69,6 +69,7 @@ def plan(
     ranks_per_node: Annotated[int, typer.Option(min=1, max=1024, help="Processes on each host.")] = 1,
     gpu: Annotated[str | None, typer.Option(help="Name of the GPU; default: CPUs like this machine's.")] = None,
     mfu: Annotated[float, typer.Option(min=0.0001, max=1, help="Share of the GPU's peak that is reached.")] = 0.2,
+    network: Annotated[float, typer.Option(min=0.001, max=1e6, help="Gb/s of each rank's network card.")] = 400.0,
     genes: Annotated[
         int | None, typer.Option(min=1, max=10_000_000, help="Genes, if the store is not there yet.")
     ] = None,
@@ -91,6 +92,7 @@ def plan(
         ranks_per_node=ranks_per_node,
         gpu=gpu,
         mfu=mfu,
+        network=network,
         genes=genes,
         tokens=expressed,
     )

@@ -32,6 +32,17 @@ from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.log_counts import LogCounts
 from bgen.models.vae.vae import VAE
 from bgen.operate.plan_memory import Memory, activation_bytes, memory
+from bgen.operate.plan_step import (
+    READ_BYTES,
+    Cluster,
+    StepTime,
+    Work,
+    advice,
+    balanced_cells,
+    count_launches,
+    step_time,
+    weak_scaling,
+)
 from bgen.store.format.manifest import Manifest
 from bgen.store.open import open_data
 from bgen.track.devices import DEVICES
@@ -74,9 +85,20 @@ class Plan:
     tokens_per_cell
         Expressed genes of a cell, on average.
     cells_per_day, hours
-        At ``mfu`` of the GPU's peak, or, without a GPU, at the speed of this machine; ``hours`` for all steps.
+        At ``mfu`` of the GPU's peak and what the ranks tell each other, or, without a GPU, at the speed of this
+        machine, where ranks cost nothing; ``hours`` for all steps.
     checkpoint, checkpoints
         Bytes on disk of one, and of all that are kept.
+    step
+        Of what a step consists; None without a GPU, and so are the following.
+    scaling
+        Hosts, cells/s and share of the speed of one host that each gives, with as many cells a rank.
+    balanced
+        Cells a rank from which computing takes longer than what the ranks tell each other, and than launches.
+    read
+        Bytes/s that a host reads.
+    advice
+        What would be better.
     """
 
     parameters: dict[str, int]
@@ -97,6 +119,11 @@ class Plan:
     checkpoint: int
     checkpoints: int
     speed: str
+    step: StepTime | None = None
+    scaling: list[tuple[int, float, float]] = dataclasses.field(default_factory=list)
+    balanced: int | None = None
+    read: float | None = None
+    advice: list[str] = dataclasses.field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -119,6 +146,13 @@ class Plan:
         facts.add_row("activations", f"{_bytes(self.activations)} a micro batch")
         facts.add_row("FLOPs", f"{self.flops_per_cell:.3g} a cell, {self.flops_per_step:.3g} a step")
         facts.add_row("speed", f"{_count(self.cells_per_day)} cells a day, {_count(tokens)} tokens ({self.speed})")
+        if self.step is not None:
+            step = self.step
+            parts = (("computing", step.compute), ("gradients", step.reduce), ("weights", step.gather))
+            told = ", ".join(f"{name} {1000 * seconds:.3g} ms" for name, seconds in parts if seconds)
+            facts.add_row("step", f"{1000 * step.seconds:.3g} ms: {told}")
+            facts.add_row("scaling", ", ".join(f"{n} hosts {share:.0%}" for n, _, share in self.scaling[1:]))
+            facts.add_row("reading", f"{_bytes(self.read or 0)} a second and host")
         facts.add_row("run", f"{self.hours:.3g} h")
         facts.add_row("disk", f"{_bytes(self.checkpoint)} a checkpoint, {_bytes(self.checkpoints)} for all kept")
         sizes = Table(title=f"memory of a rank (limit {_bytes(self.limit)})", title_justify="left")
@@ -128,7 +162,7 @@ class Plan:
             row = [str(m.zero), "cpu" if m.offload else "", *map(_bytes, (m.weights, m.optimizer, m.working))]
             style = "bold" if m == self.chosen else "red" if m.device > self.limit else None
             sizes.add_row(*row, _bytes(m.device), _bytes(m.host), style=style)
-        return Group(facts, sizes)
+        return Group(facts, sizes, *self.advice)
 
 
 def plan(
@@ -139,6 +173,7 @@ def plan(
     ranks_per_node: int = 1,
     gpu: str | None = None,
     mfu: float = 0.2,
+    network: float = 400.0,
     genes: int | None = None,
     tokens: int | None = None,
 ) -> Plan:
@@ -154,6 +189,8 @@ def plan(
         Key of :data:`bgen.track.devices.DEVICES`; None plans for CPUs like this machine's.
     mfu
         Share of the GPU's peak that is reached.
+    network
+        Gb/s of each rank's network card.
     genes, tokens
         Genes, and expressed genes of a cell; needed only if the store is not there yet.
 
@@ -191,14 +228,27 @@ def plan(
         if share % micro == 0 and _peak(needs(micro, train.zero, offloaded), gpu) <= limit
     ]
     per_cell = subject.flops(batch.micro)
+    on_gpus: dict[str, Any] = {}
     if gpu is None:
         at_once = min(ranks_per_node, cpus())
         cells_per_second = nodes * at_once / seconds_per_cell
         shared = f", {ranks_per_node} ranks on its {at_once} CPUs" if at_once < ranks_per_node else ""
         speed = f"by a pass on this machine, one thread a rank{shared}"
     else:
-        cells_per_second = ranks * mfu * DEVICES[gpu].peak(train.precision) / per_cell
+        device = DEVICES[gpu]
+        wide, reached = 2 if train.precision == "pure_bf16" else 4, mfu * device.peak(train.precision)
+        cluster = Cluster(nodes, ranks_per_node, device, network * 1e9 / 8)
+        work = Work(wide * trained, per_cell, share, batch.accumulation, train.zero, reached, subject.launches())
+        step = step_time(work, cluster)
+        cells_per_second = step.cells_per_s
         speed = f"{ranks} x {gpu} at {mfu:.0%} of the peak"
+        on_gpus = {
+            "step": step,
+            "scaling": weak_scaling(work, cluster),
+            "balanced": balanced_cells(work, cluster),
+            "read": READ_BYTES * subject.tokens * cells_per_second / nodes,
+            "advice": advice(work, cluster, [m.zero for m in table if not m.offload and m.device <= limit]),
+        }
     kinds = 3 + (train.ema > 0) + (train.patience > 0)  # weights and two moments, average, best
     checkpoint = 4 * (kinds * trained + frozen)
     return Plan(
@@ -220,6 +270,7 @@ def plan(
         checkpoint=checkpoint,
         checkpoints=train.keep * checkpoint,
         speed=speed,
+        **on_gpus,
     )
 
 
@@ -280,6 +331,12 @@ class _Subject:
             torch.set_num_threads(threads)
         self.module.zero_grad(set_to_none=True)
         return lambda micro: round(fixed + slope * micro), seconds
+
+    def launches(self) -> int:
+        """Kernels of a forward and backward pass."""
+        launches = count_launches(self._step(PROBE[0])[0])
+        self.module.zero_grad(set_to_none=True)
+        return launches
 
     def _step(self, cells: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
         """Return a forward pass on so many cells, and its inputs."""

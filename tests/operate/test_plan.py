@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from bgen.models.vae.vae import VAE
 from bgen.operate import plan as module
 from bgen.operate.plan import Plan, plan
 from bgen.operate.plan_memory import activation_bytes, memory
+from bgen.operate.plan_step import count_launches
 from bgen.track import record
 from bgen.track.devices import DEVICES, Device
 
@@ -137,14 +139,81 @@ def test_recommended_micro_batch_divides_and_fits(monkeypatch: pytest.MonkeyPatc
     assert tiny(gpu="none").recommended_micro_batch is None
 
 
+def test_what_ranks_tell_each_other_takes_its_time() -> None:
+    """By hand, on two hosts of 4: what leaves a host goes over 4 cards of 400 Gb/s, of which .8 is reached."""
+    given: dict[str, Any] = {"gpu": "H100", "ranks_per_node": 4, "nodes": 2}
+    alone, one, three = tiny(gpu="H100"), tiny(**given), tiny("train.zero=3", "train.micro_batch=4", **given)
+    P = 4 * one.trained
+    assert alone.step is not None
+    assert one.step is not None
+    assert three.step is not None
+    assert (alone.step.reduce, alone.step.gather) == (0, 0)
+    once = P * (7 / 8) / (0.8 * 4 * 50e9)
+    assert one.step.reduce == pytest.approx(2 * once)
+    assert one.step.gather == pytest.approx(once)
+    assert three.step.gather + three.step.reduce == pytest.approx(2 * 3 * once)  # in each of two micro batches
+    within = tiny(gpu="H100", ranks_per_node=4).step
+    assert within is not None
+    assert within.reduce == pytest.approx(2 * P * (3 / 4) / (0.8 * 450e9))
+    assert tiny(**given, network=100).step.reduce == pytest.approx(4 * one.step.reduce)  # type: ignore[union-attr]
+    stage0 = tiny("train.zero=0", **given).step
+    assert stage0 is not None
+    assert (stage0.reduce, stage0.gather) == (one.step.reduce, 0)
+    half = tiny("train.zero=0", "train.precision=pure_bf16", **given).step
+    assert half is not None
+    assert half.reduce == pytest.approx(one.step.reduce / 2)
+    assert one.cells_per_day == pytest.approx(86400 * 64 / one.step.seconds)
+
+
+def test_scaling_and_advice() -> None:
+    made = tiny(gpu="H100", ranks_per_node=8)
+    assert [n for n, _, _ in made.scaling] == [1, 2, 4, 8, 16, 32, 64]
+    shares = [share for _, _, share in made.scaling]
+    assert shares[0] == 1
+    assert all(a >= b for a, b in pairwise(shares))
+    assert made.balanced is not None
+    assert "Kernels are too small for the GPU." in made.advice[0]
+    assert f"From {made.balanced:,} cells a rank on (train.global_batch={8 * made.balanced})" in made.advice[0]
+    slow = tiny(gpu="L4", ranks_per_node=8, nodes=2, network=0.1)
+    assert "The ranks talk" in slow.advice[0]
+    assert f"From {slow.balanced:,} cells a rank on (train.global_batch={16 * (slow.balanced or 0)})" in slow.advice[0]
+    there = tiny("vae.hidden=1024", "train.global_batch=16384", gpu="H100", ranks_per_node=8)
+    assert there.balanced is not None
+    assert there.balanced < 2048
+    assert not any("computing takes longest" in said for said in there.advice)
+    many = tiny("train.zero=3", "train.micro_batch=4", gpu="H100", ranks_per_node=2, nodes=2, network=0.1)
+    assert "train.zero=0 fits as well, and a step is " in many.advice[-1]
+    assert many.read == pytest.approx(0.85 * 100 * many.cells_per_day / 86400 / 2)
+    console = Console(width=160, file=io.StringIO())
+    console.print(many.table())
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "gradients" in text
+    assert "64 hosts" in text
+    assert "fits as well" in text
+    assert tiny().step is None
+    assert tiny().advice == []
+
+
+def test_small_kernels_wait_for_their_launch() -> None:
+    """Twice as many cells take no longer, until computing takes longer than launching."""
+    few, more = tiny(gpu="H100").step, tiny("train.global_batch=128", gpu="H100").step
+    assert few is not None
+    assert more is not None
+    assert few.seconds == more.seconds > 64 * tiny().flops_per_cell / (0.2 * 67e12)
+    x = torch.randn(4, 3, requires_grad=True)
+    # three operators, and of the way back that of the sum (a view), of the product and of the exponential
+    assert count_launches(lambda: (x.exp() * 2).sum()) == 6
+
+
 def test_speed() -> None:
-    fast, slow = tiny(gpu="H100", mfu=0.4), tiny(gpu="H100", mfu=0.2)
+    large = ["vae.hidden=1024", "train.global_batch=8192"]  # computing, not launching, takes the time
+    fast, slow = tiny(*large, gpu="H100", mfu=0.4), tiny(*large, gpu="H100", mfu=0.2)
     assert fast.cells_per_day == pytest.approx(2 * slow.cells_per_day)
     # float32 at half a peak of 67 TFLOP/s
-    assert tiny(gpu="H100", mfu=0.5).cells_per_day == pytest.approx(86400 * 33.5e12 / fast.flops_per_cell)
-    assert tiny("train.precision=bf16", gpu="H100", mfu=0.5).cells_per_day > 10 * fast.cells_per_day
+    assert tiny(*large, gpu="H100", mfu=0.5).cells_per_day == pytest.approx(86400 * 33.5e12 / fast.flops_per_cell)
+    assert tiny(*large, "train.precision=bf16", gpu="H100", mfu=0.5).cells_per_day > 4 * fast.cells_per_day
     steps = load_config("vae").train.steps
-    assert fast.hours == pytest.approx(24 * steps * 64 / fast.cells_per_day)
+    assert fast.hours == pytest.approx(24 * steps * 8192 / fast.cells_per_day)
     assert fast.as_json()["tokens_per_day"] == pytest.approx(100 * fast.cells_per_day)
     assert "this machine" in tiny().speed
 
