@@ -148,8 +148,8 @@ class Plan:
         facts.add_row("speed", f"{_count(self.cells_per_day)} cells a day, {_count(tokens)} tokens ({self.speed})")
         if self.step is not None:
             step = self.step
-            parts = (("computing", step.compute), ("gradients", step.reduce), ("weights", step.gather))
-            told = ", ".join(f"{name} {1000 * seconds:.3g} ms" for name, seconds in parts if seconds)
+            of = (("computing", step.compute), ("gradients", step.reduce), ("weights", step.gather))
+            told = ", ".join(f"{name} {1000 * seconds:.3g} ms" for name, seconds in of if seconds)
             facts.add_row("step", f"{1000 * step.seconds:.3g} ms: {told}")
             facts.add_row("scaling", ", ".join(f"{n} hosts {share:.0%}" for n, _, share in self.scaling[1:]))
             facts.add_row("reading", f"{_bytes(self.read or 0)} a second and host")
