@@ -28,6 +28,9 @@ BLUR = 0.02
 
 _ITERATIONS, _ACCURACY = 2000, 1e-5
 
+_FARTHEST = 500.0
+"""Cost in eps beyond which exp(-cost / eps), which must not be 0, is no smaller."""
+
 
 def growth(x: ArrayLike, y: ArrayLike, penalty: float) -> F64:
     """Return r ``[N]``: the share of later cells ``y [M, D]`` that come from each of the earlier cells ``x [N, D]``."""
@@ -37,6 +40,7 @@ def growth(x: ArrayLike, y: ArrayLike, penalty: float) -> F64:
     mean = float(cost.mean()) or 1.0
     a, b = (np.full(n, 1 / n) for n in cost.shape)
     near = cost - cost.min(0)  # later cells have their share whatever they cost, so only the range of numbers changes
+    near = near.clip(max=_FARTHEST * BLUR * mean)
     with warnings.catch_warnings():  # of digits that r does not need
         warnings.simplefilter("ignore", UserWarning)
         plan = ot.unbalanced.sinkhorn_unbalanced(
