@@ -67,9 +67,7 @@ def test_beside_one_neighbour_starts_are_its_cells() -> None:
 def test_cells_of_a_reference_have_the_partners_of_the_entropic_plan() -> None:
     x, y = (PLANS.reference(number).astype(np.float64) for number in (1, 0))
     cost = ot.dist(x, y)
-    plan = ot.sinkhorn(
-        np.full(M, 1 / M), np.full(M, 1 / M), cost, BLUR * cost.mean(), stopThr=1e-10, numItermax=20_000
-    )
+    plan = ot.sinkhorn(np.full(M, 1 / M), np.full(M, 1 / M), cost, BLUR * cost.mean(), stopThr=1e-10, numItermax=20_000)
     u = (np.arange(2000) + 0.5) / 2000
     for cell in (0, 7):
         found = PLANS.partners(np.repeat(PLANS.reference(1)[[cell]], 2000, 0), u, 0, 0, 1, 0.0)

@@ -72,7 +72,12 @@ def test_without_growth_the_share_is_wrong_and_cells_change_fate(tmp_path: Path)
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_between_two_populations_starts_end_in_both(share: float, tmp_path: Path) -> None:
     course, settings = two_fates(), forecasting(True)
-    flow = train(course, Recipe(settings.flow, settings.sample, settings.shape, settings.train.model_copy(update={"steps": 1})), 0, tmp_path / "run")
+    flow = train(
+        course,
+        Recipe(settings.flow, settings.sample, settings.shape, settings.train.model_copy(update={"steps": 1})),
+        0,
+        tmp_path / "run",
+    )
     z = flow.vae.table  # type: ignore[attr-defined]
     before, after = (z[torch.from_numpy(course.time == t)] for t in (1, 2))
     made = starts_between(flow, before, after, share, 600, np.random.default_rng(0))
