@@ -34,7 +34,8 @@ def require_room(trajectories: Sequence[Trajectories], size: int, cells: int) ->
         fits = max(1, MOST_BYTES // (4 * size * populations))
         raise UserError(
             f"flow.coupling.cells={cells}: so many cells of each of {populations:,} populations take"
-            f" {needed / (1 << 30):.2g} GiB on every rank, of {MOST_BYTES / (1 << 30):.2g} at most. Set it to {fits}, or to 0."
+            f" {needed / (1 << 30):.2g} GiB on every rank, of {MOST_BYTES / (1 << 30):.2g} at most. Set it to"
+            f" {fits}, or to 0."
         )
 
 
