@@ -90,6 +90,30 @@ class MixingConfig(Section):
     cells: PositiveInt = Field(64, description="Cells of a population, at most, from which its mean is taken.")
 
 
+class CouplingConfig(Section):
+    """How starts from neighbours are planned (:mod:`bgen.flow.plans`)."""
+
+    cells: NonNegativeInt = Field(
+        0,
+        description="Cells of each population, at most, that starts are planned over; they are encoded once, and each "
+        "rank holds them in memory. 0: plans are between the cells of a trajectory alone.",
+    )
+    growth: bool = Field(
+        False,
+        description="Over time: let earlier cells be the partner of more or fewer later ones (unbalanced optimal "
+        "transport, see bgen/flow/growth.py), learn how they grow, and let forecasts start from them accordingly.",
+    )
+    penalty: PositiveFloat = Field(
+        0.1, description="How dear growth is, in mean squared distances between the two populations; large: none."
+    )
+
+    @model_validator(mode="after")
+    def _growth_is_planned(self) -> CouplingConfig:
+        if self.growth and self.cells == 0:
+            raise ValueError("growth: is found in whole populations; set cells, such as 1024, to plan starts over them")
+        return self
+
+
 class LogCountsConfig(Section):
     """The space of a flow without a latent (:mod:`bgen.models.log_counts`)."""
 
@@ -149,6 +173,7 @@ class FlowConfig(Section):
         "from it, or from the displacement interpolation of both (see bgen/flow/start.py); all others from noise. The "
         "network has an output for each.",
     )
+    coupling: CouplingConfig = CouplingConfig()
     prediction: Literal["velocity", "data"] = Field("velocity", description="What the network's output means.")
     fit_levels: bool = Field(
         False,
@@ -160,6 +185,17 @@ class FlowConfig(Section):
     def _velocity_from_neighbours(self) -> FlowConfig:
         if self.source == "neighbours" and self.prediction == "data":
             raise ValueError("source: neighbours learns velocities; leave prediction at velocity")
+        return self
+
+    @model_validator(mode="after")
+    def _coupling_has_a_use(self) -> FlowConfig:
+        if self.coupling.cells > 0 and self.source != "neighbours":
+            raise ValueError("coupling: plans starts from neighbours; set source: neighbours, or coupling.cells: 0")
+        if self.coupling.growth and self.members is not None:
+            raise ValueError(
+                "coupling.growth: cells grow along time; under perturbations each control cell has one answer. Set it "
+                "to false"
+            )
         return self
 
 

@@ -61,6 +61,10 @@ class Config(RunConfig):
             raise ValueError("flow.mixing.share: only trajectories along a perturbation are mixed; set it to 0")
         if flow.endpoint > 0 and trajectories is None:
             raise ValueError("flow.endpoint: single cells are no populations; set it to 0, or train on trajectories")
+        if flow.coupling.cells > 0 and trajectories is None:
+            raise ValueError("flow.coupling.cells: single cells have no neighbours to start from; set it to 0")
+        if flow.coupling.growth and trajectories is not None and trajectories.along == "perturbation":
+            raise ValueError("flow.coupling.growth: grows along time, not along a perturbation; set it to false")
         return self
 
     @model_validator(mode="after")

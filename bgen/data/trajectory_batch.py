@@ -36,6 +36,8 @@ class TrajectoryBatch(CellBatch):
         ``[B T N, D + 1]``: latents of the cells, if they are known; None: they are encoded from counts.
     moved
         ``[B, T, D + 1]``: what the latents of a population are moved by in training; None: nothing.
+    population
+        int64 ``[B, T]``: numbers of the populations, -1 where there is none; None: they have none.
     """
 
     mask: Tensor = field(kw_only=True)
@@ -43,6 +45,7 @@ class TrajectoryBatch(CellBatch):
     control: Tensor = field(kw_only=True)
     whitened: Tensor | None = field(kw_only=True, default=None)
     moved: Tensor | None = field(kw_only=True, default=None)
+    population: Tensor | None = field(kw_only=True, default=None)
 
     @classmethod
     def of_grids(cls, cells: CellBatch, grids: Sequence[GridOfCells], mixing: Mixing | None = None) -> TrajectoryBatch:
@@ -54,16 +57,23 @@ class TrajectoryBatch(CellBatch):
             time=torch.from_numpy(np.stack([grid.time for grid in grids])),
             control=torch.from_numpy(np.stack([grid.control for grid in grids])),
             moved=moved,
+            population=torch.from_numpy(np.stack([grid.population for grid in grids])),
         )
 
     @classmethod
     def of(
-        cls, cells: CellBatch, mask: Tensor, time: Tensor, control: Tensor, moved: Tensor | None = None
+        cls,
+        cells: CellBatch,
+        mask: Tensor,
+        time: Tensor,
+        control: Tensor,
+        moved: Tensor | None = None,
+        population: Tensor | None = None,
     ) -> TrajectoryBatch:
         """Put ``B T N`` cells on the grid of ``mask``."""
         assert len(cells) == mask.numel(), "a cell for every place"
         of_cells = {f.name: getattr(cells, f.name) for f in fields(cells)}
-        return cls(**of_cells, mask=mask, time=time, control=control, moved=moved)
+        return cls(**of_cells, mask=mask, time=time, control=control, moved=moved, population=population)
 
     @property
     def exists(self) -> Tensor:

@@ -147,6 +147,8 @@ def _like(flow: LatentFlow, codec: Codec, categories: Mapping[str, int], sets: M
     _take_over(flow.backbone, grown.backbone)
     if sets:
         _take_over(flow.shift, grown.shift)
+    if flow.growth is not None and grown.growth is not None:
+        _take_over(flow.growth, grown.growth)
     return grown
 
 

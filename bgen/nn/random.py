@@ -37,6 +37,7 @@ class Stream(IntEnum):
     PANEL_CELL = 13
     PANEL_GENE = 14
     RESIDUAL = 15
+    PARTNER = 16
     DROPOUT = 1 << 16  # a dropout layer adds its number
 
 

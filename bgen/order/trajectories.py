@@ -215,6 +215,8 @@ class GridOfCells:
         Which of its time points stand here, ascending; at most T.
     draw
         What it was drawn for.
+    population
+        int64 ``[T]``: numbers of its populations; -1 where there are no more.
     """
 
     cells: I64
@@ -224,6 +226,7 @@ class GridOfCells:
     number: int
     taken: I64
     draw: int
+    population: I64
 
 
 class TrajectoryOrder:
@@ -241,13 +244,25 @@ class TrajectoryOrder:
         Seed of the order.
     name
         What distinguishes this order from another of the same seed: store fingerprint and split.
+    first_population
+        What the first population is numbered by in its grids.
     """
 
-    def __init__(self, trajectories: Trajectories, batch: int, times: int, cells: int, seed: int, name: str) -> None:
+    def __init__(
+        self,
+        trajectories: Trajectories,
+        batch: int,
+        times: int,
+        cells: int,
+        seed: int,
+        name: str,
+        first_population: int = 0,
+    ) -> None:
         if len(trajectories) == 0:
             raise ValueError(f"There are no trajectories in {name}.")
         self.trajectories, self.batch, self.times, self.cells = trajectories, batch, times, cells
         self.seed, self.name, self._key = seed, name, (seed, hash_text(name))
+        self.first_population = first_population
         self._epoch = lru_cache(maxsize=2)(self._permute)
 
     def read(self, step: int, start: int = 0, stop: int | None = None) -> list[GridOfCells]:
@@ -286,7 +301,9 @@ class TrajectoryOrder:
         """Return cells ``[T, N]`` of the time points ``taken`` with what is known of these."""
         last = np.minimum(np.arange(self.times), len(taken) - 1)
         time, control = self.trajectories.times[number][taken], self.trajectories.controls[number][taken]
-        return GridOfCells(cells, mask, time[last], control[last] & mask.any(1), number, taken, draw)
+        population = np.full(self.times, -1)
+        population[: len(taken)] = self.first_population + self.trajectories.points[number][taken]
+        return GridOfCells(cells, mask, time[last], control[last] & mask.any(1), number, taken, draw, population)
 
     def _permute(self, epoch: int) -> I64:
         return permutation(len(self.trajectories), *self._key, _ORDER, epoch)

@@ -28,6 +28,7 @@ from bgen.models.generators.latent_flow import LatentFlow, Places
 from bgen.models.measured_latents import MeasuredLatents
 from bgen.order.keys import hash_keys
 from bgen.tasks.finetune.course import course_flow
+from bgen.tasks.time.starts import plans_whole, some_of, starts_between
 from bgen.train.stages.course_in_memory import CourseStage
 from bgen.train.trainer import check
 
@@ -180,7 +181,14 @@ def generate(flow: LatentFlow, course: Course, time: float, n: int, recipe: Reci
     time_BT = torch.tensor(times).float().expand(B, -1)
     seen = (torch.arange(len(times)) != missing).expand(B, -1)
     keys = torch.from_numpy(hash_keys(seed, 7, np.arange(mask.numel())).view(np.int64)).view(mask.shape)
-    made = flow.sample_trajectories({}, keys, recipe.sample, Places(mask, time_BT, seen, z))[:, missing]
+    starts = None
+    if plans_whole(flow):
+        starts, sides = torch.zeros_like(z), (times[missing - 1], times[missing + 1])
+        ends = [some_of(flow, np.flatnonzero(course.time == moment), rng) for moment in sides]
+        first, last = (table[torch.from_numpy(some)] for some in ends)
+        share = (time - sides[0]) / (sides[1] - sides[0])
+        starts[:, missing] = starts_between(flow, first, last, share, B * N, rng).view(B, N, -1)
+    made = flow.sample_trajectories({}, keys, recipe.sample, Places(mask, time_BT, seen, z, starts))[:, missing]
     cells = made.flatten(0, 1)[:n] * flow.vae.latent_std + flow.vae.latent_mean
     found: F32 = cells.numpy()
     return found

@@ -21,6 +21,7 @@ from bgen.flow.guidance import guide
 from bgen.flow.loss import endpoint_loss, velocity_loss
 from bgen.flow.path import interpolate, over_cells, velocity, velocity_from_data
 from bgen.flow.patterns import PATTERNS, draw_observed
+from bgen.flow.plans import Plans
 from bgen.flow.solvers import Velocity, integrate
 from bgen.flow.start import KINDS, Starts, couple, neighbours, start, starts_of
 from bgen.flow.times import sample_times
@@ -28,6 +29,7 @@ from bgen.models.backbones.registry import build_backbone
 from bgen.models.codec import Codec
 from bgen.models.generators.average_effects import AverageEffects
 from bgen.models.generators.conditions import Condition, ConditionEmbedding, drop_conditions
+from bgen.models.generators.growth import GrowthRate
 from bgen.nn.mup import learning_rate_scales, start_heads
 from bgen.nn.random import Stream, normal, uniform
 
@@ -88,6 +90,10 @@ class LatentFlow(nn.Module):
     ----------
     averages
         Average effects of perturbations, which go with the flow once it is trained; None: none were estimated.
+    growth
+        Learned growth of cells over time (``flow.coupling.growth``); None: there is none.
+    plans
+        In training with ``flow.coupling.cells``: plans between the populations of its batches, given by the stage.
     """
 
     def __init__(
@@ -106,6 +112,8 @@ class LatentFlow(nn.Module):
         self.outputs = self.size * (len(KINDS) if config.source == "neighbours" else 1)
         self.backbone = build_backbone(self.size, config.backbone, self.outputs)
         self.averages: AverageEffects | None = None
+        self.growth = GrowthRate(self.size, config.backbone.width) if config.coupling.growth else None
+        self.plans: Plans | None = None
         if sets:  # what members do to all cells alike, which is most of it
             self.shift = nn.Linear(config.backbone.width, self.size, bias=False)
             nn.init.zeros_(self.shift.weight)
@@ -145,6 +153,7 @@ class LatentFlow(nn.Module):
 
     def _trajectory_loss(self, batch: TrajectoryBatch, z0: Tensor, z1: Tensor) -> dict[str, Tensor]:
         B, T, N = batch.mask.shape
+        read = z0
         if batch.moved is not None:
             z0 = z0 + batch.moved[:, :, None]
         keys_BT, slots_BT = batch.keys.view(B, T, N)[..., 0], batch.slots.view(B, T, N)[..., 0] // (T * N)
@@ -158,8 +167,11 @@ class LatentFlow(nn.Module):
         t = torch.where(observed, 0.0, t)
         starts = None
         if self.config.source == "neighbours":
-            moved = start(z0, batch.mask, batch.time, observed, z1, keys_BT)
-            z1 = couple(z0, moved, batch.mask, ~observed & observed.any(1, keepdim=True))
+            if self.config.coupling.cells > 0:
+                z1 = self._planned(batch, read, observed, z1)
+            else:
+                moved = start(z0, batch.mask, batch.time, observed, z1, keys_BT)
+                z1 = couple(z0, moved, batch.mask, ~observed & observed.any(1, keepdim=True))
             starts = self._starts(batch.mask, batch.time, observed)
         hidden, keys = self._hidden(keys_B).repeat_interleave(T, 0), keys_B.repeat_interleave(T)
         condition, acting = (
@@ -173,7 +185,19 @@ class LatentFlow(nn.Module):
         loss_B = velocity_loss(predicted, velocity(z0, z1), counts)
         if self.config.endpoint > 0:
             loss_B = loss_B + self.config.endpoint * endpoint_loss(z_t - over_cells(t) * predicted, z0, counts)
+        if self.growth is not None and starts is not None:
+            time = batch.time / self.config.backbone.time.scale
+            loss_B = loss_B + self.growth.loss(z0, z1, condition.detach(), batch.mask, time, observed, starts)
         return {"loss": loss_B.repeat_interleave(T * N)}
+
+    def _planned(self, batch: TrajectoryBatch, read: Tensor, observed: Tensor, noise: Tensor) -> Tensor:
+        """Return the start of every cell by the plans of whole populations; ``read`` are latents that nothing moved."""
+        assert self.plans is not None, "the stage gives them before the first batch"
+        assert batch.population is not None, "batches of such a stage say which populations they hold"
+        uniform_BTN = uniform(batch.keys, Stream.PARTNER, 1).view(batch.mask.shape)
+        return self.plans.start(
+            read, batch.mask, batch.time, observed, noise, batch.population, uniform_BTN, batch.moved
+        )
 
     def _shift(self, acting: Tensor, mask: Tensor, observed: Tensor) -> Tensor | None:
         """Return what members do to all cells alike ``[B, T, D + 1]``, at time points beside an observed one.
@@ -203,7 +227,8 @@ class LatentFlow(nn.Module):
         """Floating-point operations: forward and backward through the network, forward through the frozen codec."""
         B, T, N = batch.mask.shape if isinstance(batch, TrajectoryBatch) else (len(batch), 1, 1)
         latents = self.vae.latents_flops(len(batch), len(batch.counts))
-        return latents + 3 * (self.backbone.flops(B, T, N) + self.conditions.flops(B * T))
+        growth = 0 if self.growth is None else self.growth.flops(B, T, N)
+        return latents + 3 * (self.backbone.flops(B, T, N) + self.conditions.flops(B * T) + growth)
 
     def learning_rate_scales(self) -> dict[str, float]:
         """See :class:`bgen.nn.mup.Transfers`."""
@@ -228,6 +253,8 @@ class LatentFlow(nn.Module):
                 (self.conditions, conditions),
                 (self.backbone, build_backbone(self.size, base, self.outputs)),
             ]
+            if self.growth is not None:
+                twins.append((self.growth, GrowthRate(self.size, base.width)))
             return [*twins, (self.shift, nn.Linear(base.width, self.size, bias=False))] if sets else twins
 
     def velocity(
@@ -316,6 +343,17 @@ class LatentFlow(nn.Module):
         assert keys.shape == places.mask.shape, "one key per place"
         assert (places.observed is None) == (places.latents is None), "what is observed is given, and nothing else"
         return self._integrate(conditions, keys, settings, log_library, places)
+
+    @torch.no_grad()
+    def grown(self, z: Tensor, conditions: Mapping[str, Condition], gap: float) -> Tensor | None:
+        """Return how often each cell of an observed population is the start of cells a ``gap`` later, relatively.
+
+        ``z [n, D + 1]`` are whitened latents, ``conditions`` those of the population, ``[1]`` each; None: all alike.
+        """
+        if self.growth is None:
+            return None
+        rates: Tensor = self.growth(z, self.conditions(conditions, torch.zeros(1, dtype=torch.bool)))
+        return (rates * (gap / self.config.backbone.time.scale)).softmax(0)
 
     @torch.no_grad()
     def _integrate(

@@ -37,6 +37,7 @@ from bgen.tasks.generate import asked_codes, provenance, read_moments, readable,
 from bgen.tasks.time.axis import TimeAxis
 from bgen.tasks.time.observed import Observed, Task
 from bgen.tasks.time.score import score_time
+from bgen.tasks.time.starts import plans_whole, some_of, starts_beside, starts_between
 from bgen.tasks.time.trajectories import decode_some
 
 
@@ -192,8 +193,12 @@ def _generate(
             latents[:, t] = _whitened(flow, observed, rows.ravel(), rng).view(B, N, -1)
     keys = torch.from_numpy(hash_keys(seed, np.arange(B * T * N).reshape(B, T, N)).view(np.int64))
     seen = torch.arange(T) != missing
-    places = Places(mask, torch.tensor(times).float().expand(B, T), seen.expand(B, T), latents)
     shared = _shared(flow, observed, task, times, missing, axis.column, asked)
+    starts = None
+    if plans_whole(flow):
+        starts = torch.zeros_like(latents)
+        starts[:, missing] = _starts(flow, observed, task, shared, B * N, rng).view(B, N, -1)
+    places = Places(mask, torch.tensor(times).float().expand(B, T), seen.expand(B, T), latents, starts)
     conditions = {name: torch.from_numpy(values).expand(B, T) for name, values in shared.items()}
     fixed = None if library_size is None else torch.full(mask.shape, float(np.log(library_size)))
     z = flow.sample_trajectories(conditions, keys, settings, places, fixed)[:, missing].flatten(0, 1)[: task.n]
@@ -208,6 +213,26 @@ def _generate(
             columns[name] = np.full(task.n, shared[name][missing])
     counts = decode_some(flow, z, columns, keys[:, missing].flatten()[: task.n], library_size)
     return counts, columns
+
+
+def _starts(
+    flow: LatentFlow,
+    observed: Observed,
+    task: Task,
+    shared: Mapping[str, NDArray[Any]],
+    n: int,
+    rng: np.random.Generator,
+) -> Tensor:
+    """Plan the starts ``[n, D + 1]`` over all cells of the time points beside the missing one."""
+    before, after = task.side(False), task.side(True)
+    previous, *following = [
+        _whitened(flow, observed, some_of(flow, task.context[time], rng), rng) for time in (before[-1], *after[:1])
+    ]
+    if following:
+        return starts_between(flow, previous, following[0], task.share, n, rng)
+    place = len(before) - 1
+    conditions = {name: torch.from_numpy(values[place : place + 1]) for name, values in shared.items()}
+    return starts_beside(flow, previous, conditions, task.time - before[-1], n, rng)
 
 
 def _spread(rows: I64, B: int, N: int, rng: np.random.Generator) -> tuple[I64, NDArray[np.bool_]]:

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from bgen.arrays import I64
 from bgen.config.data import TrajectoriesConfig
 from bgen.config.run import RunConfig
 from bgen.data.cells_in_memory import MemoryCells
@@ -58,3 +60,8 @@ class CourseStage(MemoryTrajectoryStage):
         rows = np.stack([grid.cells for grid in grids]).ravel()
         cells = self.cells.batch(rows, hash_keys(*key, slot + np.arange(len(rows))), step, slot)
         return TrajectoryBatch.of_grids(cells, grids)
+
+    def latents(self, rows: I64) -> Tensor:
+        """See :class:`MemoryTrajectoryStage`."""
+        batch = self.cells.batch(rows, hash_keys(self.config.seed, rows))
+        return self.flow.vae.latents(batch.to(self.world.device)).cpu()

@@ -101,13 +101,21 @@ class FlowStage(StoreStage):
         self.fingerprint |= between
         if files := named_files(config.flow.members):
             self.fingerprint["known_of_members"] = [sha256(path) for path in files]
+        if config.flow.coupling.cells > 0:
+            assert self.trajectories is not None, "the configuration checks that"
+            self.trajectories.require_room(self.codec.size)
         self._mixing: Mixing | None = None
         self.effects: Effects | None = None
         self.context_names: list[list[str]] = []
 
     def train_batches(self, start_step: int) -> Iterator[Sequence[CellBatch | PackedBatch]]:
-        """See :class:`bgen.train.stages.stage.Stage`; populations are mixed between systems if that is asked for."""
+        """See :class:`bgen.train.stages.stage.Stage`.
+
+        Before the first batch, starts are planned and populations mixed between systems, if that is asked for.
+        """
         mixing = self.config.flow.mixing
+        if self.trajectories is not None and self.config.flow.coupling.cells > 0 and self.module.plans is None:
+            self.module.plans = self.trajectories.plans(self.codec)
         if self.trajectories is None or mixing.share == 0:
             return super().train_batches(start_step)
         if self._mixing is None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bgen.arrays import I64
 from bgen.config.data import TrajectoriesConfig
@@ -105,6 +106,13 @@ class PopulationStage(MemoryTrajectoryStage):
         )
         batch = TrajectoryBatch.of_grids(cells, grids, self.mixing if split == TRAIN else None)
         return replace(batch, whitened=torch.from_numpy(latents))
+
+    def latents(self, rows: I64) -> Tensor:
+        """See :class:`MemoryTrajectoryStage`."""
+        noise = np.random.default_rng([self.config.seed, 3, int(rows[0])]).standard_normal(
+            (len(rows), self.encoded.mean.shape[1])
+        )
+        return torch.from_numpy(self.encoded.mean[rows] + self.encoded.std[rows] * noise.astype(np.float32))
 
     def _means(self, trajectories: Trajectories) -> NDArray[np.float32]:
         """Return the mean latent ``[P, D + 1]`` of every population."""

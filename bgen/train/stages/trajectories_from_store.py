@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from bgen.data.loader import CountReader
 from bgen.data.trajectory_loader import TrajectoryLoader, read_trajectories, valid_trajectories
 from bgen.distributed.world import World, all_sum
 from bgen.errors import UserError
+from bgen.flow.plans import Plans
+from bgen.flow.references import plans_of, reference_edges, require_room
 from bgen.models.codec import Codec
 from bgen.order.mixing import Mixing
 from bgen.order.pools import PooledTrajectories
@@ -99,12 +102,35 @@ class TrajectorySource:
         """Read this rank's held-out trajectories."""
         return valid_trajectories(
             self.reader,
-            TrajectoryOrder(**self._about(self.config.data.valid)),
+            self.watched,
             seed=self.config.seed,
             cells=self.config.train.eval_cells,
             micro_batch=self.micro,
             rank=self.world.rank,
             world=self.world.size,
+        )
+
+    @cached_property
+    def watched(self) -> TrajectoryOrder:
+        """The held-out trajectories, whose populations are numbered after those of training."""
+        first = len(self.order.trajectories.edges) - 1
+        return TrajectoryOrder(**self._about(self.config.data.valid), first_population=first)
+
+    @property
+    def splits(self) -> list[Trajectories]:
+        """The trajectories of training, and the held-out ones if there are evaluations."""
+        return [self.order.trajectories, *([self.watched.trajectories] if self.config.train.eval_every else [])]
+
+    def require_room(self, size: int) -> None:
+        """Raise UserError if references of whole populations, of latents ``[size]``, are too large to hold."""
+        require_room(self.splits, size, self.config.flow.coupling.cells)
+
+    def plans(self, codec: Codec) -> Plans:
+        """Encode the references of all populations, and return the plans between them."""
+        coupling = self.config.flow.coupling
+        return plans_of(
+            [population_latents(codec, self.reader, split, coupling.cells, self.world) for split in self.splits],
+            coupling,
         )
 
     def _about(self, split: str) -> dict[str, Any]:
@@ -120,7 +146,6 @@ class TrajectorySource:
         }
 
 
-@torch.no_grad()
 def population_means(
     codec: Codec, reader: CountReader, trajectories: Trajectories, cells: int, world: World
 ) -> NDArray[np.float32]:
@@ -128,8 +153,32 @@ def population_means(
 
     The populations are dealt to the ranks in the same groups for any number of them, so that the sums are the same.
     """
+    means = torch.zeros(len(trajectories.edges) - 1, codec.size)
+    for population, z in _encoded(codec, reader, trajectories, cells, world):
+        means[population] = z.mean(0)
+    return all_sum(means).numpy()
+
+
+def population_latents(
+    codec: Codec, reader: CountReader, trajectories: Trajectories, cells: int, world: World
+) -> list[NDArray[np.float32]]:
+    """Return the whitened latents of at most ``cells`` cells of every population, float32 ``[M, D + 1]`` each.
+
+    The ranks share the work as in :func:`population_means`, and each has all of them in the end.
+    """
+    edges = reference_edges(trajectories, cells)
+    latents = torch.zeros(int(edges[-1]), codec.size)
+    for population, z in _encoded(codec, reader, trajectories, cells, world):
+        latents[edges[population] : edges[population + 1]] = z
+    return np.split(all_sum(latents).numpy(), edges[1:-1])
+
+
+@torch.no_grad()
+def _encoded(
+    codec: Codec, reader: CountReader, trajectories: Trajectories, cells: int, world: World
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield this rank's populations, each with the latents ``[min(size, cells), D + 1]`` of neighbours in its line."""
     n = len(trajectories.edges) - 1
-    means = torch.zeros(n, codec.size)
     size = max(1, TOGETHER // cells)
     groups = [range(start, min(start + size, n)) for start in range(0, n, size)]
     for number, group in list(enumerate(groups))[world.rank :: world.size]:
@@ -141,6 +190,4 @@ def population_means(
         z = torch.cat([codec.latents(batch.take(part).to(world.device)).cpu() for part in parts])[
             torch.from_numpy(back)
         ]
-        for population, part in zip(group, z.split([len(some) for some in members]), strict=True):
-            means[population] = part.mean(0)
-    return all_sum(means).numpy()
+        yield from zip(group, z.split([len(some) for some in members]), strict=True)
