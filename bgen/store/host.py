@@ -48,10 +48,10 @@ class HostArrays:
     Parameters
     ----------
     folder
-        Folder of the files, best on a local disk; it need not be there.
+        Folder of the files, best on a local disk; it need not be there. None: this user has none.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self._warned = False
 
@@ -61,6 +61,8 @@ class HostArrays:
         Where there is no room for the file, a process has the array in its own memory, and a warning says so.
         """
         of = np.dtype(dtype)
+        if self.folder is None:
+            return self._own(n, of, fill, "this user has no home folder")
         path = self.folder / hashlib.sha256(f"{key}/{n}/{of.str}".encode()).hexdigest()[:32]
         if (found := _open(path, n, of)) is not None:
             return found
@@ -81,16 +83,30 @@ class HostArrays:
         except OSError as error:
             if failed:
                 raise
-            self._warn(error)
-        if found is None:
-            found = np.empty(n, of)
-            fill(found)
-            found.flags.writeable = False
-        return found
+            return self._own(n, of, fill, f"{self.folder}: {error}")
+        return (
+            self._own(n, of, fill, f"{self.folder}: what is written there is not read back") if found is None else found
+        )
+
+    def _own(self, n: int, dtype: np.dtype[Any], fill: Fill, why: str) -> NDArray[Any]:
+        """Return an array in this process' own memory, and warn, once."""
+        if not self._warned:
+            print(
+                f"warning: numbers per cell cannot be shared ({why}): each process of this machine holds its own copy."
+                " Name a folder with room in data.access.cache, or in XDG_CACHE_HOME.",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._warned = True
+        values = np.empty(n, dtype)
+        fill(values)
+        values.flags.writeable = False
+        return values
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Wait until no other process makes an array."""
+        assert self.folder is not None
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
@@ -100,9 +116,9 @@ class HostArrays:
             os.close(handle)
 
     def _make(self, path: Path, n: int, dtype: np.dtype[Any], fill: Fill) -> None:
-        self._remove_unused()
+        self._remove_unused(path.parent)
         size = n * dtype.itemsize
-        handle, place = tempfile.mkstemp(dir=self.folder, prefix=HALF)
+        handle, place = tempfile.mkstemp(dir=path.parent, prefix=HALF)
         half = Path(place)
         try:
             with os.fdopen(handle, "r+b") as file:
@@ -117,22 +133,15 @@ class HostArrays:
         finally:
             half.unlink(missing_ok=True)
 
-    def _remove_unused(self) -> None:
+    @staticmethod
+    def _remove_unused(folder: Path) -> None:
         before = time.time() - 86_400 * UNUSED_DAYS
-        with os.scandir(self.folder) as entries:
+        with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name != LOCK and entry.stat(follow_symlinks=False).st_mtime < before:
+                # who holds the lock knows that nobody else is writing: what is half is of a process that was killed
+                unused = entry.name != LOCK and entry.stat(follow_symlinks=False).st_mtime < before
+                if unused or entry.name.startswith(HALF):
                     Path(entry.path).unlink(missing_ok=True)
-
-    def _warn(self, error: OSError) -> None:
-        if not self._warned:
-            print(
-                f"warning: numbers per cell cannot be kept in {self.folder} ({error}): each process of this machine"
-                " holds its own copy. Name a folder with room in data.access.cache, or in XDG_CACHE_HOME.",
-                file=sys.stderr,
-                flush=True,
-            )
-            self._warned = True
 
 
 def _open(path: Path, n: int, dtype: np.dtype[Any]) -> NDArray[Any] | None:

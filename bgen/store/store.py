@@ -98,7 +98,7 @@ class Store:
 
     def __init__(self, folder: str | Path, *, threads: int = 2, access: Access | None = None) -> None:
         self.folder = Path(folder)
-        self._host = HostArrays((access or Access()).folder() / "arrays")
+        self._access = access or Access()
         self._held: WeakValueDictionary[str, NDArray[Any]] = WeakValueDictionary()
         self.manifest: Manifest = read_manifest(self.folder)
         if problems := self._find_damage():
@@ -385,6 +385,13 @@ class Store:
             return read_array(name, self.manifest.n_cells if n is None else n, self.manifest.files, self._load, rows)
         except (ValueError, OSError) as error:
             raise error if isinstance(error, UserError) else self.unread(error) from None
+
+    @functools.cached_property
+    def _host(self) -> HostArrays:
+        try:
+            return HostArrays(self._access.folder() / "arrays")
+        except RuntimeError:  # how pathlib says that there is no home folder
+            return HostArrays(None)
 
     def share(self, what: str, n: int, kind: np.dtype[Any], fill: Fill) -> NDArray[Any]:
         """Return an array ``[n]`` that ``fill`` writes, shared with the other processes if it is of many entries.

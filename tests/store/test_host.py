@@ -97,14 +97,18 @@ def test_without_room_a_process_has_its_own(
     assert "data.access.cache" in said
 
 
+def test_a_user_without_a_home(capsys: pytest.CaptureFixture[str]) -> None:
+    assert np.array_equal(HostArrays(None).get("x", N, np.int64, count_to), np.arange(N))
+    assert "no home folder" in capsys.readouterr().err
+
+
 def test_files_that_nobody_uses_are_removed(tmp_path: Path) -> None:
     for key in ("old", "new"):
         HostArrays(tmp_path).get(key, N, np.int64, count_to)
     mapped = HostArrays(tmp_path).get("old", N, np.int64, refuse)
     (tmp_path / f"{HALF}killed").write_bytes(b"x")
     old = min(files(tmp_path), key=lambda path: (path.name.startswith(HALF), path.stat().st_mtime))
-    for path in (old, tmp_path / f"{HALF}killed"):
-        os.utime(path, (0, path.stat().st_mtime - 86_401 * UNUSED_DAYS))
+    os.utime(old, (0, old.stat().st_mtime - 86_401 * UNUSED_DAYS))
     HostArrays(tmp_path).get("third", N, np.int64, count_to)
     assert len(files(tmp_path)) == 2
     assert np.array_equal(mapped, np.arange(N))
