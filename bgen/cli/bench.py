@@ -55,6 +55,23 @@ def bench_loader(
     )
 
 
+@app.command("growth")
+def bench_growth(
+    out: Annotated[Path, typer.Option(help="Folder for growth.json, with room for the largest number of cells.")],
+    cells: Annotated[
+        list[int] | None, typer.Option(min=1000, max=1_000_000_000, help="Number of cells; give two or more.")
+    ] = None,
+    step: Annotated[list[str] | None, typer.Option(help="Only this step; may be repeated. Default: all.")] = None,
+) -> None:
+    """Measure how much memory each process takes for each cell: check, build, ranks, evaluation, exports.
+
+    Example: `bgen bench growth --out bench --cells 1000000 --cells 4000000`
+    """
+    from bgen.bench.loaders.growth import bench_growth as measure
+
+    measure(out, cells=cells or [1_000_000, 4_000_000], steps=step or [], say=notes.print)
+
+
 @app.command("train")
 def bench_train(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of one that comes with bgen.")] = "demo/flow",

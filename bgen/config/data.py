@@ -50,7 +50,10 @@ class Access(Section):
     """How stores at an address (s3://, gs://, https://) are read."""
 
     cache: Path | None = Field(
-        None, description="Local folder for copies; null: bgen in the user's cache folder (XDG_CACHE_HOME)."
+        None,
+        description="Local folder for copies, and for numbers per cell that the processes of a machine share (also of a"
+        " local store: 5 bytes a cell, and 1 to 4 for each column in use); null: bgen in the user's cache folder"
+        " (XDG_CACHE_HOME).",
     )
     cache_bytes: PositiveInt = Field(20 << 30, description="Bytes of chunks that are kept there, of each store.")
     retries: NonNegativeInt = Field(6, description="How often a request that failed is made again.")

@@ -10,6 +10,7 @@ from anndata import AnnData
 from bgen.arrays import I64
 from bgen.data.loader import CountReader
 from bgen.names import index_name
+from bgen.order.cells import numbers
 from bgen.order.sample import SCATTERED
 from bgen.store.store import Store
 
@@ -28,11 +29,11 @@ def read_anndata(store: Store, cells: I64) -> AnnData:
     )
     obs = pd.DataFrame(index=pd.Index(store.names(cells=cells), name=index_name("cell", store.manifest.columns)))
     for name in store.manifest.columns:
-        column, values = store.column(name)
+        column, values = store.column(name, cells=cells)
         if column.kind == "category":
-            obs[name] = pd.Categorical.from_codes(values[cells].astype(np.int64), pd.Index(column.categories))
+            obs[name] = pd.Categorical.from_codes(values.astype(np.int64), pd.Index(column.categories))
         else:
-            obs[name] = values[cells]
+            obs[name] = values
     var = store.genes.set_index("id").rename_axis("gene")
     adata = AnnData(counts, obs=obs, var=var)
     adata.uns["bgen"] = {
@@ -46,9 +47,10 @@ def read_anndata(store: Store, cells: I64) -> AnnData:
 
 def read_split(store: Store, split: str, limit: int | None = None, seed: int = 0) -> AnnData:
     """Return the cells of a split, or a seeded sample of at most ``limit`` of them."""
-    cells = store.cells_of_split(split)
-    if limit is not None and len(cells) > SCATTERED * limit:  # few chunks of a large store are read
-        cells = store.sample(cells, limit, seed)
-    elif limit is not None and len(cells) > limit:
+    every = store.split(split)
+    if limit is not None and len(every) > SCATTERED * limit:  # few chunks of a large store are read
+        return read_anndata(store, store.sample(every, limit, seed))
+    cells = numbers(every)
+    if limit is not None and len(cells) > limit:
         cells = np.sort(np.random.default_rng(seed).choice(cells, limit, replace=False))
     return read_anndata(store, cells)

@@ -256,10 +256,10 @@ def valid_batches(
     UserError
         If the split holds no cells.
     """
-    members = reader.store.cells_of_split(split)
-    if len(members) == 0:
+    every = reader.store.split(split)
+    if len(every) == 0:
         raise UserError(f"The split '{split}' of {reader.store.folder} holds no cells. Choose another data.valid.")
-    members = reader.store.sample(members, cells, seed, _VALID)
+    members = reader.store.sample(every, cells, seed, _VALID)
     per_step = min(micro_batch, -(-len(members) // world)) * world
     batches = []
     for start in range(0, len(members), per_step):

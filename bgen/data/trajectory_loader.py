@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bgen.config.data import TrajectoriesConfig
@@ -17,6 +19,7 @@ from bgen.data.pools import Pool, read_pools
 from bgen.data.run_ahead import run_ahead
 from bgen.data.trajectory_batch import TrajectoryBatch
 from bgen.errors import UserError
+from bgen.order.cells import pick
 from bgen.order.keys import hash_keys
 from bgen.order.mixing import Mixing
 from bgen.order.pools import Key, PooledTrajectories
@@ -34,14 +37,21 @@ def read_trajectories(store: Store, split: str, config: TrajectoriesConfig, amou
     UserError
         If the store lacks a column or role that trajectories need, or the split holds no trajectory.
     """
-    cells = store.cells_of_split(split)
-    system = [store.column(name)[1][cells] for name in config.system]
-    labels, control = None, -1
+    cells = store.split(split)
+
+    def column(name: str) -> NDArray[Any]:
+        return pick(store.column(name)[1], cells)
+
+    def share(n: int, kind: np.dtype[Any], fill: Callable[[NDArray[Any]], None]) -> NDArray[Any]:
+        return store.share(f"trajectories 1/{split}/{config.along}/{config.system}/{over_time}/{amount}", n, kind, fill)
+
+    system = [column(name) for name in config.system]
+    labels, control, over_time = None, -1, False
     if config.along == "perturbation" or "perturbation" in store.manifest.roles:
-        column, values = store.column("perturbation")
-        labels = values[cells]
-        if store.manifest.control in column.categories:
-            control = column.categories.index(str(store.manifest.control))
+        about, values = store.column("perturbation")
+        labels = pick(values, cells)
+        if store.manifest.control in about.categories:
+            control = about.categories.index(str(store.manifest.control))
     if config.along == "perturbation":
         assert labels is not None
         if control < 0:
@@ -49,10 +59,11 @@ def read_trajectories(store: Store, split: str, config: TrajectoriesConfig, amou
                 f"data.trajectories.along=perturbation: the store {store.folder} does not say which value of its "
                 "perturbation column is the control. Build it with that."
             )
-        given = None if amount is None else store.column(amount)[1][cells]
-        over_time = config.times > 2 and "time" in store.manifest.roles and store.column("time")[0].kind == "number"
-        time = store.column("time")[1][cells] if over_time else None
-        found = Trajectories.along_perturbation(cells, system, labels, control, given, time)
+        given = None if amount is None else column(amount)
+        known = "time" in store.manifest.roles and store.manifest.columns[store.column_name("time")].kind == "number"
+        over_time = config.times > 2 and known
+        time = column("time") if over_time else None
+        found = Trajectories.along_perturbation(cells, system, labels, control, given, time, share)
         lacks = "a system with both control and perturbed cells"
     else:
         if "time" not in store.manifest.roles:
@@ -61,16 +72,15 @@ def read_trajectories(store: Store, split: str, config: TrajectoriesConfig, amou
                 "in which unit, so a model of it could not be asked for times. Build the store with --time COLUMN "
                 "--time-unit UNIT (AnnData in zarr: data.anndata.roles={time: COLUMN})."
             )
-        column, time = store.column("time")
-        if column.kind != "number":
+        if store.manifest.columns[store.column_name("time")].kind != "number":
             raise UserError(f"data.trajectories: time of the store {store.folder} is not a number.")
         is_control = np.zeros(len(cells), bool) if labels is None else labels == control
-        found = Trajectories.over_time(cells, system, time[cells], is_control)
+        found = Trajectories.over_time(cells, system, column("time"), is_control, share)
         lacks = "a cell with a time"
     if len(found) == 0:
         raise UserError(f"data.trajectories: the split '{split}' of {store.folder} has no trajectory: not {lacks}.")
     group = store.shuffled_within()
-    return found if group is None else found.shuffled_within(group[found.cells])
+    return found if group is None else found.shuffled_within(group, by_cell=True)
 
 
 def read_batch(

@@ -62,6 +62,7 @@ from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.log_counts import LogCounts
 from bgen.models.vae.gene_table import GeneTable
 from bgen.models.vae.vae import VAE
+from bgen.order.groups import parts
 from bgen.version import __version__
 
 Found = TypeVar("Found")
@@ -375,9 +376,17 @@ def count_combinations(columns: Mapping[str, NDArray[Any]], limit: int = 65_536,
     n = len(next(iter(columns.values()))) if columns else 0
     if not columns:
         return pd.DataFrame({"cells": [1]})
-    counted = pd.DataFrame(dict(columns)).value_counts(dropna=False).rename("cells").reset_index()
-    if len(counted) <= limit:
-        return counted
+    counted: pd.Series | None = None
+    for part in parts(n):  # a table of all cells takes more than their columns
+        some = pd.DataFrame({name: values[part] for name, values in columns.items()}).value_counts(dropna=False)
+        if counted is not None:
+            both = pd.concat([counted, some]).groupby(level=list(range(len(columns))), dropna=False).sum()
+            some = both.sort_values(ascending=False)
+        counted = some
+        if len(counted) > limit:
+            break
+    if counted is not None and len(counted) <= limit:
+        return counted.rename("cells").reset_index()
     picked = np.sort(np.random.default_rng(seed).choice(n, limit, replace=False))
     return pd.DataFrame({name: values[picked] for name, values in columns.items()}).assign(cells=1)
 

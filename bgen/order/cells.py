@@ -17,13 +17,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bgen.arrays import I64
 from bgen.order.keys import hash_text, permutation
 
 CHUNKS, ROWS = 1, 2  # what a key is for
+
+Cells = I64 | range
+"""Numbers of cells, ascending: an array, or a range, which takes no memory."""
+
+
+def numbers(cells: Cells) -> I64:
+    """Return the numbers of cells as an array."""
+    return np.arange(cells.start, cells.stop) if isinstance(cells, range) else cells
+
+
+def pick(values: NDArray[Any], cells: Cells) -> NDArray[Any]:
+    """Return the values of some cells; of a range it is a view, which takes no memory."""
+    return values[cells.start : cells.stop] if isinstance(cells, range) else values[cells]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +60,15 @@ class Members:
     cells: I64 | int
 
     @classmethod
-    def of(cls, cells: I64, first_cell: I64) -> Members:
-        """Group ascending cell numbers by chunk; ``first_cell`` is int64 ``[n_chunks + 1]`` of the store."""
-        per_chunk = np.diff(np.searchsorted(cells, first_cell))
+    def of(cls, cells: Cells, first_cell: I64) -> Members:
+        """Group cells by chunk; ``first_cell`` is int64 ``[n_chunks + 1]`` of the store."""
+        if isinstance(cells, range):
+            per_chunk = np.diff(np.clip(first_cell, cells.start, cells.stop))
+        else:
+            per_chunk = np.diff(np.searchsorted(cells, first_cell))
         chunks = np.flatnonzero(per_chunk)
         consecutive = len(cells) > 0 and int(cells[-1]) - int(cells[0]) + 1 == len(cells)
-        return cls(chunks, np.cumsum(per_chunk[chunks]), int(cells[0]) if consecutive else cells)
+        return cls(chunks, np.cumsum(per_chunk[chunks]), int(cells[0]) if consecutive else numbers(cells))
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0

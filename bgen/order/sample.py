@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bgen.arrays import I64
+from bgen.order.cells import Cells, numbers
 from bgen.order.keys import hash_keys, permutation
 
 SCATTERED = 8
@@ -15,7 +16,7 @@ PART = 64
 """Cells that are taken from a chunk where neighbours may be alike."""
 
 
-def sample(cells: I64, n: int, first_cell: I64, *key: int, whole: bool = False) -> I64:
+def sample(cells: Cells, n: int, first_cell: I64, *key: int, whole: bool = False) -> I64:
     """Return min(n, all) of some cells of a store, ascending, that belong to ``key``; each is equally likely.
 
     Reading a cell decodes its chunk. From more than :data:`SCATTERED` times n cells, chunks are drawn, and the same
@@ -24,17 +25,21 @@ def sample(cells: I64, n: int, first_cell: I64, *key: int, whole: bool = False) 
     Parameters
     ----------
     cells
-        int64 ``[N]``, ascending.
+        ``[N]``, ascending.
     first_cell
         int64 ``[C + 1]``: first cell of each chunk of the store, and the number of all.
     whole
         Take whole chunks: their cells are in random order.
     """
     if len(cells) <= n:
-        return cells
+        return numbers(cells)
     if len(cells) <= SCATTERED * n:
-        return np.sort(cells[np.argsort(hash_keys(*key, cells))[:n]])
-    ends = np.searchsorted(cells, first_cell)
+        line = numbers(cells)
+        return np.sort(line[np.argsort(hash_keys(*key, line))[:n]])
+    if isinstance(cells, range):
+        ends = np.clip(first_cell, cells.start, cells.stop) - cells.start
+    else:
+        ends = np.searchsorted(cells, first_cell)
     ends = ends[np.append(True, np.diff(ends) > 0)]  # of the chunks that hold any
     sizes = np.diff(ends)
     share = 1.0 if whole else min(1.0, max(PART / int(sizes.max()), 2 * n / len(cells)))
@@ -48,7 +53,7 @@ def sample(cells: I64, n: int, first_cell: I64, *key: int, whole: bool = False) 
     for low, high in ((start, min(start + n, edges[-1])), (0, start + n - edges[-1])):
         for at in range(int(np.searchsorted(edges, low, side="right")) - 1, int(np.searchsorted(edges, high))):
             chunk = order[at]
-            some = cells[ends[chunk] : ends[chunk + 1]]
+            some = numbers(cells[int(ends[chunk]) : int(ends[chunk + 1])])
             line = some[np.argsort(hash_keys(*key, some))[: kept[chunk]]]
             taken.append(line[max(0, low - edges[at]) : high - edges[at]])
     return np.sort(np.concatenate(taken))

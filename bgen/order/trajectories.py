@@ -15,7 +15,7 @@ Axes: S trajectories, P populations, T time points, N cells per time point.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -25,9 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bgen.arrays import I64
+from bgen.order.cells import Cells
+from bgen.order.groups import Column, Groups, Rows, parts
 from bgen.order.keys import hash_keys, hash_text, permutation
 
 _ORDER, _POINTS, _CELLS, _AT = 3, 4, 5, 7  # what a key is for
+
+Share = Callable[[int, np.dtype[Any], Callable[[NDArray[Any]], None]], NDArray[Any]]
+"""Returns an array of so many entries of a type, which a function has written, or had written before."""
 
 SLAB = 2048
 """Cells of a shuffled piece within which a share of the way is exact."""
@@ -40,7 +45,7 @@ class Trajectories:
     Attributes
     ----------
     cells
-        int64 ``[n]``: numbers of the cells, population by population, ascending within each.
+        ``[n]``: numbers of the cells, population by population, ascending within each; uint32 where that holds them.
     edges
         int64 ``[P + 1]``: population p is ``cells[edges[p]:edges[p + 1]]``.
     points
@@ -56,7 +61,7 @@ class Trajectories:
         shuffled by who wrote them. None: their order means something, or nobody knows.
     """
 
-    cells: I64
+    cells: NDArray[np.integer[Any]]
     edges: I64
     points: Sequence[I64]
     times: Sequence[NDArray[np.float32]]
@@ -69,47 +74,59 @@ class Trajectories:
 
     @classmethod
     def over_time(
-        cls, cells: I64, system: Sequence[NDArray[Any]], time: NDArray[np.floating[Any]], control: NDArray[np.bool_]
+        cls,
+        cells: Cells,
+        system: Sequence[NDArray[Any]],
+        time: NDArray[np.floating[Any]],
+        control: NDArray[np.bool_],
+        share: Share | None = None,
     ) -> Trajectories:
         """Group by system and time.
 
         Parameters
         ----------
         cells
-            int64 ``[n]``, ascending.
+            ``[n]``, ascending.
         system
             Columns ``[n]`` that together name a system; none: all cells are one.
         time
             ``[n]``; a cell without one (NaN) belongs to no trajectory.
         control
             bool ``[n]``; a population is control if all its cells are.
+        share
+            Makes the array of the cells; None: in this process' own memory.
         """
-        known = np.isfinite(time)
-        cells, control, time = cells[known], control[known], time[known]
-        code = _codes([column[known] for column in system], len(cells))
-        order, edges, first = _group([time.astype(np.float64), code])
-        is_control = np.logical_and.reduceat(control[order], edges[:-1]) if len(order) else np.zeros(0, bool)
-        bounds = np.flatnonzero(np.diff(code[first], prepend=-1, append=-1)) if len(first) else np.zeros(1, np.int64)
+        n = len(time)
+        by = Groups(
+            [*(_column(values) for values in system), lambda rows: time[rows].astype(np.float64)],
+            n,
+            lambda rows: np.isfinite(time[rows]),
+        )
+        is_control = by.count(lambda rows: control[rows]) == np.diff(by.edges)
+        of = Groups([_column(values) for values in system], n).codes(by.first) if len(by) else np.zeros(0, np.int64)
+        bounds = np.flatnonzero(np.diff(of, prepend=-1, append=-1)) if len(by) else np.zeros(1, np.int64)
         points = [np.arange(a, b) for a, b in pairwise(bounds)]
-        when = time[first].astype(np.float32)
-        return cls(cells[order], edges, points, [when[p] for p in points], [is_control[p] for p in points])
+        when = time[by.first].astype(np.float32)
+        line = _line(by, cells, share)
+        return cls(line, by.edges, points, [when[p] for p in points], [is_control[p] for p in points])
 
     @classmethod
     def along_perturbation(
         cls,
-        cells: I64,
+        cells: Cells,
         system: Sequence[NDArray[Any]],
         perturbation: NDArray[Any],
         control: int,
         amount: NDArray[np.floating[Any]] | None = None,
         time: NDArray[np.floating[Any]] | None = None,
+        share: Share | None = None,
     ) -> Trajectories:
         """Join the control population of each system and its populations under each perturbation and amount.
 
         Parameters
         ----------
         cells
-            int64 ``[n]``, ascending.
+            ``[n]``, ascending.
         system
             As in :meth:`over_time`. A system without control cells belongs to no trajectory.
         perturbation
@@ -120,38 +137,65 @@ class Trajectories:
             ``[n]``, since the perturbation began: a trajectory has a population for each. The control population, of
             all times, stands at 0, or one unit before the first if that is not above 0. None: controls are at 0, and
             all cells under the perturbation at 1.
+        share
+            As in :meth:`over_time`.
         """
-        known = (perturbation >= 0) & (np.isfinite(time) if time is not None else True)
-        cells, perturbation = cells[known], perturbation[known]
-        is_control = perturbation == control
-        given = np.zeros(len(cells)) if amount is None else np.nan_to_num(amount[known].astype(np.float64), nan=-1.0)
-        treatment = 1 + _codes([perturbation, given], len(cells))
-        treatment[is_control] = 0  # whatever their amounts, and the first of their system
-        when = np.ones(len(cells)) if time is None else time[known].astype(np.float64)
-        before = 0.0 if len(when) == 0 or when.min() > 0 else float(when.min()) - 1
-        when[is_control] = before
-        code = _codes([column[known] for column in system], len(cells))
-        order, edges, first = _group([when, treatment, code])
+        n = len(perturbation)
+
+        def known(rows: Rows) -> NDArray[np.bool_]:
+            return (perturbation[rows] >= 0) & (np.isfinite(time[rows]) if time is not None else True)
+
+        def given(rows: Rows) -> NDArray[np.float64]:
+            if amount is None:
+                return np.zeros(len(perturbation[rows]))
+            return np.nan_to_num(amount[rows].astype(np.float64), nan=-1.0)
+
+        done = Groups([_column(perturbation), given], n, known)
+        earliest = 1.0
+        if time is not None:
+            lows = [time[rows][known(rows)].min(initial=np.inf) for rows in parts(n)]
+            earliest = float(min(lows, default=np.inf))
+        before = 0.0 if earliest > 0 else earliest - 1
+
+        def treatment(rows: Rows) -> I64:  # 0: control, whatever its amounts, and the first of its system
+            return np.where(perturbation[rows] == control, 0, 1 + done.codes(rows))
+
+        def when(rows: Rows) -> NDArray[np.float64]:
+            since = 1.0 if time is None else time[rows].astype(np.float64)
+            return np.where(perturbation[rows] == control, before, since)
+
+        by = Groups([*(_column(values) for values in system), treatment, when], n, known)
         points, times, controls, kinds = [], [], [], []
-        bounds = np.flatnonzero(np.diff(code[first], prepend=-1, append=-1)) if len(first) else np.zeros(1, np.int64)
+        bounds = np.zeros(1, np.int64)
+        if len(by):
+            of = Groups([_column(values) for values in system], n, known).codes(by.first)
+            bounds = np.flatnonzero(np.diff(of, prepend=-1, append=-1))
+            treated, since = treatment(by.first), when(by.first).astype(np.float32)
         for a, b in pairwise(bounds):
-            if not is_control[first[a]]:
+            if treated[a] != 0:
                 continue
-            done = treatment[first[a + 1 : b]]
-            for kind, members in zip(*_runs(done), strict=True):
+            for kind, members in zip(*_runs(treated[a + 1 : b]), strict=True):
                 points.append(np.concatenate([[a], a + 1 + members]))
-                times.append(when[first[points[-1]]].astype(np.float32))
+                times.append(since[points[-1]])
                 controls.append(np.arange(len(points[-1])) == 0)
                 kinds.append(kind)
-        return cls(cells[order], edges, points, times, controls, np.array(kinds, np.int64))
+        return cls(_line(by, cells, share), by.edges, points, times, controls, np.array(kinds, np.int64))
 
     def population(self, number: int) -> I64:
         """Return the cells of a population, ascending."""
-        return self.cells[self.edges[number] : self.edges[number + 1]]
+        return self.cells[self.edges[number] : self.edges[number + 1]].astype(np.int64)
 
-    def shuffled_within(self, group: NDArray[Any]) -> Trajectories:
-        """Return these, told that cells ``[n]`` of the line with the same value of ``group`` lie in random order."""
-        return replace(self, pieces=np.union1d(self.edges, np.flatnonzero(group[1:] != group[:-1]) + 1))
+    def shuffled_within(self, group: NDArray[Any], *, by_cell: bool = False) -> Trajectories:
+        """Return these, told that cells ``[n]`` of the line with the same value of ``group`` lie in random order.
+
+        ``by_cell``: it has the values by the number of the cell.
+        """
+        pieces = [self.edges]
+        for part in parts(max(0, len(self.cells) - 1)):
+            line = slice(part.start, part.stop + 1)
+            some = group[self.cells[line]] if by_cell else group[line]
+            pieces.append(part.start + np.flatnonzero(some[1:] != some[:-1]) + 1)
+        return replace(self, pieces=np.unique(np.concatenate(pieces)))
 
     def neighbours(self, number: int, n: int, at: float, *key: int) -> I64:
         """Return min(n, size) distinct cells of a population, ascending, each of them equally likely.
@@ -172,16 +216,16 @@ class Trajectories:
         low, high = int(self.edges[number]), int(self.edges[number + 1])
         size = high - low
         if n >= size:
-            return self.cells[low:high]
+            return self.population(number)
         if self.pieces is None:
-            return self.cells[low + choose(size, n, *key)]
+            return self.cells[low + choose(size, n, *key)].astype(np.int64)
         bounds = self.pieces[np.searchsorted(self.pieces, low) : np.searchsorted(self.pieces, high) + 1]
         phase = int(hash_keys(*key)) % size  # rounds the parts of the pieces, up as often as is right
         taken = np.diff(((bounds - low) * n + phase) // size)
         starts = np.array([self._start(a, b, at) for a, b in pairwise(bounds.tolist())])
         piece = np.repeat(np.arange(len(taken)), taken)
         place = starts[piece] + np.arange(n) - np.repeat(np.cumsum(taken) - taken, taken)
-        return np.sort(self.cells[bounds[piece] + place % np.diff(bounds)[piece]])
+        return np.sort(self.cells[bounds[piece] + place % np.diff(bounds)[piece]].astype(np.int64))
 
     def _start(self, low: int, high: int, at: float) -> int:
         """Return which cell of a piece ``low:high`` of the line is a share ``at`` of the way."""
@@ -191,7 +235,7 @@ class Trajectories:
         line = self.cells[low:high]
         slab = int(at * slabs)
         edges = int(line[0]) + np.array([slab, slab + 1]) * (int(line[-1]) + 1 - int(line[0])) // slabs
-        first, last = np.searchsorted(line, edges).tolist()
+        first, last = np.searchsorted(line, edges.astype(line.dtype)).tolist()  # of one type, or the line is copied
         return int(first + (at * slabs - slab) * (last - first))
 
 
@@ -279,7 +323,8 @@ class TrajectoryOrder:
         """Return trajectory ``number`` with the time points and cells that belong to ``draw``."""
         points, taken = self.trajectories.points[number], self.taken(number, draw)
         at = share_of_way(*self._key, _AT, draw)
-        cells = np.full((self.times, self.cells), self.trajectories.cells[self.trajectories.edges[points[0]]])
+        stand_in = int(self.trajectories.cells[self.trajectories.edges[points[0]]])
+        cells = np.full((self.times, self.cells), stand_in, np.int64)
         mask = np.zeros((self.times, self.cells), bool)
         for t, point in enumerate(taken):
             key = (*self._key, _CELLS, draw, t)
@@ -332,21 +377,26 @@ def _runs(values: I64) -> tuple[list[int], list[I64]]:
     return [int(values[a]) for a, _ in pairwise(bounds)], [np.arange(a, b) for a, b in pairwise(bounds)]
 
 
-def _codes(columns: Sequence[NDArray[Any]], n: int) -> I64:
-    """Number the distinct combinations of columns ``[n]``."""
-    code = np.zeros(n, np.int64)
-    for column in columns:
-        values, inverse = np.unique(column, return_inverse=True)
-        code = np.unique(code * len(values) + inverse, return_inverse=True)[1]
-    return code
+def _column(values: NDArray[Any]) -> Column:
+    return lambda rows: values[rows]
 
 
-def _group(columns: Sequence[NDArray[Any]]) -> tuple[I64, I64, I64]:
-    """Group rows by columns (the last is the primary key): rows in order, edges of the groups, their first rows."""
-    order = np.lexsort(columns)  # stable: rows ascend within a group
-    new = np.zeros(len(order), bool)
-    new[:1] = True
-    for column in columns:
-        new[1:] |= np.diff(column[order]) != 0
-    starts = np.flatnonzero(new)
-    return order, np.append(starts, len(order)), order[starts]
+def _line(by: Groups, cells: Cells, share: Share | None) -> NDArray[np.integer[Any]]:
+    """Return the numbers of the cells, group by group."""
+
+    def numbers(rows: Rows) -> I64:
+        if not isinstance(cells, range):
+            return cells[rows]
+        return cells.start + (np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows)
+
+    def fill(line: NDArray[Any]) -> None:
+        by.fill(line, numbers)
+
+    n = int(by.edges[-1])
+    small = len(cells) == 0 or int(cells[-1]) < np.iinfo(np.uint32).max
+    kind = np.dtype(np.uint32 if small else np.int64)
+    if share is not None:
+        return share(n, kind, fill)
+    line = np.empty(n, kind)
+    fill(line)
+    return line

@@ -24,6 +24,9 @@ from bgen.order.keys import hash_keys, permutation
 
 _PHASE = 3  # what a key is for, beside those of the plain order
 
+MARKS = 1 << 26
+"""Bytes of the numbers k that are kept, or one for each cell if that is more; those between are counted again."""
+
 
 def shares(sizes: I64, temperature: float) -> NDArray[np.float64]:
     """Return the share of each source of ``sizes`` cells; sources without any have none."""
@@ -41,9 +44,17 @@ class WeightedOrder(Order):
     members, batch, lanes, window, seed, name
         As for the plain order.
     sources
-        int ``[N]``: source of each member, from 0 on.
+        Whole numbers ``[N]`` that tell the source of each member; held as they are.
     temperature
         At least 1; 1 is the plain order.
+    source_of
+        int64: number of the source, from 0 on, by the value in ``sources``, the last entry for -1; None: the values
+        are the numbers.
+
+    Attributes
+    ----------
+    draws
+        int64: draws of each source in an epoch.
     """
 
     def __init__(
@@ -57,23 +68,29 @@ class WeightedOrder(Order):
         *,
         sources: NDArray[np.integer],
         temperature: float,
+        source_of: I64 | None = None,
     ) -> None:
         super().__init__(members, batch, lanes, window, seed, name)
         if temperature < 1:
             raise UserError(f"The temperature of sampling over sources is at least 1, not {temperature:g}.")
-        sizes = np.bincount(sources).astype(np.int64)
-        self.sources, self.temperature = sources.astype(np.int32), temperature
+        self.sources, self.temperature = sources, temperature
+        self._source_of = np.arange(int(sources.max()) + 1) if source_of is None else source_of
+        self._starts = np.concatenate([[0], members.ends])
+        n = int(self._source_of.max()) + 1
+        self._step = max(1, -(-8 * n * len(members.chunks) // max(MARKS, len(members))))
+        self._seen = np.zeros((-(-len(members.chunks) // self._step), n), np.int64)
+        sizes = _count(self.sources, self._source_of, self._starts, self._step, self._seen)
         self.draws = _round(shares(sizes, temperature) * len(members), len(members))
         self._cells = np.maximum(sizes, 1)
-        self._rank = _rank_within(self.sources, len(sizes))
-        self._starts = np.concatenate([[0], members.ends])
 
     def multiplicities(self, epoch: int, first: int = 0, last: int | None = None) -> I64:
         """Return how often each of the members ``first:last`` is drawn in an epoch."""
-        part = slice(first, len(self.members) if last is None else last)
-        keys = hash_keys(*self._key, _PHASE, epoch, np.arange(len(self.draws)))
-        phases = (keys % self._cells.astype(np.uint64)).astype(np.int64)
-        return _draw(self.sources[part], self._rank[part], self.draws, self._cells, phases)
+        found = np.empty((len(self.members) if last is None else last) - first, np.int64)
+        mark = (int(np.searchsorted(self._starts, first, side="right")) - 1) // self._step
+        seen, before = self._seen[mark].copy(), int(self._starts[mark * self._step])
+        of = self.draws, self._cells, self._phases(epoch), seen
+        _draw(self.sources[before : first + len(found)], self._source_of, *of, first - before, found)
+        return found
 
     def read_window(self, key: tuple[int, int, int]) -> Window:
         """See :class:`bgen.order.cells.Order`."""
@@ -96,8 +113,14 @@ class WeightedOrder(Order):
 
     def _make_epoch(self, number: int) -> Epoch:
         plain = super()._make_epoch(number)
-        per_chunk = np.add.reduceat(self.multiplicities(number), self._starts[:-1])
+        seen = np.zeros(len(self.draws), np.int64)
+        of = self.draws, self._cells, self._phases(number), seen
+        per_chunk = _draw_of_chunks(self.sources, self._source_of, *of, self._starts)
         return Epoch(plain.chunks, np.cumsum(per_chunk[plain.chunks]), plain.lane_starts)
+
+    def _phases(self, epoch: int) -> I64:
+        keys = hash_keys(*self._key, _PHASE, epoch, np.arange(len(self.draws)))
+        return (keys % self._cells.astype(np.uint64)).astype(np.int64)
 
 
 def _round(amounts: NDArray[np.float64], total: int) -> I64:
@@ -109,20 +132,51 @@ def _round(amounts: NDArray[np.float64], total: int) -> I64:
 
 
 @numba.njit(cache=True, nogil=True)
-def _rank_within(sources: NDArray[np.int32], n: int) -> I64:
-    """Return int64 ``[N]``: how many members of the same source come before each."""
-    seen = np.zeros(n, np.int64)
-    rank = np.empty(len(sources), np.int64)
-    for i in range(len(sources)):
-        rank[i] = seen[sources[i]]
-        seen[sources[i]] += 1
-    return rank
+def _count(sources: NDArray[np.integer], source_of: I64, starts: I64, step: int, seen_out: I64) -> I64:
+    """Return how many members each source has; ``seen_out [marks, S]``: how many before every ``step``-th chunk."""
+    seen = np.zeros(seen_out.shape[1], np.int64)
+    for chunk in range(len(starts) - 1):
+        if chunk % step == 0:
+            seen_out[chunk // step] = seen
+        for i in range(starts[chunk], starts[chunk + 1]):
+            seen[source_of[sources[i]]] += 1
+    return seen
 
 
 @numba.njit(cache=True, nogil=True)
-def _draw(sources: NDArray[np.int32], rank: I64, draws: I64, cells: I64, phases: I64) -> I64:
-    found = np.empty(len(sources), np.int64)
+def _draws_of(k: int, draws: int, phase: int, cells: int) -> int:
+    """Return how often the k-th cell of a source is drawn, m_k."""
+    return ((k + 1) * draws + phase) // cells - (k * draws + phase) // cells
+
+
+@numba.njit(cache=True, nogil=True)
+def _draw(
+    sources: NDArray[np.integer],
+    source_of: I64,
+    draws: I64,
+    cells: I64,
+    phases: I64,
+    seen: I64,
+    first: int,
+    found: I64,
+) -> None:
+    """Write how often the members from ``first`` on are drawn; ``seen [S]``: members before all of them, updated."""
     for i in range(len(sources)):
-        s = sources[i]
-        found[i] = ((rank[i] + 1) * draws[s] + phases[s]) // cells[s] - (rank[i] * draws[s] + phases[s]) // cells[s]
+        s = source_of[sources[i]]
+        if i >= first:
+            found[i - first] = _draws_of(seen[s], draws[s], phases[s], cells[s])
+        seen[s] += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _draw_of_chunks(
+    sources: NDArray[np.integer], source_of: I64, draws: I64, cells: I64, phases: I64, seen: I64, starts: I64
+) -> I64:
+    """Return how often the members of each chunk are drawn, together."""
+    found = np.zeros(len(starts) - 1, np.int64)
+    for chunk in range(len(starts) - 1):
+        for i in range(starts[chunk], starts[chunk + 1]):
+            s = source_of[sources[i]]
+            found[chunk] += _draws_of(seen[s], draws[s], phases[s], cells[s])
+            seen[s] += 1
     return found

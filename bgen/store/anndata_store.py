@@ -32,8 +32,9 @@ from bgen.store.format.recode import encode_rows
 from bgen.store.format.sparse import read_pointer
 from bgen.store.format.zarr_metadata import chunk_length, read_metadata, require_safe, require_whole
 from bgen.store.format.zarr_texts import bounded_texts
+from bgen.store.host import Fill
 from bgen.store.splits import DEFAULT, assign, assign_groups, group_names, require_cells
-from bgen.store.store import Store
+from bgen.store.store import Store, code_type
 
 ROWS = 256
 """Rows of a chunk; more where the file's own chunks are larger, since those are decoded whole."""
@@ -228,10 +229,13 @@ class CsrStore(Store):
         """The gene table; how many cells express a gene is not known (-1)."""
         return self._genes
 
-    def column(self, name: str, rows: tuple[int, int] | None = None) -> tuple[Column, NDArray[Any]]:
+    def column(
+        self, name: str, rows: tuple[int, int] | None = None, *, cells: I64 | None = None
+    ) -> tuple[Column, NDArray[Any]]:
         """See :class:`bgen.store.store.Store`."""
         about, values = self._columns[self.column_name(name)]
-        return about, values if rows is None else values[slice(*rows)]
+        values = values if rows is None else values[slice(*rows)]
+        return about, values if cells is None else values[cells]
 
     def rows(self, name: str, rows: tuple[int, int] | None = None) -> NDArray[np.unsignedinteger[Any]]:
         """See :class:`bgen.store.store.Store`; only "split" is known without reading the counts."""
@@ -246,16 +250,24 @@ class CsrStore(Store):
     def _is_shuffled(self) -> bool:
         return False
 
-    def cells_of_split(self, split: str) -> I64:
-        """See :class:`bgen.store.store.Store`."""
-        if split not in self.manifest.splits:
-            raise UserError(f"{self.folder} has no split '{split}': there are {', '.join(self.manifest.splits)}.")
-        return np.flatnonzero(self._split == list(self.manifest.splits).index(split))
-
     def source_of(self, cells: I64) -> tuple[NDArray[np.int32], I64]:
         """See :class:`bgen.store.store.Store`."""
         part = np.searchsorted(self._first_rows, cells, side="right") - 1
         return part.astype(np.int32), cells - self._first_rows[part]
+
+    def origin(self, start: int, stop: int) -> tuple[NDArray[np.int32], I64]:
+        """See :class:`bgen.store.store.Store`."""
+        return self.source_of(np.arange(start, stop))
+
+    def sources(self) -> NDArray[np.signedinteger[Any]]:
+        """See :class:`bgen.store.store.Store`."""
+        return np.repeat(np.arange(len(self._parts), dtype=code_type(len(self._parts))), np.diff(self._first_rows))
+
+    def share(self, what: str, n: int, kind: np.dtype[Any], fill: Fill) -> NDArray[Any]:
+        """See :class:`bgen.store.store.Store`; not shared, as the fingerprint says nothing of the columns' values."""
+        values = np.empty(n, kind)
+        fill(values)
+        return values
 
     def names(self, rows: tuple[int, int] | None = None, *, cells: I64 | None = None) -> NDArray[np.str_]:
         """See :class:`bgen.store.store.Store`."""

@@ -39,7 +39,7 @@ def open_store(
     threads
         Threads that decode.
     access
-        How an address is read.
+        How an address is read, and the cache folder.
     roles, splits, split_by, held_out, matrix, control, seed
         For AnnData in zarr, which says none of it (see :class:`bgen.store.anndata_store.CsrStore`); a store has its
         own.
@@ -54,7 +54,8 @@ def open_store(
         return TarStore(address, access) if files.exists(INDEX) else RemoteStore(address, access)
     folder = Path(where)
     if (folder / NAME).is_file():
-        return TarStore(folder, threads=threads) if (folder / INDEX).is_file() else Store(folder, threads=threads)
+        kind = TarStore if (folder / INDEX).is_file() else Store
+        return kind(folder, threads=threads, access=access)
     groups = members(folder)
     if any((group / name).is_file() for group in groups for name in ("zarr.json", ".zgroup")):
         return CsrStore(

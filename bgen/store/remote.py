@@ -362,7 +362,7 @@ class RemoteStore(Store):
         self._mirror = Mirror(RemoteFiles(url, access))
         self.url = self._mirror.files.url
         self._threads = access.threads
-        super().__init__(self._mirror.folder, threads=access.threads)
+        super().__init__(self._mirror.folder, threads=access.threads, access=access)
 
     @property
     def chunks_per_task(self) -> int:

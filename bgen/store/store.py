@@ -19,25 +19,30 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from bgen.arrays import I64
+from bgen.config.data import Access
 from bgen.errors import Unreachable, UserError, nearest
 from bgen.genes.table import NAME as GENES
 from bgen.genes.table import hash_genes, parse_genes
-from bgen.order.cells import Members, Order
+from bgen.order.cells import Cells, Members, Order, numbers
+from bgen.order.groups import parts
 from bgen.order.sample import sample
 from bgen.store.arena import Arena
 from bgen.store.format.codec import PROFILES, find_wrong_sizes, locate_rows
 from bgen.store.format.columns import ROWS_CHUNK, count_chunks, obs_path, read_array
 from bgen.store.format.manifest import Column, Manifest, check_files, read_checked, read_manifest
 from bgen.store.format.shards import CHUNKS_PER_TASK, Stream, read_ahead
+from bgen.store.host import Fill, HostArrays
 
 AHEAD = 2
 """Windows that a rank reads ahead from a local disk."""
@@ -68,6 +73,9 @@ def stream_metadata(n_chunks: int, chunk_bytes: int, profile: str) -> dict[str, 
 class Store:
     """A store, opened for reading.
 
+    What is held of every cell, the processes of a machine share (:mod:`bgen.store.host`): numbers of its place, and the
+    columns that are asked for.
+
     Opening reads the manifest, compares the size of every file with it, and reads the gene table and the few numbers
     per cell that say where it lies; counts are read when they are asked for. Whatever is read is what was written: the
     CRC-32C of a chunk of counts and the SHA-256 of any other file are compared each time. What the numbers per cell say
@@ -79,6 +87,8 @@ class Store:
         The store.
     threads
         Threads that decode chunks.
+    access
+        Names the cache folder.
 
     Raises
     ------
@@ -86,8 +96,10 @@ class Store:
         If there is no store, files are missing or have another size than was written, or they do not fit together.
     """
 
-    def __init__(self, folder: str | Path, *, threads: int = 2) -> None:
+    def __init__(self, folder: str | Path, *, threads: int = 2, access: Access | None = None) -> None:
         self.folder = Path(folder)
+        self._access = access or Access()
+        self._held: WeakValueDictionary[str, NDArray[Any]] = WeakValueDictionary()
         self.manifest: Manifest = read_manifest(self.folder)
         if problems := self._find_damage():
             listed = "\n  ".join(problems[:10])
@@ -136,19 +148,29 @@ class Store:
             raise UserError(f"The store {self.folder} has no column or role '{name}'.{nearest(name, choices)}")
         return column
 
-    def column(self, name: str, rows: tuple[int, int] | None = None) -> tuple[Column, NDArray[Any]]:
-        """Return what a column (or role) is and its values ``[n_cells]``: int32 codes (-1 = missing) or numbers.
+    def column(
+        self, name: str, rows: tuple[int, int] | None = None, *, cells: I64 | None = None
+    ) -> tuple[Column, NDArray[Any]]:
+        """Return what a column (or role) is and its values ``[n_cells]``: codes (-1 = missing) or numbers.
 
-        ``rows``: only those of the cells from the first to below the second, without reading the others.
+        Codes are of the smallest signed type that holds all categories. The array is shared with other processes and
+        not to be written to.
+
+        ``rows``: only those of the cells from the first to below the second, without reading the others; ``cells``:
+        only those of some cells ``[n]``, without keeping the others.
         """
         column = self.column_name(name)
-        about, values = self.manifest.columns[column], self._read_array(obs_path(column), rows=rows)
-        kind = "i4" if about.kind == "category" else "f4" if values.itemsize == 4 else "f8"
-        if values.dtype != np.dtype(kind) or (
-            kind == "i4" and not -1 <= values.min() <= values.max() < len(about.categories)
-        ):
-            raise self.damaged(ValueError(f"{obs_path(column)} holds values that the manifest does not know"))
-        return about, values
+        about = self.manifest.columns[column]
+        most = len(about.categories)
+
+        def check(values: NDArray[Any]) -> NDArray[Any]:
+            kind = "i4" if about.kind == "category" else "f4" if values.itemsize == 4 else "f8"
+            if values.dtype != np.dtype(kind) or (kind == "i4" and not -1 <= values.min() <= values.max() < most):
+                raise self.damaged(ValueError(f"{obs_path(column)} holds values that the manifest does not know"))
+            return values.astype(code_type(most), copy=False) if kind == "i4" else values
+
+        path = obs_path(column)
+        return about, self._per_cell(path, check, rows) if cells is None else self._pick(path, check, cells)
 
     def shuffled_within(self) -> NDArray[Any] | None:
         """Return a value ``[n_cells]``: neighbours with the same one were put in random order, within their split.
@@ -157,9 +179,9 @@ class Store:
         """
         if "population" in self.manifest.roles:
             return self.column("population")[1]
-        return np.zeros(self.manifest.n_cells, np.uint8)
+        return np.broadcast_to(np.uint8(0), self.manifest.n_cells)
 
-    def sample(self, cells: I64, n: int, *key: int) -> I64:
+    def sample(self, cells: Cells, n: int, *key: int) -> I64:
         """Return min(n, all) of some cells that belong to ``key``, ascending (see :mod:`bgen.order.sample`)."""
         return sample(cells, n, self.first_cell, *key, whole=self._is_shuffled)
 
@@ -168,16 +190,33 @@ class Store:
         """Whether the cells of a split are in random order."""
         return "population" not in self.manifest.roles
 
-    def cells_of_split(self, split: str) -> I64:
-        """Return the numbers of the cells of a split, ascending."""
-        if split not in self.manifest.splits:
-            raise UserError(f"The store {self.folder} has no split '{split}'.{nearest(split, self.manifest.splits)}")
-        code = list(self.manifest.splits).index(split)
+    def split(self, name: str) -> Cells:
+        """Return the cells of a split: a range where they follow one another, else their numbers, ascending."""
+        if name not in self.manifest.splits:
+            raise UserError(f"The store {self.folder} has no split '{name}'.{nearest(name, self.manifest.splits)}")
+        code = list(self.manifest.splits).index(name)
+        if self._split_edges is not None:
+            return range(int(self._split_edges[code]), int(self._split_edges[code + 1]))
         return np.flatnonzero(self.rows("split") == code)
+
+    def cells_of_split(self, split: str) -> I64:
+        """Return the numbers of the cells of a split, ascending: 8 bytes for each, where :meth:`split` needs none."""
+        return numbers(self.split(split))
+
+    @functools.cached_property
+    def _split_edges(self) -> I64 | None:
+        """First cell of each split, and the number of all; None: the cells are not sorted by split."""
+        codes = self.rows("split")
+        for part in parts(len(codes)):
+            some = codes[part.start : part.stop + 1]
+            if (some[1:] < some[:-1]).any():
+                return None
+        every = np.arange(len(self.manifest.splits)).astype(codes.dtype)  # of their type, or all would be copied
+        return np.append(np.searchsorted(codes, every), len(codes))
 
     def order(self, split: str, *, batch: int, lanes: int, window: int, seed: int) -> Order:
         """Return the order of the cells of a split (see :class:`bgen.order.cells.Order`)."""
-        cells = self.cells_of_split(split)
+        cells = self.split(split)
         if len(cells) == 0:
             raise UserError(f"The split '{split}' of {self.folder} holds no cells.")
         name = f"{self.fingerprint}/{split}"
@@ -225,31 +264,46 @@ class Store:
 
     def source_of(self, cells: I64) -> tuple[NDArray[np.int32], I64]:
         """Return the input file (its place in the manifest) and the row in it of each cell."""
-        source, row = self._read_array("origin/source"), self._read_array("origin/row")
-        if (source.dtype, row.dtype) != (np.int32, np.int64) or not 0 <= source.min() <= source.max() < len(
-            self.manifest.sources
-        ):
-            raise self.damaged(ValueError("origin/source names inputs that the manifest does not know"))
-        return source[cells], row[cells]
+        return self._pick("origin/source", self._check_source, cells), self._pick("origin/row", self._check_row, cells)
+
+    def origin(self, start: int, stop: int) -> tuple[NDArray[np.int32], I64]:
+        """Return the same of the cells ``start:stop``, without reading the others."""
+        rows = start, stop
+        return (
+            self._per_cell("origin/source", self._check_source, rows),
+            self._per_cell("origin/row", self._check_row, rows),
+        )
+
+    def sources(self) -> NDArray[np.signedinteger[Any]]:
+        """Return the input file of each cell ``[n_cells]``, in the smallest type, shared as a :meth:`column` is."""
+        kind = code_type(len(self.manifest.sources))
+        return self._per_cell("origin/source", lambda values: self._check_source(values).astype(kind, copy=False))
 
     def rows(self, name: str, rows: tuple[int, int] | None = None) -> NDArray[np.unsignedinteger[Any]]:
         """Return a number of every cell: "genes", "gap_bytes", "overflow", or "split", its split's code.
 
-        ``rows`` as for :meth:`column`.
+        ``rows`` as for :meth:`column`, and the array is shared as that is.
         """
-        values = self._read_array(f"rows/{name}", rows=rows)
-        if values.dtype.kind != "u" or values.ndim != 1:
-            raise self.damaged(ValueError(f"rows/{name} is of another type than bgen writes"))
-        if name == "split" and values.max() >= len(self.manifest.splits):
-            raise self.damaged(ValueError("rows/split names splits that the manifest does not know"))
-        return values
+
+        def check(values: NDArray[Any]) -> NDArray[Any]:
+            if values.dtype.kind != "u" or values.ndim != 1:
+                raise self.damaged(ValueError(f"rows/{name} is of another type than bgen writes"))
+            if name == "split" and values.max() >= len(self.manifest.splits):
+                raise self.damaged(ValueError("rows/split names splits that the manifest does not know"))
+            return values
+
+        return self._per_cell(f"rows/{name}", check, rows)
 
     def names(self, rows: tuple[int, int] | None = None, *, cells: I64 | None = None) -> NDArray[np.str_]:
         """Return the barcodes ``[n_cells]``; ``rows`` as for :meth:`column`, or only those of some ``cells [n]``."""
-        raw = self._read_array("origin/name", rows=rows)
-        if raw.dtype != np.uint8 or raw.ndim != 2:
-            raise self.damaged(ValueError("origin/name holds no texts"))
-        raw = raw if cells is None else raw[cells]  # as texts they take ten times the memory
+
+        def check(values: NDArray[Any]) -> NDArray[Any]:
+            if values.dtype != np.uint8 or values.ndim != 2:
+                raise self.damaged(ValueError("origin/name holds no texts"))
+            return values
+
+        path = "origin/name"
+        raw = check(self._read_array(path, rows=rows)) if cells is None else self._pick(path, check, cells)
         try:
             return np.char.decode(np.ascontiguousarray(raw).view(f"S{raw.shape[1]}")[:, 0], "utf-8")
         except UnicodeDecodeError as error:
@@ -331,3 +385,71 @@ class Store:
             return read_array(name, self.manifest.n_cells if n is None else n, self.manifest.files, self._load, rows)
         except (ValueError, OSError) as error:
             raise error if isinstance(error, UserError) else self.unread(error) from None
+
+    @functools.cached_property
+    def _host(self) -> HostArrays:
+        try:
+            return HostArrays(self._access.folder() / "arrays")
+        except RuntimeError:  # how pathlib says that there is no home folder
+            return HostArrays(None)
+
+    def share(self, what: str, n: int, kind: np.dtype[Any], fill: Fill) -> NDArray[Any]:
+        """Return an array ``[n]`` that ``fill`` writes, shared with the other processes if it is of many entries.
+
+        ``what`` names it; it is a pure function of this and of the store.
+        """
+        if n <= ROWS_CHUNK:
+            values = np.empty(n, kind)
+            fill(values)
+            return values
+        return self._host.get(f"{self.fingerprint}/{what}", n, kind, fill)
+
+    def _check_source(self, source: NDArray[Any]) -> NDArray[Any]:
+        if source.dtype != np.int32 or not 0 <= source.min() <= source.max() < len(self.manifest.sources):
+            raise self.damaged(ValueError("origin/source names inputs that the manifest does not know"))
+        return source
+
+    def _check_row(self, row: NDArray[Any]) -> NDArray[Any]:
+        if row.dtype != np.int64 or row.ndim != 1:
+            raise self.damaged(ValueError("origin/row is of another type than bgen writes"))
+        return row
+
+    def _per_cell(
+        self, name: str, check: Callable[[NDArray[Any]], NDArray[Any]], rows: tuple[int, int] | None = None
+    ) -> NDArray[Any]:
+        """Return an array with one entry a cell, of which ``check`` has looked at every part and returned it.
+
+        One of a single file is read; one of more files is shared with the other processes of this machine.
+        """
+        n = self.manifest.n_cells
+        if rows is not None or n <= ROWS_CHUNK:
+            return check(self._read_array(name, rows=rows))
+        kind = check(self._read_array(name, rows=(0, 1))).dtype
+        key = f"{name}/{kind.str}"
+
+        def fill(values: NDArray[Any]) -> None:
+            for part in parts(n):
+                values[part] = check(self._read_array(name, rows=(part.start, part.stop)))
+
+        held = self._held.get(key)
+        if held is None:
+            held = self._held[key] = self._host.get(f"{self.fingerprint}/{name}", n, kind, fill)
+        return held
+
+    def _pick(self, name: str, check: Callable[[NDArray[Any]], NDArray[Any]], cells: I64) -> NDArray[Any]:
+        """Return entries (or rows) of some cells, in their order, holding those of one file of others at a time."""
+        files = cells // ROWS_CHUNK
+        found: NDArray[Any] | None = None
+        for number in np.unique(files).tolist():
+            start = number * ROWS_CHUNK
+            part = check(self._read_array(name, rows=(start, min(start + ROWS_CHUNK, self.manifest.n_cells))))
+            if found is None:
+                found = np.empty((len(cells), *part.shape[1:]), part.dtype)
+            there = files == number
+            found[there] = part[cells[there] - start]
+        return check(self._read_array(name, rows=(0, 1)))[:0] if found is None else found
+
+
+def code_type(categories: int) -> np.dtype[np.signedinteger[Any]]:
+    """Return the smallest signed type of codes from -1 to below ``categories``."""
+    return np.dtype(next(kind for kind in (np.int8, np.int16, np.int32) if categories - 1 <= np.iinfo(kind).max))

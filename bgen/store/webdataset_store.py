@@ -74,7 +74,7 @@ class TarStore(Store):
     where
         Folder or address.
     access
-        How an address is read.
+        How an address is read, and the cache folder.
     threads
         Threads that decode, for a folder.
 
@@ -93,7 +93,7 @@ class TarStore(Store):
             self._mirror = Mirror(RemoteFiles(str(where), access))
             folder = self._mirror.folder
         self._index = self._read_index(folder)
-        super().__init__(folder, threads=threads)
+        super().__init__(folder, threads=threads, access=access)
         if self._index["store"] != self.fingerprint:
             raise UserError(f"{self.where}: {INDEX} and manifest.json are of different stores. Write them again.")
 

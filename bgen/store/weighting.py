@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from bgen.arrays import I64
 from bgen.errors import UserError
-from bgen.order.cells import Members, Order
+from bgen.order.cells import Members, Order, pick
+from bgen.order.groups import parts
 from bgen.order.weighted import WeightedOrder
 from bgen.store.store import Store
 
@@ -37,17 +42,30 @@ def weighted_order(
     UserError
         If the column is not of categories, the split holds no cells or the temperature is below 1.
     """
-    cells = store.cells_of_split(split)
+    cells = store.split(split)
     if len(cells) == 0:
         raise UserError(f"The split '{split}' of {store.folder} holds no cells.")
     if by is None:
-        sources = store.source_of(cells)[0]
+        every = len(store.manifest.sources)
+        sources = pick(store.sources(), cells)
     else:
         column, values = store.column(by)
         if column.kind != "category":
             raise UserError(f"Sources are categories, and '{by}' holds numbers.")
-        sources = values[cells]
-    codes = np.unique(sources, return_inverse=True)[1]
+        every = len(column.categories)
+        sources = pick(values, cells)
+    # cells without a category are a source of their own, the first one
+    there = count_values(sources, every)
+    number = np.append(np.cumsum(there[1:] > 0) - 1 + (there[0] > 0), 0)
     name = f"{store.fingerprint}/{split}"
     members = Members.of(cells, store.first_cell)
-    return WeightedOrder(members, batch, lanes, window, seed, name, sources=codes, temperature=temperature)
+    about = members, batch, lanes, window, seed, name
+    return WeightedOrder(*about, sources=sources, temperature=temperature, source_of=number)
+
+
+def count_values(codes: NDArray[np.integer[Any]], n: int) -> I64:
+    """Return int64 ``[1 + n]``: how many of some codes are -1, 0, 1, ... n - 1; a part of them is copied at a time."""
+    found = np.zeros(1 + n, np.int64)
+    for part in parts(len(codes)):
+        found += np.bincount(codes[part].astype(np.int64) + 1, minlength=1 + n)
+    return found

@@ -120,7 +120,7 @@ def score(
 
 
 def _read_sample(store: Store, split: str, seed: int) -> AnnData:
-    if len(store.cells_of_split(split)) == 0:
+    if len(store.split(split)) == 0:
         raise UserError(f"The split '{split}' of {store.folder} holds no cells to judge by.")
     return read_split(store, split, MOST_CELLS, seed)
 

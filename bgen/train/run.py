@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bgen.checkpoint.ownership import owning
 from bgen.config.run import Config
@@ -17,6 +16,8 @@ from bgen.hub.about import About, Perturbation, Training
 from bgen.hub.directory import ColumnInfo, SavedModel, count_combinations, save_model
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.vae.vae import VAE
+from bgen.order.cells import Cells, pick
+from bgen.order.groups import parts
 from bgen.store.leakage import assert_no_leakage
 from bgen.store.open import open_data
 from bgen.store.store import Store
@@ -77,13 +78,14 @@ def _refuse_leakage(store: Store, world: ranks.World) -> None:
         raise UserError(problem)
 
 
-def _times(store: Store, cells: NDArray[np.int64]) -> list[float]:
+def _times(store: Store, cells: Cells) -> list[float]:
     """Return the distinct times of cells, ascending, in the store's unit; at most :data:`MOST_TIMES`, evenly spread."""
     column = store.manifest.roles.get("time")
     if column is None or store.manifest.columns[column].kind != "number":
         return []
-    values = store.column(column)[1][cells]
-    times = np.unique(values[np.isfinite(values)])
+    values = pick(store.column(column)[1], cells)
+    times = np.unique(np.concatenate([np.unique(values[part]) for part in parts(len(values))]))
+    times = times[np.isfinite(times)]
     if len(times) > MOST_TIMES:
         times = times[np.linspace(0, len(times) - 1, MOST_TIMES).round().astype(int)]
     return [float(time) for time in times]
@@ -122,12 +124,12 @@ def exported(config: Config, stage: StoreStage, step: int) -> SavedModel:
     codec = module.vae if isinstance(module, LatentFlow) else module
     names = list(dict.fromkeys([*conditions, *codec.covariates]))
     roles = {column: role for role, column in store.manifest.roles.items() if role not in ("population", "condition")}
-    cells = store.cells_of_split(config.data.split)
+    cells = store.split(config.data.split)
     columns: dict[str, ColumnInfo] = {}
     values: dict[str, Any] = {}
     for name in names:
         column, everywhere = store.column(name)
-        values[name] = everywhere[cells]
+        values[name] = pick(everywhere, cells)
         role = roles.get(name, name)
         if column.kind == "category":
             columns[name] = ColumnInfo(role, "category", column.categories)

@@ -94,7 +94,12 @@ def build(
             raise UserError(f"{file.path} was changed after it was checked. Check it again.")
     keep = np.concatenate([file.keep for file in report.files])
     frames = name_cells([source.obs for source in sources], report)
-    obs = (pd.concat(frames) if len(frames) > 1 else frames[0]).loc[keep]
+    obs = pd.concat(frames) if len(frames) > 1 else frames[0]
+    obs = obs if keep.all() else obs.loc[keep]
+    n_rows = [source.n_cells for source in sources]
+    del frames
+    for source in sources:  # all that is needed of it is in one frame now
+        source.obs = pd.DataFrame(index=pd.RangeIndex(source.n_cells))
     roles = _roles(report.roles)
     obs = take_roles(obs, roles, _units(report.roles))
     splits = splits or DEFAULT
@@ -106,7 +111,6 @@ def build(
         genes, places = take_reference(genes, reference)
     # where the column of a file ends up: -1 stays -1, since the last entry of the look-up is -1
     gene_maps = [np.append(places, -1)[file.gene_map] for file in report.files]
-    n_rows = [source.n_cells for source in sources]
     first_rows = np.concatenate([[0], np.cumsum(n_rows)])
 
     def contents(pieces: Sequence[Piece]) -> Contents:

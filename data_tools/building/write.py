@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from bgen.arrays import I64
 from bgen.errors import UserError
 from bgen.genes.table import hash_genes, write_genes
+from bgen.order.groups import parts
 from bgen.order.keys import hash_keys
 from bgen.progress import Count
 from bgen.store.format.columns import MAX_CATEGORIES, MOST_WIDTH, column_metadata, encode_column, obs_path
@@ -172,11 +173,8 @@ def fill(
     write_array(folder / "rows/split", contents.split[order])
     write_array(folder / "origin/source", contents.source[order].astype(np.int32))
     write_array(folder / "origin/row", contents.row[order].astype(np.int64))
-    names = np.char.encode(contents.obs.index.to_numpy(dtype=str), "utf-8")[order]
-    if names.itemsize > MOST_WIDTH:
-        raise UserError(f"A barcode has {names.itemsize:,} bytes; a store keeps at most {MOST_WIDTH:,} of each.")
-    write_array(folder / "origin/name", names.view(np.uint8).reshape(len(names), -1))
-    columns, left_out = _write_obs(folder, contents.obs.iloc[order])
+    _write_names(folder / "origin/name", contents.obs.index, order)
+    columns, left_out = _write_obs(folder, contents.obs, order)
     if lost := [f"{role} ({column})" for role, column in contents.roles.items() if column not in columns]:
         raise UserError(
             f"A store keeps at most {MAX_CATEGORIES:,} different texts of a column; more would lose {', '.join(lost)}."
@@ -217,9 +215,22 @@ def fill(
 
 def write_array(path: Path, values: NDArray[Any]) -> None:
     """Write an array with one entry (or row) a cell, over what an interrupted build may have left there."""
-    spec = {**array_spec(path, column_metadata(values)), "delete_existing": True}
+    write_part(open_array(path, values), slice(None), values)
+
+
+def open_array(path: Path, like: NDArray[Any]) -> ts.TensorStore:
+    """Make an array of the shape and type of ``like``, over what an interrupted build may have left there."""
+    spec = {**array_spec(path, column_metadata(like)), "delete_existing": True}
     try:
-        ts.open(spec).result().write(np.ascontiguousarray(values)).result()
+        return ts.open(spec).result()
+    except ValueError as error:  # how tensorstore says that a disk is full
+        raise OSError(str(error)) from None
+
+
+def write_part(array: ts.TensorStore, part: slice, values: NDArray[Any]) -> None:
+    """Write entries (or rows) of an array."""
+    try:
+        array[part].write(np.ascontiguousarray(values)).result()
     except ValueError as error:  # how tensorstore says that a disk is full
         raise OSError(str(error)) from None
 
@@ -269,12 +280,39 @@ def _fill_chunks(
     return np.array(first, dtype=np.int64)
 
 
-def _write_obs(folder: Path, obs: pd.DataFrame) -> tuple[dict[str, Column], list[str]]:
-    """Write the columns of obs; return what they are, and the names of those with too many distinct texts."""
+def _write_names(path: Path, barcodes: pd.Index, order: I64) -> None:
+    """Write barcodes ``[N]`` in the order of the store as UTF-8, a part of them at a time: they are large.
+
+    Raises
+    ------
+    UserError
+        If one is too long.
+    """
+
+    def encoded(some: pd.Index) -> NDArray[np.bytes_]:
+        return np.char.encode(some.to_numpy(dtype=str), "utf-8")
+
+    width = max(encoded(barcodes[part]).itemsize for part in parts(len(barcodes)))
+    if width > MOST_WIDTH:
+        raise UserError(f"A barcode has {width:,} bytes; a store keeps at most {MOST_WIDTH:,} of each.")
+    array = open_array(path, np.broadcast_to(np.uint8(0), (len(order), width)))
+    for part in parts(len(order)):
+        names = encoded(barcodes[order[part]]).astype(f"S{width}")
+        write_part(array, part, names.view(np.uint8).reshape(len(names), width))
+
+
+def _write_obs(folder: Path, obs: pd.DataFrame, order: I64) -> tuple[dict[str, Column], list[str]]:
+    """Write the columns of obs in the order of the store, one after the other.
+
+    Returns
+    -------
+    dict[str, Column], list[str]
+        What they are, and the names of those with too many distinct texts.
+    """
     columns: dict[str, Column] = {}
     left_out = []
     for name in map(str, obs.columns):
-        encoded = encode_column(obs[name])
+        encoded = encode_column(pd.Series(obs[name].array.take(order)))
         if encoded is None:
             left_out.append(name)
             continue

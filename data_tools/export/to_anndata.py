@@ -17,6 +17,8 @@ from bgen.arrays import I64
 from bgen.errors import UserError
 from bgen.files import require_local, slashes_in_names, whole
 from bgen.names import index_name
+from bgen.order.cells import Cells, Members, numbers, pick
+from bgen.order.groups import parts
 from bgen.progress import Count
 from bgen.store.format.codec import find_bad_row, unpack_rows
 from bgen.store.format.recode import gather
@@ -64,18 +66,20 @@ def to_anndata(
         raise UserError(f"The counts are float32 or uint32, not '{dtype}'.")
     if out.suffix == ".zarr" and (slashed := [name for name in store.manifest.columns if "/" in name]):
         raise UserError(f"AnnData in zarr cannot hold obs columns with a '/' in their name ({slashed[0]}): use .h5ad.")
-    cells = np.arange(len(store)) if split is None else store.cells_of_split(split)
-    bare = _annotation(store, cells)
+    cells = range(len(store)) if split is None else store.split(split)
+    bare = _annotation(store, _some(cells, next(parts(len(cells)), slice(0, 0))))
     try:
         with whole(out, replace=False) as half:
             if out.suffix == ".h5ad":
                 with slashes_in_names():
                     bare.write_h5ad(half)
                 with h5py.File(half, "a") as file:
+                    _write_obs(file, store, cells)
                     _write_counts(file, store, cells, np.dtype(dtype), progress)
             else:
                 group = zarr.open_group(half, mode="w", zarr_format=2)  # every version of anndata reads it
                 anndata.io.write_elem(group, "/", bare)
+                _write_obs(group, store, cells)
                 _write_counts(group, store, cells, np.dtype(dtype), progress)
                 zarr.consolidate_metadata(half)
     except OSError as error:
@@ -83,39 +87,76 @@ def to_anndata(
     return len(cells)
 
 
+def _some(cells: Cells, part: slice) -> I64:
+    """Return the numbers of a part of some cells."""
+    return numbers(cells[part])
+
+
 def _annotation(store: Store, cells: I64) -> anndata.AnnData:
     """Return everything but the counts."""
     manifest = store.manifest
-    obs = pd.DataFrame(index=pd.Index(store.names(cells=cells), name=index_name("cell", manifest.columns)))
-    for name in manifest.columns:
-        column, values = store.column(name)
-        picked = values[cells]
-        if column.kind == "number":
-            obs[name] = picked
-        else:
-            obs[name] = pd.Categorical.from_codes(picked.astype(np.int32), column.categories)  # type: ignore[call-overload]
-    codes = np.zeros(len(store), np.int32)
-    for code, name in enumerate(manifest.splits):
-        codes[store.cells_of_split(name)] = code
-    if "split" not in obs:
-        obs["split"] = pd.Categorical.from_codes(codes[cells], list(manifest.splits))  # type: ignore[call-overload]
     uns: dict[str, Any] = {"organism": manifest.organism}
     uns |= {f"{role}_unit": unit for role, unit in manifest.units.items()}
     uns["bgen"] = {"store": store.fingerprint, "roles": dict(manifest.roles)}
     var = store.genes.set_index("id").rename_axis("gene")
-    return anndata.AnnData(obs=obs, var=var, uns=uns)
+    return anndata.AnnData(obs=_obs(store, cells), var=var, uns=uns)
 
 
-def _write_counts(group: Any, store: Store, cells: I64, dtype: np.dtype, progress: Count | None) -> None:
+def _obs(store: Store, cells: I64) -> pd.DataFrame:
+    """Return barcodes, columns and split of some cells."""
+    manifest = store.manifest
+    obs = pd.DataFrame(index=pd.Index(store.names(cells=cells), name=index_name("cell", manifest.columns)))
+    for name in manifest.columns:
+        column, values = store.column(name, cells=cells)
+        if column.kind == "number":
+            obs[name] = values
+        else:
+            obs[name] = pd.Categorical.from_codes(values.astype(np.int32), column.categories)  # type: ignore[call-overload]
+    if "split" not in obs:
+        codes = store.rows("split")[cells].astype(np.int32)
+        obs["split"] = pd.Categorical.from_codes(codes, list(manifest.splits))  # type: ignore[call-overload]
+    return obs
+
+
+def _write_obs(group: Any, store: Store, cells: Cells) -> None:
+    """Write obs of all cells over that of the first part of them, a part at a time."""
+    for part in parts(len(cells)):
+        if part.start == 0:
+            continue  # it is there
+        obs = _obs(store, _some(cells, part))
+        _grow(group, group[f"obs/{group['obs'].attrs['_index']}"], len(cells))[part] = obs.index.to_numpy()
+        for name, values in obs.items():
+            item = group[f"obs/{name}"]
+            if isinstance(values.dtype, pd.CategoricalDtype):
+                item, values = item["codes"], values.cat.codes
+            _grow(group, item, len(cells))[part] = values.to_numpy()
+
+
+def _grow(group: Any, array: Any, n: int) -> Any:
+    """Return an array ``[n]`` in place of a shorter one, which its first entries are."""
+    if array.shape[0] == n:
+        return array
+    if not isinstance(group, h5py.Group):
+        array.resize((n,))
+        return array
+    path, first, attributes = array.name, array[:], dict(array.attrs)
+    options = {"dtype": array.dtype, "chunks": (min(n, VALUES_PER_CHUNK),), "compression": array.compression}
+    del group[path]
+    longer = group.create_dataset(path, shape=(n,), **options)
+    longer.attrs.update(attributes)
+    longer[: len(first)] = first
+    return longer
+
+
+def _write_counts(group: Any, store: Store, cells: Cells, dtype: np.dtype, progress: Count | None) -> None:
     """Write the counts of ascending ``cells`` as X into an open HDF5 file or zarr group."""
     if "X" in group:
         del group["X"]
     target = group.create_group("X")
     shape = [len(cells), store.manifest.n_genes]
     target.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": shape})
-    indptr = np.zeros(len(cells) + 1, np.int64)
-    np.cumsum(store.nonzeros[cells], out=indptr[1:])
-    total = int(indptr[-1])
+    nonzeros = pick(store.nonzeros, cells)
+    total = int(nonzeros.sum(dtype=np.int64))
     make = target.create_dataset if isinstance(group, h5py.Group) else target.create_array
     options: dict[str, Any] = {"chunks": (min(VALUES_PER_CHUNK, max(total, 1)),)}
     if isinstance(group, h5py.Group):
@@ -124,26 +165,31 @@ def _write_counts(group: Any, store: Store, cells: I64, dtype: np.dtype, progres
         name: make(name, shape=(total,), dtype=kind, **options)
         for name, kind in (("data", dtype), ("indices", np.int32))
     }
-    pointer = make("indptr", shape=indptr.shape, dtype=np.int64)
-    pointer[:] = indptr
-    done = 0
-    for indices, counts in _read(store, cells, dtype):
+    pointer = make("indptr", shape=(len(cells) + 1,), dtype=np.int64)
+    pointer[:1] = 0
+    before = 0
+    for part in parts(len(cells)):
+        ends = before + np.cumsum(nonzeros[part], dtype=np.int64)
+        pointer[part.start + 1 : part.stop + 1] = ends
+        before = int(ends[-1])
+    done = written = 0
+    for n, indices, counts in _read(store, cells, dtype):
         end = done + len(indices)
         arrays["indices"][done:end], arrays["data"][done:end] = indices, counts
-        done = end
+        done, written = end, written + n
         if progress:
-            progress(int(np.searchsorted(indptr, done, side="right")) - 1, len(cells))
+            progress(written, len(cells))
 
 
-def _read(store: Store, cells: I64, dtype: np.dtype) -> Iterator[tuple[NDArray[np.int32], NDArray[Any]]]:
-    """Yield gene numbers and counts of ascending cells, some chunks at a time."""
-    at = np.searchsorted(store.first_cell, cells, side="right") - 1
-    chunks = np.unique(at)
-    for some in range(0, len(chunks), CHUNKS_AT_ONCE):
-        part = chunks[some : some + CHUNKS_AT_ONCE]
+def _read(store: Store, cells: Cells, dtype: np.dtype) -> Iterator[tuple[int, NDArray[np.int32], NDArray[Any]]]:
+    """Yield how many cells are read, their gene numbers and counts, in their order, some chunks at a time."""
+    members = Members.of(cells, store.first_cell)
+    starts = np.concatenate([[0], members.ends])
+    for some in range(0, len(members.chunks), CHUNKS_AT_ONCE):
+        part = members.chunks[some : some + CHUNKS_AT_ONCE]
+        wanted = members.take(np.arange(starts[some], starts[some + len(part)]))
         slots, arena = np.arange(len(part)), store.arena(len(part))
         futures = store.read_chunks(part, arena, slots)
-        wanted = cells[np.searchsorted(at, part[0]) : np.searchsorted(at, part[-1], side="right")]
         located = store.locate(wanted, part, slots)
         try:
             for future in futures:
@@ -167,4 +213,4 @@ def _read(store: Store, cells: I64, dtype: np.dtype) -> Iterator[tuple[NDArray[n
         unpack_rows(gaps, counts, large.view(np.int32), gap_start, indices, values)
         found = values.astype(dtype)
         found[counts == 255] = large
-        yield indices, found
+        yield len(wanted), indices, found

@@ -37,6 +37,9 @@ from data_tools.building.partial import all_or_nothing
 BLOCK = 512
 """Bytes that a tar file is made of."""
 
+DESCRIBED = 1024
+"""Chunks whose cells' names and columns are in memory at a time."""
+
 """Called with the cells done and the cells in all."""
 
 
@@ -98,10 +101,7 @@ class _Samples:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.names = store.names()
-        self.sizes = {name: store.rows(name) for name in ("genes", "gap_bytes", "overflow")}
-        self.splits = np.array(list(store.manifest.splits), dtype=object)[store.rows("split")]
-        self.columns = {name: store.column(name) for name in store.manifest.columns}
+        self._first, self._last = 0, 0
 
     def add(self, tar: tarfile.TarFile, chunk: int) -> list[int]:
         """Add a sample; return offset, bytes and CRC-32C of its gaps, then of its counts."""
@@ -121,7 +121,9 @@ class _Samples:
 
     def _describe(self, chunk: int) -> dict[str, Any]:
         first, last = self.store.first_cell[[chunk, chunk + 1]].tolist()
-        cells = slice(first, last)
+        if last > self._last:
+            self._read(first, int(self.store.first_cell[min(chunk + DESCRIBED, len(self.store.first_cell) - 1)]))
+        cells = slice(first - self._first, last - self._first)
         obs: dict[str, list[Any]] = {}
         for name, (column, values) in self.columns.items():
             if column.kind == "category":
@@ -136,6 +138,15 @@ class _Samples:
             "split": self.splits[cells].tolist(),
             "obs": obs,
         }
+
+    def _read(self, first: int, last: int) -> None:
+        """Read what is said of the cells of some chunks."""
+        self._first, self._last = first, last
+        rows = first, last
+        self.names = self.store.names(rows)
+        self.sizes = {name: self.store.rows(name, rows) for name in ("genes", "gap_bytes", "overflow")}
+        self.splits = np.array(list(self.store.manifest.splits), dtype=object)[self.store.rows("split", rows)]
+        self.columns = {name: self.store.column(name, rows) for name in self.store.manifest.columns}
 
 
 def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:

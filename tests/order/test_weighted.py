@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from bgen.data.loader import CountReader, TrainLoader
 from bgen.errors import UserError
+from bgen.order import weighted
 from bgen.order.cells import Members, Order
 from bgen.order.weighted import WeightedOrder, shares
 from bgen.store.store import Store
@@ -108,3 +110,38 @@ def test_a_store_trains_with_it(store: Store) -> None:
         weighted_order(store, "train", temperature=2.0, by="dose", **options)
     with pytest.raises(UserError, match=r"at least 1, not 0\.5"):
         weighted_order(store, "train", temperature=0.5, **options)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 120), min_size=1, max_size=4), st.integers(0, 9), st.integers(0, 3))
+def test_what_is_counted_again_is_what_was_counted(sizes: list[int], seed: int, epoch: int) -> None:
+    """The numbers of the cells within their source, from few marks, are those of one count of all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weighted, "MARKS", 0)
+        order = make(sizes, 16, 2, 2, seed, 2.0)
+    assert len(order._seen) < len(order.members.chunks) or len(order.members.chunks) == 1 or len(sizes) < 4
+    number = np.zeros(len(order.sources), np.int64)
+    for source in range(len(sizes)):
+        there = order.sources == source
+        number[there] = np.arange(there.sum())
+    drawn, phase = order.draws[order.sources], order._phases(epoch)[order.sources]
+    cells = np.array(sizes)[order.sources]
+    expected = ((number + 1) * drawn + phase) // cells - (number * drawn + phase) // cells
+    assert np.array_equal(order.multiplicities(epoch), expected)
+    for chunk in range(len(order.members.chunks)):
+        start, stop = order._starts[chunk], order._starts[chunk + 1]
+        assert np.array_equal(order.multiplicities(epoch, start, stop), expected[start:stop])
+
+
+def test_codes_are_held_as_they_are() -> None:
+    """Codes of sources, -1 among them, and a table of their numbers: the draws are those of the numbers themselves."""
+    rng = np.random.default_rng(0)
+    codes = rng.choice(np.array([-1, 2, 5], np.int8), 900)
+    members = Members.of(range(900), np.arange(0, 901, 30))
+    table = np.array([9, 9, 1, 9, 9, 2, 0])
+    options: dict[str, Any] = {"temperature": 3.0}
+    one = WeightedOrder(members, 32, 2, 3, 0, "x", sources=codes, source_of=table, **options)
+    other = WeightedOrder(members, 32, 2, 3, 0, "x", sources=table[codes], **options)
+    assert one.sources is codes
+    for step in (0, 40):
+        assert np.array_equal(one.cells(step), other.cells(step))

@@ -182,19 +182,55 @@ def find_wrong_sizes(
     """
     if not (first_cell[0] == 0 and first_cell[-1] == len(nonzeros) and (np.diff(first_cell) > 0).all()):
         return "the chunks do not hold the cells one after the other"
-    if int(nonzeros.max()) > n_genes or (overflow > nonzeros).any():
+    problem, sums, largest, fullest = _add_up(first_cell, nonzeros, gap_bytes, overflow, n_genes)
+    if problem == 1:
         return "a cell has more counts than genes"
-    if (gap_bytes < nonzeros).any() or (gap_bytes > nonzeros.astype(np.int64) + n_genes // ESCAPE).any():
+    if problem == 2:
         return "the gaps of a cell take a number of bytes that is not possible"
-    gaps, counts, spilt = (np.add.reduceat(a, first_cell[:-1], dtype=np.int64) for a in (gap_bytes, nonzeros, overflow))
-    if int(gaps.max()) > gap_room or int((-(-counts // 4) * 4 + 4 * spilt).max()) > count_room:
+    if fullest[0] > gap_room or fullest[1] > count_room:
         return "a chunk holds more bytes than it has room for"
     # a chunk has room for 256 usual cells, or for the largest one
-    most = CHUNK_SLACK + sum(300 * int(sizes.sum()) // len(nonzeros) for sizes in (gaps, counts, 4 * spilt))
-    most += int(gap_bytes.max()) + int(nonzeros.max()) + 4 * int(overflow.max())
+    weighed = [times * size for times, size in zip((1, 1, 4), sums.tolist(), strict=True)]
+    most = CHUNK_SLACK + sum(300 * size // len(nonzeros) for size in weighed)
+    most += int(largest[0] + largest[1] + 4 * largest[2])
     if max(gap_room, count_room) > most:
         return "a chunk has more room than its cells need"
     return ""
+
+
+@numba.njit(cache=True, nogil=True)
+def _add_up(
+    first_cell: I64,
+    nonzeros: NDArray[np.unsignedinteger[Any]],
+    gap_bytes: NDArray[np.unsignedinteger[Any]],
+    overflow: NDArray[np.unsignedinteger[Any]],
+    n_genes: int,
+) -> tuple[int, I64, I64, I64]:
+    """Look at every cell's sizes, without a copy of them.
+
+    Returns
+    -------
+    int
+        0; 1: more counts than genes, or more large counts than counts; 2: a number of gaps that is not possible.
+    I64, I64, I64
+        Sums, and largest of a cell, of gaps, counts and overflow; most bytes of a chunk in the two streams.
+    """
+    sums, largest, fullest = np.zeros(3, np.int64), np.zeros(3, np.int64), np.zeros(2, np.int64)
+    problem = 0
+    for chunk in range(len(first_cell) - 1):
+        gaps = counts = spilt = np.int64(0)
+        for cell in range(first_cell[chunk], first_cell[chunk + 1]):
+            g, n, o = np.int64(gap_bytes[cell]), np.int64(nonzeros[cell]), np.int64(overflow[cell])
+            if n > n_genes or o > n:
+                problem = 1
+            elif problem == 0 and (g < n or g > n + n_genes // ESCAPE):
+                problem = 2
+            largest[0], largest[1], largest[2] = max(largest[0], g), max(largest[1], n), max(largest[2], o)
+            gaps, counts, spilt = gaps + g, counts + n, spilt + o
+        sums[0], sums[1], sums[2] = sums[0] + gaps, sums[1] + counts, sums[2] + spilt
+        fullest[0] = max(fullest[0], gaps)
+        fullest[1] = max(fullest[1], -(-counts // 4) * 4 + 4 * spilt)
+    return problem, sums, largest, fullest
 
 
 @numba.njit(cache=True, nogil=True)

@@ -161,7 +161,17 @@ def encode_column(values: pd.Series) -> tuple[Column, NDArray[Any]] | None:
         numbers = values.to_numpy(dtype=np.float64, na_value=np.nan)
         exact = np.array_equal(numbers.astype(np.float32).astype(np.float64), numbers, equal_nan=True)
         return Column(kind="number"), numbers.astype(np.float32) if exact else numbers
-    codes, categories = pd.factorize(values.astype("string"), sort=True)
+    codes: NDArray[Any]
+    if isinstance(values.dtype, pd.CategoricalDtype):  # the texts of its categories are few, those of its cells are not
+        there = (
+            np.bincount(values.cat.codes.to_numpy().astype(np.int32) + 1, minlength=1 + len(values.cat.categories)) > 0
+        )
+        number, categories = pd.factorize(values.cat.categories[there[1:]].to_series().astype("string"), sort=True)
+        table = np.full(1 + len(there[1:]), -1, np.int32)
+        table[:-1][there[1:]] = number
+        codes = table[values.cat.codes.to_numpy()]
+    else:
+        codes, categories = pd.factorize(values.astype("string"), sort=True)
     if len(categories) > MAX_CATEGORIES:
         return None
     return Column(kind="category", categories=[str(category) for category in categories]), codes.astype(np.int32)

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import NDArray
 from torch import nn
 
+from bgen.arrays import I64
 from bgen.checkpoint.files import sha256
 from bgen.config.flow import FlowConfig
 from bgen.config.run import Config
@@ -27,8 +29,11 @@ from bgen.hub.directory import SavedModel, load_directory
 from bgen.models.codec import CountsCodec
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.log_counts import MOST_GENES, LogCounts
+from bgen.order.cells import Cells, pick
+from bgen.order.groups import parts
 from bgen.order.mixing import Mixing
 from bgen.store.store import Store
+from bgen.store.weighting import count_values
 from bgen.train.stages.average_effects import MOST_CELLS, moments_of_store, number_sets
 from bgen.train.stages.from_store import StoreStage
 from bgen.train.stages.levels import fit_generated_levels
@@ -57,7 +62,7 @@ class _Told:
         label = store.column_name(members.column)
         amount = None if members.amount is None else store.column_name(members.amount)
         for name, kind in ((label, "category"), (amount, "number")):
-            if name is not None and store.column(name)[0].kind != kind:
+            if name is not None and store.manifest.columns[name].kind != kind:
                 raise UserError(f"flow.members: the column '{name}' of {store.folder} is no {kind}.")
             if name in conditions:
                 raise UserError(f"flow.conditions: '{name}' is told by flow.members already; leave it out.")
@@ -82,13 +87,13 @@ class FlowStage(StoreStage):
             fit_whitening(self.codec.to(world.device), self.reader, config.data.split, world)
             self.codec.cpu()  # as one is that is loaded; the engine moves the module as a whole
         categories, self.numbers = {}, {}
-        train_cells = store.cells_of_split(config.data.split)
+        train_cells = store.split(config.data.split)
         for name in conditions:
-            column, values = store.column(name)
-            if column.kind == "category":
-                categories[name] = len(column.categories)
+            about = store.manifest.columns[name]
+            if about.kind == "category":
+                categories[name] = len(about.categories)
             else:
-                self.numbers[name] = mean_and_std(values[train_cells])
+                self.numbers[name] = mean_and_std(pick(store.column(name)[1], train_cells))
         self.members: TrainedMembers | None = None
         if told.label is not None:
             self.members = self._members(told)
@@ -130,20 +135,22 @@ class FlowStage(StoreStage):
         assert config is not None
         assert told.label is not None
         column, codes = store.column(told.label)
-        cells = store.cells_of_split(split)
+        cells = store.split(split)
+        codes = pick(codes, cells)
         control = str(store.manifest.control)
         genes = store.genes
         names = {*genes["id"], *genes["symbol"]}
-        trained = {column.categories[code] for code in np.unique(codes[cells]) if code >= 0}
+        there = count_values(codes, len(column.categories))[1:] > 0
+        trained = {column.categories[code] for code in np.flatnonzero(there).tolist()}
         sets = label_sets(column.categories, [control], config.separator, names, trained)
         is_control = np.array([sets.grammar.is_control(label) for label in column.categories])
-        controls = cells[(codes[cells] >= 0) & is_control[codes[cells]]]
+        controls = _where(np.append(is_control, False)[codes], cells)
         some = store.sample(controls if len(controls) else cells, COEXPRESSION_CELLS, 0)
         batch = self.reader.read_cells(some)
         shape = (len(some), batch.n_genes)
         counts = sp.csr_matrix((batch.counts.numpy(), batch.indices.numpy(), batch.indptr.numpy()), shape)
         vectors = read_named_vectors(config, genes, counts)
-        amounts = None if told.amount is None else store.column(told.amount)[1][cells]
+        amounts = None if told.amount is None else pick(store.column(told.amount)[1], cells)
         return TrainedMembers(told.label, told.amount, sets, vectors, amounts, config)
 
     def finish(self, module: nn.Module) -> None:
@@ -165,15 +172,17 @@ class FlowStage(StoreStage):
         """Estimate average effects over the training cells, in each system with its own control cells."""
         store, trajectories = self.store, self.config.data.trajectories
         assert trajectories is not None
-        cells = store.cells_of_split(self.config.data.split)
-        codes = store.column(members.column)[1]
-        cells = store.sample(cells[codes[cells] >= 0], MOST_CELLS, 0)
+        every = store.split(self.config.data.split)
+        column, codes = store.column(members.column)
+        if count_values(pick(codes, every), len(column.categories))[0]:
+            every = _where(pick(codes, every) >= 0, every)
+        cells = store.sample(every, MOST_CELLS, 0)
         codes = codes[cells].astype(np.int64)
         amounts = np.full(len(cells), np.nan)
         if members.amount is not None:
             amounts = store.column(members.amount)[1][cells].astype(np.float64)
         sets = members.sets
-        is_control = np.array([sets.grammar.is_control(label) for label in store.column(members.column)[0].categories])
+        is_control = np.array([sets.grammar.is_control(label) for label in column.categories])
         label, of = number_sets(codes, amounts, is_control, sets.own)
         system = [store.column(name) for name in trajectories.system]
         values = np.stack([np.zeros(len(cells)), *(column[1][cells] for column in system)], 1)
@@ -236,10 +245,20 @@ def _tell_of_mixing(flow: FlowConfig) -> None:
 
 def mean_and_std(values: np.ndarray[Any, Any]) -> tuple[float, float]:
     """Return mean and standard deviation of the known values; 0 and 1 where there is nothing to scale by."""
-    known = values[np.isfinite(values)]
-    if len(known) == 0:
+
+    def known() -> Iterator[np.ndarray[Any, Any]]:
+        return (values[part][np.isfinite(values[part])].astype(np.float64) for part in parts(len(values)))
+
+    n = sum(map(len, known()))
+    if n == 0:
         return 0.0, 1.0
-    return float(known.mean()), float(known.std()) or 1.0
+    mean = float(sum(some.sum() for some in known())) / n
+    return mean, float(np.sqrt(sum(np.square(some - mean).sum() for some in known()) / n)) or 1.0
+
+
+def _where(which: NDArray[np.bool_], cells: Cells) -> I64:
+    """Return the numbers of some ``cells [n]``."""
+    return np.flatnonzero(which) + cells.start if isinstance(cells, range) else cells[which]
 
 
 def load_vae(folder: Path, store: Store) -> SavedModel:

@@ -111,7 +111,7 @@ class StoreStage:
     def _require_what_is_read(self) -> None:
         """Refuse an empty held-out split before the first step, not at the first evaluation; warn of too few lanes."""
         data, train = self.config.data, self.config.train
-        if train.eval_every and len(self.store.cells_of_split(data.valid)) == 0:
+        if train.eval_every and len(self.store.split(data.valid)) == 0:
             raise UserError(
                 f"The split '{data.valid}' of {data.store} holds no cells: choose another data.valid, or train without"
                 " held-out cells (train.eval_every=0)."

@@ -96,7 +96,7 @@ def _batches(
     codec: Codec, reader: CountReader, split: str, world: World, most: int, draws: int, *seed: int
 ) -> Iterator[CellBatch]:
     """Yield this rank's share of at most ``most`` cells, each as often as makes ``draws`` in all, with other keys."""
-    cells = reader.store.sample(reader.store.cells_of_split(split), most, 0)
+    cells = reader.store.sample(reader.store.split(split), most, 0)
     parts = np.array_split(cells, -(-len(cells) // max(1, min(1024, ENTRIES // codec.n_genes))))
     for part in parts[world.rank :: world.size]:
         batch = reader.read_cells(part).to(world.device)

@@ -23,6 +23,7 @@ from bgen.genes.expression import coexpression_rows
 from bgen.genes.vectors import NamedVectors, named_vectors
 from bgen.hub.about import Perturbation, RegulatoryNetwork
 from bgen.models.generators.members import MemberEmbedding
+from bgen.order.groups import parts
 from data_tools.check.labels import Grammar, read_grammar
 
 COEXPRESSION_CELLS = 5000
@@ -176,9 +177,13 @@ class TrainedMembers:
 
 def typical_amount(amounts: NDArray[Any] | None) -> float:
     """Return the geometric mean of amounts above 0; 1 without any."""
-    given = np.zeros(0) if amounts is None else np.asarray(amounts, np.float64)
-    given = given[np.isfinite(given) & (given > 0)]
-    return float(np.exp(np.log(given).mean())) if len(given) else 1.0
+    n, logs = 0, 0.0
+    every = np.zeros(0) if amounts is None else np.asarray(amounts)
+    for part in parts(len(every)):
+        given = every[part].astype(np.float64)
+        given = given[np.isfinite(given) & (given > 0)]
+        n, logs = n + len(given), logs + float(np.log(given).sum())
+    return float(np.exp(logs / n)) if n else 1.0
 
 
 def read_named_vectors(config: MembersConfig, genes: pd.DataFrame, control: sp.csr_matrix | None) -> NamedVectors:

@@ -36,7 +36,7 @@ class VAEStage(StoreStage):
                 raise UserError(f"vae.covariates: '{name}' holds numbers; covariates are categories, such as batch.")
             categories[name] = len(column.categories)
         self.module = VAE(config.vae, store.manifest.n_genes, categories)
-        some = store.sample(store.cells_of_split(config.data.split), START_CELLS, config.seed)
+        some = store.sample(store.split(config.data.split), START_CELLS, config.seed)
         self.module.look_at(self.reader.read_cells(some))  # the same on every rank
         self._describe_genes(self.module)
 

@@ -15,7 +15,7 @@ WHITENING_CELLS = 262_144
 
 def fit_whitening(codec: CountsCodec, reader: CountReader, split: str, world: World) -> None:
     """Fit a codec's whitening on (at most :data:`WHITENING_CELLS`) cells of a split; every rank takes a share."""
-    cells = reader.store.sample(reader.store.cells_of_split(split), WHITENING_CELLS, 0)
+    cells = reader.store.sample(reader.store.split(split), WHITENING_CELLS, 0)
     stats = codec.whitening_stats()
     for part in np.array_split(cells, -(-len(cells) // 1024))[world.rank :: world.size]:
         codec.accumulate_whitening(stats, reader.read_cells(part).to(world.device))

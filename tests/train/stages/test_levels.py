@@ -34,10 +34,10 @@ class Cells:
     def __init__(self, counts: Tensor, obs: dict[str, Tensor]) -> None:
         self.counts, self.obs, self.store = counts, obs, self
 
-    def cells_of_split(self, split: str) -> NDArray[np.int64]:
-        return np.arange(len(self.counts))
+    def split(self, name: str) -> range:
+        return range(len(self.counts))
 
-    def sample(self, cells: NDArray[np.int64], n: int, *key: int) -> NDArray[np.int64]:
+    def sample(self, cells: range, n: int, *key: int) -> NDArray[np.int64]:
         return sample(cells, n, np.array([0, len(cells)]), *key)
 
     def read_cells(self, cells: NDArray[np.int64]) -> CellBatch:
