@@ -15,7 +15,7 @@ app = typer.Typer(help="A model behind HTTP.")
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(help="Model directory, or hf://owner/name.")],
+    model: Annotated[str, typer.Argument(help="Model directory, hf://owner/name, or models:/name/version.")],
     host: Annotated[str, typer.Option(help="Address; one that others reach needs BGEN_TOKEN.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: one that is free.")] = 8000,
     cells: Annotated[int, typer.Option(min=1, max=10_000_000, help="Cells of a question or answer, at most.")] = 20_000,

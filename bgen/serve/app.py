@@ -26,7 +26,6 @@ from anndata import AnnData
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
-from pydantic import ValidationError
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -34,7 +33,7 @@ from starlette.requests import ClientDisconnect
 from bgen.errors import UserError
 from bgen.files import write_h5ad
 from bgen.serve import questions
-from bgen.serve.questions import OF_CELLS, Cells, Generate
+from bgen.serve.questions import OF_CELLS, WITH_COUNTS, Cells, Generate, validated
 from bgen.tasks.load import Model
 from bgen.tasks.user_cells import read_input
 from bgen.version import __version__
@@ -147,7 +146,7 @@ def make_app(model: Model, limits: Limits | None = None, token: str | None = Non
         """Generate new cells."""
 
         async def answer(folder: Path) -> Response:
-            asked = _validated(Generate, _parsed(await _received(request, folder, limits)))
+            asked = validated(Generate, _parsed(await _received(request, folder, limits)))
             _require_few(asked.n, limits)
             return await _answered(request, folder, lambda: questions.generate(model, asked), counts=True)
 
@@ -162,7 +161,7 @@ def make_app(model: Model, limits: Limits | None = None, token: str | None = Non
                 cells, asked = await _asked_of_cells(request, folder, kind, limits)
                 if (n := getattr(asked, "n", None)) is not None:
                     _require_few(n, limits)
-                counts = name == "perturb"
+                counts = name in WITH_COUNTS
                 return await _answered(
                     request, folder, lambda: method(model, _read(cells, limits), asked), counts=counts
                 )
@@ -267,24 +266,15 @@ def _parsed(place: Path) -> Mapping[str, Any]:
     return tree
 
 
-def _validated(kind: Any, tree: Any) -> Any:
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[:5]
-        said = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'the request'}: {one['msg']}" for one in first)
-        raise Refused(422, said) from None
-
-
 async def _asked_of_cells(request: Request, folder: Path, kind: Any, limits: Limits) -> tuple[Cells | Path, Any]:
     """Return the cells, or the file of them, and what is asked."""
     place = await _received(request, folder, limits)
     if request.headers.get("content-type", "").partition(";")[0] in (H5AD, "application/octet-stream"):
         file = place.rename(folder / "cells.h5ad")
-        return file, _validated(kind, dict(request.query_params))
+        return file, validated(kind, dict(request.query_params))
     tree = dict(await asyncio.to_thread(_parsed, place))
-    cells = _validated(Cells, tree.pop("cells", None))
-    return cells, _validated(kind, tree)
+    cells = validated(Cells, tree.pop("cells", None))
+    return cells, validated(kind, tree)
 
 
 def _read(cells: Cells | Path, limits: Limits) -> AnnData:
@@ -300,12 +290,8 @@ def _require_few(n: int, limits: Limits) -> None:
 
 def _body(kind: Any, cells: bool = False) -> dict[str, Any]:
     """Return what the OpenAPI page says of a request's body."""
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    content: dict[str, Any] = {"application/json": {"schema": schema}}
+    content: dict[str, Any] = {"application/json": {"schema": questions.schema(kind, cells=cells)}}
     if cells:
-        known = Cells.model_json_schema()
-        schema["properties"] = {"cells": {k: v for k, v in known.items() if k != "$defs"}, **schema["properties"]}
         content[H5AD] = {"schema": {"type": "string", "format": "binary"}}
     return {"requestBody": {"content": content, "required": True}}
 

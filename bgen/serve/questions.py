@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bgen.errors import MOST_SEEDS, UserError
+from bgen.errors import MOST_SEEDS, UserError, nearest
 from bgen.tasks.load import Model
 
 Seed = Annotated[int, Field(ge=0, le=MOST_SEEDS, description="The same seed gives the same answer.")]
@@ -21,6 +21,9 @@ class Question(BaseModel):
     """What every question may say of how cells are read."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+Asked = TypeVar("Asked", bound=Question)
 
 
 class Sparse(Question):
@@ -161,12 +164,60 @@ def perturb(model: Model, cells: AnnData, asked: Perturb) -> AnnData:
     )
 
 
+def validated(kind: type[Asked], tree: Any) -> Asked:
+    """Return a question of a kind, from plain values.
+
+    Raises
+    ------
+    UserError
+        If it is none; names the first five mistakes.
+    """
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[:5]
+        said = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'the request'}: {one['msg']}" for one in first)
+        raise UserError(said) from None
+
+
+def schema(kind: type[Question], *, cells: bool) -> dict[str, Any]:
+    """Return the JSON Schema of a question; ``cells``: of one that brings cells."""
+    told = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    told.pop("$defs", None)
+    if cells:
+        known = Cells.model_json_schema(ref_template="#/components/schemas/{model}")
+        told["properties"] = {"cells": {k: v for k, v in known.items() if k != "$defs"}, **told["properties"]}
+    return told
+
+
 OF_CELLS: dict[str, tuple[type[Reading], Callable[..., AnnData]]] = {
     "embed": (Embed, embed),
     "annotate": (Annotate, annotate),
     "perturb": (Perturb, perturb),
 }
 """Questions about cells: what each may say, and what answers it."""
+
+WITH_COUNTS = ("generate", "perturb")
+"""Questions whose answers are new counts."""
+
+
+def answer(model: Model, name: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Answer a question, "generate" or one of :data:`OF_CELLS`, that is given as plain values.
+
+    Raises
+    ------
+    UserError
+        If there is no such question, it is malformed, or the model cannot answer it.
+    """
+    if name == "generate":
+        return as_json(generate(model, validated(Generate, tree)), counts=True)
+    if name not in OF_CELLS:
+        known = ["generate", *OF_CELLS]
+        raise UserError(f"There is no question '{name}'; there are {', '.join(known)}.{nearest(name, known)}")
+    kind, method = OF_CELLS[name]
+    cells = validated(Cells, tree.get("cells"))
+    asked = validated(kind, {key: value for key, value in tree.items() if key != "cells"})
+    return as_json(method(model, cells.adata(), asked), counts=name in WITH_COUNTS)
 
 
 def as_json(adata: AnnData, *, counts: bool) -> dict[str, Any]:
