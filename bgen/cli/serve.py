@@ -23,7 +23,9 @@ def serve(
     waiting: Annotated[int, typer.Option(min=1, max=100_000, help="Questions that may wait; more get 429.")] = 256,
     seconds: Annotated[float, typer.Option(min=0.1, max=86400, help="That a client has to send a request.")] = 60.0,
 ) -> None:
-    """Answer generate, embed, annotate and perturb over HTTP, as JSON or .h5ad (extra `serve`); /docs is its API page.
+    """Answer generate, embed, annotate and perturb over HTTP, as JSON or .h5ad (extra `serve`).
+
+    / is a page for browsers, /docs its API page.
 
     If BGEN_TOKEN is set, clients send it: `Authorization: Bearer TOKEN`.
 

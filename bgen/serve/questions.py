@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
@@ -12,7 +12,11 @@ from anndata import AnnData
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bgen.errors import MOST_SEEDS, UserError, nearest
+from bgen.models.generators.latent_flow import LatentFlow
+from bgen.tasks.generate import Ask, sample_settings
+from bgen.tasks.generate import generate_together as generate_asks
 from bgen.tasks.load import Model
+from bgen.tasks.time.axis import trained_over_time
 
 Seed = Annotated[int, Field(ge=0, le=MOST_SEEDS, description="The same seed gives the same answer.")]
 
@@ -190,6 +194,64 @@ def schema(kind: type[Question], *, cells: bool) -> dict[str, Any]:
     return told
 
 
+def kind_of_generate(model: Model, asked: Generate) -> Hashable | None:
+    """Return what questions have in common that :func:`generate_together` answers; None: this one is answered alone."""
+    if model.saved.sample.solver == "adaptive" or trained_over_time(model.saved):
+        return None
+    return "generate", asked.guidance, asked.library_size is None
+
+
+def generate_together(model: Model, asked: Sequence[Generate]) -> list[AnnData]:
+    """Answer several :class:`Generate` of one kind: the cells are those that each gets alone."""
+    settings = sample_settings(model.saved.sample, guidance=asked[0].guidance)
+    return generate_asks(
+        model.saved, [Ask(each.n, each.where, each.library_size, each.seed) for each in asked], settings
+    )
+
+
+def kind_of_embed(model: Model, cells: AnnData, asked: Embed) -> Hashable | None:
+    """Return what questions have in common that :func:`embed_together` answers; None: this one is answered alone.
+
+    Whatever a reader judges by all the values that it sees sends cells home: values that are no counts, columns of
+    numbers, cells without a count.
+    """
+    numbers = {name for name, info in model.saved.columns.items() if info.kind == "number"}
+    numbers |= {model.saved.columns[name].role for name in numbers}
+    texts = all(pd.api.types.infer_dtype(column, skipna=False) == "string" for _, column in cells.obs.items())
+    values = cells.X.data
+    plain = len(values) > 0 and bool((values >= 0).all() and (values == np.rint(values)).all())
+    if not plain or not texts or numbers & set(cells.obs):
+        return None
+    return "embed", tuple(cells.var_names), tuple(cells.obs), tuple(asked.options().items())
+
+
+def embed_together(model: Model, asked: Sequence[tuple[AnnData, Embed]]) -> list[AnnData]:
+    """Answer several :class:`Embed` of one kind, whose cells are read and encoded at once.
+
+    Raises
+    ------
+    UserError
+        If somebody's cells cannot be read, or have no count of a gene that the model knows.
+    """
+    parts = [cells for cells, _ in asked]
+    obs = pd.concat([cells.obs for cells in parts], ignore_index=True)
+    obs.index = obs.index.astype(str)
+    joined = AnnData(sp.vstack([cells.X for cells in parts], format="csr"), obs=obs, var=parts[0].var)
+    read = model.read(joined, **asked[0][1].options())
+    embedded = model.embed(read)
+    answers, first = [], 0
+    for cells in parts:
+        part = slice(first, first + cells.n_obs)
+        if not read.counts[part].nnz:
+            raise UserError("Some of these cells have no count of a gene that the model knows.")
+        answer = cells.copy()
+        answer.obsm["X_bgen"] = embedded.obsm["X_bgen"][part]
+        answer.uns["bgen"] = dict(embedded.uns["bgen"])
+        answers.append(answer)
+        first = part.stop
+    return answers
+
+
 OF_CELLS: dict[str, tuple[type[Reading], Callable[..., AnnData]]] = {
     "embed": (Embed, embed),
     "annotate": (Annotate, annotate),
@@ -243,11 +305,13 @@ def as_json(adata: AnnData, *, counts: bool) -> dict[str, Any]:
 def facts(model: Model) -> dict[str, Any]:
     """Return what a model is and can be asked for."""
     saved = model.saved
+    sets = saved.module.conditions.set_names if isinstance(saved.module, LatentFlow) else []
     return {
         "name": saved.about.name,
         "kind": saved.kind,
         "organism": saved.about.organism,
         "genes": len(model.genes),
         "conditions": model.conditions,
+        "perturbations": [name for column in sets for name in saved.columns[column].categories],
         "fingerprint": saved.fingerprint(),
     }
