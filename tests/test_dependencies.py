@@ -61,7 +61,10 @@ NOT_DECLARED = {
 BROUGHT = {"dask": "distributed", "ninja": "deepspeed", "pydantic_core": "pydantic"}
 """Packages that are imported and come, in the version that it needs, with a core dependency."""
 
-AT_ONCE = {"bgen/serve/app.py": "`bgen serve` alone imports it, and says what it needs"}
+AT_ONCE = {
+    "bgen/serve/app.py": "`bgen serve` alone imports it, and says what it needs",
+    "bgen/serve/turns.py": "app.py alone imports it",
+}
 """Files that import what an extra brings without waiting until it is used, and why."""
 
 TOOLS = {"dev"}

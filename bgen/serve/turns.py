@@ -73,7 +73,11 @@ class Turns:
         while self._waiting:
             wanted = []
             for task in self._take():
-                if await task.gone():
+                try:
+                    left = await task.gone()
+                except Exception:  # a connection that cannot even be asked
+                    left = True
+                if left:
                     _settle(task, ClientDisconnect())
                 else:
                     wanted.append(task)
