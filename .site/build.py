@@ -18,6 +18,7 @@ PAGES = {
     "Start": ["README.md", "bgen/tasks/tutorial.ipynb"],
     "Tasks": [
         "bgen/tasks/README.md",
+        "bgen/tasks/questions.md",
         "bgen/tasks/cells/README.md",
         "bgen/tasks/time/README.md",
         "bgen/tasks/perturb/README.md",

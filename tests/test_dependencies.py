@@ -62,6 +62,7 @@ BROUGHT = {"dask": "distributed", "ninja": "deepspeed", "pydantic_core": "pydant
 AT_ONCE = {
     "bgen/serve/app.py": "`bgen serve` alone imports it, and says what it needs",
     "bgen/models/likelihoods/sparse_triton.py": "imported on GPUs where Triton is, and kernels are made as it is",
+    "bgen/serve/turns.py": "app.py alone imports it",
 }
 """Files that import what an extra brings without waiting until it is used, and why."""
 

@@ -16,7 +16,7 @@ app = typer.Typer(help="A model behind HTTP.")
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(help="Model directory, or hf://owner/name.")],
+    model: Annotated[str, typer.Argument(help="Model directory, hf://owner/name, or models:/name/version.")],
     host: Annotated[str, typer.Option(help="Address; one that others reach needs BGEN_TOKEN.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: one that is free.")] = 8000,
     cells: Annotated[int, typer.Option(min=1, max=10_000_000, help="Cells of a question or answer, at most.")] = 20_000,
@@ -25,7 +25,9 @@ def serve(
     device: Device = "auto",
     seconds: Annotated[float, typer.Option(min=0.1, max=86400, help="That a client has to send a request.")] = 60.0,
 ) -> None:
-    """Answer generate, embed, annotate and perturb over HTTP, as JSON or .h5ad (extra `serve`); /docs is its API page.
+    """Answer generate, embed, annotate and perturb over HTTP, as JSON or .h5ad (extra `serve`).
+
+    / is a page for browsers, /docs its API page.
 
     If BGEN_TOKEN is set, clients send it: `Authorization: Bearer TOKEN`.
 

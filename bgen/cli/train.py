@@ -65,28 +65,41 @@ def export(
     run_export(run, out)
     results.print(f"Model: {out}")
     if log or register is not None:
+        from bgen.serve.pyfunc import SERVED
         from bgen.track.publish import log_model
 
-        results.print(f"MLflow: {log_model(run, out, register)}", highlight=False, soft_wrap=True)
+        results.print(f"MLflow: {log_model(run, out, SERVED, register)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
 def push(
     model: Annotated[Path, typer.Argument(help="Model directory.")],
-    address: Annotated[str, typer.Argument(help="hf://owner/name, or hf://owner/name@branch.")],
+    address: Annotated[str, typer.Argument(help="hf://owner/name, hf://owner/name@branch, or models:/name.")],
     private: Annotated[bool, typer.Option("--private", help="If it is made now: for its owner alone.")] = False,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "A model of bgen",
+    message: Annotated[str, typer.Option(help="Of the commit or version.")] = "A model of bgen",
 ) -> None:
-    """Put a model directory into a repository at Hugging Face's hub (extra `hub`; HF_TOKEN says who you are).
+    """Put a model directory into a repository at Hugging Face's hub (extra `hub`; HF_TOKEN says who you are), or as a
+    new version into MLflow's registry (MLFLOW_TRACKING_URI says where).
 
-    `bgen.load("hf://owner/name", revision=...)` and every command that takes a model directory read it from there.
+    `bgen.load("hf://owner/name", revision=...)`, `bgen.load("models:/name/1")` and every command that takes a model
+    directory read it from there. `mlflow models serve -m models:/name/1 --env-manager local` answers as `bgen serve`.
 
     Example: `bgen push model hf://my-lab/blood --private`
+
+    Example: `bgen push model models:/blood`
     """
     from bgen.hub.directory import load_directory
     from bgen.hub.huggingface import push as send
+    from bgen.track.registry import is_address, register
 
     load_directory(model)  # it is whole
+    if is_address(address):
+        from bgen.serve.pyfunc import SERVED
+
+        if private:
+            raise UserError("--private is for a hub: who may read a registry is its server's to say.")
+        results.print(f"Model: {register(model, address, SERVED, message)}", highlight=False, soft_wrap=True)
+        return
     commit = send(model, address, private=private, message=message)
     results.print(f"Model: {address.partition('@')[0]}@{commit}", highlight=False, soft_wrap=True)
 

@@ -40,6 +40,7 @@ from bgen.errors import UserError, nearest
 from bgen.files import require_local, write_result
 from bgen.genes.table import NAME, hash_genes, read_genes, write_genes
 from bgen.hub.about import About, read_about
+from bgen.hub.addresses import fetch, is_address
 from bgen.hub.card import model_card
 from bgen.hub.contents import (
     ModelConfig,
@@ -51,7 +52,6 @@ from bgen.hub.contents import (
     require_sound,
     validated,
 )
-from bgen.hub.huggingface import fetch, is_address
 from bgen.hub.told import require_told
 from bgen.hub.vectors import FILE as VECTORS
 from bgen.hub.vectors import read_maps, write_maps
@@ -297,7 +297,7 @@ def update_about(folder: Path, about: About) -> None:
 
 
 def load_directory(folder: str | Path, device: torch.device | str = "cpu") -> SavedModel:
-    """Load a model directory, or one at a hub (:mod:`bgen.hub.huggingface`), onto a device.
+    """Load a model directory, or one at a hub or in a registry (:mod:`bgen.hub.addresses`), onto a device.
 
     Raises
     ------

@@ -1,7 +1,7 @@
 """``bgen serve``: a model behind HTTP, with limits, a token, health, metrics and an OpenAPI page (FastAPI).
 
-Cells come as JSON or as an .h5ad and go as JSON, or as an .h5ad where ``Accept`` asks for ``application/x-hdf5``. One
-question is answered at a time, since each uses all cores; the others wait, up to a limit. Whatever a client does wrong
+Cells come as JSON or as an .h5ad and go as JSON, or as an .h5ad where ``Accept`` asks for ``application/x-hdf5``.
+Questions take turns (:mod:`bgen.serve.turns`), up to a limit of those that wait. Whatever a client does wrong
 is a 4xx with a sentence; what it cannot mend is a 500 with a number that the log explains.
 """
 
@@ -25,8 +25,7 @@ from typing import Any
 from anndata import AnnData
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
-from pydantic import ValidationError
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -34,14 +33,19 @@ from starlette.requests import ClientDisconnect
 from bgen.errors import UserError
 from bgen.files import write_h5ad
 from bgen.serve import questions
-from bgen.serve.questions import OF_CELLS, Cells, Generate
+from bgen.serve.questions import OF_CELLS, WITH_COUNTS, Cells, Generate, validated
+from bgen.serve.turns import Task, Turns
 from bgen.tasks.load import Model
 from bgen.tasks.user_cells import read_input
 from bgen.version import __version__
 
 H5AD = "application/x-hdf5"
-OPEN = ("/health",)
-"""What is answered without the token: what an orchestrator asks."""
+OPEN = ("/health", "/")
+"""What is answered without the token: what an orchestrator asks, and the page, which asks for it."""
+
+PAGE = Path(__file__).with_name("page.html")
+ONLY_ITSELF = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+"""What the page may load: nothing but itself and the answers of this server."""
 
 
 DRAINED = 4
@@ -110,8 +114,8 @@ def make_app(model: Model, limits: Limits | None = None, token: str | None = Non
     limits = limits or Limits()
     app = FastAPI(title=f"bgen: {model.saved.about.name}", version=__version__)
     metrics = Metrics()
-    one_at_a_time = asyncio.Lock()
-    paths = {"/health", "/metrics", "/model", "/generate", *(f"/{name}" for name in OF_CELLS)}
+    turns = Turns(limits.cells)
+    paths = {"/", "/health", "/metrics", "/model", "/generate", *(f"/{name}" for name in OF_CELLS)}
 
     @app.middleware("http")
     async def count(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -126,6 +130,10 @@ def make_app(model: Model, limits: Limits | None = None, token: str | None = Non
         metrics.answers[known, response.status_code] += 1
         metrics.seconds[known] += time.perf_counter() - begin
         return response
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": ONLY_ITSELF})
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -147,9 +155,19 @@ def make_app(model: Model, limits: Limits | None = None, token: str | None = Non
         """Generate new cells."""
 
         async def answer(folder: Path) -> Response:
-            asked = _validated(Generate, _parsed(await _received(request, folder, limits)))
+            asked = validated(Generate, _parsed(await _received(request, folder, limits)))
             _require_few(asked.n, limits)
-            return await _answered(request, folder, lambda: questions.generate(model, asked), counts=True)
+            return await turns.ask(
+                Task(
+                    work=lambda: questions.generate(model, asked),
+                    render=_renderer(request, folder, counts=True),
+                    gone=request.is_disconnected,
+                    kind=questions.kind_of_generate(model, asked),
+                    asked=asked,
+                    together=lambda each: questions.generate_together(model, each),
+                    cells=asked.n,
+                )
+            )
 
         return await _in_turn(answer)
 
@@ -162,10 +180,19 @@ def make_app(model: Model, limits: Limits | None = None, token: str | None = Non
                 cells, asked = await _asked_of_cells(request, folder, kind, limits)
                 if (n := getattr(asked, "n", None)) is not None:
                     _require_few(n, limits)
-                counts = name == "perturb"
-                return await _answered(
-                    request, folder, lambda: method(model, _read(cells, limits), asked), counts=counts
+                task = Task(
+                    work=lambda: method(model, _read(cells, limits), asked),
+                    render=_renderer(request, folder, counts=name in WITH_COUNTS),
+                    gone=request.is_disconnected,
                 )
+                if name == "embed" and isinstance(cells, Cells):
+                    given = await asyncio.to_thread(cells.adata)
+                    _require_few(given.n_obs, limits)
+                    task.work = lambda: method(model, given, asked)
+                    task.kind = await asyncio.to_thread(questions.kind_of_embed, model, given, asked)
+                    task.asked, task.cells = (given, asked), given.n_obs
+                    task.together = lambda each: questions.embed_together(model, each)
+                return await turns.ask(task)
 
             return await _in_turn(answer)
 
@@ -186,21 +213,6 @@ def make_app(model: Model, limits: Limits | None = None, token: str | None = Non
             metrics.waiting -= 1
         response.background = BackgroundTask(shutil.rmtree, folder, ignore_errors=True)
         return response
-
-    async def _answered(request: Request, folder: Path, work: Callable[[], AnnData], *, counts: bool) -> Response:
-        as_file = H5AD in request.headers.get("accept", "")
-
-        def run() -> Response:
-            adata = work()
-            if as_file:
-                write_h5ad(adata, folder / "answer.h5ad")
-                return FileResponse(folder / "answer.h5ad", media_type=H5AD, filename="answer.h5ad")
-            return Response(json.dumps(questions.as_json(adata, counts=counts)), media_type="application/json")
-
-        async with one_at_a_time:
-            if await request.is_disconnected():  # nobody waits for the answer any more
-                raise ClientDisconnect
-            return await asyncio.to_thread(run)
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
@@ -267,24 +279,28 @@ def _parsed(place: Path) -> Mapping[str, Any]:
     return tree
 
 
-def _validated(kind: Any, tree: Any) -> Any:
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[:5]
-        said = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'the request'}: {one['msg']}" for one in first)
-        raise Refused(422, said) from None
-
-
 async def _asked_of_cells(request: Request, folder: Path, kind: Any, limits: Limits) -> tuple[Cells | Path, Any]:
     """Return the cells, or the file of them, and what is asked."""
     place = await _received(request, folder, limits)
     if request.headers.get("content-type", "").partition(";")[0] in (H5AD, "application/octet-stream"):
         file = place.rename(folder / "cells.h5ad")
-        return file, _validated(kind, dict(request.query_params))
+        return file, validated(kind, dict(request.query_params))
     tree = dict(await asyncio.to_thread(_parsed, place))
-    cells = _validated(Cells, tree.pop("cells", None))
-    return cells, _validated(kind, tree)
+    cells = validated(Cells, tree.pop("cells", None))
+    return cells, validated(kind, tree)
+
+
+def _renderer(request: Request, folder: Path, *, counts: bool) -> Callable[[AnnData], Response]:
+    """Return what makes a response of an answer, as JSON or as a file, as the client accepts."""
+    as_file = H5AD in request.headers.get("accept", "")
+
+    def render(adata: AnnData) -> Response:
+        if as_file:
+            write_h5ad(adata, folder / "answer.h5ad")
+            return FileResponse(folder / "answer.h5ad", media_type=H5AD, filename="answer.h5ad")
+        return Response(json.dumps(questions.as_json(adata, counts=counts)), media_type="application/json")
+
+    return render
 
 
 def _read(cells: Cells | Path, limits: Limits) -> AnnData:
@@ -300,12 +316,8 @@ def _require_few(n: int, limits: Limits) -> None:
 
 def _body(kind: Any, cells: bool = False) -> dict[str, Any]:
     """Return what the OpenAPI page says of a request's body."""
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    content: dict[str, Any] = {"application/json": {"schema": schema}}
+    content: dict[str, Any] = {"application/json": {"schema": questions.schema(kind, cells=cells)}}
     if cells:
-        known = Cells.model_json_schema()
-        schema["properties"] = {"cells": {k: v for k, v in known.items() if k != "$defs"}, **schema["properties"]}
         content[H5AD] = {"schema": {"type": "string", "format": "binary"}}
     return {"requestBody": {"content": content, "required": True}}
 

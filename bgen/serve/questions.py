@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bgen.errors import MOST_SEEDS, UserError
+from bgen.errors import MOST_SEEDS, UserError, nearest
+from bgen.models.generators.latent_flow import LatentFlow
+from bgen.tasks.generate import Ask, sample_settings
+from bgen.tasks.generate import generate_together as generate_asks
 from bgen.tasks.load import Model
+from bgen.tasks.time.axis import trained_over_time
 
 Seed = Annotated[int, Field(ge=0, le=MOST_SEEDS, description="The same seed gives the same answer.")]
 
@@ -21,6 +25,9 @@ class Question(BaseModel):
     """What every question may say of how cells are read."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+Asked = TypeVar("Asked", bound=Question)
 
 
 class Sparse(Question):
@@ -161,12 +168,118 @@ def perturb(model: Model, cells: AnnData, asked: Perturb) -> AnnData:
     )
 
 
+def validated(kind: type[Asked], tree: Any) -> Asked:
+    """Return a question of a kind, from plain values.
+
+    Raises
+    ------
+    UserError
+        If it is none; names the first five mistakes.
+    """
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[:5]
+        said = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'the request'}: {one['msg']}" for one in first)
+        raise UserError(said) from None
+
+
+def schema(kind: type[Question], *, cells: bool) -> dict[str, Any]:
+    """Return the JSON Schema of a question; ``cells``: of one that brings cells."""
+    told = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    told.pop("$defs", None)
+    if cells:
+        known = Cells.model_json_schema(ref_template="#/components/schemas/{model}")
+        told["properties"] = {"cells": {k: v for k, v in known.items() if k != "$defs"}, **told["properties"]}
+    return told
+
+
+def kind_of_generate(model: Model, asked: Generate) -> Hashable | None:
+    """Return what questions have in common that :func:`generate_together` answers; None: this one is answered alone."""
+    if model.saved.sample.solver == "adaptive" or trained_over_time(model.saved):
+        return None
+    return "generate", asked.guidance, asked.library_size is None
+
+
+def generate_together(model: Model, asked: Sequence[Generate]) -> list[AnnData]:
+    """Answer several :class:`Generate` of one kind: the cells are those that each gets alone."""
+    settings = sample_settings(model.saved.sample, guidance=asked[0].guidance)
+    return generate_asks(
+        model.saved, [Ask(each.n, each.where, each.library_size, each.seed) for each in asked], settings
+    )
+
+
+def kind_of_embed(model: Model, cells: AnnData, asked: Embed) -> Hashable | None:
+    """Return what questions have in common that :func:`embed_together` answers; None: this one is answered alone.
+
+    Whatever a reader judges by all the values that it sees sends cells home: values that are no counts, columns of
+    numbers, cells without a count.
+    """
+    numbers = {name for name, info in model.saved.columns.items() if info.kind == "number"}
+    numbers |= {model.saved.columns[name].role for name in numbers}
+    texts = all(pd.api.types.infer_dtype(column, skipna=False) == "string" for _, column in cells.obs.items())
+    values = cells.X.data
+    plain = len(values) > 0 and bool((values >= 0).all() and (values == np.rint(values)).all())
+    if not plain or not texts or numbers & set(cells.obs):
+        return None
+    return "embed", tuple(cells.var_names), tuple(cells.obs), tuple(asked.options().items())
+
+
+def embed_together(model: Model, asked: Sequence[tuple[AnnData, Embed]]) -> list[AnnData]:
+    """Answer several :class:`Embed` of one kind, whose cells are read and encoded at once.
+
+    Raises
+    ------
+    UserError
+        If somebody's cells cannot be read, or have no count of a gene that the model knows.
+    """
+    parts = [cells for cells, _ in asked]
+    obs = pd.concat([cells.obs for cells in parts], ignore_index=True)
+    obs.index = obs.index.astype(str)
+    joined = AnnData(sp.vstack([cells.X for cells in parts], format="csr"), obs=obs, var=parts[0].var)
+    read = model.read(joined, **asked[0][1].options())
+    embedded = model.embed(read)
+    answers, first = [], 0
+    for cells in parts:
+        part = slice(first, first + cells.n_obs)
+        if not read.counts[part].nnz:
+            raise UserError("Some of these cells have no count of a gene that the model knows.")
+        answer = cells.copy()
+        answer.obsm["X_bgen"] = embedded.obsm["X_bgen"][part]
+        answer.uns["bgen"] = dict(embedded.uns["bgen"])
+        answers.append(answer)
+        first = part.stop
+    return answers
+
+
 OF_CELLS: dict[str, tuple[type[Reading], Callable[..., AnnData]]] = {
     "embed": (Embed, embed),
     "annotate": (Annotate, annotate),
     "perturb": (Perturb, perturb),
 }
 """Questions about cells: what each may say, and what answers it."""
+
+WITH_COUNTS = ("generate", "perturb")
+"""Questions whose answers are new counts."""
+
+
+def answer(model: Model, name: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Answer a question, "generate" or one of :data:`OF_CELLS`, that is given as plain values.
+
+    Raises
+    ------
+    UserError
+        If there is no such question, it is malformed, or the model cannot answer it.
+    """
+    if name == "generate":
+        return as_json(generate(model, validated(Generate, tree)), counts=True)
+    if name not in OF_CELLS:
+        known = ["generate", *OF_CELLS]
+        raise UserError(f"There is no question '{name}'; there are {', '.join(known)}.{nearest(name, known)}")
+    kind, method = OF_CELLS[name]
+    cells = validated(Cells, tree.get("cells"))
+    asked = validated(kind, {key: value for key, value in tree.items() if key != "cells"})
+    return as_json(method(model, cells.adata(), asked), counts=name in WITH_COUNTS)
 
 
 def as_json(adata: AnnData, *, counts: bool) -> dict[str, Any]:
@@ -192,11 +305,13 @@ def as_json(adata: AnnData, *, counts: bool) -> dict[str, Any]:
 def facts(model: Model) -> dict[str, Any]:
     """Return what a model is and can be asked for."""
     saved = model.saved
+    sets = saved.module.conditions.set_names if isinstance(saved.module, LatentFlow) else []
     return {
         "name": saved.about.name,
         "kind": saved.kind,
         "organism": saved.about.organism,
         "genes": len(model.genes),
         "conditions": model.conditions,
+        "perturbations": [name for column in sets for name in saved.columns[column].categories],
         "fingerprint": saved.fingerprint(),
     }

@@ -25,6 +25,11 @@ from bgen.tasks.user_cells import Cells, Reading, UserCells, UserData, read_user
 
 BATCH = 1024
 
+LEAST = 32
+"""Cells of a batch, at least: libraries multiply a matrix of a few rows by other code, whose last bits differ. From 12
+rows on, the rows of MKL's float32 products were the same to the last bit in batches of any size (one and two threads).
+"""
+
 
 class AnnDataModel:
     """An exported model: its genes, and the way from counts to latent states and back.
@@ -116,11 +121,12 @@ class AnnDataModel:
         obs = self.covariates(cells)
         means, variances = [], []
         for start in range(0, len(cells), BATCH):
-            part = slice(start, start + BATCH)
+            stop = min(start + BATCH, len(cells))
+            part = slice(start, stop) if stop - start >= LEAST else filled_up(start, stop)
             batch = cell_batch(cells.counts[part], {name: codes[part] for name, codes in obs.items()}, start)
             mean, logvar = self.saved.codec.encode(batch.to(self.device))
-            means.append(mean.cpu().numpy())
-            variances.append(logvar.exp().cpu().numpy())
+            means.append(mean[: stop - start].cpu().numpy())
+            variances.append(logvar[: stop - start].exp().cpu().numpy())
             if not (np.isfinite(means[-1]).all() and np.isfinite(variances[-1]).all()):
                 raise UserError("The model gives latent states that are not finite: its weights are damaged.")
         return np.concatenate(means), np.concatenate(variances)
@@ -188,6 +194,11 @@ class AnnDataModel:
         """Return the codes of category names; one that the model does not know is unknown, -1."""
         codes = {category: code for code, category in enumerate(self.saved.columns[name].categories)}
         return np.array([codes.get(str(value), -1) for value in values], dtype=np.int64)
+
+
+def filled_up(start: int, stop: int) -> NDArray[np.int64]:
+    """Return the numbers of some cells, the last of them repeated until there are :data:`LEAST`."""
+    return np.arange(start, max(stop, start + LEAST)).clip(max=stop - 1)
 
 
 def cell_batch(counts: sp.csr_matrix, obs: Mapping[str, NDArray[np.int64]], first: int) -> CellBatch:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,22 @@ from bgen.models.generators.latent_flow import LatentFlow
 from bgen.names import index_name, keys
 from bgen.order.keys import hash_keys
 from bgen.progress import Progress
+from bgen.tasks.anndata_model import filled_up
 from bgen.version import __version__
 from data_tools.check.quantities import read_quantities
 
 ENTRIES = 1 << 24
 """Counts that are drawn at once: cells of a batch times genes."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What cells somebody asks for; see :func:`generate_cells`."""
+
+    n: int
+    where: Mapping[str, Any]
+    library_size: float | None = None
+    seed: int = 0
 
 
 def generate_cells(
@@ -69,7 +81,26 @@ def generate_cells(
     UserError
         If the model is no flow, or a condition or value is unknown to it.
     """
-    require_amounts(n, library_size, seed)
+    [adata] = generate_together(model, [Ask(n, where, library_size, seed)], settings, progress)
+    return adata
+
+
+def generate_together(
+    model: SavedModel, asks: Sequence[Ask], settings: SampleConfig, progress: Progress | None = None
+) -> list[AnnData]:
+    """Generate what several ask for in one pass: each the same cells as alone, since noise is a function of its seed.
+
+    All of them fix the library size, or none; with solver "adaptive", whose steps all cells share, there is one.
+
+    Raises
+    ------
+    UserError
+        As :func:`generate_cells`, for the first of whom it is true.
+    """
+    assert len({ask.library_size is None for ask in asks}) == 1
+    assert len(asks) == 1 or settings.solver != "adaptive"
+    for ask in asks:
+        require_amounts(ask.n, ask.library_size, ask.seed)
     flow = model.module
     if not isinstance(flow, LatentFlow):
         kind = "VAE" if model.kind == "vae" else f"{model.kind} model"
@@ -81,26 +112,31 @@ def generate_cells(
             "This model was trained to carry control cells to perturbed ones, not to make cells from noise: use `bgen"
             " perturb`. (flow.patterns.noise was 0.)"
         )
-    asked = asked_codes(model, flow, where)
-    rows, unseen = draw_rows(model.combinations, asked, n, seed)
-    keys = torch.from_numpy(hash_keys(seed, np.arange(n)).view(np.int64))
-    values = {name: torch.from_numpy(column) for name, column in rows.items()}
-    step = max(1, ENTRIES // flow.vae.n_genes)
+    drawn = [draw_rows(model.combinations, asked_codes(model, flow, ask.where), ask.n, ask.seed) for ask in asks]
+    keys = torch.cat([torch.from_numpy(hash_keys(ask.seed, np.arange(ask.n)).view(np.int64)) for ask in asks])
+    values = {name: torch.from_numpy(np.concatenate([rows[name] for rows, _ in drawn])) for name in drawn[0][0]}
+    fixed = None
+    if asks[0].library_size is not None:
+        fixed = torch.cat([torch.full((ask.n,), float(np.log(ask.library_size or 1.0))) for ask in asks])
+    step, total = max(1, ENTRIES // flow.vae.n_genes), len(keys)
     parts = []
-    for start in range(0, n, step):
-        part = slice(start, min(start + step, n))
-        parts.append(_counts(flow, {k: v[part] for k, v in values.items()}, keys[part], settings, library_size))
+    for start in range(0, total, step):
+        part = slice(start, min(start + step, total))
+        sizes = None if fixed is None else fixed[part]
+        parts.append(_counts(flow, {k: v[part] for k, v in values.items()}, keys[part], settings, sizes))
         if progress:
-            progress("generating", part.stop, n)
-    obs = pd.DataFrame(index=pd.Index([f"generated_{i}" for i in range(n)], name=index_name("cell", rows)))
-    for name, column in rows.items():
-        obs[name] = readable(model.columns[name], column)
-    adata = AnnData(sp.vstack(parts, format="csr"), obs=obs, var=model.genes.set_index("id").rename_axis("gene"))
-    adata.uns["bgen"] = {
-        **provenance(model, settings, seed, where, library_size),
-        "unseen": unseen,
-    }
-    return adata
+            progress("generating", part.stop, total)
+    counts, made, first, known = sp.vstack(parts, format="csr"), [], 0, model.fingerprint()
+    for ask, (rows, unseen) in zip(asks, drawn, strict=True):
+        obs = pd.DataFrame(index=pd.Index([f"generated_{i}" for i in range(ask.n)], name=index_name("cell", rows)))
+        for name, column in rows.items():
+            obs[name] = readable(model.columns[name], column)
+        adata = AnnData(counts[first : first + ask.n], obs=obs, var=model.genes.set_index("id").rename_axis("gene"))
+        told = provenance(model, settings, ask.seed, ask.where, ask.library_size, known)
+        adata.uns["bgen"] = {**told, "unseen": unseen}
+        made.append(adata)
+        first += ask.n
+    return made
 
 
 def read_moments(times: object) -> NDArray[np.float64]:
@@ -128,12 +164,17 @@ def require_amounts(n: int | None, library_size: float | None, seed: int) -> Non
 
 
 def provenance(
-    model: SavedModel, settings: SampleConfig, seed: int, where: Mapping[str, Any], library_size: float | None
+    model: SavedModel,
+    settings: SampleConfig,
+    seed: int,
+    where: Mapping[str, Any],
+    library_size: float | None,
+    fingerprint: str | None = None,
 ) -> dict[str, Any]:
-    """Return what generated cells say of themselves in ``uns['bgen']``."""
+    """Return what generated cells say of themselves in ``uns['bgen']``; ``fingerprint``: the model's, if known."""
     return {
         "what": "cells generated by a model: raw integer counts, not measurements",
-        "model": model.fingerprint(),
+        "model": fingerprint or model.fingerprint(),
         "version": __version__,
         "seed": seed,
         "where": {key: str(where[name]) for name, key in keys(where).items()},
@@ -150,12 +191,20 @@ def provenance(
 
 @torch.no_grad()
 def _counts(
-    flow: LatentFlow, values: Mapping[str, Tensor], keys: Tensor, settings: SampleConfig, library_size: float | None
+    flow: LatentFlow,
+    values: Mapping[str, Tensor],
+    keys: Tensor,
+    settings: SampleConfig,
+    log_library: Tensor | None,
 ) -> sp.csr_matrix:
+    """Generate a batch of cells ``[n]``; they are the same in any batch."""
     n = len(keys)
+    filled = torch.from_numpy(filled_up(0, n))
+    values, keys = {name: column[filled] for name, column in values.items()}, keys[filled]
+    fixed = None if log_library is None else log_library[filled]
     conditions = {name: values[name] for name in flow.conditions.names}
-    fixed = None if library_size is None else torch.full((n,), float(np.log(library_size)))
-    return decode_counts(flow, flow.sample(conditions, n, keys, settings, fixed), values, keys, fixed)
+    latents = flow.sample(conditions, len(keys), keys, settings, fixed)
+    return decode_counts(flow, latents, values, keys, fixed)[:n]
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from anndata import AnnData
 from bgen.distributed.world import device_of
 from bgen.errors import UserError
 from bgen.evaluate.protocols.time_point import TimeScores
+from bgen.hub.addresses import fetch, is_address
 from bgen.hub.directory import SavedModel, load_directory, save_model
-from bgen.hub.huggingface import fetch, is_address
 from bgen.notebooks import progress_bar
 from bgen.progress import Progress, Say
 from bgen.store.store import Store
@@ -466,12 +466,14 @@ def load_model(
     Parameters
     ----------
     folder
-        A model directory; or ``hf://owner/name`` (extra ``hub``), of which a copy is kept in the hub's cache.
+        A model directory; or ``hf://owner/name`` (extra ``hub``) or ``models:/name/version`` (MLflow's registry), of
+        which a copy is kept in a cache.
     device
         Where its network runs: "cpu", "cuda", "cuda:1", "mps", or "auto": a GPU with CUDA if there is one, else the
         CPU. Cells and results are in the CPU's memory anyhow.
     revision
-        Of a hub: branch, tag or commit; default: the newest. Only a commit is the same for ever.
+        Of a hub: branch, tag or commit; of a registry: version or alias; default: the newest. Only a commit or a
+        version is the same for ever.
     fingerprint
         The first digits, or all, of the fingerprint that the model must have: others are refused.
 
@@ -479,7 +481,7 @@ def load_model(
     ------
     UserError
         If it is no model, is incomplete or damaged, or comes from a newer bgen, if there is no such device; or as
-        :func:`bgen.hub.huggingface.fetch`.
+        :func:`bgen.hub.addresses.fetch`.
     """
     if is_address(folder):
         place = fetch(folder, revision)

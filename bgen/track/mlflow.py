@@ -35,6 +35,14 @@ def tracking_uri(uri: str | None, run_folder: Path) -> str:
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_folder.resolve().parent / 'mlflow.db'}"
 
 
+def artifact_place(uri: str) -> str | None:
+    """Where a new experiment's artifacts go: beside a sqlite file; None: where the server says."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    # MLflow would put artifacts into ./mlruns of whatever the current folder is.
+    return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
+
+
 class MlflowRun:
     """Sends the rows of a record to one MLflow run."""
 
@@ -75,8 +83,7 @@ class MlflowRun:
         prepare()
         from mlflow import MlflowClient
 
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        quieten()
         return MlflowClient(tracking_uri=self.target.uri)
 
     def connect(self, new_attempt: bool = True) -> None:
@@ -86,10 +93,7 @@ class MlflowRun:
         client = self.client()
         experiment = client.get_experiment_by_name(self.target.experiment)
         if experiment is None:
-            place = None
-            if self.target.uri.startswith("sqlite:///"):
-                # MLflow would put artifacts into ./mlruns of whatever the current folder is.
-                place = (Path(self.target.uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
+            place = artifact_place(self.target.uri)
             experiment_id = client.create_experiment(self.target.experiment, artifact_location=place)
         else:
             experiment_id = experiment.experiment_id
@@ -179,9 +183,16 @@ def prepare() -> None:
     # MLflow would tell its makers of every run.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # By default it retries for minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+
+
+def quieten() -> None:
+    """Keep MLflow's news of its database out of the terminal; call it after an import, which sets the levels anew."""
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def what_failed(error: Exception) -> str:

@@ -13,6 +13,8 @@ from bgen.passwords import without_passwords
 from bgen.track import record as records
 from bgen.track.mlflow import RUN_TAG, MlflowRun, prepare, tracking_uri, what_failed
 from bgen.track.output import CONFIG, RECORD, target
+from bgen.track.pyfunc import Served, checksums
+from bgen.track.registry import add_version, log_directory
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -70,8 +72,8 @@ def log_evaluation(
     return child
 
 
-def log_model(run: Path, model: Path, register: str | None = None, uri: str | None = None) -> str:
-    """Log an exported model directory as artifact ``model`` of a run's MLflow run; returns its URI.
+def log_model(run: Path, model: Path, served: Served, register: str | None = None, uri: str | None = None) -> str:
+    """Log an exported model directory as an MLflow model among the artifacts of a run's MLflow run; returns its URI.
 
     Parameters
     ----------
@@ -79,6 +81,8 @@ def log_model(run: Path, model: Path, register: str | None = None, uri: str | No
         Run folder.
     model
         Directory of ``bgen export``.
+    served
+        How MLflow serves it.
     register
         Name of a registered model that gets it as a new version.
     uri
@@ -91,12 +95,9 @@ def log_model(run: Path, model: Path, register: str | None = None, uri: str | No
     """
     client, run_id, _ = _find(run, uri)
     with _answering(client):
-        client.log_artifacts(run_id, str(model), "model")
-        source = f"{client.get_run(run_id).info.artifact_uri}/model"
+        source = log_directory(client, run_id, model, served)
         if register is not None:
-            if not client.search_registered_models(f"name = '{register}'"):
-                client.create_registered_model(register)
-            client.create_model_version(register, source, run_id)
+            add_version(client, register, source, run_id, checksums(model, served.wanted))
     return without_passwords(source)
 
 

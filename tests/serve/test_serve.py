@@ -6,18 +6,12 @@ import http.client
 import importlib.util
 import io
 import json
-import os
 import re
 import socket
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,52 +23,13 @@ import scipy.sparse as sp
 
 from bgen.tasks.load import load_model
 
+sys.path.append(str(Path(__file__).parent))
+from servers import H5AD, Server, running
+
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn")),
     reason="not installed: fastapi, uvicorn (extra serve)",
 )
-H5AD = "application/x-hdf5"
-
-
-@dataclass
-class Server:
-    address: str
-    process: subprocess.Popen[str]
-
-    def ask(self, path: str, content: Any = None, **headers: str) -> tuple[int, Any]:
-        """Return code and answer; JSON if it is such."""
-        body = content if isinstance(content, bytes | None) else json.dumps(content).encode()
-        given = {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
-        request = urllib.request.Request(self.address + path, body, given)
-        try:
-            with urllib.request.urlopen(request, timeout=300) as answer:
-                code, told, kind = answer.status, answer.read(), answer.headers["Content-Type"]
-        except urllib.error.HTTPError as error:
-            code, told, kind = error.code, error.read(), error.headers["Content-Type"]
-        return code, json.loads(told) if kind == "application/json" else told
-
-
-def start(model: Path, *options: object, **variables: str) -> Server:
-    command = [sys.executable, "-m", "bgen", "serve", str(model), "--port", "0", *map(str, options)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **variables})
-    assert process.stderr is not None
-    said = ""
-    while not (found := re.search(r"at (http://\S+)", said)):
-        line = process.stderr.readline()
-        assert line, f"it ended: {said}"
-        said += " " + line.strip()
-    return Server(found[1], process)
-
-
-@contextmanager
-def running(model: Path, *options: object, **variables: str) -> Iterator[Server]:
-    made = start(model, *options, **variables)
-    try:
-        yield made
-    finally:
-        made.process.terminate()
-        _, said = made.process.communicate(timeout=120)
-    assert "Traceback" not in said
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +149,15 @@ def test_many_at_once_and_bad_ones_among_them(server: Server, cells: anndata.Ann
     _, told = server.ask("/metrics")
     assert b"bgen_requests_waiting 0" in told
     assert int(re.search(rb'path="/embed",code="200"} (\d+)', told)[1]) >= 30  # type: ignore[index]
+
+
+def test_a_seed_gives_the_same_cells_however_many_ask(server: Server) -> None:
+    asked = [{"n": 1 + number % 3, "seed": number} for number in range(24)]
+    alone = [server.ask("/generate", each) for each in asked]
+    with ThreadPoolExecutor(24) as pool:
+        at_once = list(pool.map(lambda each: server.ask("/generate", each), asked))
+    assert [code for code, _ in alone] == [200] * 24
+    assert at_once == alone
 
 
 @pytest.mark.slow

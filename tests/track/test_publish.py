@@ -19,6 +19,7 @@ from bgen.config.load import validate
 from bgen.config.run import Config
 from bgen.distributed.world import World
 from bgen.errors import UserError
+from bgen.serve.pyfunc import SERVED
 from bgen.track import output
 from bgen.track.environment import environment, git_state
 from bgen.track.mirror import Mirror
@@ -99,9 +100,14 @@ def test_what_a_run_is_made_of(tmp_path: Path, world: World, empty_mlflow: Path)
     model.mkdir()
     (model / "config.json").write_text("{}")
     for version in ("1", "2"):
-        assert log_model(run, model, register="atlas-flow").endswith("/model")
+        (model / "config.json").write_text(f'{{"version": {version}}}')
+        source = log_model(run, model, SERVED, register="atlas-flow")
+        assert client.get_model_version("atlas-flow", version).source == source
         assert client.get_model_version("atlas-flow", version).run_id == identifier
-    assert [entry.path for entry in client.list_artifacts(identifier, "model")] == ["model/config.json"]
+    first, second = [entry.path for entry in client.list_artifacts(identifier, "model")]
+    for folder in (first, second):  # neither was written over
+        names = {Path(entry.path).name for entry in client.list_artifacts(identifier, folder)}
+        assert names == {"config.json", "MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt"}
 
 
 def test_the_environment_tells_what_decides_a_run_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
