@@ -58,8 +58,9 @@ class Places:
 
     def to(self, device: torch.device) -> Places:
         """Return the same on a device."""
-        held: dict[str, Any] = {part.name: getattr(self, part.name) for part in fields(self)}
-        return Places(**{k: None if of is None else of.to(device, non_blocking=True) for k, of in held.items()})
+        held = {part.name: getattr(self, part.name) for part in fields(self)}
+        there: dict[str, Any] = {k: None if of is None else of.to(device, non_blocking=True) for k, of in held.items()}
+        return Places(**there)
 
 
 class LatentFlow(nn.Module):
