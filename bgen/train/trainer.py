@@ -34,6 +34,8 @@ from bgen.train.engine.engine import Engine
 from bgen.train.engine.schedules import learning_rate
 from bgen.train.heap import keep_heap
 from bgen.train.held_out_losses import held_out_losses
+from bgen.train.not_finite import first_not_finite
+from bgen.train.profile import ProfileWindow, record_step
 from bgen.train.saving import Saver, Weights
 from bgen.train.stages.stage import CountsDamage, CountsFlops, Stage
 from bgen.train.state import RunState
@@ -87,6 +89,7 @@ class Trainer:
             config.out / CHECKPOINTS, train.keep, train.keep_every, train.save_timeout, self._beat
         )
         self._watchdog: Watchdog | None = None
+        self._profile = ProfileWindow(train.profile, config.out, self.world, self._event)
         self.losses = StepLosses()
         self._losses: list[float] = []
         self._damage_told: list[int] = []
@@ -229,13 +232,16 @@ class Trainer:
         while state.step < train.steps and not state.stopped_early and not asked_to_stop:
             if drawn is None:
                 drawn, waited = batches.next(alone=before is None and self.world.size > 1)
-            asked_to_stop, done = self._step(drawn, before, waited, batches.given_up is not None)
+            self._profile.before(state.step + 1)
+            with record_step(state.step + 1):
+                asked_to_stop, done = self._step(drawn, before, waited, batches.given_up is not None)
             self._beat()
             if not done:
                 if asked_to_stop:
                     self._save(asked_to_stop)
                 continue
             drawn, before = None, drawn
+            self._profile.after(state.step)
             if state.step == first + 1:
                 self._allow(train.step_timeout)
             last = state.step == train.steps
@@ -342,22 +348,31 @@ class Trainer:
         state.skipped_in_row += 1
         pairs = list(zip(micro_batches, unfinite, strict=True))
         guilty = [cell for batch, mask in pairs for cell in batch.cells[mask.cpu()].tolist()]
-        by_rank = ranks.gather((guilty, [cell for batch, _ in pairs for cell in batch.cells.tolist()]))
-        cells = [cell for found, _ in by_rank for cell in found]
+        # Every rank looks, each at a batch of its own: at ZeRO 3 a forward pass takes all of them.
+        again = next((batch for batch, mask in pairs if bool(mask.any())), micro_batches[-1])
+        origin = None
+        if spike is None:
+            origin = first_not_finite(self.engine.module, lambda: self.engine.forward(self.engine.moved(again)))
+        every = [cell for batch, _ in pairs for cell in batch.cells.tolist()]
+        by_rank = ranks.gather((guilty, every, origin))
+        cells = [cell for found, _, _ in by_rank for cell in found]
+        origin = next((first for _, _, first in by_rank if first is not None), None)
         what = "loss not finite" if cells else "gradient not finite"
         if spike is not None:
             what = f"loss {spike:.4g} is a spike"
         reason = "spike" if spike is not None else what.split()[0]
-        cells = cells or [cell for _, everything in by_rank for cell in everything]
-        self._event("skipped", {"reason": reason, "cells": cells})
-        self.output.say(f"step {state.step} skipped: {what} ({state.skipped_in_row} in a row)")
+        cells = cells or [cell for _, everything, _ in by_rank for cell in everything]
+        where = {} if origin is None else {"first": origin}
+        self._event("skipped", {"reason": reason, "cells": cells, **where})
+        first = "" if origin is None else f", first in {origin}"
+        self.output.say(f"step {state.step} skipped: {what}{first} ({state.skipped_in_row} in a row)")
         if state.skipped_in_row >= train.max_skipped:
             self.saver.finish()
             why = "a loss far above those before" if reason == "spike" else f"a {reason} that was not finite"
             raise UserError(
                 f"{state.skipped_in_row} steps in a row had {why}, the last was step "
-                f"{state.step}. Their cells are in {self.out / RECORD} (event 'skipped'): look at them. Or lower "
-                f"train.learning_rate ({train.learning_rate:g}) or raise train.warmup, and go on with --resume."
+                f"{state.step}{first}. Their cells are in {self.out / RECORD} (event 'skipped'): look at them. Or "
+                f"lower train.learning_rate ({train.learning_rate:g}) or raise train.warmup, and go on with --resume."
             )
 
     def _damaged_cells(self) -> int:
@@ -441,6 +456,7 @@ class Trainer:
     def _finish(self, interrupted: bool) -> None:
         """Leave the module with the weights to export, and let the stage do what it does at the end."""
         self.saver.finish()
+        self._profile.close()
         self._allow(self.config.train.save_timeout)  # what comes now is done once, and no step
         if (communication := self.engine.communication()) is not None:
             self._event("communication", communication)

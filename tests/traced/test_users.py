@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import anndata
@@ -115,6 +116,20 @@ def test_what_stays_on_the_device_is_refused(cuda: None) -> None:
 def test_a_device_that_is_not_there_is_said(name: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         world.device_of(name)
+
+
+@pytest.mark.parametrize("verb", ["generate", "embed", "annotate", "denoise", "integrate", "perturb", "interpolate"])
+def test_every_verb_takes_a_device_and_says_that_it_is_not_there(verb: str, bgen: Any, tmp_path: Path) -> None:
+    more = {
+        "generate": [],
+        "perturb": [tmp_path / "my.h5ad", "--perturbation", "x"],
+        "interpolate": [tmp_path / "my.h5ad", "--time", "1"],
+    }
+    asked = more.get(verb, [tmp_path / "my.h5ad"])
+    told = bgen(verb, tmp_path / "model", *asked, "--out", tmp_path / "out.h5ad", "--device", "tpu")
+    assert told.code == 2
+    assert "There is no device 'tpu': it is auto, cpu, cuda, cuda:NUMBER or mps." in told.err
+    assert "Traceback" not in told.err
 
 
 def test_a_device_is_chosen_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ ALLOWED = (
     ),
     Allowed(
         "bgen.train.trainer.Trainer._skipped",
-        "A step that is not applied, which is rare: its cells go into the record.",
+        "A step that is not applied, which is rare: its cells go into the record, with where the first NaN came from.",
     ),
 )
 

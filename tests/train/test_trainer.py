@@ -149,11 +149,15 @@ def test_too_many_steps_that_are_not_finite(tmp_path: Path) -> None:
         return torch.full((len(batch),), torch.nan) if batch.step in (2, 3, 7, 8, 9) else None
 
     stage.module.poison = poison
-    with pytest.raises(UserError, match=r"3 steps in a row had a loss that was not finite, the last was step 10\."):
+    with pytest.raises(
+        UserError,
+        match=r"3 steps in a row had a loss that was not finite, the last was step 10, first in ToyModel itself\.",
+    ):
         Trainer(config, stage).fit()
     skipped = [row for row in rows_of(tmp_path / "run" / "record.jsonl", "event") if row["event"] == "skipped"]
     assert [row["step"] for row in skipped] == [3, 4, 8, 9, 10]
     assert skipped[0]["cells"] == list(range(2000, 2008))
+    assert skipped[0]["first"] == "ToyModel itself"
 
 
 def test_a_damaged_checkpoint_is_passed_over_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
