@@ -161,7 +161,6 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
     @torch.no_grad()
     def sample(self, keys: Tensor) -> Tensor:
         """Draw counts, int32 ``[B, G]``: a pure function of the parameters and of ``keys`` ``[B]``."""
-        kept = uniform(keys, Stream.ZERO_INFLATION, self.logits.shape[1]) > torch.sigmoid(
-            _full_precision(self.dropout_logits)
-        )
+        lost = torch.sigmoid(_full_precision(self.dropout_logits))
+        kept = uniform(keys, Stream.ZERO_INFLATION, self.logits.shape[1]) > lost
         return super().sample(keys) * kept
