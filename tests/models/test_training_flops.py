@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bgen.config.backbone import BackboneConfig
-from bgen.config.flow import FlowConfig
+from bgen.config.flow import CouplingConfig, FlowConfig, PatternsConfig
 from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.data.trajectory_batch import TrajectoryBatch
+from bgen.flow.plans import Plans
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.vae.vae import VAE
 from bgen.nn.scans import ssd, ssd_torch
@@ -77,5 +79,21 @@ def test_flow(name: str, trajectories: bool) -> None:
         mask, time = torch.ones(B, T, N, dtype=torch.bool), torch.arange(T).float().expand(B, T)
         batch = TrajectoryBatch.of(batch, mask, time, torch.zeros(B, T, dtype=torch.bool))
     # The encoder is not trained: it runs forward only.
+    encoder = vae.latents_flops(len(batch), len(batch.counts))
+    assert model.training_flops(batch) == 3 * count(model, batch) - 2 * encoder
+
+
+def test_flow_that_learns_growth() -> None:
+    vae = VAE(VAEConfig(latent=3, hidden=16, blocks=1), G, {})
+    backbone = BackboneConfig.model_validate({"name": "mlp", "width": 32, "layers": 1})
+    patterns = PatternsConfig(noise=0, forecast=1, interpolate=0, perturb=0)
+    coupling = CouplingConfig(cells=5, growth=True)
+    config = FlowConfig(backbone=backbone, patterns=patterns, source="neighbours", coupling=coupling)
+    model = LatentFlow(config, vae, {"batch": 2}, {"time": (0.0, 1.0)})
+    references = np.random.default_rng(0).normal(size=(5 * B * T, vae.size)).astype(np.float32)
+    model.plans = Plans(references, 5 * np.arange(B * T + 1), 0.1)
+    mask, time = torch.ones(B, T, N, dtype=torch.bool), torch.arange(T).float().expand(B, T)
+    population = torch.arange(B * T).view(B, T)
+    batch = TrajectoryBatch.of(cells(), mask, time, torch.zeros(B, T, dtype=torch.bool), population=population)
     encoder = vae.latents_flops(len(batch), len(batch.counts))
     assert model.training_flops(batch) == 3 * count(model, batch) - 2 * encoder
