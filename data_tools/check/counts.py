@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from bgen.arrays import I64
+from bgen.order.groups import parts
 from data_tools.check.scan_values import FRACTIONAL, mix, scan_values, sum_expm1
 from data_tools.inputs.source import Source
 
@@ -237,8 +239,31 @@ def duplicate_groups(fingerprints: list[NDArray[np.uint64]], nonempty: list[NDAr
 
     Cells are compared by 128-bit hashes: among 10^9 cells the chance of one false pair is below 10^-20.
     """
-    number = np.flatnonzero(np.concatenate(nonempty))
-    prints = np.concatenate(fingerprints)[number]
+    # nearly all cells are told apart by half of their hash; only the others are looked at further
+    halves = np.empty(sum(int(there.sum()) for there in nonempty), np.uint64)
+    filled = 0
+    for prints, there in zip(fingerprints, nonempty, strict=True):
+        for part in parts(len(prints)):
+            some = prints[part, 0][there[part]]
+            halves[filled : filled + len(some)] = some
+            filled += len(some)
+    halves.sort()
+    twice = np.unique(halves[1:][halves[1:] == halves[:-1]])
+    del halves
+    numbers: list[I64] = []
+    found: list[NDArray[np.uint64]] = []
+    before = 0
+    for prints, there in zip(fingerprints, nonempty, strict=True):
+        for part in parts(len(prints) if len(twice) else 0):
+            half = prints[part, 0]
+            place = np.searchsorted(twice, half).clip(max=len(twice) - 1)
+            alike = np.flatnonzero(there[part] & (twice[place] == half))
+            numbers.append(before + part.start + alike)
+            found.append(prints[part][alike])
+        before += len(prints)
+    if not numbers:
+        return
+    number, prints = np.concatenate(numbers), np.concatenate(found)
     order = np.lexsort((prints[:, 1], prints[:, 0]))
     same = (prints[order][1:] == prints[order][:-1]).all(1)
     edges = np.flatnonzero(np.diff(np.concatenate([[0], same.astype(np.int8), [0]])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import scipy.sparse as sp
 from rich.console import Console
 
+from bgen.order import groups
 from bgen.store.store import Store
 from data_tools.building.build import build
 from data_tools.check import check as checks
@@ -194,6 +196,18 @@ def test_copies_are_found_across_files_with_other_gene_orders(adata: anndata.Ann
     assert "10 cells have" in only(report, "B02", "warning").message
     assert np.array_equal(report.files[1].gene_map, np.arange(80)[::-1])
     assert list(report.genes.index) == list(adata.var_names)
+
+
+def test_looking_for_duplicates_takes_nine_bytes_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "PART", 4096)
+    prints = np.random.default_rng(0).integers(0, 1 << 63, (100_000, 2), dtype=np.uint64)
+    prints[[7, 99_000]] = prints[50_000]
+    prints[3, 0] = prints[4, 0]  # half alike
+    tracemalloc.start()
+    assert list(duplicate_groups([prints], [np.ones(len(prints), bool)])) == [[7, 50_000, 99_000]]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * len(prints)
 
 
 def test_duplicate_groups() -> None:
