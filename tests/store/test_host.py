@@ -218,7 +218,9 @@ def follow(path: Path) -> object:
 
 
 def look_for_leaks(path: Path) -> object:
-    return assert_no_leakage(open_store(path))
+    store = open_store(path)
+    assert_no_leakage(store)
+    return store
 
 
 @pytest.mark.parametrize("work", [train, weigh, follow, look_for_leaks])

@@ -28,6 +28,7 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from bgen.config.data import TrajectoriesConfig
 from bgen.data.as_anndata import read_split
@@ -63,14 +64,17 @@ def write_cells(path: Path, n: int) -> None:
     """Write an .h5ad of ``n`` cells, a part at a time."""
     cells = np.arange(n)
 
-    def draw(what: int, among: int) -> np.ndarray[Any, Any]:
+    def draw(what: int, among: int) -> NDArray[np.int16]:
         return (hash_keys(what, cells) % np.uint64(among)).astype(np.int16)
+
+    def labels(what: int, names: list[str]) -> Any:
+        return pd.Categorical.from_codes(draw(what, len(names)), pd.Index(names))
 
     obs = pd.DataFrame(
         {
-            "donor": pd.Categorical.from_codes(draw(0, 12), [f"donor {i:02d}" for i in range(12)]),
-            "perturbation": pd.Categorical.from_codes(draw(1, 400), ["control", *(f"drug {i}" for i in range(399))]),
-            "cell_type": pd.Categorical.from_codes(draw(2, 40), [f"type {i}" for i in range(40)]),
+            "donor": labels(0, [f"donor {i:02d}" for i in range(12)]),
+            "perturbation": labels(1, ["control", *(f"drug {i}" for i in range(399))]),
+            "cell_type": labels(2, [f"type {i}" for i in range(40)]),
             "time": 6.0 * draw(3, 5),
         },
         index=pd.Index([f"AAACCCAAGAAACACT-{i:011d}" for i in range(n)]),
@@ -128,7 +132,7 @@ def _follow(along: str) -> Callable[[Path], object]:
         store = open_store(folder / "store")
         shape = TrajectoriesConfig.model_validate({"along": along, "system": ["donor"], "times": 2, "cells": 32})
         found = read_trajectories(store, "train", shape)
-        about = {"batch": 16, "times": shape.times, "cells": shape.cells, "seed": 0, "name": store.fingerprint}
+        about: dict[str, Any] = {"batch": 16, "times": shape.times, "cells": shape.cells, "seed": 0, "name": along}
         order = PooledTrajectories(found, **about, lanes=8, pool=shape.pool, first_cell=store.first_cell)
         loader = TrajectoryLoader(CountReader(store, COLUMNS), order, seed=0, micro_batch=16)
         return loader, loader.read(0)
@@ -137,7 +141,9 @@ def _follow(along: str) -> Callable[[Path], object]:
 
 
 def _look_for_leaks(folder: Path) -> object:
-    return assert_no_leakage(open_store(folder / "store"))
+    store = open_store(folder / "store")
+    assert_no_leakage(store)
+    return store
 
 
 def _evaluate(folder: Path) -> object:
