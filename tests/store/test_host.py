@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +116,13 @@ def test_files_that_nobody_uses_are_removed(tmp_path: Path) -> None:
     assert np.array_equal(mapped, np.arange(N))
 
 
-def _make_slowly(folder: Path, made: Path) -> None:
+def _make_slowly(folder: Path, made: Path, together: Barrier) -> None:
     def fill(values: NDArray[Any]) -> None:
         (made / str(os.getpid())).touch()
+        time.sleep(0.3)  # the others have come by then, and wait
         count_to(values)
 
+    together.wait()
     assert np.array_equal(HostArrays(folder).get("x", 100_000, np.int64, fill), np.arange(100_000))
 
 
@@ -126,7 +130,8 @@ def test_processes_that_start_together_make_one(tmp_path: Path) -> None:
     made = tmp_path / "made"
     made.mkdir()
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_make_slowly, args=(tmp_path / "arrays", made)) for _ in range(4)]
+    together = context.Barrier(4)
+    processes = [context.Process(target=_make_slowly, args=(tmp_path / "arrays", made, together)) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
@@ -213,7 +218,9 @@ def follow(path: Path) -> object:
 
 
 def look_for_leaks(path: Path) -> object:
-    return assert_no_leakage(open_store(path))
+    store = open_store(path)
+    assert_no_leakage(store)
+    return store
 
 
 @pytest.mark.parametrize("work", [train, weigh, follow, look_for_leaks])

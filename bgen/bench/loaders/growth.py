@@ -28,6 +28,7 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from bgen.config.data import TrajectoriesConfig
 from bgen.data.as_anndata import read_split
@@ -63,10 +64,10 @@ def write_cells(path: Path, n: int) -> None:
     """Write an .h5ad of ``n`` cells, a part at a time."""
     cells = np.arange(n)
 
-    def draw(what: int, among: int) -> np.ndarray[Any, Any]:
+    def draw(what: int, among: int) -> NDArray[np.int16]:
         return (hash_keys(what, cells) % np.uint64(among)).astype(np.int16)
 
-    def labels(what: int, names: list[str]) -> pd.Categorical[Any]:
+    def labels(what: int, names: list[str]) -> Any:
         return pd.Categorical.from_codes(draw(what, len(names)), pd.Index(names))
 
     obs = pd.DataFrame(
@@ -131,12 +132,8 @@ def _follow(along: str) -> Callable[[Path], object]:
         store = open_store(folder / "store")
         shape = TrajectoriesConfig.model_validate({"along": along, "system": ["donor"], "times": 2, "cells": 32})
         found = read_trajectories(store, "train", shape)
-        order = PooledTrajectories(
-            *(found, 16, shape.times, shape.cells, 0, store.fingerprint),
-            lanes=8,
-            pool=shape.pool,
-            first_cell=store.first_cell,
-        )
+        about: dict[str, Any] = {"batch": 16, "times": shape.times, "cells": shape.cells, "seed": 0, "name": along}
+        order = PooledTrajectories(found, **about, lanes=8, pool=shape.pool, first_cell=store.first_cell)
         loader = TrajectoryLoader(CountReader(store, COLUMNS), order, seed=0, micro_batch=16)
         return loader, loader.read(0)
 
