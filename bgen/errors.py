@@ -49,7 +49,7 @@ def require_number(name: str, value: float | None, low: float, high: float, *, w
 
 def nearest(name: str, choices: Iterable[object]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest of ``choices``, or their list, or an empty string."""
-    names = [str(choice) for choice in choices]
+    names = list(dict.fromkeys(map(str, choices)))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if not close:
         folded = {choice.lower(): choice for choice in names}

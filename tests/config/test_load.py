@@ -153,7 +153,7 @@ def test_every_packaged_config_is_valid(path: Path) -> None:
 def test_nearest() -> None:
     assert nearest("celltype", ["cell_type", "batch"]) == " Did you mean 'cell_type'?"
     assert nearest("Batch", ["cell_type", "batch"]) == " Did you mean 'batch'?"
-    assert nearest("zzz", ["a", "b"]) == " There are: a, b."
+    assert nearest("zzz", ["a", "b"]) == nearest("zzz", ["a", "b", "a"]) == " There are: a, b."
     assert nearest("zzz", []) == ""
 
 
