@@ -15,8 +15,8 @@ import pytest
 from bgen.tasks.load import Model, load_model
 
 sys.path.append(str(Path(__file__).parent))
+from bgen_server import running
 from browser import Browser, find_chromium
-from servers import running
 
 CHROMIUM = find_chromium()
 pytestmark = [

@@ -24,7 +24,7 @@ import scipy.sparse as sp
 from bgen.tasks.load import load_model
 
 sys.path.append(str(Path(__file__).parent))
-from servers import H5AD, Server, running
+from bgen_server import H5AD, Server, running
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn")),
@@ -96,7 +96,7 @@ def test_what_is_wrong_is_a_4xx_with_a_sentence(server: Server, cells: anndata.A
     short = {**good, "obs": {"batch": ["b"]}}
     broken = {**good, "counts": {"indptr": [0, 5], "indices": [0], "data": [1.0]}}
     for path, content, headers, code, told in (
-        ("/nowhere", {}, {}, 404, "There are /annotate"),
+        ("/nowhere", {}, {}, 404, "There are /, /annotate"),
         ("/health", {}, {}, 405, "Method Not Allowed"),
         ("/generate", b"{", {}, 400, "no JSON"),
         ("/generate", b"[" * 5000, {}, 400, "no JSON"),
