@@ -124,7 +124,12 @@ def _write_obs(group: Any, store: Store, cells: Cells) -> None:
         if part.start == 0:
             continue  # it is there
         obs = _obs(store, _some(cells, part))
-        _grow(group, group[f"obs/{group['obs'].attrs['_index']}"], len(cells))[part] = obs.index.to_numpy()
+        index = group[f"obs/{group['obs'].attrs['_index']}"]
+        if not hasattr(index, "shape"):  # anndata 0.13 writes values, and which of them are missing
+            if "mask" in index:
+                _grow(group, index["mask"], len(cells))[part] = False
+            index = index["values"]
+        _grow(group, index, len(cells))[part] = obs.index.to_numpy()
         for name, values in obs.items():
             item = group[f"obs/{name}"]
             if isinstance(values.dtype, pd.CategoricalDtype):

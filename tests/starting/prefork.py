@@ -19,6 +19,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+KEPT: list[tempfile.TemporaryDirectory[str]] = []
+"""Folders of commands. From Python 3.13 on, forks of multiprocessing forget what atexit holds, which would end these."""
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
@@ -29,6 +32,7 @@ def python() -> str:
     if sys.platform != "linux":  # fork does not go together with what other systems load
         return sys.executable
     folder = tempfile.TemporaryDirectory(prefix="prefork-", dir="/tmp")  # the path of a socket has to be short
+    KEPT.append(folder)
     atexit.register(folder.cleanup)
     socket = Path(folder.name, "socket")
     command = Path(folder.name, "python")
