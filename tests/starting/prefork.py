@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 KEPT: list[tempfile.TemporaryDirectory[str]] = []
-"""Folders of commands. From Python 3.13 on, forks of multiprocessing forget what atexit holds, which would end these."""
+"""Folders of commands. From Python 3.13 on, forks of multiprocessing forget what atexit holds: it would end them."""
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
