@@ -103,6 +103,14 @@ def _count_slope(x, theta):
 
 
 @triton.jit
+def _entries(entry, end, indices, counts, log_theta):
+    """Of entries of a cell: whether it has them, their genes, counts (1 where it has none) and dispersions."""
+    inside = entry < end
+    gene = tl.load(indices + entry, inside, 0).to(tl.int64)
+    return inside, gene, tl.load(counts + entry, inside, 1.0), tl.load(log_theta + gene, inside, 0.0)
+
+
+@triton.jit
 def _forward(
     logits, dropout, log_theta, log_library, indptr, indices, counts, log_prob, normaliser, genes,
     INFLATED: tl.constexpr, BLOCK: tl.constexpr, NNZ: tl.constexpr,
@@ -140,10 +148,7 @@ def _forward(
     begin, end = tl.load(indptr + row), tl.load(indptr + row + 1)
     terms = tl.zeros([NNZ], tl.float32)
     for first in range(begin, end, NNZ):
-        inside = first + entry < end
-        gene = tl.load(indices + first + entry, inside, 0).to(tl.int64)
-        count = tl.load(counts + first + entry, inside, 1.0)
-        log_th = tl.load(log_theta + gene, inside, 0.0)
+        inside, gene, count, log_th = _entries(first + entry, end, indices, counts, log_theta)
         theta = tl.exp(log_th)
         log_r = tl.load(logits + start + gene, inside, 0.0).to(tl.float32) + shift - log_th
         bound = _log1p(tl.exp(log_r))
@@ -184,10 +189,7 @@ def _slopes(
     begin, end = tl.load(indptr + row), tl.load(indptr + row + 1)
     terms = tl.zeros([NNZ], tl.float32)
     for first in range(begin, end, NNZ):
-        inside = first + entry < end
-        gene = tl.load(indices + first + entry, inside, 0).to(tl.int64)
-        count = tl.load(counts + first + entry, inside, 0.0)
-        log_th = tl.load(log_theta + gene, inside, 0.0)
+        inside, gene, count, log_th = _entries(first + entry, end, indices, counts, log_theta)
         theta = tl.exp(log_th)
         ratio = tl.exp(tl.load(logits + start + gene, inside, 0.0).to(tl.float32) + shift - log_th)
         q = ratio / (1.0 + ratio)
@@ -244,10 +246,7 @@ def _backward_at_nonzeros(
     normal, log_lib = tl.load(normaliser + row), tl.load(log_library + row)
     begin, end = tl.load(indptr + row), tl.load(indptr + row + 1)
     for first in range(begin, end, NNZ):
-        inside = first + entry < end
-        gene = tl.load(indices + first + entry, inside, 0).to(tl.int64)
-        count = tl.load(counts + first + entry, inside, 1.0)
-        log_th = tl.load(log_theta + gene, inside, 0.0)
+        inside, gene, count, log_th = _entries(first + entry, end, indices, counts, log_theta)
         theta = tl.exp(log_th)
         x = tl.load(logits + start + gene, inside, 0.0).to(tl.float32) - normal
         ratio = tl.exp(x + log_lib - log_th)
