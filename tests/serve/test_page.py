@@ -12,7 +12,7 @@ from typing import Any
 import anndata
 import pytest
 
-from bgen.tasks.load import Model, load_model
+from bgen.tasks.load import Model
 
 sys.path.append(str(Path(__file__).parent))
 from bgen_server import running
@@ -26,20 +26,6 @@ pytestmark = [
     ),
     pytest.mark.skipif(CHROMIUM is None, reason="no browser: install chromium, or name it in BGEN_CHROMIUM"),
 ]
-
-
-@pytest.fixture(scope="module")
-def model(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """One that generates and perturbs."""
-    return load_model(demo.model).finetune(
-        demo.cells,
-        tmp_path_factory.mktemp("tuned") / "out",
-        task="perturb",
-        mode="head",
-        perturbation="perturbation",
-        control="control",
-        overrides=["flow.patterns.noise=0.5", "train.steps=2", "train.global_batch=64", "track.mlflow=false"],
-    )
 
 
 @pytest.fixture

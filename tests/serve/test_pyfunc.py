@@ -58,20 +58,6 @@ def cells(demo: Any) -> anndata.AnnData:
     return anndata.read_h5ad(demo.cells)
 
 
-@pytest.fixture(scope="module")
-def model(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """One that answers every question."""
-    return load_model(demo.model).finetune(
-        demo.cells,
-        tmp_path_factory.mktemp("tuned") / "out",
-        task="perturb",
-        mode="head",
-        perturbation="perturbation",
-        control="control",
-        overrides=["flow.patterns.noise=0.5", "train.steps=2", "train.global_batch=64", "track.mlflow=false"],
-    )
-
-
 def asked(cells: anndata.AnnData) -> dict[str, dict[str, Any]]:
     """A request of each kind, as `bgen serve` takes it."""
     few = cells[cells.obs["perturbation"] == "control"][:80]
