@@ -122,7 +122,10 @@ class HostArrays:
         half = Path(place)
         try:
             with os.fdopen(handle, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, size + 4)  # a full disk says so now, and not by a signal
+                if sys.platform == "darwin":  # which has no such call
+                    file.truncate(size + 4)
+                else:
+                    os.posix_fallocate(file.fileno(), 0, size + 4)  # a full disk says so now, and not by a signal
                 values = np.memmap(file, dtype, "r+", shape=(n,))
                 fill(values)
                 values.flush()
