@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -261,11 +263,16 @@ def servers(registry: MlflowClient, model: Model, bgen: Any) -> Iterator[tuple[s
         yield f"http://127.0.0.1:{ports[0]}/invocations", f"http://127.0.0.1:{ports[1]}"
     finally:
         for process in started:
-            os.killpg(process.pid, 15)
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself
+                os.killpg(process.pid, 15)
             process.wait()
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not any(found.metadata["Name"] == "mlflow" for found in importlib.metadata.distributions()),
+    reason="not installed: mlflow, whole (extra mlflow)",
+)
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn")),
     reason="not installed: fastapi, uvicorn (extra serve)",
