@@ -113,6 +113,7 @@ class HostArrays:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone does not: a process forked meanwhile holds it, too
             os.close(handle)
 
     def _make(self, path: Path, n: int, dtype: np.dtype[Any], fill: Fill) -> None:

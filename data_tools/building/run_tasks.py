@@ -169,7 +169,8 @@ class OnDask:
                 one, size = waiting.popleft()
                 running[self.client.submit(task, *one, pure=False)] = size
             try:
-                done_now = wait_for(list(running), timeout=LOOK_SECONDS, return_when="FIRST_COMPLETED").done
+                with self.client.as_current():
+                    done_now = wait_for(list(running), timeout=LOOK_SECONDS, return_when="FIRST_COMPLETED").done
             except TimeoutError:
                 if self.client.status in ("closing", "closed"):  # the futures of a lost scheduler are never done
                     return CancelledError("its scheduler does not answer")
@@ -215,7 +216,8 @@ def open_runner(workers: int, scheduler: str | None, folder: Path) -> Iterator[R
     from distributed import Client
 
     try:
-        client = Client(scheduler, timeout=START_SECONDS)
+        # Not the default: one that finds no scheduler stays it, and every dask array of this process would wait for it.
+        client = Client(scheduler, timeout=START_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UserError(f"There is no Dask scheduler at {scheduler} ({error}).") from None
     with client:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -107,6 +109,29 @@ def test_errors_of_workers_arrive(files: list[Path], tmp_path: Path, cluster: st
     assert [path.name for path in tmp_path.iterdir()] == ["copy.h5ad"]
     with pytest.raises(UserError, match="no Dask scheduler"):
         build(report, tmp_path / "store", created_by="test", scheduler="nowhere")
+
+
+def test_a_build_leaves_dask_as_it_was(files: list[Path], tmp_path: Path, cluster: str) -> None:
+    from distributed import default_client
+
+    report = check(files[:1])
+    gc.collect()
+    gc.disable()  # which might take away what is left
+    try:
+        with pytest.raises(UserError, match="no Dask scheduler"):
+            build(report, tmp_path / "store", created_by="test", scheduler="nowhere")
+        with pytest.raises(ValueError, match="No clients found"):
+            default_client()
+        during = []
+
+        def look(*_: object) -> None:
+            with suppress(ValueError):
+                during.append(default_client())
+
+        build(report, tmp_path / "store", created_by="test", scheduler=cluster, progress=look)
+        assert not during
+    finally:
+        gc.enable()
 
 
 SCRIPT = """

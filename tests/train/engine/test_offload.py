@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +74,15 @@ def test_other_optimisers_and_precisions_resume_exactly(tmp_path: Path, settings
 
 
 def test_what_deepspeed_counts_and_profiles(tmp_path: Path) -> None:
-    per_step = []
-    for steps in (20, 200):
-        config = toy_config(tmp_path / "run", {"steps": steps, "zero": 1, "comms_log": True, "flops_profile": 2})
-        result, _ = run(config, resume=steps > 20)
-        row = [row for row in record.read(result.record) if row.get("event") == "communication"][-1]
-        kinds = [value for value in row.values() if isinstance(value, dict)]
-        assert any(kind["calls"] > 0 and kind["bytes"] > 0 for kind in kinds)
-        per_step.append(sum(kind["ms"] for kind in kinds) / len(result.losses))
-    # Sums of running totals would be nine times as much a step in nine times as many steps.
-    assert 0 < per_step[1] < 4 * per_step[0]
+    config = toy_config(tmp_path / "run", {"steps": 200, "zero": 1, "comms_log": True, "flops_profile": 2})
+    begin = time.perf_counter()
+    result, _ = run(config)
+    took = 1000 * (time.perf_counter() - begin)
+    row = [row for row in record.read(result.record) if row.get("event") == "communication"][-1]
+    kinds = [value for value in row.values() if isinstance(value, dict)]
+    assert any(kind["calls"] > 0 and kind["bytes"] > 0 for kind in kinds)
+    # One collective after the other took no longer than the whole run; sums of running totals would be many times that.
+    assert 0 < sum(kind["ms"] for kind in kinds) < took
     assert "Flops Profiler" in (tmp_path / "run" / "flops.txt").read_text()
 
 
