@@ -5,7 +5,6 @@ import resource
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from prefork import python
+from prefork import python, torchrun
 
 from bgen.distributed import world as ranks
 from bgen.distributed.report import report_user_error
@@ -205,7 +204,7 @@ sys.exit(report_user_error(Failure("bad")))
 def test_a_mistake_ends_torchrun_and_a_full_disk_does_not(tmp_path: Path, code: int, lives: int) -> None:
     script = tmp_path / "script.py"
     script.write_text(MISTAKE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1", str(script)]
+    command = [*torchrun(1, "--max-restarts=1"), str(script)]
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(

@@ -31,10 +31,10 @@ SHORT = {"steps": 20, "checkpoint_every": 10}
 
 
 def two_ranks(folder: Path) -> dict[str, Any]:
-    """Straight, interrupted and resumed, resumed from one rank, and poisoned: for ZeRO 0, 1 and 3."""
+    """Straight, interrupted and resumed, resumed from one rank, and poisoned: for the ZeRO stages that are there."""
     found: dict[str, Any] = {}
     rank = int(os.environ["RANK"])
-    for zero in (0, 1, 3):
+    for zero in (zero for zero in range(4) if (folder / f"one_rank_{zero}").exists()):
         straight, _ = run(toy_config(folder / f"straight_{zero}", SHORT | {"zero": zero, **AVERAGED}))
         found[f"straight_{zero}"] = straight.losses
         halves = toy_config(folder / f"halves_{zero}", SHORT | {"zero": zero, **AVERAGED, "micro_batch": 2})

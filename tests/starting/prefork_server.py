@@ -30,6 +30,7 @@ import bgen.train.run
 if torch.version.cuda is None and torch.version.hip is None:  # else it would have to choose an accelerator
     os.environ["DS_ACCELERATOR"] = "cpu"
     bgen.train.engine.engine.import_deepspeed()
+    import deepspeed.runtime.zero.muon.muon_optimizer  # with it torch's compiler, as the first ZeRO engine does
 
 
 def serve(path: str) -> list[str]:
