@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from prefork import python, torchrun
-from script import AVERAGED, SHORT, resharding_config
+from script import AVERAGED, HOP, SHORT, resharding_config
 from toy import run, toy_config
 
 from bgen.checkpoint import files
@@ -111,7 +111,7 @@ def test_two_ranks_to_one(two_ranks: Path, one_rank: list[float], zero: int) -> 
 def test_from_rank_to_rank_and_stage_to_stage(tmp_path: Path, begun: list[int]) -> None:
     """Runs that begin at these ZeRO stages go from 1 rank to 2, to 3 and back to 1, at the next stage each time."""
     straight, whole = run(
-        toy_config(tmp_path / "straight", AVERAGED | {"steps": 40, "global_batch": 12, "micro_batch": 2})
+        toy_config(tmp_path / "straight", AVERAGED | {"steps": 4 * HOP, "global_batch": 12, "micro_batch": 2})
     )
     losses: dict[int, list[float]] = {}
     for first in begun:
@@ -125,8 +125,8 @@ def test_from_rank_to_rank_and_stage_to_stage(tmp_path: Path, begun: list[int]) 
         last, stage = run(resharding_config(tmp_path, first, hops=3), resume=True)
         losses[first] += last.losses
         np.testing.assert_allclose(losses[first], straight.losses, rtol=1e-5)
-        resumed = [losses[first][step] for step in (10, 20, 30)]
-        np.testing.assert_allclose(resumed, [straight.losses[step] for step in (10, 20, 30)], rtol=1e-6)
+        resumed = [losses[first][hop * HOP] for hop in (1, 2, 3)]
+        np.testing.assert_allclose(resumed, [straight.losses[hop * HOP] for hop in (1, 2, 3)], rtol=1e-6)
         for name, value in whole.module.state_dict().items():
             torch.testing.assert_close(stage.module.state_dict()[name], value, rtol=1e-4, atol=1e-6)
 
