@@ -115,6 +115,7 @@ def stop(folder: Path, launcher: list[str], scenario: str) -> tuple[subprocess.P
     return process, said
 
 
+@pytest.mark.slow  # the next test tells it, too
 def test_sigterm_to_the_launcher_saves_on_all_ranks(tmp_path: Path) -> None:
     """Fault 7: the launcher passes the signal on; its own exit code is 1, whatever the ranks return."""
     _, said = stop(tmp_path, torchrun(2), "endless")
@@ -137,6 +138,7 @@ def test_sigterm_while_the_data_of_one_rank_cannot_be_read(tmp_path: Path, undis
         _, said = process.communicate(timeout=LIMIT)
     found = [result(tmp_path, rank) for rank in (0, 1)]
     assert [(each["interrupted"], each["step"]) for each in found] == [(True, 25)] * 2, said[-4000:]
+    assert ": saved" in said
     (folder,) = files.committed(tmp_path / "run" / "checkpoints")
     assert (files.step_of(folder), files.damage(folder)) == (25, None)
     resumed, _ = run(toy_config(tmp_path / "run", SETTINGS), resume=True)

@@ -28,13 +28,15 @@ from bgen.train.trainer import Trainer
 
 AVERAGED = {"ema": 0.9, "patience": 20, "eval_every": 5}
 SHORT = {"steps": 20, "checkpoint_every": 10}
+HOP = 5
+"""Steps that a run makes on a number of ranks before it goes on with another."""
 
 
 def two_ranks(folder: Path) -> dict[str, Any]:
-    """Straight, interrupted and resumed, resumed from one rank, and poisoned: for ZeRO 0, 1 and 3."""
+    """Straight, interrupted and resumed, resumed from one rank, and poisoned: for the ZeRO stages that are there."""
     found: dict[str, Any] = {}
     rank = int(os.environ["RANK"])
-    for zero in (0, 1, 3):
+    for zero in (zero for zero in range(4) if (folder / f"one_rank_{zero}").exists()):
         straight, _ = run(toy_config(folder / f"straight_{zero}", SHORT | {"zero": zero, **AVERAGED}))
         found[f"straight_{zero}"] = straight.losses
         halves = toy_config(folder / f"halves_{zero}", SHORT | {"zero": zero, **AVERAGED, "micro_batch": 2})
@@ -53,7 +55,7 @@ def two_ranks(folder: Path) -> dict[str, Any]:
 
 
 def resharded(folder: Path) -> dict[str, Any]:
-    """Go on with the runs that are there, each at the next ZeRO stage, for ten steps more."""
+    """Go on with the runs that are there, each at the next ZeRO stage."""
     found = {}
     for first in (first for first in range(4) if (folder / f"run_{first}").exists()):
         size = ranks.read_world().size
@@ -64,8 +66,8 @@ def resharded(folder: Path) -> dict[str, Any]:
 
 
 def resharding_config(folder: Path, first: int, hops: int) -> Config:
-    """Settings of a run that began at ZeRO stage ``first`` and was moved on ``hops`` times, ten steps each."""
-    settings = AVERAGED | {"zero": (first + hops) % 4, "steps": 10 * (hops + 1), "global_batch": 12, "micro_batch": 2}
+    """Settings of a run that began at ZeRO stage ``first`` and was moved on ``hops`` times."""
+    settings = AVERAGED | {"zero": (first + hops) % 4, "steps": HOP * (hops + 1), "global_batch": 12, "micro_batch": 2}
     raw = folder / "partition_everything.json"
     if not raw.exists():
         raw.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))

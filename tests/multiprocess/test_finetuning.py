@@ -66,6 +66,7 @@ def test_two_ranks_in_parts_are_one_and_one_reports(bgen: Any, demo: Any, tmp_pa
         assert about.perturbation.held_out.perturbations == ["G0107"]
 
 
+@pytest.mark.slow  # as tests/multiprocess/test_ranks.py tells of a training, and test_blocks.py of a verb
 def test_a_mistake_ends_both_with_one_message(demo: Any, tmp_path: Path) -> None:
     asked = ["finetune", demo.model, demo.cells, "--task", "annotate", "--label", "typ", "--out", tmp_path / "out"]
     logs = ["--redirects", "3", "--tee", "3", "--log-dir", tmp_path / "log"]

@@ -21,6 +21,14 @@ def one(findings: list[Finding], name: str) -> Finding:
     return found
 
 
+@pytest.fixture
+def _prefork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the launcher and its ranks begin with everything imported."""
+    monkeypatch.setattr(module.sys, "executable", python())
+    monkeypatch.setenv("PYTHON_EXEC", python())
+
+
+@pytest.mark.usefixtures("_prefork")
 def test_two_ranks_really_sum() -> None:
     (finding,) = module.two_ranks(timeout=170)
     assert finding.status == "ok", finding.text
@@ -40,12 +48,11 @@ def test_ranks_that_hang_are_ended_and_named(monkeypatch: pytest.MonkeyPatch, tm
     assert time.monotonic() - begin < 60
 
 
+@pytest.mark.usefixtures("_prefork")
 def test_a_wrong_sum_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "failing_rank.py").write_text("raise AssertionError('rank 0: 2.0 instead of 3.0')\n")
     monkeypatch.setattr(module, "_source", lambda: str(tmp_path))
     monkeypatch.setattr(module, "RANK", "failing_rank")
-    monkeypatch.setattr(module.sys, "executable", python())
-    monkeypatch.setenv("PYTHON_EXEC", python())
     (finding,) = module.two_ranks(timeout=100)
     assert (finding.status, "2.0 instead of 3.0" in finding.text) == ("error", True)
 

@@ -84,7 +84,7 @@ def test_a_draw_has_distinct_cells_of_its_populations(ordered: bool) -> None:
 def test_little_is_decoded_that_is_not_used(ordered: bool, size: int) -> None:
     systems = 30 if size == 1000 else 150
     order = pooled(courses(systems, size, ordered=ordered), lanes=4, pool=8000)
-    for _, keys in zip(range(3), windows(order, 3), strict=False):
+    for _, keys in zip(range(2), windows(order, 3), strict=False):
         cells = [order.window(key).cells for key in keys]
         used = sum(int(grid.mask.sum()) for key in keys for grid in order.window(key).grids)
         assert decoded(np.unique(np.concatenate(cells))) <= DECODED * used  # what one rank reads
@@ -126,7 +126,9 @@ def test_draws_agree_with_independent_ones(ordered: bool) -> None:
     assert abs(ratio - np.eye(4)).max() < 4 * error
 
 
-@pytest.mark.parametrize(("ordered", "size"), [(True, 100), (False, 100), (True, 30)])
+@pytest.mark.parametrize(
+    ("ordered", "size"), [(True, 100), pytest.param(False, 100, marks=pytest.mark.slow), (True, 30)]
+)
 def test_cells_of_a_population_are_used_equally_often(ordered: bool, size: int) -> None:
     trajectories = courses(3, size, ordered=ordered)
     order = pooled(trajectories, batch=6, lanes=2, pool=1200)

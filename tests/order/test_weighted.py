@@ -30,7 +30,7 @@ def make(sizes: list[int], batch: int, lanes: int, window: int, seed: int, tempe
 
 orders = st.builds(
     make,
-    sizes=st.lists(st.integers(1, 120), min_size=1, max_size=5),
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=5),
     batch=st.integers(1, 40),
     lanes=st.integers(1, 6),
     window=st.integers(1, 5),
@@ -39,7 +39,7 @@ orders = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(orders)
 def test_every_epoch_has_the_shares(order: WeightedOrder) -> None:
     n = len(order.members)
@@ -73,7 +73,7 @@ def test_slices_make_up_the_batch_at_any_step(order: WeightedOrder, step: int, w
     assert np.array_equal(np.concatenate(parts), order.cells(step))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.integers(1, 120), min_size=1, max_size=4), st.integers(1, 30), st.integers(0, 5))
 def test_temperature_one_is_the_plain_order(sizes: list[int], batch: int, seed: int) -> None:
     weighted = make(sizes, batch, 3, 2, seed, 1.0)

@@ -68,7 +68,7 @@ def adatas() -> list[anndata.AnnData]:
     return [make_adata(1100, 0), make_adata(700, 1), make_adata(450, 2)]
 
 
-@pytest.fixture(scope="module", params=["v2", "v3", "sharded"])
+@pytest.fixture(scope="module", params=["v2", pytest.param("v3", marks=pytest.mark.slow), "sharded"])
 def folder(request: pytest.FixtureRequest, adatas: list[anndata.AnnData], tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("zarr") / "collection"
     zarr.open_group(folder, mode="w")
@@ -104,7 +104,7 @@ def test_every_count_comes_back(folder: Path, adatas: list[anndata.AnnData]) -> 
     assert (source.tolist(), row.tolist()) == ([0, 0, 1, 2], [0, 1099, 0, 449])
 
 
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_training_batches_are_those_of_the_order(folder: Path, adatas: list[anndata.AnnData], world: int) -> None:
     store = open_store(folder)
     matrix = whole(adatas)

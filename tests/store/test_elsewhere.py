@@ -26,6 +26,7 @@ from bgen.store.open import open_store
 from bgen.store.remote import Access, RemoteFiles, RemoteStore
 from bgen.store.store import Store
 from bgen.store.webdataset_store import TarStore
+from data_tools.building.write import Contents, write_store
 from data_tools.export.to_webdataset import to_webdataset
 
 
@@ -53,6 +54,14 @@ def batches(store: Store, steps: range, world: int = 1) -> list[list[np.ndarray]
 def same(a: list[list[np.ndarray]], b: list[list[np.ndarray]]) -> bool:
     pairs = [pair for one, two in zip(a, b, strict=True) for pair in zip(one, two, strict=True)]
     return all(np.array_equal(x, y, equal_nan=x.dtype.kind == "f") for x, y in pairs)
+
+
+@pytest.fixture(scope="module", params=["small", pytest.param("fast", marks=pytest.mark.slow)])
+def store(request: pytest.FixtureRequest, contents: Contents, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """In place of the one of tests/conftest.py: tests/store/test_store.py reads both profiles."""
+    folder = tmp_path_factory.mktemp("stores") / request.param
+    write_store(folder, contents, profile=request.param, seed=0, created_by="test")
+    return Store(folder)
 
 
 @pytest.fixture(scope="module")
