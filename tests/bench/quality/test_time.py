@@ -24,7 +24,7 @@ def curved() -> Course:
     return Course(cells.astype(np.float32), times)
 
 
-@pytest.mark.parametrize("forecast", [False, True])
+@pytest.mark.parametrize("forecast", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_flow_learns_what_a_straight_line_misses(forecast: bool, tmp_path: Path) -> None:
     course = curved()
     rest, real = course.without(2.0), course.at(2.0)

@@ -70,7 +70,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         prepare(tmp_path, None, 200, 4096, seed=0)
 
 
-@pytest.mark.parametrize("busy", [0, 2])
+@pytest.mark.parametrize("busy", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_beside_busy_processes(
     busy: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,8 +54,14 @@ def shard(path: Path, name: str = "X") -> None:
         zarr.consolidate_metadata(path)
 
 
-@pytest.mark.parametrize("version", [2, 3])
-@pytest.mark.parametrize("layout", ["csr", "csc", "dense"])
+@pytest.mark.parametrize(
+    ("layout", "version"),
+    [
+        *(("csr", 2), ("csc", 3)),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in (("csr", 3), ("csc", 2), ("dense", 2))),
+        ("dense", 3),
+    ],
+)
 def test_versions_and_layouts(version: int, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "CSC_VALUES", 300)
     adata = make_adata(layout=layout)
@@ -105,7 +111,7 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
         list(open_source(path).iterate())
 
 
-@pytest.mark.parametrize("ending", ["h5ad", "zarr"])
+@pytest.mark.parametrize("ending", [pytest.param("h5ad", marks=pytest.mark.slow), "zarr"])
 def test_there_and_back(ending: str, tmp_path: Path) -> None:
     adata = make_adata(700)
     x = sp.lil_matrix(adata.X)
