@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from bgen.bench.speed import gpu
+from bgen.bench.speed import gpu, mixers
 from bgen.bench.speed.gpu import IN_SMALL, bench_gpu
+from bgen.bench.speed.mixers import variants
 
 TINY = replace(IN_SMALL, cells=16, genes=120, sampled=20, read=400, times=(2,))
 
@@ -44,6 +45,8 @@ def test_what_differs_is_told_and_what_fails_stops_nothing(
     def scarce(config: Any, cells: int, *_: Any) -> None:
         raise torch.cuda.OutOfMemoryError
 
+    for module in (gpu, mixers):
+        monkeypatch.setattr(module, "variants", lambda device: {"attention": variants(device)["attention"]})
     monkeypatch.setattr(gpu, "IN_SMALL", TINY)
     monkeypatch.setattr(gpu, "BOUNDS", {"float32": 1e-12, "bf16": 1.0})
     monkeypatch.setattr(gpu, "time_vae", broken)
