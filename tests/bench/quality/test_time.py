@@ -17,7 +17,7 @@ from bgen.models.backbones.size import backbone_parameters
 
 
 def curved(cells: int = 150) -> Course:
-    """So many cells a time point, whose mean goes along a parabola: the acceleration is the same, straight lines cut corners."""
+    """So many cells a time point, whose mean goes along a parabola; straight lines cut its corners."""
     rng = np.random.default_rng(0)
     times = np.repeat(np.arange(5.0), cells)
     points = 0.3 * rng.normal(size=(len(times), 3)) + np.stack([times, 0.5 * times**2, 0 * times], 1)
