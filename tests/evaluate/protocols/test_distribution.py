@@ -18,9 +18,9 @@ FEW = choose_metrics("energy", "precision")
 
 
 def test_real_cells_are_at_the_ceiling_and_the_baseline_is_not(draw: Draw) -> None:
-    train, test, real = draw(1, 1200), draw(2, 400), draw(3, 900)
+    train, test, real = draw(1, 900), draw(2, 300), draw(3, 600)
     scores = evaluate(train, test, real, cell_type="kind", seeds=2)
-    assert scores.cells == 400
+    assert scores.cells == 300
     assert [s.metric.key for s in scores.scores[: len(METRICS)]] == [metric.key for metric in METRICS]
     assert [s.metric.key for s in scores.scores if s.judgement is None or s.judgement.differs] == []
     assert scores.notes == ()
