@@ -6,7 +6,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -304,14 +303,14 @@ def test_a_planted_work_folder_is_refused(files: list[Path], tmp_path: Path) -> 
 
 def test_workers_open_no_port_and_end_with_the_build(files: list[Path], tmp_path: Path) -> None:
     script = """
-        import sys
+        import os, sys
         from pathlib import Path
         from data_tools.building.build import build
         from data_tools.check.check import check
 
         def show(what, done, total):
             if what == "writing":
-                print("now", flush=True)
+                print(os.getpid(), flush=True)
                 sys.stdin.read()
 
         if __name__ == "__main__":
@@ -319,11 +318,11 @@ def test_workers_open_no_port_and_end_with_the_build(files: list[Path], tmp_path
             build(report, Path(sys.argv[1]), created_by="test", workers=2, progress=show)
     """
     (tmp_path / "main.py").write_text(textwrap.dedent(script))
-    command = [sys.executable, str(tmp_path / "main.py"), str(tmp_path / "store"), *map(str, files)]
+    command = [python(), str(tmp_path / "main.py"), str(tmp_path / "store"), *map(str, files)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == b"now\n"
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        builder = psutil.Process(int(process.stdout.readline()))
+        family = [builder, *builder.children(recursive=True)]
         workers = [one for one in family[1:] if "spawn_main" in " ".join(one.cmdline())]
         assert workers
         assert [one for member in family for one in member.net_connections() if one.status == "LISTEN"] == []

@@ -81,19 +81,19 @@ def test_versions_and_layouts(version: int, layout: str, tmp_path: Path, monkeyp
 
 
 def test_a_collection_is_its_members_and_builds_like_h5ad(tmp_path: Path) -> None:
-    parts = [make_adata(60 + seed, seed) for seed in range(11)]
+    parts = {number: make_adata(60 + number, number) for number in (0, 2, 10)}  # of which names sort otherwise
     zarr.open_group(tmp_path / "collection", mode="w")
-    for number, part in enumerate(parts):
+    for number, part in parts.items():
         part.write_h5ad(tmp_path / f"{number:02d}.h5ad")
         shard(write_zarr(part, tmp_path / f"collection/dataset_{number}"))
     report = check([tmp_path / "collection"])
-    assert [file.path.name for file in report.files] == [f"dataset_{i}" for i in range(11)]
+    assert [file.path.name for file in report.files] == [f"dataset_{number}" for number in parts]
     build(report, tmp_path / "a", created_by="test")
-    build(check([tmp_path / f"{number:02d}.h5ad" for number in range(11)]), tmp_path / "b", created_by="test")
+    build(check([tmp_path / f"{number:02d}.h5ad" for number in parts]), tmp_path / "b", created_by="test")
     a, b = Store(tmp_path / "a"), Store(tmp_path / "b")
     streams = [name for name in a.manifest.files if name.startswith(("gaps", "counts", "rows", "origin", "obs"))]
     assert all(a.manifest.files[name] == b.manifest.files[name] for name in streams)
-    assert a.manifest.sources[3].kind == "anndata zarr"
+    assert a.manifest.sources[2].kind == "anndata zarr"
 
 
 def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
