@@ -61,8 +61,8 @@ def test_replicates_of_a_perturbation_are_one_observation() -> None:
     def draw() -> np.ndarray:
         return np.sqrt(0.3) * np.repeat(rng.normal(size=(2, 25)), 3, 1) + np.sqrt(0.7) * rng.normal(size=(2, 75))
 
-    assert claims(draw, names, 2000) <= 0.062
-    assert claims(draw, None, 700) > 0.08
+    assert claims(draw, names, 1000) <= 0.062
+    assert claims(draw, None, 400) > 0.08
 
 
 @pytest.mark.parametrize("n", [8, pytest.param(25, marks=pytest.mark.slow)])
