@@ -210,9 +210,11 @@ def _on_grid(
     below = place.astype(np.int64)
     above, weight = place - below, np.broadcast_to(weights[:, None], values.shape)
     size = int(below.max()) + 2
-    shares = np.bincount(below.ravel(), (weight * (1 - above)).ravel(), size)
-    shares += np.bincount(below.ravel() + 1, (weight * above).ravel(), size)
-    return (np.arange(size) + first) * step, shares
+    shares: NDArray[np.float64] = np.zeros(size)
+    for neighbour, part in ((below, 1 - above), (below + 1, above)):
+        shares += np.bincount(neighbour.ravel(), (weight * part).ravel(), size)
+    points: NDArray[np.float64] = (np.arange(size) + first) * step
+    return points, shares
 
 
 def _zero(mean: NDArray[np.float64]) -> NDArray[np.float64]:
