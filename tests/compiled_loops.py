@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from bgen.models.likelihoods import sparse_cpu as nb_cpu
 from bgen.models.vae.thinning_cpu import thin_small
 from bgen.nn.cpu import sparse as sparse_cpu
-from bgen.nn.scans import ssd
 
 PARTS = (1, 2)
 
@@ -85,6 +83,11 @@ def thinning(rng: np.random.Generator) -> Iterator[tuple[str, Any]]:
 
 
 def scan(rng: np.random.Generator) -> Iterator[tuple[str, Any]]:
+    import torch  # the other loops do without it: two processes need not wait for it
+
+    from bgen.nn.scans import ssd
+
+    torch.set_num_threads(1)
     shapes = {"x": (2, 37, 4, 16), "a": (2, 37, 4), "b": (2, 37, 1, 16), "c": (2, 37, 1, 16)}
     t = {name: torch.tensor(rng.standard_normal(shape), dtype=torch.float32) for name, shape in shapes.items()}
     t["a"] = -0.1 * t["a"].abs()
@@ -109,6 +112,5 @@ def sha(arrays: tuple[NDArray[Any], ...]) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     made = {name: sha(arrays) for loop in sys.argv[1:] for name, arrays in LOOPS[loop](np.random.default_rng(0))}
     print(json.dumps(made))

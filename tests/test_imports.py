@@ -6,6 +6,7 @@ A floor may import those above it in :data:`FLOORS`, never those below. Every im
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -88,6 +89,11 @@ def floor_of(module: str) -> str:
     return next((floor for floor in FLOORS[:-1] if module == floor or module.startswith(f"{floor}.")), "bgen")
 
 
+@functools.cache
+def parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 def imported(tree: ast.AST) -> Iterator[str]:
     """Yield every module (and every name that may be one) that a file imports, wherever the statement stands."""
     for node in ast.walk(tree):
@@ -105,7 +111,7 @@ def graph(files: list[Path], root: Path) -> dict[str, set[str]]:
     modules = {module_of(path, root): path for path in files}
     edges = {}
     for name, path in modules.items():
-        found = {target for target in imported(ast.parse(path.read_text("utf-8"))) if target in modules}
+        found = {target for target in imported(parsed(path.read_text("utf-8"))) if target in modules}
         edges[name] = {target for target in found if target != name and not is_package_above(target, found)}
     return edges
 
@@ -146,7 +152,7 @@ def circles(edges: Mapping[str, set[str]]) -> list[list[str]]:
 def violations(path: Path, root: Path = ROOT) -> list[str]:
     where = path.relative_to(root).as_posix()
     here = floor_of(module_of(path, root))
-    tree = ast.parse(path.read_text("utf-8"))
+    tree = parsed(path.read_text("utf-8"))
     found = []
     for name in imported(tree):
         package = name.split(".")[0]

@@ -127,7 +127,14 @@ def test_what_a_store_lacks_is_said(store: Store) -> None:
         read_trajectories(store, "train", SHAPE.model_copy(update={"along": "perturbation"}))
 
 
-@pytest.mark.parametrize("form", ["tar", "anndata"])
+@pytest.mark.parametrize(
+    ("store", "form"),
+    [
+        *(("small", "tar"), ("fast", "tar"), ("small", "anndata")),
+        pytest.param("fast", "anndata", marks=pytest.mark.slow),
+    ],
+    indirect=["store"],
+)
 def test_other_forms_of_the_store_give_the_same_trajectories(form: str, store: Store, tmp_path: Path) -> None:
     if form == "tar":
         to_webdataset(store, tmp_path / "tars", blocks_per_shard=2)

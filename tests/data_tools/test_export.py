@@ -17,8 +17,13 @@ from data_tools.export import to_webdataset as webdataset
 from data_tools.export.to_anndata import to_anndata
 
 
-@pytest.mark.parametrize("ending", ["h5ad", "zarr"])
-@pytest.mark.parametrize("split", [None, "train"])
+@pytest.mark.parametrize(
+    ("split", "ending"),
+    [
+        *((None, "h5ad"), ("train", "zarr")),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in (("train", "h5ad"), (None, "zarr"))),
+    ],
+)
 def test_in_parts_as_at_once(
     ending: str, split: str | None, contents: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,7 +74,16 @@ def test_the_metric_of_the_page_is_measured(draw: Draw) -> None:
     assert values[2] == pytest.approx(1)
 
 
-def test_the_protocol_of_the_page_takes_a_metric_from_outside(demo: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("protocol", "keys"),
+    [
+        ("sizes-v1", ["w2", "energy", "library_ks"]),
+        pytest.param("sizes-v2", ["w2", "library_gap"], marks=pytest.mark.slow),  # both are from outside below, too
+    ],
+)
+def test_the_protocol_of_the_page_takes_a_metric_from_outside(
+    protocol: str, keys: list[str], demo: Any, tmp_path: Path
+) -> None:
     run_page("metrics")
     names = run_page("protocols")
     with_gap = choose_metrics("w2", "library_gap")
@@ -84,15 +93,14 @@ def test_the_protocol_of_the_page_takes_a_metric_from_outside(demo: Any, tmp_pat
         names["partial"](names["evaluate"], protocol="sizes-v2", metrics=with_gap),
         registry.report_cells,
     )
-    for protocol, keys in (("sizes-v1", ["w2", "energy", "library_ks"]), ("sizes-v2", ["w2", "library_gap"])):
-        table, told, page, card = run(demo, tmp_path / protocol, protocol)
-        assert (told["protocol"], list(told["metrics"])[: len(keys)]) == (protocol, keys)
-        for key in keys:
-            for text in (table, page, card):
-                assert METRICS[key].title in text
-        assert f"Protocol `{protocol}`" in card
-        assert protocol in table
-        assert protocol in page
+    table, told, page, card = run(demo, tmp_path, protocol)
+    assert (told["protocol"], list(told["metrics"])[: len(keys)]) == (protocol, keys)
+    for key in keys:
+        for text in (table, page, card):
+            assert METRICS[key].title in text
+    assert f"Protocol `{protocol}`" in card
+    assert protocol in table
+    assert protocol in page
 
 
 def evaluate_medians(

@@ -134,7 +134,10 @@ def moment_scores(real: GeneMoments, generated: GeneMoments, genes: NDArray[np.i
 
 def ks_distance(a: NDArray[np.float64] | NDArray[np.int64], b: NDArray[np.float64] | NDArray[np.int64]) -> float:
     """Return the Kolmogorov-Smirnov distance: the largest gap between two empirical distribution functions, 0 to 1."""
-    return float(stats.ks_2samp(a, b, method="asymp").statistic)
+    first, second = np.sort(a), np.sort(b)
+    every = np.concatenate([first, second])
+    shares = (np.searchsorted(side, every, side="right") / len(side) for side in (first, second))
+    return float(np.abs(next(shares) - next(shares)).max())
 
 
 def library_ks(real: sparse.csr_matrix, generated: sparse.csr_matrix) -> float:

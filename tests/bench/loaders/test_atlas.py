@@ -6,7 +6,7 @@ import anndata
 import numpy as np
 import pytest
 
-from bgen.bench.loaders.atlas import CELLS_AT_ONCE, Atlas
+from bgen.bench.loaders.atlas import CELLS_AT_ONCE, DISPERSION, EXPRESSED, Atlas, _factors
 
 SMALL = Atlas(cells=600, genes=2000, batches=3, types=5, seed=1)
 
@@ -27,6 +27,12 @@ def test_counts_are_those_of_an_atlas(atlas: Atlas) -> None:
     assert (counts.data == 1).mean() == pytest.approx(0.57, abs=0.02)
     assert (counts.data <= 15).mean() == pytest.approx(0.957, abs=0.01)
     assert (counts.data > 255).mean() == pytest.approx(0.0008, abs=0.0005)
+
+
+def test_cells_express_the_wanted_share_of_the_genes_to_the_last_digits() -> None:
+    weights = np.bincount(SMALL.cell_type, minlength=5) / 600
+    zeros = [(DISPERSION / (DISPERSION + SMALL.means * factor)) ** DISPERSION for factor in _factors(6)]
+    assert np.mean([weights @ (1 - zero).mean(1) for zero in zeros]) == pytest.approx(EXPRESSED, abs=1e-8)
 
 
 def test_means_are_those_of_the_negative_binomial() -> None:

@@ -47,12 +47,15 @@ def test_in_a_crowd_all_cells_move_alike_and_otherwise_those_that_stand_aside() 
 
 
 def test_every_mixer_has_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    courses = {name: COURSES[name] for name in ("no mixing over time", "mamba2", "attention")}
-    for name, value in {"TESTED": 4, "DRAWS": 1, "COURSES": courses, "SOLVER": SampleConfig(steps=1)}.items():
+    few = {
+        "COURSES": {name: COURSES[name] for name in ("no mixing over time", "mamba2")},
+        "POPULATIONS": {name: POPULATIONS[name] for name in ("no mixing over cells", "set attention")},
+    }
+    for name, value in {"TESTED": 4, "DRAWS": 1, "SOLVER": SampleConfig(steps=1), **few}.items():
         monkeypatch.setattr(f"bgen.bench.quality.data_types.{name}", value)
     torch.set_num_threads(1)
     found = bench_courses(seeds=1, steps=2, say=lambda text: None)
-    assert len(found.runs["attention"][0]) == 12
+    assert len(found.runs["mamba2"][0]) == 12
     assert found.against["mamba2, times shuffled"] == "mamba2"
     found = bench_populations(seeds=1, steps=2, say=lambda text: None)
     assert set(found.runs["set attention"][0]) == {"error, crowd", "error, own"}

@@ -78,8 +78,15 @@ def test_inner_doses_are_left_out_one_at_a_time(cells: anndata.AnnData) -> None:
 
 def test_bench_perturb_as_in_its_example(bgen: Any, cells: anndata.AnnData, tmp_path: Path) -> None:
     cells.write_h5ad(tmp_path / "cells.h5ad")
-    asked = ["bench", "perturb", tmp_path / "cells.h5ad", "--within", "cell_type", "--seeds", 1, "--steps", 20]
-    asked += ["--out", tmp_path / "out", "vae.kl_weight=0.2", "vae.hidden=32", "train.global_batch=128"]
+    asked = ["bench", "perturb", tmp_path / "cells.h5ad", "--within", "cell_type", "--seeds", 1, "--steps", 4]
+    asked += [
+        "--out",
+        tmp_path / "out",
+        "vae.kl_weight=0.2",
+        "vae.hidden=32",
+        "train.global_batch=128",
+        "sample.steps=2",
+    ]
     targets = [name for name in cells.obs["perturbation"].unique() if name in cells.var_names]
     (tmp_path / "sets.gmt").write_text("\n".join(f"s{at}\t\t" + "\t".join(targets[at::2]) for at in range(2)))
     done = bgen(*asked, "--leave", "group:batch", "--leave", "targets:2", "--sets", tmp_path / "sets.gmt")

@@ -55,7 +55,7 @@ def test_cells_are_explained_whole_whatever_the_encoder_saw() -> None:
 
 
 def test_the_command_trains_and_tells(bgen: Any, tmp_path: Path) -> None:
-    cells = simulate("demo", cells=500, genes=80)
+    cells = simulate("demo", cells=300, genes=80)
     cells.write_h5ad(tmp_path / "cells.h5ad")
     given = ["bench", "representations", tmp_path / "cells.h5ad", "--label", "cell_type", "--genes", "60"]
     small = ["--seeds", "1", "--steps", "4", "--few", "0", "--only", "set of molecules", "--out", tmp_path / "out"]

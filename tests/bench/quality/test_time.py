@@ -16,15 +16,15 @@ from bgen.errors import UserError
 from bgen.models.backbones.size import backbone_parameters
 
 
-def curved() -> Course:
-    """Cells whose mean goes along a parabola: the acceleration is the same everywhere, straight lines cut corners."""
+def curved(cells: int = 150) -> Course:
+    """So many cells a time point, whose mean goes along a parabola; straight lines cut its corners."""
     rng = np.random.default_rng(0)
-    times = np.repeat(np.arange(5.0), 150)
-    cells = 0.3 * rng.normal(size=(len(times), 3)) + np.stack([times, 0.5 * times**2, 0 * times], 1)
-    return Course(cells.astype(np.float32), times)
+    times = np.repeat(np.arange(5.0), cells)
+    points = 0.3 * rng.normal(size=(len(times), 3)) + np.stack([times, 0.5 * times**2, 0 * times], 1)
+    return Course(points.astype(np.float32), times)
 
 
-@pytest.mark.parametrize("forecast", [False, True])
+@pytest.mark.parametrize("forecast", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_flow_learns_what_a_straight_line_misses(forecast: bool, tmp_path: Path) -> None:
     course = curved()
     rest, real = course.without(2.0), course.at(2.0)
@@ -37,11 +37,11 @@ def test_the_flow_learns_what_a_straight_line_misses(forecast: bool, tmp_path: P
 
 
 def test_the_table_stands_beside_peers(tmp_path: Path) -> None:
-    course = curved()
+    course = curved(60)
     table = pd.DataFrame(course.cells).assign(samples=course.time)
     table[table["samples"] < 4].to_csv(tmp_path / "emt.csv", index=False)
     said: list[str] = []
-    found = bench_time("emt", tmp_path / "emt.csv", tmp_path / "out", seeds=2, points=[1.0], steps=60, say=said.append)
+    found = bench_time("emt", tmp_path / "emt.csv", tmp_path / "out", seeds=2, points=[1.0], steps=40, say=said.append)
     assert found.rows() == [MODEL, "previous", "next", "OT-midpoint", "OT-CFM", "real halves"]
     assert found.verdicts("w1")["previous"] in ("at the ceiling", "better than the baseline")
     assert found.estimate("OT-midpoint", "w1").sd == 0
@@ -61,7 +61,7 @@ def test_the_table_stands_beside_peers(tmp_path: Path) -> None:
 
 def test_counts_go_the_way_of_a_user(bgen: Any, demo: Any, tmp_path: Path) -> None:
     done = bgen(
-        *["bench", "time", demo.cells, "--data", "simulated", "--point", 24, "--seeds", 2, "--steps", 5],
+        *["bench", "time", demo.cells, "--data", "simulated", "--point", 24, "--seeds", 2, "--steps", 2],
         *["--out", tmp_path / "bench"],
     )
     assert done.code == 0, done

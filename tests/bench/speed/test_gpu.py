@@ -10,13 +10,21 @@ from typing import Any
 import pytest
 import torch
 
-from bgen.bench.speed import gpu
+from bgen.bench.speed import gpu, mixers
 from bgen.bench.speed.gpu import IN_SMALL, bench_gpu
+from bgen.bench.speed.mixers import variants
 
 TINY = replace(IN_SMALL, cells=16, genes=120, sampled=20, read=400, times=(2,))
 
 
-def test_everything_is_measured_and_the_same_as_in_double_precision(tmp_path: Path) -> None:
+def few(device: str) -> dict[str, Any]:
+    return {"attention": variants(device)["attention"]}
+
+
+def test_everything_is_measured_and_the_same_as_in_double_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixers, "variants", few)  # which are compared over time points in test_train_step.py
     found = bench_gpu(tmp_path, device="cpu", minutes=60, extent=TINY)
     assert found.agrees
     compared = {row["what"] for row in found.parity}
@@ -44,6 +52,8 @@ def test_what_differs_is_told_and_what_fails_stops_nothing(
     def scarce(config: Any, cells: int, *_: Any) -> None:
         raise torch.cuda.OutOfMemoryError
 
+    for module in (gpu, mixers):
+        monkeypatch.setattr(module, "variants", few)
     monkeypatch.setattr(gpu, "IN_SMALL", TINY)
     monkeypatch.setattr(gpu, "BOUNDS", {"float32": 1e-12, "bf16": 1.0})
     monkeypatch.setattr(gpu, "time_vae", broken)

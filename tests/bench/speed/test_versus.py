@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,13 @@ from bgen.bench.speed.versus import peer_environment, prepare, versus
 from bgen.bench.speed.versus_worker import Job, nb_log_prob
 from bgen.cpus import MARK
 from bgen.errors import UserError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def simulated_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "simulate", functools.cache(module.simulate))
+        yield
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -70,7 +79,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         prepare(tmp_path, None, 200, 4096, seed=0)
 
 
-@pytest.mark.parametrize("busy", [0, 2])
+@pytest.mark.parametrize("busy", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_beside_busy_processes(
     busy: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

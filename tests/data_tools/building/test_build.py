@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import textwrap
 from contextlib import suppress
 from pathlib import Path
@@ -24,30 +23,46 @@ from data_tools.building import pieces, shuffle
 from data_tools.building.build import build
 from data_tools.building.partial import Interrupted
 from data_tools.check.check import check
+from data_tools.check.findings import Report
 from data_tools.inputs import source as inputs
 
 
 @pytest.fixture(scope="module")
-def whole(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What an undisturbed build writes."""
-    store = tmp_path_factory.mktemp("whole") / "store"
-    build(check(files), store, created_by="test")
-    return hashes(store)
+def report(files: list[Path]) -> Report:
+    return check(files)
 
 
 @pytest.fixture(scope="module")
-def in_pieces(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def whole_store(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an undisturbed build writes."""
+    store = tmp_path_factory.mktemp("whole") / "store"
+    build(report, store, created_by="test")
+    return store
+
+
+@pytest.fixture(scope="module")
+def whole(whole_store: Path) -> dict[str, str]:
+    return hashes(whole_store)
+
+
+@pytest.fixture(scope="module")
+def store_in_pieces(report: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an undisturbed build in small pieces writes."""
     store = tmp_path_factory.mktemp("in_pieces") / "store"
     with pytest.MonkeyPatch.context() as patch:
         small_pieces(patch)
-        build(check(files), store, created_by="test")
-    return hashes(store)
+        build(report, store, created_by="test")
+    return store
 
 
-def test_the_store_holds_what_the_files_hold(files: list[Path], tmp_path: Path) -> None:
-    manifest = build(check(files), tmp_path / "store", created_by="test")
-    store = Store(tmp_path / "store")
+@pytest.fixture(scope="module")
+def in_pieces(store_in_pieces: Path) -> dict[str, str]:
+    return hashes(store_in_pieces)
+
+
+def test_the_store_holds_what_the_files_hold(files: list[Path], whole_store: Path) -> None:
+    store = Store(whole_store)
+    manifest = store.manifest
     assert check_files(store.folder, manifest, checksums=True) == []
     assert same_frames(contents_of(store), contents_of_files(files))
     assert store.manifest.n_genes == 800  # the union
@@ -55,29 +70,25 @@ def test_the_store_holds_what_the_files_hold(files: list[Path], tmp_path: Path) 
     assert (one.genes, two.genes, one.kind, two.matrix, two.genes_left_out) == (700, 700, "h5ad", "X", 0)
     assert store.genes["cells"].is_monotonic_decreasing
     assert store.genes["cells"].sum() == manifest.n_nonzeros == len(contents_of_files(files))
-    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    assert [path.name for path in whole_store.parent.iterdir()] == ["store"]
 
 
 def test_how_the_input_is_cut_changes_nothing(
-    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    report: Report, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = build(check(files), tmp_path / "whole", created_by="test")
     monkeypatch.setattr(pieces, "PIECE_VALUES", 4000)
     monkeypatch.setattr(inputs, "CSC_VALUES", 3000)
     monkeypatch.setattr(inputs, "BLOCK_BYTES", 7000)
     steps: list[tuple[str, int, int]] = []
-    cut = build(check(files), tmp_path / "cut", created_by="test", progress=lambda *step: steps.append(step))
-    assert cut.fingerprint == whole.fingerprint
-    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+    build(report, tmp_path / "cut", created_by="test", progress=lambda *step: steps.append(step))
+    assert hashes(tmp_path / "cut") == whole
     assert [step[0] for step in steps].count("reading") > 10
     assert steps[-1] == ("writing", 1401, 1401)
 
 
-def test_shards_of_any_size_hold_the_same(files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small_pieces(monkeypatch)
-    build(check(files), tmp_path / "store", created_by="test")
-    store = Store(tmp_path / "store")
-    assert len(list((tmp_path / "store/gaps/c").iterdir())) == 3
+def test_shards_of_any_size_hold_the_same(files: list[Path], store_in_pieces: Path) -> None:
+    store = Store(store_in_pieces)
+    assert len(list((store_in_pieces / "gaps/c").iterdir())) == 3
     assert same_frames(contents_of(store), contents_of_files(files))
 
 
@@ -90,11 +101,11 @@ def cluster():
 
 
 @pytest.mark.parametrize("where", ["workers", "scheduler"])
-def test_dask_builds_the_same_store(where: str, files: list[Path], tmp_path: Path, whole, request) -> None:
+def test_dask_builds_the_same_store(where: str, report: Report, tmp_path: Path, whole, request) -> None:
     if where == "workers":
-        build(check(files), tmp_path / "there", created_by="test", workers=2)
+        build(report, tmp_path / "there", created_by="test", workers=2)
     else:
-        build(check(files), tmp_path / "there", created_by="test", scheduler=request.getfixturevalue("cluster"))
+        build(report, tmp_path / "there", created_by="test", scheduler=request.getfixturevalue("cluster"))
     assert hashes(tmp_path / "there") == whole
 
 
@@ -167,12 +178,17 @@ def start_build(tasks: int, out: Path, files: list[Path]) -> subprocess.Complete
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.parametrize("kills", [(30,), pytest.param((12, 30), marks=pytest.mark.slow)], ids=["once", "twice"])
 def test_a_killed_build_goes_on_and_gives_the_same_bytes(
-    files: list[Path], tmp_path: Path, in_pieces: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    kills: tuple[int, ...],
+    files: list[Path],
+    tmp_path: Path,
+    in_pieces: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     small_pieces(monkeypatch)
     out = tmp_path / "killed"
-    for tasks in (12, 30):  # tasks that were done return at once, and count here
+    for tasks in kills:  # tasks that were done return at once, and count here
         assert start_build(tasks, out, files).returncode == -signal.SIGKILL
         assert not out.exists()
     spills = sorted((tmp_path / ".killed.partial/build/spills").glob("*.streams"))
@@ -193,39 +209,39 @@ def test_a_killed_build_goes_on_and_gives_the_same_bytes(
 def test_another_build_is_told_of_an_interrupted_one(files: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "store"
     assert start_build(3, out, files).returncode == -signal.SIGKILL
+    report = check(files)
     with pytest.raises(UserError, match=r"differs from it in: the codec profile, the seed, the splits.*--restart"):
-        build(check(files), out, created_by="test", seed=1, profile="fast")
+        build(report, out, created_by="test", seed=1, profile="fast")
     with pytest.raises(UserError, match=r"differs from it in: .*the input files"):
         build(check(files[:1]), out, created_by="test")
-    manifest = build(check(files), out, created_by="test", seed=1, restart=True)
+    manifest = build(report, out, created_by="test", seed=1, restart=True)
     assert manifest.seed == 1
     assert same_frames(contents_of(Store(out)), contents_of_files(files))
 
 
-def test_two_builds_do_not_write_one_store(files: list[Path], tmp_path: Path) -> None:
+def test_two_builds_do_not_write_one_store(report: Report, tmp_path: Path) -> None:
     def second(*step: object) -> None:
         with pytest.raises(UserError, match="Another build is writing"):
-            build(check(files), tmp_path / "store", created_by="test")
+            build(report, tmp_path / "store", created_by="test")
 
-    build(check(files), tmp_path / "store", created_by="test", progress=second)
+    build(report, tmp_path / "store", created_by="test", progress=second)
     with pytest.raises(UserError, match="there already"):
-        build(check(files), tmp_path / "store", created_by="test")
+        build(report, tmp_path / "store", created_by="test")
 
 
-def test_an_interruption_keeps_the_work(files: list[Path], tmp_path: Path) -> None:
+def test_an_interruption_keeps_the_work(report: Report, tmp_path: Path) -> None:
     def stop(what: str, done: int, cells: int) -> None:
         if what == "measuring":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(check(files), tmp_path / "store", created_by="test", progress=stop)
+        build(report, tmp_path / "store", created_by="test", progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == [".store.partial"]
-    build(check(files), tmp_path / "store", created_by="test")
+    build(report, tmp_path / "store", created_by="test")
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
-def test_a_write_error_keeps_the_work(files: list[Path], tmp_path: Path, whole: dict[str, str]) -> None:
-    report = check(files)
+def test_a_write_error_keeps_the_work(report: Report, tmp_path: Path, whole: dict[str, str]) -> None:
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limit[1]))
     try:
@@ -238,8 +254,10 @@ def test_a_write_error_keeps_the_work(files: list[Path], tmp_path: Path, whole: 
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
-@pytest.mark.parametrize("megabytes", ["100k", "260k", "420k"])
-def test_a_full_disk_keeps_the_work(files: list[Path], tmp_path: Path, whole: dict[str, str], megabytes: str) -> None:
+@pytest.mark.parametrize(
+    "megabytes", ["260k", *(pytest.param(other, marks=pytest.mark.slow) for other in ("100k", "420k"))]
+)
+def test_a_full_disk_keeps_the_work(report: Report, tmp_path: Path, whole: dict[str, str], megabytes: str) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}", "tmpfs", str(disk)]
@@ -247,16 +265,16 @@ def test_a_full_disk_keeps_the_work(files: list[Path], tmp_path: Path, whole: di
         pytest.skip("needs the right to mount a small disk")
     try:
         with pytest.raises(Interrupted, match=r"disk of .* is full.*the same command goes on"):
-            build(check(files), disk / "store", created_by="test")
+            build(report, disk / "store", created_by="test")
         assert [path.name for path in disk.iterdir()] == [".store.partial"]
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
-        build(check(files), disk / "store", created_by="test")
+        build(report, disk / "store", created_by="test")
         assert hashes(disk / "store") == whole
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("where", ["reading", "writing", "work"])
+@pytest.mark.parametrize("where", ["reading", "work", pytest.param("writing", marks=pytest.mark.slow)])
 def test_an_error_that_goes_over_keeps_the_work(
     where: str, files: list[Path], tmp_path: Path, in_pieces: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,14 +328,14 @@ def test_a_planted_work_folder_is_refused(files: list[Path], tmp_path: Path) -> 
 
 def test_workers_open_no_port_and_end_with_the_build(files: list[Path], tmp_path: Path) -> None:
     script = """
-        import sys
+        import os, sys
         from pathlib import Path
         from data_tools.building.build import build
         from data_tools.check.check import check
 
         def show(what, done, total):
             if what == "writing":
-                print("now", flush=True)
+                print(os.getpid(), flush=True)
                 sys.stdin.read()
 
         if __name__ == "__main__":
@@ -325,11 +343,11 @@ def test_workers_open_no_port_and_end_with_the_build(files: list[Path], tmp_path
             build(report, Path(sys.argv[1]), created_by="test", workers=2, progress=show)
     """
     (tmp_path / "main.py").write_text(textwrap.dedent(script))
-    command = [sys.executable, str(tmp_path / "main.py"), str(tmp_path / "store"), *map(str, files)]
+    command = [python(), str(tmp_path / "main.py"), str(tmp_path / "store"), *map(str, files)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == b"now\n"
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        builder = psutil.Process(int(process.stdout.readline()))
+        family = [builder, *builder.children(recursive=True)]
         workers = [one for one in family[1:] if "spawn_main" in " ".join(one.cmdline())]
         assert workers
         assert [one for member in family for one in member.net_connections() if one.status == "LISTEN"] == []

@@ -34,7 +34,8 @@ def test_a_reference_decides_the_genes(files: list[Path], tmp_path: Path) -> Non
     reference = tmp_path / "panel.txt"
     wanted = [f"GENE{i:011d}" for i in range(650, 850)]  # 600 to 799 are in the inputs; the last 50 in none
     reference.write_text("\n".join(wanted) + "\n")
-    manifest = build(check(files), tmp_path / "store", created_by="test", reference=reference)
+    report = check(files)
+    manifest = build(report, tmp_path / "store", created_by="test", reference=reference)
     store = Store(tmp_path / "store")
     assert sorted(store.genes["id"]) == wanted
     expected = contents_of_files(files)
@@ -47,14 +48,14 @@ def test_a_reference_decides_the_genes(files: list[Path], tmp_path: Path) -> Non
     )
     assert manifest.n_cells == 1401
     # the genes of a store are a reference too, with its symbols
-    again = build(check(files), tmp_path / "again", created_by="test", reference=tmp_path / "store")
+    again = build(report, tmp_path / "again", created_by="test", reference=tmp_path / "store")
     assert again.genes_sha256 == manifest.genes_sha256
     reference.write_text("TP53\nTP54\n")
     with pytest.raises(UserError, match=r"none of the inputs' genes.*TP53"):
-        build(check(files), tmp_path / "other", created_by="test", reference=reference)
+        build(report, tmp_path / "other", created_by="test", reference=reference)
     reference.write_text("TP53\nTP53\n")
     with pytest.raises(UserError, match="TP53 twice"):
-        build(check(files), tmp_path / "other", created_by="test", reference=reference)
+        build(report, tmp_path / "other", created_by="test", reference=reference)
 
 
 def test_several_conditions_keep_their_role(files: list[Path], tmp_path: Path) -> None:
@@ -66,14 +67,15 @@ def test_several_conditions_keep_their_role(files: list[Path], tmp_path: Path) -
 
 
 def test_groups_and_held_out_values_keep_to_their_split(files: list[Path], tmp_path: Path) -> None:
-    build(check(files), tmp_path / "donors", created_by="test", split_by="donor")
+    report = check(files)
+    build(report, tmp_path / "donors", created_by="test", split_by="donor")
     store = Store(tmp_path / "donors")
     splits = [set(store.column("donor")[1][store.cells_of_split(name)]) for name in ("train", "valid", "test")]
     assert sum(map(len, splits)) == 6
     assert set.union(*splits) == set(range(6))
 
     options = {"created_by": "test", "split_by": "time", "held_out": {"test": ["48"]}}
-    manifest = build(check(files), tmp_path / "times", **options)
+    manifest = build(report, tmp_path / "times", **options)
     assert manifest.held_out == {"test": ["48"]}
     store = Store(tmp_path / "times")
     assert set(store.column("time")[1][store.cells_of_split("test")]) == {48.0}
@@ -81,8 +83,8 @@ def test_groups_and_held_out_values_keep_to_their_split(files: list[Path], tmp_p
     ratio = len(store.cells_of_split("valid")) / len(store.cells_of_split("train"))
     assert abs(ratio - 1 / 8) < 0.01
 
-    options = CheckOptions(roles=Roles(perturbation="perturbation", control="control"))
-    build(check(files, options), tmp_path / "perturbed", created_by="test", split_by="perturbation")
+    report = check(files, CheckOptions(roles=Roles(perturbation="perturbation", control="control")))
+    build(report, tmp_path / "perturbed", created_by="test", split_by="perturbation")
     store = Store(tmp_path / "perturbed")
     names = store.column("perturbation")[0].categories
     splits = [
@@ -92,7 +94,7 @@ def test_groups_and_held_out_values_keep_to_their_split(files: list[Path], tmp_p
     assert sorted(name for split in splits for name in split if name != "control") == ["G1", "G2", "G3"]
     with pytest.raises(UserError, match="Did you mean 'G3'"):
         build(
-            check(files, options),
+            report,
             tmp_path / "x",
             created_by="test",
             split_by="perturbation",
@@ -100,7 +102,7 @@ def test_groups_and_held_out_values_keep_to_their_split(files: list[Path], tmp_p
         )
     with pytest.raises(UserError, match="is the control"):
         build(
-            check(files, options),
+            report,
             tmp_path / "x",
             created_by="test",
             split_by="perturbation",

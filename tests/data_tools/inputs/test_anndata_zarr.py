@@ -54,8 +54,14 @@ def shard(path: Path, name: str = "X") -> None:
         zarr.consolidate_metadata(path)
 
 
-@pytest.mark.parametrize("version", [2, 3])
-@pytest.mark.parametrize("layout", ["csr", "csc", "dense"])
+@pytest.mark.parametrize(
+    ("layout", "version"),
+    [
+        *(("csr", 2), ("csc", 3)),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in (("csr", 3), ("csc", 2), ("dense", 2))),
+        ("dense", 3),
+    ],
+)
 def test_versions_and_layouts(version: int, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "CSC_VALUES", 300)
     adata = make_adata(layout=layout)
@@ -75,19 +81,19 @@ def test_versions_and_layouts(version: int, layout: str, tmp_path: Path, monkeyp
 
 
 def test_a_collection_is_its_members_and_builds_like_h5ad(tmp_path: Path) -> None:
-    parts = [make_adata(60 + seed, seed) for seed in range(11)]
+    parts = {number: make_adata(60 + number, number) for number in (0, 2, 10)}  # of which names sort otherwise
     zarr.open_group(tmp_path / "collection", mode="w")
-    for number, part in enumerate(parts):
+    for number, part in parts.items():
         part.write_h5ad(tmp_path / f"{number:02d}.h5ad")
         shard(write_zarr(part, tmp_path / f"collection/dataset_{number}"))
     report = check([tmp_path / "collection"])
-    assert [file.path.name for file in report.files] == [f"dataset_{i}" for i in range(11)]
+    assert [file.path.name for file in report.files] == [f"dataset_{number}" for number in parts]
     build(report, tmp_path / "a", created_by="test")
-    build(check([tmp_path / f"{number:02d}.h5ad" for number in range(11)]), tmp_path / "b", created_by="test")
+    build(check([tmp_path / f"{number:02d}.h5ad" for number in parts]), tmp_path / "b", created_by="test")
     a, b = Store(tmp_path / "a"), Store(tmp_path / "b")
     streams = [name for name in a.manifest.files if name.startswith(("gaps", "counts", "rows", "origin", "obs"))]
     assert all(a.manifest.files[name] == b.manifest.files[name] for name in streams)
-    assert a.manifest.sources[3].kind == "anndata zarr"
+    assert a.manifest.sources[2].kind == "anndata zarr"
 
 
 def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
@@ -105,7 +111,7 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
         list(open_source(path).iterate())
 
 
-@pytest.mark.parametrize("ending", ["h5ad", "zarr"])
+@pytest.mark.parametrize("ending", [pytest.param("h5ad", marks=pytest.mark.slow), "zarr"])
 def test_there_and_back(ending: str, tmp_path: Path) -> None:
     adata = make_adata(700)
     x = sp.lil_matrix(adata.X)

@@ -108,7 +108,7 @@ def test_knockout_is_exactly_what_the_equations_say(tiny: anndata.AnnData) -> No
         assert (changed[sorted(downstream)] != control[sorted(downstream)]).all()
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_knockout_changes_1_to_40_genes(seed: int) -> None:
     cells = simulate("demo", seed=seed)
     control = counterfactual_mean(cells, "control", drug="vehicle", dose=0.0).mean(0)

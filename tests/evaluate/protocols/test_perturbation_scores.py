@@ -46,7 +46,7 @@ def claims(draw: object, names: list[str] | None, times: int) -> float:
     return claimed / times
 
 
-@pytest.mark.parametrize("n", [8, 25])
+@pytest.mark.parametrize("n", [8, pytest.param(25, marks=pytest.mark.slow)])
 def test_false_claims_are_as_rare_as_stated(n: int) -> None:
     """2,000 screens each; about .046 and .050."""
     rng = np.random.default_rng(n)
@@ -61,11 +61,11 @@ def test_replicates_of_a_perturbation_are_one_observation() -> None:
     def draw() -> np.ndarray:
         return np.sqrt(0.3) * np.repeat(rng.normal(size=(2, 25)), 3, 1) + np.sqrt(0.7) * rng.normal(size=(2, 75))
 
-    assert claims(draw, names, 2000) <= 0.062
-    assert claims(draw, None, 700) > 0.08
+    assert claims(draw, names, 1000) <= 0.062
+    assert claims(draw, None, 400) > 0.08
 
 
-@pytest.mark.parametrize("n", [8, 25])
+@pytest.mark.parametrize("n", [8, pytest.param(25, marks=pytest.mark.slow)])
 def test_skewed_differences_claim_no_more(n: int) -> None:
     """Student's interval alone would claim .11 and .08."""
     rng = np.random.default_rng(1)

@@ -16,6 +16,7 @@ from bgen.evaluate.metrics.registry import choose_metrics
 from bgen.evaluate.protocols.verdicts import ROWS, Errors, errors_of, half_gaps, judge, judge_cells
 
 N = 60
+QUICKEST = choose_metrics("energy", "library_ks")
 QUICK = choose_metrics("energy", "nn_accuracy", "precision", "library_ks")
 CHEAP = (*QUICK, *choose_metrics("w2", "mmd2", "recall", "mean_rmse"))
 LEARNED = choose_metrics("classifier", "boosting")
@@ -73,8 +74,9 @@ def at_most(times: int) -> float:
     return 0.05 + 3.1 * float(np.sqrt(0.05 * 0.95 / times))
 
 
-def test_false_verdicts_are_few() -> None:
-    for shares in share_of_errors(QUICK, 150):
+@pytest.mark.parametrize("metrics", [QUICKEST, pytest.param(QUICK, marks=pytest.mark.slow)], ids=["two", "four"])
+def test_false_verdicts_are_few(metrics: tuple[Metric[Any], ...]) -> None:
+    for shares in share_of_errors(metrics, 150):
         assert max(shares.values()) <= at_most(150), shares
 
 

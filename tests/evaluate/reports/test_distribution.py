@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from anndata import AnnData
 
+from bgen.evaluate.metrics.registry import choose_metrics
 from bgen.evaluate.protocols.distribution import baseline_cells, evaluate
 from bgen.evaluate.reports import pictures
 from bgen.evaluate.reports.distribution import write_report
@@ -25,7 +26,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("cell_type", ["kind", None])
+@pytest.mark.parametrize("cell_type", ["kind", pytest.param(None, marks=pytest.mark.slow)])
 def test_report_is_one_file_with_sentence_table_and_pictures(draw: Draw, tmp_path: Path, cell_type: str | None) -> None:
     train, test, real = draw(1, 200), draw(2, 100), draw(3, 100)
     scores = evaluate(train, test, real, cell_type=cell_type, seeds=2)
@@ -51,7 +52,7 @@ def test_report_is_one_file_with_sentence_table_and_pictures(draw: Draw, tmp_pat
 
 def test_report_without_losses_has_no_training_section(draw: Draw, tmp_path: Path) -> None:
     train, test = draw(1, 200), draw(2, 60)
-    scores = evaluate(train, test, draw(3, 60), seeds=2)
+    scores = evaluate(train, test, draw(3, 60), seeds=2, metrics=choose_metrics("energy", "precision"))
     page = write_report(tmp_path / "r.html", scores, train, test, draw(3, 60), baseline_cells(train, test)).read_text()
     assert "<h2>Training" not in page
     assert page.count("data:image/png") == 3

@@ -22,7 +22,7 @@ from bgen.models.generators.latent_flow import LatentFlow, Places
 from bgen.models.measured_latents import MeasuredLatents
 from bgen.order.keys import hash_keys
 
-B, N, D, STEPS = 16, 32, 2, 150
+B, N, D, STEPS = 16, 32, 2, 100
 
 
 def contexts(seed: int) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ def test_order_is_learnt_where_words_tell_nothing() -> None:
 
     shares = kmer_shares(codes, 4)
     assert missed(fit_words(shares[~held], targets[~held]).predict(shares)) > 0.95
-    training = SequenceTraining(epochs=50, batch=64, learning_rate=3e-3, shift=0)
+    training = SequenceTraining(epochs=35, batch=64, learning_rate=3e-3, shift=0)
     config = SequenceConfig(mixer="hyena", pool=4)
     fitted = fit_sequences(codes[~held], targets[~held], np.ones(1), config, training, 0)
     assert missed(fitted.predict(codes)) < 0.3

@@ -221,7 +221,7 @@ def test_training_beats_a_negative_binomial_per_gene_on_held_out_cells() -> None
     vae = VAE(VAEConfig(latent=6, hidden=64, kl_warmup=100), 60, {})
     vae.initialise_genes(train.mean(0))
     optimiser = torch.optim.AdamW(vae.parameters(), lr=3e-3)
-    for step in range(300):
+    for step in range(200):
         rows = torch.randint(0, 1500, (256,))
         vae(replace(batch_of(train[rows], first_key=step * 256), step=step))["loss"].mean().backward()
         optimiser.step()

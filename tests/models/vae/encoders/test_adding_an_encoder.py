@@ -146,7 +146,9 @@ def test_a_flow_trains_on_it_and_generates(run: Path, bgen: Any, demo: Any, tmp_
     assert anndata.read_h5ad(tmp_path / "cells.h5ad").shape == (20, 120)
 
 
-@pytest.mark.parametrize("mode", ["head", "lora", "full"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("head", marks=pytest.mark.slow), "lora", pytest.param("full", marks=pytest.mark.slow)]
+)
 def test_finetuning_adds_genes_and_batches(run: Path, tune_with_new_genes: Any, mode: str) -> None:
     old, grown = tune_with_new_genes(run, mode)
     assert isinstance(old.encoder, MeanEncoder)

@@ -225,7 +225,9 @@ def test_its_settings_are_exported_and_a_flow_trains_on_it(run: Path, bgen: Any,
     assert anndata.read_h5ad(tmp_path / "cells.h5ad").shape == (20, 120)
 
 
-@pytest.mark.parametrize("mode", ["head", "lora", "full"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("head", marks=pytest.mark.slow), pytest.param("lora", marks=pytest.mark.slow), "full"]
+)
 def test_finetuning_adds_genes_and_batches(run: Path, tune_with_new_genes: Any, mode: str) -> None:
     old, grown = tune_with_new_genes(run, mode)
     assert isinstance(old.encoder, GeneSetEncoder)
