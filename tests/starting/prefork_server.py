@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -30,6 +31,7 @@ import bgen.train.run
 if torch.version.cuda is None and torch.version.hip is None:  # else it would have to choose an accelerator
     os.environ["DS_ACCELERATOR"] = "cpu"
     bgen.train.engine.engine.import_deepspeed()
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # every engine does, and it torch's compiler
 
 
 def serve(path: str) -> list[str]:
