@@ -40,6 +40,7 @@ def test_one_run_on_sqlite_over_a_restart(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(logged) > 2
 
 
+@pytest.mark.slow
 def test_a_closed_port_neither_slows_nor_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     without, _ = run(toy_config(tmp_path / "without"))
     with socket.socket() as free:
