@@ -66,7 +66,13 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[], CellBatch]]] = {
 """By name: a module as a stage trains it, and a batch of it."""
 
 
-@pytest.mark.parametrize("name", MODULES)
+VARIANTS = ("recomputed", "ranked", "set transformer", "tracked", "mamba1", "s4d", "hyena", "attention")
+"""Of what others of these trace; traced by the slow tests alone."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in MODULES]
+)
 def test_both_passes_and_the_update_are_traced(name: str, cuda: None) -> None:
     trace, (make, batch) = Trace(), MODULES[name]
     module = trace.module(make().train())
