@@ -56,9 +56,10 @@ def shrink(estimate: NDArray[np.float64], error: NDArray[np.float64]) -> NDArray
     weight = np.full(len(tau), 1 / len(tau))
     each = max(1, density.shape[1] // _GENES)
     some = np.ascontiguousarray(density[:, ::each])
+    # One more cell of evidence for "no effect" than the genes give: with few genes the weights are uncertain.
+    one_more = np.where(tau == 0, 1.0, 0.0) / each
     for _ in range(_STEPS):
-        # One more cell of evidence for "no effect" than the genes give: with few genes the weights are uncertain.
-        weight = weight * (some @ (1 / (weight @ some))) + np.where(tau == 0, 1.0, 0.0) / each
+        weight = weight * (some @ (1 / (weight @ some))) + one_more
         weight /= weight.sum()
     posterior = weight[:, None] * density
     posterior /= posterior.sum(0)

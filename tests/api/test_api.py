@@ -85,7 +85,7 @@ def test_the_same_as_the_command_line(vae: Any, request: pytest.FixtureRequest, 
 
 def test_trajectories_and_perturbations(vae: Any, tmp_path: Path) -> None:
     small = {
-        "data": {"trajectories": {"times": 2, "cells": 8}},
+        "data": {"trajectories": {"times": 2, "cells": 8, "pool": 256}},
         "flow": {"backbone": {"name": "mlp", "width": 16, "layers": 1}},
     }
     course = bgen.train_trajectories(

@@ -108,21 +108,6 @@ def test_generate_gives_counts_under_the_condition(bgen: Any, demo: Any, tmp_pat
     assert first.uns["bgen"]["noise"] == 1.1
 
 
-def test_evaluate_writes_table_report_and_card(bgen: Any, demo: Any, tmp_path: Path) -> None:
-    model = Path(shutil.copytree(demo.model, tmp_path / "model"))
-    scored = bgen("evaluate", model, "--data", demo.store, "--out", tmp_path / "report", "--seeds", 2)
-    assert scored.code == 0, scored.err
-    assert "2-Wasserstein" in scored.out
-    assert "ceiling" in scored.out
-    assert (tmp_path / "report" / "report.html").stat().st_size > 50_000
-    told = json.loads((tmp_path / "report" / "metrics.json").read_text())
-    metrics = told["metrics"]
-    assert told["memorisation"]["found"] in (True, False)
-    assert told["headline"].startswith("Asked for ")
-    assert {"model", "baseline", "ceiling", "verdict"} <= set(metrics["w2"])
-    assert "| 2-Wasserstein" in (model / "README.md").read_text()
-
-
 def wrong(result: Any, *parts: str) -> None:
     """One message, exit code 2, no traceback."""
     assert result.code == 2, result

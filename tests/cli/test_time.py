@@ -38,7 +38,10 @@ def here(demo: Any, course: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return tmp_path
 
 
-@pytest.mark.parametrize(("verb", "model"), [("generate", "runs/"), ("interpolate", "model"), ("forecast", "model")])
+@pytest.mark.parametrize(
+    ("verb", "model"),
+    [("generate", "runs/"), ("interpolate", "model"), pytest.param("forecast", "model", marks=pytest.mark.slow)],
+)
 def test_the_example_of_the_help_runs(bgen: Any, here: Path, verb: str, model: str) -> None:
     shown = " ".join(bgen(verb, "--help").out.replace("│", " ").split())
     example = next(e for e in re.findall(r"Example: bgen (.*?\.h5ad)(?= |$)", shown) if f"{verb} {model}" in e)

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def test_record_model_and_scores_are_sent_later(
+def test_record_model_and_scores_are_sent_later_and_scores_written_here(
     bgen: Any, demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Path
 ) -> None:
     shutil.copy(empty_mlflow, tmp_path)
@@ -46,8 +46,16 @@ def test_record_model_and_scores_are_sent_later(
     report = tmp_path / "report"
     scored = bgen("evaluate", model, "--data", demo.store, "--out", report, "--seeds", 2, "--run", demo.flow)
     assert scored.code == 0, scored.err
+    assert "2-Wasserstein" in scored.out
+    assert "ceiling" in scored.out
+    assert (report / "report.html").stat().st_size > 50_000
+    told = json.loads((report / "metrics.json").read_text())
+    assert told["memorisation"]["found"] in (True, False)
+    assert told["headline"].startswith("Asked for ")
+    metrics = told["metrics"]
+    assert {"model", "baseline", "ceiling", "verdict"} <= set(metrics["w2"])
+    assert "| 2-Wasserstein" in (model / "README.md").read_text()
     (child,) = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{flow}'")
-    metrics = json.loads((report / "metrics.json").read_text())["metrics"]
     assert child.data.metrics["w2/model"] == pytest.approx(metrics["w2"]["model"]["mean"])
     assert {entry.path for entry in client.list_artifacts(child.info.run_id)} == {"metrics.json", "report.html"}
 

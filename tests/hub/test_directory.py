@@ -34,7 +34,7 @@ def test_export_of_a_run_is_what_training_exported(demo: Any) -> None:
 
 
 @pytest.mark.usefixtures("few_latents")
-@pytest.mark.parametrize("stage", ["vae", "flow", "trajectories"])
+@pytest.mark.parametrize("stage", ["vae", "flow", pytest.param("trajectories", marks=pytest.mark.slow)])
 def test_export_of_a_run_with_shipped_settings_is_what_training_exported(
     stage: str, demo: Any, bgen: Any, tmp_path: Path
 ) -> None:

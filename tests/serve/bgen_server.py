@@ -36,8 +36,8 @@ class Server:
         return code, json.loads(told) if kind == "application/json" else told
 
 
-def start(model: Path, *options: object, **variables: str) -> Server:
-    command = [sys.executable, "-m", "bgen", "serve", str(model), "--port", "0", *map(str, options)]
+def start(model: Path, *options: object, python: str = sys.executable, **variables: str) -> Server:
+    command = [python, "-m", "bgen", "serve", str(model), "--port", "0", *map(str, options)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **variables})
     assert process.stderr is not None
     said = ""
@@ -49,8 +49,8 @@ def start(model: Path, *options: object, **variables: str) -> Server:
 
 
 @contextmanager
-def running(model: Path, *options: object, **variables: str) -> Iterator[Server]:
-    made = start(model, *options, **variables)
+def running(model: Path, *options: object, python: str = sys.executable, **variables: str) -> Iterator[Server]:
+    made = start(model, *options, python=python, **variables)
     try:
         yield made
     finally:

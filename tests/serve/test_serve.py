@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 import scipy.sparse as sp
+from prefork import python
 
 from bgen.tasks.load import load_model
 
@@ -206,42 +207,41 @@ def test_two_hundred_at_once_and_a_thousand_bad_ones(demo: Any, cells: anndata.A
     print(f"{1e3 * median:.0f} ms, 95 % below {1e3 * most:.0f} ms; memory {before >> 20} to {after >> 20} MB")
 
 
-def test_who_is_slow_is_told_so(server: Server) -> None:
-    slow = http.client.HTTPConnection(server.address.removeprefix("http://"), timeout=120)
-    slow.putrequest("POST", "/generate")
-    slow.putheader("Content-Length", "1000")
-    slow.endheaders()
-    slow.send(b"{")  # and no more
-    answer = slow.getresponse()
-    assert (answer.status, "within 5 s" in json.loads(answer.read())["error"]) == (408, True)
-    slow.close()
-
-
-def test_a_token_is_asked_for_and_others_need_one(demo: Any, bgen: Any) -> None:
-    with running(demo.model, BGEN_TOKEN="secret") as guarded:
+def test_a_token_is_asked_for_and_no_more_wait_than_may_and_who_is_slow_is_told_so(
+    server: Server, demo: Any, bgen: Any
+) -> None:
+    slow = begin(server, 1000)  # and no more: while it is waited for, another server is asked
+    with running(demo.model, "--waiting", 1, python=python(), BGEN_TOKEN="secret") as guarded:
         assert guarded.ask("/health")[0] == 200
         code, told = guarded.ask("/model")
         assert (code, "Authorization: Bearer" in told["error"]) == (401, True)
         assert guarded.ask("/docs")[0] == 401
         assert guarded.ask("/model", Authorization="Bearer wrong")[0] == 401
-        assert guarded.ask("/model", Authorization="Bearer secret")[0] == 200
-    done = bgen("serve", demo.model, "--host", "0.0.0.0")
-    assert (done.code, "set BGEN_TOKEN" in done.err) == (2, True)
-
-
-def test_no_more_wait_than_may(demo: Any) -> None:
-    """While one question is being sent, no other may come where one may wait."""
-    with running(demo.model, "--waiting", 1) as narrow:
-        first = http.client.HTTPConnection(narrow.address.removeprefix("http://"), timeout=120)
-        first.putrequest("POST", "/generate")
-        first.putheader("Content-Length", "8")
-        first.endheaders()
-        first.send(b"{")
-        while b"bgen_requests_waiting 1" not in narrow.ask("/metrics")[1]:
+        known = {"Authorization": "Bearer secret"}
+        assert guarded.ask("/model", **known)[0] == 200
+        # While one question is being sent, no other may come where one may wait.
+        first = begin(guarded, 8, **known)
+        while b"bgen_requests_waiting 1" not in guarded.ask("/metrics", **known)[1]:
             pass
-        code, told = narrow.ask("/generate", {"n": 1})
+        code, told = guarded.ask("/generate", {"n": 1}, **known)
         assert (code, "come again" in told["error"]) == (429, True)
         first.send(b'"n": 1}')
         assert first.getresponse().status == 200
         first.close()
-        assert narrow.ask("/generate", {"n": 1})[0] == 200
+        assert guarded.ask("/generate", {"n": 1}, **known)[0] == 200
+    done = bgen("serve", demo.model, "--host", "0.0.0.0")
+    assert (done.code, "set BGEN_TOKEN" in done.err) == (2, True)
+    answer = slow.getresponse()
+    assert (answer.status, "within 5 s" in json.loads(answer.read())["error"]) == (408, True)
+    slow.close()
+
+
+def begin(server: Server, length: int, **headers: str) -> http.client.HTTPConnection:
+    """Send the first of so many bytes of a question."""
+    connection = http.client.HTTPConnection(server.address.removeprefix("http://"), timeout=120)
+    connection.putrequest("POST", "/generate")
+    for name, value in {"Content-Length": str(length), **headers}.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    connection.send(b"{")
+    return connection

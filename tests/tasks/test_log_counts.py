@@ -83,13 +83,17 @@ def bgen_model(folder: Path) -> Any:
     return bgen.load(folder)
 
 
-def test_cells_are_generated_and_scored(direct: Path, demo: Any, bgen: Any, tmp_path: Path) -> None:
+def test_cells_are_generated(direct: Path) -> None:
     model = bgen_model(direct)
     made = model.generate(30, where={"cell_type": model.conditions["cell_type"][0]}, library_size=300, guidance=1.5)
     counts = made.X.toarray()
     assert np.array_equal(counts, counts.round())
     assert np.abs(counts.sum(1) - 300).max() < 60  # rounding
     assert np.array_equal(model.generate(30, seed=3).X.toarray(), model.generate(30, seed=3).X.toarray())
+
+
+@pytest.mark.slow
+def test_cells_are_scored(direct: Path, demo: Any, bgen: Any, tmp_path: Path) -> None:
     done = bgen("evaluate", direct, "--data", demo.store, "--out", tmp_path / "report", "--seeds", 2)
     assert done.code == 0, done.err
 

@@ -49,14 +49,14 @@ def test_sqlite_receives_everything_once_over_restarts(tmp_path: Path, empty_mlf
     assert uri == f"sqlite:///{tmp_path / 'mlflow.db'}"
     record = Record(tmp_path / "record.jsonl")
     first = mirror(tmp_path, uri)
-    write(record, range(1, 1001))
+    write(record, range(1, 501))
     assert first.close("KILLED") is None
-    # Killed at step 1000, resumed from step 600: these steps come again.
+    # Killed at step 500, resumed from step 300: these steps come again.
     record.close()
-    truncate(tmp_path / "record.jsonl", 600)
+    truncate(tmp_path / "record.jsonl", 300)
     record = Record(tmp_path / "record.jsonl")
     second = mirror(tmp_path, uri)
-    write(record, range(601, 1201))
+    write(record, range(301, 601))
     assert second.close("FINISHED") is None
     record.close()
 
@@ -68,11 +68,11 @@ def test_sqlite_receives_everything_once_over_restarts(tmp_path: Path, empty_mlf
     assert run.data.tags["bgen.attempts"] == "2"
     assert len(run.data.params) == 120
     history = sorted(client.get_metric_history(run.info.run_id, "train/loss"), key=lambda metric: metric.step)
-    assert [metric.step for metric in history] == list(range(1, 1201))
+    assert [metric.step for metric in history] == list(range(1, 601))
     assert history[9].value == pytest.approx(0.1)
     assert {m.step: m.value for m in client.get_metric_history(run.info.run_id, "valid/nll")} == {
-        1000: 2.0 / 1000,
-        1200: 2.0 / 1200,
+        500: 2.0 / 500,
+        600: 2.0 / 600,
     }
     assert set(run.data.metrics) == {"train/loss", "train/lr", "valid/nll"}
     assert [entry.path for entry in client.list_artifacts(run.info.run_id)] == ["attempt_1", "attempt_2"]
@@ -95,15 +95,18 @@ def test_a_closed_port_costs_nothing(tmp_path: Path) -> None:
     record.close()
 
 
-def test_a_server_that_never_answers_does_not_hold_the_end_up(tmp_path: Path) -> None:
+def test_a_server_that_never_answers_does_not_hold_the_end_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bgen.track.mirror.CLOSE_SERVER", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen(20)
         record = Record(tmp_path / "record.jsonl")
         target = mirror(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}")
         write(record, range(1, 5))
-        assert target.close("FINISHED") is not None  # MLflow itself would wait for some twenty minutes
-        assert target._process.poll() is not None
+        silent.settimeout(600)
+        with silent.accept()[0]:  # it has asked, and waits
+            assert target.close("FINISHED") is not None  # MLflow itself would wait for some twenty minutes
+            assert target._process.poll() is not None
         record.close()
 
 

@@ -56,15 +56,34 @@ def world() -> World:
     return World(0, 1, 0, 1, torch.device("cpu"))
 
 
-def test_after_an_outage_everything_can_be_sent(tmp_path: Path, world: World, empty_mlflow: Path) -> None:
+def test_after_an_outage_everything_can_be_sent_and_a_password_is_in_no_file(
+    tmp_path: Path,
+    world: World,
+    empty_mlflow: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     shutil.copy(empty_mlflow, tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        away = f"http://127.0.0.1:{free.getsockname()[1]}"
+        away = f"127.0.0.1:{free.getsockname()[1]}"
+    secret = f"http://ann:hush-hush@{away}"
     run = tmp_path / "run"
-    train(run, away, world)
-    with pytest.raises(UserError, match=f"MLflow at {away} does not answer"):
-        sync(run)
+    targets = []
+    monkeypatch.setattr(output, "Mirror", lambda target: targets.append(target) or Mirror(target))
+    train(run, secret, world)
+    said = capsys.readouterr().err
+    assert targets[0].uri == secret
+    assert "hush-hush" not in json.dumps(targets[0].params)
+    assert f"MLflow at http://{away} did not receive everything" in said
+    assert "hush-hush" not in said
+    for path in run.rglob("*"):
+        assert path.is_dir() or b"hush-hush" not in path.read_bytes(), path
+    for again in (None, secret):
+        with pytest.raises(UserError, match=f"MLflow at http://{away} does not answer") as raised:
+            sync(run, again)
+        assert "hush-hush" not in str(raised.value)
+    assert config(run, secret).track.uri == secret
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     assert sync(run, uri).startswith(f"{run}: 30 new values at {uri}")
     assert sync(run, uri).startswith(f"{run}: 0 new values")
@@ -155,30 +174,6 @@ def test_of_a_checkout_of_bgen_the_commit_is_told_and_not_the_changes(repository
     (repository / "notes.txt").write_text("old\n")
     again = git_state(repository / "bgen")
     assert again == found | {"dirty": False, "changes_sha256": None}
-
-
-def test_a_password_reaches_the_connection_and_no_file(
-    tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        away = f"127.0.0.1:{free.getsockname()[1]}"
-    uri = f"http://ann:hush-hush@{away}"
-    run = tmp_path / "run"
-    targets = []
-    monkeypatch.setattr(output, "Mirror", lambda target: targets.append(target) or Mirror(target))
-    train(run, uri, world)
-    said = capsys.readouterr().err
-    assert targets[0].uri == uri
-    assert "hush-hush" not in json.dumps(targets[0].params)
-    assert f"MLflow at http://{away} did not receive everything" in said
-    assert "hush-hush" not in said
-    for path in run.rglob("*"):
-        assert path.is_dir() or b"hush-hush" not in path.read_bytes(), path
-    with pytest.raises(UserError, match=f"MLflow at http://{away} does not answer") as raised:
-        sync(run, uri)
-    assert "hush-hush" not in str(raised.value)
-    assert config(run, uri).track.uri == uri
 
 
 def test_mlflow_tells_its_makers_nothing_unless_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,20 +12,27 @@ from mlflow import MlflowClient
 from toy import run, toy_config
 
 from bgen.track import record
+from bgen.track.mlflow import RUN_TAG
 
 # SQLAlchemy deprecates what MLflow calls; as errors, these warnings would look like failures of the store.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def test_one_run_on_sqlite_over_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Path) -> None:
+@pytest.mark.parametrize("from_the_start", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_one_run_on_sqlite_over_a_restart(
+    from_the_start: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Path
+) -> None:
     shutil.copy(empty_mlflow, tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = toy_config(tmp_path / "toy_run", track={"mlflow": True, "checkpoints": True})
-    run(config, stop_after=25)
+    first = toy_config(tmp_path / "toy_run", track={"mlflow": from_the_start, "checkpoints": True})
+    run(first, stop_after=25)
     result, _ = run(config, resume=True)
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
     (found,) = client.search_runs([client.get_experiment_by_name("bgen").experiment_id])
     assert (found.info.run_name, found.info.status) == ("toy_run", "FINISHED")
+    assert found.data.tags[RUN_TAG] == record.read(result.record)[0]["run"]
+    assert found.data.tags["bgen.attempts"] == ("2" if from_the_start else "1")
     assert found.data.params["train.global_batch"] == "8"
     history = {metric.step: metric.value for metric in client.get_metric_history(found.info.run_id, "train/loss")}
     rows = {row["step"]: row["loss"] for row in record.read(result.record) if row["kind"] == "train"}
@@ -40,6 +47,7 @@ def test_one_run_on_sqlite_over_a_restart(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(logged) > 2
 
 
+@pytest.mark.slow
 def test_a_closed_port_neither_slows_nor_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     without, _ = run(toy_config(tmp_path / "without"))
     with socket.socket() as free:

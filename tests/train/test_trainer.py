@@ -63,7 +63,11 @@ def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
     return all(torch.equal(one, other) for one, other in pairs)
 
 
-@pytest.mark.parametrize("settings", [{"zero": 0}, {"zero": 1, **FULL}, {"zero": 0, "micro_batch": 2, **FULL}])
+@pytest.mark.parametrize("settings", [
+    pytest.param({"zero": 0}, marks=pytest.mark.slow),
+    pytest.param({"zero": 1, **FULL}, marks=pytest.mark.slow),
+    {"zero": 0, "micro_batch": 2, **FULL},
+])  # fmt: skip
 def test_stopped_at_25_and_resumed_is_the_uninterrupted_run(tmp_path: Path, settings: dict[str, Any]) -> None:
     straight, whole = run(toy_config(tmp_path / "straight", settings), dropout=0.1)
     config = toy_config(tmp_path / "halves", settings | {"checkpoint_every": 100})
@@ -126,7 +130,9 @@ def test_bf16_keeps_float32_parameters(tmp_path: Path, zero: int) -> None:
     assert result.losses == pytest.approx(exact.losses, rel=0.1)
 
 
-@pytest.mark.parametrize(("zero", "precision"), [(0, "bf16"), (1, "pure_bf16"), (3, "pure_bf16")])
+@pytest.mark.parametrize(
+    ("zero", "precision"), [(0, "bf16"), pytest.param(1, "pure_bf16", marks=pytest.mark.slow), (3, "pure_bf16")]
+)
 def test_frozen_parameters_are_exported_as_they_came(tmp_path: Path, zero: int, precision: str) -> None:
     settings = {"steps": 4, "zero": zero, "precision": precision}
     stage = ToyStage(toy_config(tmp_path / "run", settings))

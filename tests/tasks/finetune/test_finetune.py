@@ -19,7 +19,7 @@ from bgen.tasks.finetune.finetune import Request, finetune
 from bgen.tasks.perturb.held_out import split_screen
 from bgen.tasks.perturb.screen import Columns
 
-QUICK = ["train.steps=20", "train.eval_every=10", "train.global_batch=64", "track.progress=false"]
+QUICK = ["train.steps=10", "train.eval_every=5", "train.global_batch=64", "track.progress=false"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def screen_model(bgen: Any, demo: Any, tmp_path_factory: pytest.TempPathFactory)
     out = tmp_path_factory.mktemp("tuned") / "my-model"
     done = bgen(
         *("finetune", demo.model, demo.cells, "--task", "perturb", "--perturbation", "perturbation"),
-        *("--control", "control", "--within", "cell_type", "--mode", "head", "--out", out, *QUICK, "train.steps=150"),
+        *("--control", "control", "--within", "cell_type", "--mode", "head", "--out", out, *QUICK, "train.steps=40"),
     )
     assert done.code == 0, done
     return out / "model"
@@ -73,7 +73,7 @@ def test_deeper_cells_are_generated_in_the_parents_latent_space(
 ) -> None:
     deep = cells[:200].copy()
     deep.X = deep.X * 20
-    tune(demo, deep, tmp_path / "out", Request("generate"), "train.steps=100", "train.learning_rate=0.01")
+    tune(demo, deep, tmp_path / "out", Request("generate"), "train.steps=60", "train.learning_rate=0.01")
     parent, model = bgen.load(demo.model), bgen.load(tmp_path / "out" / "model")
     # What flows is whitened by the parent's statistics: the flow would else start in another space.
     assert np.array_equal(parent.saved.vae.latent_mean, model.saved.vae.latent_mean)
@@ -110,7 +110,7 @@ def test_new_genes_are_added_or_left_out(demo: Any, cells: anndata.AnnData, tmp_
         tune(demo, renamed, tmp_path / "x", Request("generate", floor=0.95))
 
 
-@pytest.mark.parametrize("mode", ["full", "lora", "head"])
+@pytest.mark.parametrize("mode", ["full", pytest.param("lora", marks=pytest.mark.slow), "head"])
 def test_an_annotator_learns_labels(demo: Any, cells: anndata.AnnData, tmp_path: Path, mode: Any) -> None:
     tune(demo, cells, tmp_path / "out", Request("annotate", mode, label="cell_type"), "train.steps=60")
     bare = cells.copy()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from bgen.track.record import read
 
 HERE = Path(__file__).parent
-QUICK = ["train.steps=20", "train.eval_every=10", "train.global_batch=96", "train.log_every=1"]
+QUICK = ["train.steps=10", "train.eval_every=5", "train.global_batch=96", "train.log_every=1"]
 QUICK += ["train.checkpoint_every=5", "track.progress=false"]
 TASKS = {"annotate": ["--label", "cell_type"], "time": ["--time", "time", "--within", "donor"]}
 
@@ -62,7 +62,7 @@ def test_it_goes_on_as_if_undisturbed(
         for kind in ("train", "valid"):
             losses = [[(r["step"], r["loss"]) for r in rows if r["kind"] == kind] for rows in (calm, other)]
             assert losses[0] == losses[1]
-            assert len(losses[0]) == {"train": 20, "valid": 2}[kind]
+            assert len(losses[0]) == {"train": 10, "valid": 2}[kind]
     one, two = (load_file(tmp_path / folder / "model" / "model.safetensors") for folder in ("calm", "killed"))
     assert one.keys() == two.keys()
     assert all(tensor.equal(two[name]) for name, tensor in one.items())

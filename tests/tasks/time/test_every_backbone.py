@@ -39,6 +39,9 @@ STARTS: dict[str, dict[str, Any]] = {
     "neighbours": {"source": "neighbours"},
     "whole": {"source": "neighbours", "coupling": {"cells": 100, "growth": True}},
 }
+DEFAULT = ("transformer", "tokens, cells and time")
+MORE = [(name, "whole") for name in BACKBONES if name not in DEFAULT]
+MORE += [("hybrid", "noise"), ("tokens, cells and time", "noise")]
 
 
 def model_with(course: Path, backbone: dict[str, Any], starts: dict[str, Any], folder: Path) -> Model:
@@ -60,9 +63,11 @@ def model_with(course: Path, backbone: dict[str, Any], starts: dict[str, Any], f
 @pytest.mark.parametrize(
     ("backbone", "starts"),
     [
-        *((name, "whole") for name in BACKBONES),
-        *((name, "noise") for name in ("mlp", "hybrid", "tokens, cells and time")),
+        ("mlp", "noise"),
         ("hybrid", "neighbours"),
+        ("transformer", "whole"),
+        ("tokens, cells and time", "whole"),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE),
     ],
 )
 def test_every_verb_answers(backbone: str, starts: str, course: Path, demo: Any, tmp_path: Path) -> None:

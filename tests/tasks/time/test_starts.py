@@ -62,6 +62,7 @@ def test_a_fate_that_doubles_has_its_share_of_the_forecast(tmp_path: Path) -> No
     assert (begin != end).float().mean() < 0.02  # nobody changes fate
 
 
+@pytest.mark.slow
 def test_without_growth_the_share_is_wrong_and_cells_change_fate(tmp_path: Path) -> None:
     begin, end = forecast_time_2(False, tmp_path / "alike")
     assert begin.float().mean() == pytest.approx(1 / 2, abs=0.02)

@@ -33,9 +33,10 @@ def without_a_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     ("stage", "settings"),
     [
         ("demo/vae", []),
-        (
+        pytest.param(
             "trajectories",
             [f"flow.backbone={HYBRID}", "data.trajectories={system: [donor], times: 3, cells: 16}", "train.ema=0"],
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -33,8 +33,8 @@ def halves(folder: Path, settings: dict[str, Any]) -> tuple[list[float], list[fl
 
 
 @pytest.mark.parametrize("settings", [
-    {"zero": 1, "offload": {"optimizer": "cpu"}},
-    {"zero": 2, "offload": {"optimizer": "cpu"}, "ema": 0.9},
+    pytest.param({"zero": 1, "offload": {"optimizer": "cpu"}}, marks=pytest.mark.slow),
+    pytest.param({"zero": 2, "offload": {"optimizer": "cpu"}, "ema": 0.9}, marks=pytest.mark.slow),
     {"zero": 3, "offload": {"optimizer": "cpu", "parameters": "cpu"}, "ema": 0.9, "micro_batch": 4},
 ])  # fmt: skip
 def test_offload_to_the_cpu_changes_nothing(tmp_path: Path, settings: dict[str, Any]) -> None:
