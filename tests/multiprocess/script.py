@@ -101,8 +101,9 @@ def poisoned(folder: Path, zero: int) -> dict[str, Any]:
 
 def plain(folder: Path) -> dict[str, Any]:
     """A short run."""
-    result, _ = run(toy_config(folder / "run", {"steps": 5}))
-    imported = [name for name in ("deepspeed", "mlflow", "scipy.stats") if name in sys.modules]
+    result, _ = run(toy_config(folder / "run", {"steps": 5, "zero": 1}))
+    slow = ("deepspeed", "mlflow", "scipy.stats", "torch._inductor.compile_fx")
+    imported = [name for name in slow if name in sys.modules]
     return {"losses": result.losses, "threads": torch.get_num_threads(), "imported": imported}
 
 

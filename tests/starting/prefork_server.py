@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import importlib
 import json
 import os
 import runpy
@@ -31,7 +30,6 @@ import bgen.train.run
 if torch.version.cuda is None and torch.version.hip is None:  # else it would have to choose an accelerator
     os.environ["DS_ACCELERATOR"] = "cpu"
     bgen.train.engine.engine.import_deepspeed()
-    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # as an engine does; it loads the compiler
 
 
 def serve(path: str) -> list[str]:

@@ -6,12 +6,13 @@ deepspeed takes seconds to import, so it is imported when an engine is made.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -277,12 +278,48 @@ def _without_mlflow() -> Iterator[None]:
             del sys.modules["mlflow"]
 
 
+@contextlib.contextmanager
+def _compiling_later() -> Iterator[None]:
+    """Let DeepSpeed's Muon, which it imports at every ZeRO stage, compile its functions when one of them is called.
+
+    As they are, they import torch's compiler, which takes as long as all of torch.
+    """
+    from deepspeed.runtime import compiler
+
+    if (before := getattr(compiler, "compile", None)) is None:  # DeepSpeed 0.18 compiles none of them
+        yield
+        return
+    compiler.compile = lambda: _compiled_when_called
+    try:
+        yield
+    finally:
+        compiler.compile = before
+
+
+def _compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that takes its own place in its module, compiled, at its first call, with all others there."""
+    there = vars(sys.modules[function.__module__])
+
+    @functools.wraps(function)
+    def first(*args: Any, **options: Any) -> Any:
+        for name, waiting in list(there.items()):
+            if hasattr(waiting, "bgen_waits"):
+                there[name] = torch.compile(waiting.bgen_waits)
+        return there[function.__name__](*args, **options)
+
+    first.bgen_waits = function  # type: ignore[attr-defined]
+    return first
+
+
 def import_deepspeed() -> Any:
     """Import DeepSpeed and what of it is used here, without what it would import besides."""
     with _quiet(), _without_mlflow():
         import deepspeed
         import deepspeed.comm
         import deepspeed.ops
+
+        with _compiling_later():
+            import deepspeed.runtime.zero.muon.muon_optimizer
     return deepspeed
 
 

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from bgen.config.train import TrainConfig
 from bgen.errors import UserError
 from bgen.train.engine.deepspeed_json import BatchPlan, batch_plan, deepspeed_config
+from bgen.train.engine.engine import _compiled_when_called
 
 
 def config(**settings: Any) -> TrainConfig:
@@ -53,3 +57,28 @@ def test_the_deepspeed_json() -> None:
     assert tree["data_types"]["grad_accum_dtype"] == "fp32"
     assert "bf16" not in tree
     assert "torch_autocast" not in deepspeed_config(config(), 1)
+
+
+SOURCE = """
+def double(x):
+    return 2 * x
+
+
+def both(x):
+    return double(x) + double(x)
+"""
+
+
+def test_functions_are_compiled_with_those_beside_them_at_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("compiled_later")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(SOURCE, vars(module))
+    for name in ("double", "both"):
+        setattr(module, name, _compiled_when_called(getattr(module, name)))
+    early = module.both  # as another module has it that imports it by name
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function.__name__) or function)
+    assert compiled == []
+    assert [early(torch.ones(2)).tolist(), module.both(torch.ones(2)).tolist()] == [[4, 4], [4, 4]]
+    assert early(torch.ones(2)).tolist() == [4, 4]
+    assert compiled == ["double", "both"]
