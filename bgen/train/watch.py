@@ -7,6 +7,8 @@ import faulthandler
 import os
 import socket
 import statistics
+import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -48,6 +50,8 @@ class Watchdog:
             raise UserError(f"{self.path} cannot be written: {error.strerror}.") from error
         self._armed = -1e9
         self._seconds = 0.0
+        self._closed = threading.Event()
+        threading.Thread(target=self._say_so, name="bgen-watchdog", daemon=True).start()
 
     def beat(self, seconds: float) -> None:
         """Say that this process lives and will say so again within ``seconds``."""
@@ -56,6 +60,18 @@ class Watchdog:
         if seconds != self._seconds or now - self._armed > 0.1 * seconds:
             faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=self._stream)
             self._armed, self._seconds = now, seconds
+
+    def _say_so(self) -> None:
+        """Say, before this process ends for it, that nothing happened for too long, if Python can still say so."""
+        while not self._closed.wait(min(1.0, GRACE / 4)):
+            if self._seconds and time.monotonic() - self._armed > self._seconds + GRACE / 2:
+                print(
+                    f"error: nothing happened for {self._seconds:g} s, so this process ends. The stacks of all its "
+                    f"threads are in {self.path}.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                return
 
     def dump(self, error: BaseException) -> None:
         """Write what ended this rank and where it was raised, innermost call first, and the stacks of all threads."""
@@ -70,6 +86,7 @@ class Watchdog:
 
     def close(self) -> None:
         """Stop to watch."""
+        self._closed.set()
         faulthandler.cancel_dump_traceback_later()
         with contextlib.suppress(OSError):  # a full disk; or other ranks have their files in the folder
             self._stream.close()

@@ -269,8 +269,9 @@ stage.train_batches = never
 Trainer(stage.config, stage).fit()
 """
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    done = subprocess.run(command, env=environment(), timeout=200, check=False)
+    done = subprocess.run(command, env=environment(), timeout=200, check=False, capture_output=True, text=True)
     assert done.returncode == 1
+    assert "error: nothing happened for 40 s" in done.stderr
     stacks = (tmp_path / "run" / "stacks" / "rank_0.txt").read_text()
     assert "in never" in stacks
     assert "Timeout" in stacks

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from prefork import python
 from torch import Tensor, nn
 from toy import ToyModel, ToyStage, run, toy_config
 
@@ -84,3 +86,30 @@ def test_a_window_that_the_run_cuts_short_is_written(tmp_path: Path) -> None:
     events = json.loads((tmp_path / "run" / "profile" / "rank_0.json").read_text())["traceEvents"]
     assert "step 5" in {event.get("name") for event in events}
     assert result.step == 5
+
+
+HANGS = """
+import sys, time
+from pathlib import Path
+from bgen.distributed import world
+from bgen.train.watch import Watchdog
+
+def never():
+    time.sleep(600)
+
+world.start()
+watchdog = Watchdog(Path(sys.argv[1]))
+watchdog.beat(0.1)
+never()
+"""
+
+
+def test_what_hangs_says_so_where_a_person_looks(tmp_path: Path) -> None:
+    done = subprocess.run([python(), "-c", HANGS, str(tmp_path)], capture_output=True, text=True, timeout=500)
+    stacks = tmp_path / "rank_0.txt"
+    assert done.returncode == 1
+    assert "in never" in stacks.read_text()
+    assert (
+        f"error: nothing happened for 0.1 s, so this process ends. The stacks of all its threads are in {stacks}."
+        in (done.stderr)
+    )
