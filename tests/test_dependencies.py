@@ -30,7 +30,7 @@ IMPORTED_AS = {
 NOT_IMPORTED = {
     "alembic": "MLflow migrates its sqlite file with it, and mlflow-skinny does not bring it",
     "einops": "mamba-ssm's kernels import it, and are installed without their dependencies",
-    "ipykernel": "the tests start it, to run the tutorial notebook",
+    "ipykernel": "the tests start it, to run the tutorial notebooks",
     "mlflow": "the command `mlflow ui`, which mlflow-skinny lacks",
     "myst-nb": ".site/conf.py names it, to read the pages",
     "sphinx": ".site/build.py runs it",
