@@ -49,6 +49,7 @@ NOT_DECLARED = {
     "harmonypy": "stands beside an integration where it is installed; it is under the GPL",
     "lightning": "comes with scvi-tools",
     "mamba_ssm": "built for the GPU at hand: see the README",
+    "scanpy": "comes with scib-metrics; a test lets it read the neighbours that are written for it",
     "scdataset": "a loader that the bench measures in an environment of its own",
     "scvi": "a model that the bench measures in an environment of its own",
     "transformers": "the bench times a block of it if it is there",
