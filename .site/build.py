@@ -15,7 +15,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
-    "Start": ["README.md", "bgen/tasks/tutorial.ipynb"],
+    "Start": [
+        "README.md",
+        "bgen/tasks/tutorial.ipynb",
+        "bgen/tasks/perturb/tutorial.ipynb",
+        "bgen/tasks/time/tutorial.ipynb",
+    ],
     "Tasks": [
         "bgen/tasks/README.md",
         "bgen/tasks/questions.md",

@@ -1,7 +1,8 @@
-"""Pictures of cells and models: matplotlib Axes in (or made anew), Axes out.
+"""Pictures of cells and models: matplotlib Axes in (or made anew), Axes out. Reports draw with the same functions.
 
 bgen.plot.training(run.history)             losses over the steps
 bgen.plot.cells(real, generated)            both on one map
+bgen.plot.variance(real, generated)         variance of each gene against its mean
 bgen.plot.effect(control, perturbed)        change of every gene against its evidence, the strongest named
 bgen.plot.course(cells, genes, time="day")  mean expression over time
 bgen.plot.scores(scores)                    the model between its baseline and real cells
@@ -20,10 +21,21 @@ from numpy.typing import NDArray
 
 from bgen.errors import UserError, nearest
 from bgen.evaluate.protocols.scores import Scores
-from bgen.evaluate.protocols.verdicts import ROWS
-from bgen.evaluate.reports.pictures import COLOURS, TEXT, clean, draw_cells, draw_losses, joint_layout, read_sets
-from bgen.evaluate.reports.pictures import type_colours as colours_of
+from bgen.evaluate.reports.pictures import (
+    COLOURS,
+    ROW_COLOURS,
+    TEXT,
+    clean,
+    draw_cells,
+    draw_losses,
+    draw_mean_variance,
+    equal_moments,
+    joint_layout,
+    read_sets,
+    type_colours,
+)
 from bgen.genes.expression import log_cp10k
+from bgen.tasks.cells.colours import colours_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,13 +73,17 @@ def cells(
     real, generated
         Counts, matched by the names of genes; at most 600 cells of each are drawn, equally many.
     cell_type
-        obs column of both that colours the cells; default: dark grey and blue.
+        obs column of both that colours the cells, in the colours that ``real.uns`` keeps of it, as scanpy does, if it
+        has one for each; default: dark grey and blue.
     axes
         Two Axes to draw on.
     """
     real, generated = _same_genes(real, generated, "real and generated")
     panels = joint_layout(read_sets({"train": real, "real": real, "generated": generated}, cell_type))
-    colours = colours_of(panels)
+    colours = type_colours(panels)
+    kept = {} if cell_type is None else colours_of(real, cell_type)
+    if {str(name) for panel in panels if panel.types is not None for name in panel.types} <= kept.keys():
+        colours = kept
     pair = _axes(axes)
     for axis, panel in zip(pair, panels, strict=True):
         draw_cells(axis, panel, panels[0], colours)
@@ -77,6 +93,25 @@ def cells(
     if colours:
         pair[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return pair
+
+
+def variance(real: AnnData, generated: AnnData, axis: Axes | None = None) -> Axes:
+    """Draw the variance over the mean of each gene's counts against the mean, of real cells and of generated ones.
+
+    Equally many cells of both are looked at; a gene with fewer than 20 counts in them is left out. Lines are medians.
+    Counting alone would give the dotted line; what lies above it is variation between cells.
+
+    Parameters
+    ----------
+    real, generated
+        Counts, matched by the names of genes.
+    """
+    real, generated = _same_genes(real, generated, "real and generated")
+    moments = equal_moments(read_sets({"real": real, "generated": generated}, None))
+    axis = _axis(axis, (5.0, 3.8))
+    draw_mean_variance(axis, moments["real"], moments["generated"], "generated")
+    axis.set_ylabel("variance / mean", color=TEXT)
+    return axis
 
 
 def effect(control: AnnData, perturbed: AnnData, axis: Axes | None = None, *, top: int = 10) -> Axes:
@@ -157,14 +192,11 @@ def scores(found: Scores, axis: Axes | None = None) -> Axes:
     """
     shown = list(found.scores)
     axis = _axis(axis, (6.4, 0.9 + 0.27 * len(shown)))
-    colours = {"model": COLOURS["generated"], "baseline": COLOURS["baseline"], "ceiling": COLOURS["real"]}
     places = np.arange(len(shown))[::-1]
-    short = np.array([[getattr(one, row).shortfall(one.metric.better).mean for row in ROWS] for one in shown])
-    width = np.ptp(short, axis=1, keepdims=True)
-    at = 1 - (short - short.min(1, keepdims=True)) / np.where(width > 0, width, 1)
-    for column, row in enumerate(ROWS):
+    for row, colour in ROW_COLOURS.items():
         name = "real cells" if row == "ceiling" else row
-        axis.plot(at[:, column], places, "|" if row == "ceiling" else "o", color=colours[row], label=name, markersize=8)
+        at = [one.places[row] for one in shown]
+        axis.plot(at, places, "|" if row == "ceiling" else "o", color=colour, label=name, markersize=8)
     axis.set_yticks(places, [one.metric.title for one in shown])
     axis.set(xlim=(-0.05, 1.05), xticks=[0, 1], xticklabels=["worst", "best"])
     axis.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)

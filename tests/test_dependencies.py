@@ -30,7 +30,7 @@ IMPORTED_AS = {
 NOT_IMPORTED = {
     "alembic": "MLflow migrates its sqlite file with it, and mlflow-skinny does not bring it",
     "einops": "mamba-ssm's kernels import it, and are installed without their dependencies",
-    "ipykernel": "the tests start it, to run the tutorial notebook",
+    "ipykernel": "the tests start it, to run the tutorial notebooks",
     "mlflow": "the command `mlflow ui`, which mlflow-skinny lacks",
     "myst-nb": ".site/conf.py names it, to read the pages",
     "sphinx": ".site/build.py runs it",
@@ -49,6 +49,7 @@ NOT_DECLARED = {
     "harmonypy": "stands beside an integration where it is installed; it is under the GPL",
     "lightning": "comes with scvi-tools",
     "mamba_ssm": "built for the GPU at hand: see the README",
+    "scanpy": "comes with scib-metrics; a test lets it read the neighbours that are written for it",
     "scdataset": "a loader that the bench measures in an environment of its own",
     "scvi": "a model that the bench measures in an environment of its own",
     "transformers": "the bench times a block of it if it is there",

@@ -32,6 +32,10 @@ OutInBlocks = Annotated[
         " of cells: by any number of ranks (torchrun -m bgen ...), and the same command goes on after a stop."
     ),
 ]
+Neighbours = Annotated[
+    int | None,
+    typer.Option(min=2, help="Also the graph of so many nearest neighbours, where scanpy looks for it (sc.tl.umap)."),
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw away what another run left of --out NAME.zarr.")]
 
 
@@ -151,6 +155,7 @@ def embed(
     variance: Annotated[
         bool, typer.Option("--variance", help="Also the variance of each latent state, in obsm['X_bgen_variance'].")
     ] = False,
+    neighbours: Neighbours = None,
     restart: Restart = False,
     *,
     reading: Any,
@@ -168,6 +173,8 @@ def embed(
     from bgen.tasks.load import load_model
 
     if _in_blocks(out, restart):
+        if neighbours is not None:
+            raise UserError("--neighbours compares all cells with each other: it is for --out NAME.h5ad.")
         compute_on(device)
         loaded = load_model(model, device)
         with progress_bar() as progress:
@@ -177,7 +184,7 @@ def embed(
         return
     loaded = load_model(model, device)
     read = read_cells(loaded, data, reading, as_json)
-    cells = loaded.embed(read, variance=variance)
+    cells = loaded.embed(read, variance=variance, neighbours=neighbours)
     _finish(cells, out, read.matched, {"dimensions": cells.obsm["X_bgen"].shape[1]}, [], as_json)
 
 
@@ -331,6 +338,7 @@ def integrate(
     label: Annotated[
         str | None, typer.Option(help="obs column of cell types: also score by scib-metrics (bgen-flow[integration]).")
     ] = None,
+    neighbours: Neighbours = None,
     *,
     reading: Any,
     device: Device = "auto",
@@ -345,7 +353,7 @@ def integrate(
     require_new_file(out)
     loaded = load_model(model, device)
     read = read_cells(loaded, data, reading, as_json)
-    cells = loaded.integrate(read, reference=reference, batch=batch, label=label)
+    cells = loaded.integrate(read, reference=reference, batch=batch, label=label, neighbours=neighbours)
     told = dict(cells.uns["bgen_integrate"])
     said = [f"Counts in layers['integrated'] are as of {told['batch']} '{told['reference']}'."]
     if "mixing" in told:

@@ -23,6 +23,7 @@ from bgen.store.store import Store
 from bgen.tasks.anndata_model import AnnDataModel
 from bgen.tasks.cells.annotate import annotate_cells
 from bgen.tasks.cells.denoise import denoise_cells
+from bgen.tasks.cells.embed import embed_cells
 from bgen.tasks.cells.integrate import integrate_cells
 from bgen.tasks.extend import extend_model
 from bgen.tasks.gene_list import GeneList
@@ -330,11 +331,15 @@ class Model(AnnDataModel):
         """Return scales of guidance by column, given by column or role."""
         return None if scales is None else {self.saved.column_name(name): value for name, value in scales.items()}
 
-    def embed(self, data: Cells | UserCells, *, variance: bool = False, **reading: Unpack[Reading]) -> AnnData:
-        """Return a copy of the data with the latent means of its cells in ``obsm['X_bgen']`` ``[N, D]``.
-
-        With ``variance`` their variances are in ``obsm['X_bgen_variance']``. For more cells than fit in memory, see
-        :func:`bgen.tasks.blocks.verbs.embed_in_blocks`.
+    def embed(
+        self,
+        data: Cells | UserCells,
+        *,
+        variance: bool = False,
+        neighbours: int | None = None,
+        **reading: Unpack[Reading],
+    ) -> AnnData:
+        """Add latent states, and neighbours for scanpy on request; see :func:`bgen.tasks.cells.embed.embed_cells`.
 
         Raises
         ------
@@ -342,14 +347,7 @@ class Model(AnnDataModel):
             If the model has no latent space; so do :meth:`annotate`, :meth:`denoise` and :meth:`integrate`.
         """
         self.saved.require_vae()
-        cells = self.read(data, **reading)
-        mean, spread = self.encode(cells)
-        embedded = cells.copy()
-        embedded.obsm["X_bgen"] = mean
-        if variance:
-            embedded.obsm["X_bgen_variance"] = spread
-        embedded.uns["bgen"] = {**dict(embedded.uns.get("bgen", {})), "embedding_model": self.saved.fingerprint()}
-        return embedded
+        return embed_cells(self, self.read(data, **reading), variance=variance, neighbours=neighbours)
 
     def annotate(
         self,
@@ -382,11 +380,13 @@ class Model(AnnDataModel):
         reference: str | None = None,
         batch: str | None = None,
         label: str | None = None,
+        neighbours: int | None = None,
         **reading: Unpack[Reading],
     ) -> AnnData:
         """Add a latent and counts without batch effects; see :func:`bgen.tasks.cells.integrate.integrate_cells`."""
         self.saved.require_vae()
-        return integrate_cells(self, self.read(data, **reading), reference=reference, batch=batch, label=label)
+        cells = self.read(data, **reading)
+        return integrate_cells(self, cells, reference=reference, batch=batch, label=label, neighbours=neighbours)
 
     def perturb(
         self,

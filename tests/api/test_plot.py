@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import anndata
 import matplotlib as mpl
 import numpy as np
@@ -13,6 +15,7 @@ import bgen
 from bgen.errors import UserError
 from bgen.evaluate.metrics.registry import METRICS
 from bgen.evaluate.protocols.scores import Estimate, Score, Scores
+from bgen.evaluate.reports.distribution import strip
 from data_tools.simulate.simulate import simulate
 
 
@@ -67,6 +70,28 @@ def test_real_and_generated_cells_stand_side_by_side(cells: anndata.AnnData) -> 
         bgen.plot.cells(cells[:150], cells[150:300], axes=[pair[0]])
 
 
+def test_types_have_the_colours_that_scanpy_kept(cells: anndata.AnnData) -> None:
+    real = cells[:60].copy()
+    real.obs["cell_type"] = real.obs["cell_type"].astype("category")
+    names = list(real.obs["cell_type"].cat.categories)
+    real.uns["cell_type_colors"] = [f"#{place}{place}0000" for place in range(1, len(names) + 1)]
+    _, right = bgen.plot.cells(real, cells[60:120], cell_type="cell_type", axes=Figure().subplots(1, 2))
+    handles, shown = right.get_legend_handles_labels()
+    drawn = {name: mpl.colors.to_hex(one.get_facecolor()[0]) for name, one in zip(shown, handles, strict=True)}
+    assert drawn == dict(zip(names, real.uns["cell_type_colors"], strict=True))
+
+
+def test_the_variance_of_each_gene_is_over_its_mean(cells: anndata.AnnData) -> None:
+    axis = bgen.plot.variance(cells[:200], cells[200:400], Figure().subplots())
+    counts = cells[200:400].X.toarray()
+    mean, spread = counts.mean(0), counts.var(0, ddof=1)
+    often = mean * 200 >= 20
+    drawn = np.sort(axis.collections[1].get_offsets()[:, 0])
+    np.testing.assert_allclose(drawn, np.sort(mean[often & (spread > 0)]), rtol=1e-5)
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("mean count of a gene", "variance / mean")
+    assert {"real", "generated", "Poisson"} <= {line.get_label() for line in axis.get_lines()}
+
+
 def test_a_course_has_the_mean_at_each_time(cells: anndata.AnnData) -> None:
     genes = list(cells.var_names[:2])
     axis = bgen.plot.course(cells, genes, time="time")
@@ -88,3 +113,6 @@ def test_scores_stand_between_baseline_and_real_cells() -> None:
     axis = bgen.plot.scores(Scores("distribution-v2", 10, 2, {}, (one,)))
     at = {line.get_label(): line.get_xdata()[0] for line in axis.get_lines()}
     assert at == {"model": 0.5, "baseline": 0.0, "real cells": 1.0}
+    drawn = strip(one)  # the same in a report: 94 pixels from 8 on
+    assert [float(x) for x in re.findall(r'cx="([\d.]+)"', drawn)] == [8 + 94 * at["baseline"], 8 + 94 * at["model"]]
+    assert float(re.findall(r'rect x="([\d.]+)"', drawn)[0]) + 1.5 == 8 + 94 * at["real cells"]

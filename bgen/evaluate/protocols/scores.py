@@ -99,6 +99,13 @@ class Score:
             return self.said
         return "cannot tell" if self.judgement is None else self.judgement.verdict
 
+    @property
+    def places(self) -> dict[str, float]:
+        """Where each row lies between the worst of them at 0 and the best at 1; all at 1 where they are equal."""
+        short = {row: getattr(self, row).shortfall(self.metric.better).mean for row in ROWS}
+        width = max(short.values()) - min(short.values())
+        return {row: 1.0 - (value - min(short.values())) / (width or 1.0) for row, value in short.items()}
+
     def cell(self, row: str) -> str:
         """Return ``mean±sd`` of a row for printing."""
         estimate: Estimate = getattr(self, row)

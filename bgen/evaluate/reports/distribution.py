@@ -22,7 +22,7 @@ _CLASSES = {
     "no better than the baseline": "even",
     "worse than the baseline": "bad",
 }
-_MARKS = {"model": pictures.COLOURS["generated"], "baseline": pictures.COLOURS["baseline"], "ceiling": "#222222"}
+_MARKS = pictures.ROW_COLOURS
 _TITLES = {"real": "real cells, held out", "generated": "generated", "baseline": "baseline"}
 
 
@@ -128,7 +128,7 @@ def _score_row(score: Score) -> str:
     verdict = score.verdict
     return (
         f'<tr><td>{name}<span class="meaning">{escape(score.metric.meaning)}</span></td>{numbers}'
-        f'<td class="strip">{_strip(score)}</td>'
+        f'<td class="strip">{strip(score)}</td>'
         f'<td class="verdict {_CLASSES[verdict]}">{verdict}{_reason(score)}</td></tr>'
     )
 
@@ -147,12 +147,9 @@ def _reason(score: Score) -> str:
     return f'<span class="meaning">{words}</span>'
 
 
-def _strip(score: Score) -> str:
+def strip(score: Score) -> str:
     """Return a small drawing of the three figures on one line, the best at the right end."""
-    shortfalls = {row: getattr(score, row).shortfall(score.metric.better).mean for row in ROWS}
-    worst, best = max(shortfalls.values()), min(shortfalls.values())
-    width = (worst - best) or 1.0
-    x = {row: 8 + 94 * (worst - value) / width for row, value in shortfalls.items()}
+    x = {row: 8 + 94 * place for row, place in score.places.items()}
     return (
         '<svg width="110" height="18" role="img" aria-label="position of model between baseline and ceiling">'
         '<line x1="8" y1="9" x2="102" y2="9" stroke="#dddddd" stroke-width="2"/>'

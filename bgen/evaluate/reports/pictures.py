@@ -32,6 +32,9 @@ from bgen.files import write_whole
 from bgen.genes.expression import library_size
 
 COLOURS = {"real": "#4a4a4a", "generated": "#0072B2", "baseline": "#E69F00"}
+ROW_COLOURS = {"model": COLOURS["generated"], "baseline": COLOURS["baseline"], "ceiling": "#222222"}
+"""Of the rows of scores."""
+
 TYPE_COLOURS = (
     "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd",
 )  # fmt: skip

@@ -30,6 +30,7 @@ from bgen.models.annotator import Annotator
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.names import key, keys
 from bgen.tasks.anndata_model import AnnDataModel
+from bgen.tasks.cells.colours import GREY, colours_of
 from bgen.tasks.cells.features import BLOCK, ComponentFeatures, Features, GeneFeatures, LatentFeatures
 from bgen.tasks.columns import text_column
 from bgen.tasks.time.trajectories import generate_as_trained
@@ -76,7 +77,8 @@ def annotate_cells(
     AnnData
         With obs ``{label}_bgen`` (the label, or "unknown"), ``{label}_probability`` and ``{label}_novelty`` (above 1
         the cell is "unknown"), all probabilities in ``obsm['{label}_probabilities']`` and a summary in
-        ``uns['bgen_annotate']``. A "/" in a name is "_" in what is written.
+        ``uns['bgen_annotate']``. A "/" in a name is "_" in what is written. Where ``uns['{label}_colors']`` has colours
+        of the categories, as scanpy keeps them, ``uns['{label}_bgen_colors']`` has the same.
 
     Raises
     ------
@@ -254,6 +256,9 @@ def _told(
     annotated = cells.copy()
     name = key(label)
     annotated.obs[f"{name}_bgen"] = pd.Categorical(told)
+    if colours := colours_of(annotated, label):
+        names = annotated.obs[f"{name}_bgen"].cat.categories
+        annotated.uns[f"{name}_bgen_colors"] = [colours.get(str(one), GREY) for one in names]
     annotated.obs[f"{name}_probability"] = probability
     if novelty is not None:
         annotated.obs[f"{name}_novelty"] = novelty

@@ -19,6 +19,7 @@ from bgen.evaluate.metrics.integrators import other_integrations
 from bgen.evaluate.metrics.mixing import batch_mixing
 from bgen.evaluate.metrics.space import fit_space
 from bgen.tasks.anndata_model import AnnDataModel
+from bgen.tasks.cells.neighbours import add_neighbours
 from bgen.tasks.columns import text_column
 from bgen.tasks.user_cells import UserCells
 
@@ -33,6 +34,7 @@ def integrate_cells(
     reference: str | None = None,
     batch: str | None = None,
     label: str | None = None,
+    neighbours: int | None = None,
 ) -> AnnData:
     """Return a copy of the data without batch effects.
 
@@ -44,6 +46,9 @@ def integrate_cells(
         Covariate of the model that is removed (column or role); default: its role "batch", or its only covariate.
     label
         obs column of cell types, to score by scib-metrics what is lost of them; default: not scored.
+    neighbours
+        Also the graph of so many nearest neighbours in the latent space, under scanpy's own keys
+        (:func:`bgen.tasks.cells.neighbours.add_neighbours`).
 
     Returns
     -------
@@ -57,8 +62,8 @@ def integrate_cells(
     Raises
     ------
     UserError
-        If the model has no such covariate, the data does not have a column, none of its batches is known, or
-        scib-metrics is asked for and not installed.
+        If the model has no such covariate, the data does not have a column, none of its batches is known,
+        scib-metrics is asked for and not installed, or there are fewer cells than neighbours.
     """
     adata = cells.adata
     types = None if label is None else text_column(adata, label)
@@ -86,6 +91,8 @@ def integrate_cells(
     expected = model.decode_codes(z, np.asarray(counts.sum(1), np.float32).ravel(), codes)
     integrated = cells.copy()
     integrated.obsm[EMBEDDING] = z
+    if neighbours is not None:
+        add_neighbours(integrated, EMBEDDING, neighbours)
     integrated.layers[LAYER] = cells.as_layer(expected)
     model.mark_added_genes(integrated, cells)
     summary: dict[str, Any] = {

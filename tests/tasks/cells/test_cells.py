@@ -151,6 +151,35 @@ def test_integration_decodes_every_cell_as_of_one_batch(model: Model, cells: ann
     assert 0 < made.uns["bgen_integrate"]["mixing"] < 1.5
 
 
+def test_neighbours_go_where_scanpy_looks_for_them(bgen: Any, demo: Any, tmp_path: Path) -> None:
+    for verb, of in (("embed", "X_bgen"), ("integrate", "X_bgen_integrated")):
+        out = tmp_path / f"{verb}.h5ad"
+        done = bgen(verb, demo.model, demo.cells, "--neighbours", "10", "--out", out)
+        assert done.code == 0, done
+        made = anndata.read_h5ad(out)
+        assert made.uns["neighbors"]["params"]["use_rep"] == of
+        assert made.obsp[made.uns["neighbors"]["distances_key"]].getnnz(1).tolist() == [9] * made.n_obs
+        assert made.obsp[made.uns["neighbors"]["connectivities_key"]].shape == (made.n_obs, made.n_obs)
+    refused = bgen("embed", demo.model, demo.cells, "--neighbours", "10", "--out", tmp_path / "out.zarr")
+    assert refused.code == 2
+    assert "it is for --out NAME.h5ad" in " ".join(refused.err.split())
+
+
+@pytest.mark.usefixtures("quick")
+def test_labels_keep_the_colours_of_the_column(model: Model, cells: anndata.AnnData) -> None:
+    given = cells.copy()
+    given.obs["cell_type"] = given.obs["cell_type"].astype("category").cat.reorder_categories(["progenitor", "B", "A"])
+    given.uns["cell_type_colors"] = ["#00aa00", "#0000bb", "#aa0000"]
+    told = model.annotate(given, "cell_type", threshold=0.0)
+    colours = dict(zip(told.obs["cell_type_bgen"].cat.categories, told.uns["cell_type_bgen_colors"], strict=True))
+    wanted = {"A": "#aa0000", "B": "#0000bb", "progenitor": "#00aa00", "unknown": "#d3d3d3"}
+    assert colours == {name: wanted[name] for name in colours}
+    assert len(colours) > 2
+    assert list(told.uns["cell_type_colors"]) == given.uns["cell_type_colors"]
+    del given.uns["cell_type_colors"]
+    assert "cell_type_bgen_colors" not in model.annotate(given, "cell_type").uns
+
+
 def test_scoring_an_integration_needs_its_library(model: Model, cells: anndata.AnnData) -> None:
     if importlib.util.find_spec("scib_metrics") is None:
         with pytest.raises(UserError, match=r"pip install 'bgen-flow\[integration\]'"):
