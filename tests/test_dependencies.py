@@ -63,6 +63,9 @@ BROUGHT = {"dask": "distributed", "ninja": "deepspeed", "pydantic_core": "pydant
 AT_ONCE = {
     "bgen/serve/app.py": "`bgen serve` alone imports it, and says what it needs",
     "bgen/models/likelihoods/sparse_triton.py": "imported on GPUs where Triton is, and kernels are made as it is",
+    "bgen/nn/gpu/bits_triton.py": "as above",
+    "bgen/nn/gpu/dropout_triton.py": "as above",
+    "bgen/nn/gpu/thinning_triton.py": "as above",
     "bgen/serve/turns.py": "app.py alone imports it",
 }
 """Files that import what an extra brings without waiting until it is used, and why."""

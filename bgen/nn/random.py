@@ -67,9 +67,14 @@ def mix(bits: Tensor) -> Tensor:
     return bits
 
 
+def stream_offset(stream: int) -> int:
+    """What a stream adds to the sequences of all keys."""
+    return _signed(stream * _STREAM)
+
+
 def row_state(keys: Tensor, stream: int) -> Tensor:
     """int64 ``[B]``: where the sequence of each key starts in a stream."""
-    return mix(mix(keys) + _signed(stream * _STREAM))
+    return mix(mix(keys) + stream_offset(stream))
 
 
 def at(state: Tensor, position: Tensor) -> Tensor:
@@ -82,19 +87,19 @@ def random_bits(keys: Tensor, stream: int, n: int) -> Tensor:
     return at(row_state(keys, stream)[:, None], torch.arange(n, device=keys.device))
 
 
-def _unit(bits23: Tensor) -> Tensor:
+def unit_from_23_bits(bits: Tensor) -> Tensor:
     """Numbers of 23 bits to float32 in the open interval (0, 1): the middles of 2^23 equal cells."""
-    return bits23.to(torch.float32).add_(0.5).mul_(2.0**-23)
+    return bits.to(torch.float32).add_(0.5).mul_(2.0**-23)
 
 
 def unit_from_bits(bits: Tensor) -> Tensor:
     """float32 in (0, 1) from the upper 23 of 64 random bits."""
-    return _unit(_shift(bits, 41))
+    return unit_from_23_bits(_shift(bits, 41))
 
 
 def _unit_pair(bits: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent float32 in (0, 1) from the upper and the lower half of 64 random bits."""
-    return unit_from_bits(bits), _unit((bits >> 9).bitwise_and_((1 << 23) - 1))
+    return unit_from_bits(bits), unit_from_23_bits((bits >> 9).bitwise_and_((1 << 23) - 1))
 
 
 def uniform(keys: Tensor, stream: int, n: int) -> Tensor:
@@ -119,4 +124,9 @@ def normal(keys: Tensor, stream: int, n: int) -> Tensor:
 def keep_mask(keys: Tensor, stream: int, n: int, keep: float) -> Tensor:
     """bool ``[B, n]``, true with probability ``keep`` (resolution 2^-16: four draws share 64 random bits)."""
     quarter = random_bits(keys, stream, (n + 3) // 4).view(torch.int16)
-    return quarter[:, :n] < min(round(keep * 65536), 65535) - 32768
+    return quarter[:, :n] < keep_threshold(keep)
+
+
+def keep_threshold(keep: float) -> int:
+    """Below which of -32,768 to 32,767 a number of 16 random bits is with probability ``keep``."""
+    return min(round(keep * 65536), 65535) - 32768

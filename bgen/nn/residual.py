@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bgen.nn.random import Stream, keep_mask
+from bgen.nn.gpu.dropout import dropout
+from bgen.nn.random import Stream
 
 
 def keyed_dropout(x: Tensor, keys: Tensor, number: int, probability: float) -> Tensor:
     """Dropout of ``x [B, D]`` with a mask that depends on ``keys [B]`` and on the layer's ``number`` alone."""
-    keep = 1.0 - probability
-    return x * keep_mask(keys, Stream.DROPOUT + number, x.shape[1], keep).to(x.dtype).div_(keep)
+    return dropout(x, keys, Stream.DROPOUT + number, 1.0 - probability)
 
 
 class ResidualBlock(nn.Module):

@@ -1,6 +1,6 @@
 """``bgen bench gpu``: the first minutes on a card. Is what it computes right, how fast is it, and what does it hold?
 
-1. **Parity**: the likelihoods' kernels and a network of every mixer, in float32 and under bfloat16 autocast, against
+1. **Parity**: the kernels, and a network of every mixer, in float32 and in bfloat16, against
    the same in float64 on the CPU: values and gradients, as the norm of the difference over the norm.
 2. **Steps**: the training step of VAE, flow, trajectories and perturbations in the sizes of configs/sizes, beside what
    the card could do at most (MFU), as written and compiled. A batch that does not fit is halved.
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from bgen.bench.loaders.atlas import Atlas
 from bgen.bench.speed.mixers import LATENT, compare, variants
+from bgen.bench.speed.operators import Pair, compare_dropout, compare_thinning
 from bgen.bench.speed.train_step import Timing, time_backbone, time_vae
 from bgen.config.backbone import BackboneConfig
 from bgen.config.flow import FlowConfig, SampleConfig
@@ -190,6 +191,10 @@ def _works(
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """Yield what is to be measured, the most important first, each with its name."""
     yield "parity of likelihoods", lambda: found.parity.extend(_likelihoods(device, extent))
+    sizes = min(extent.cells, 256), extent.genes
+    yield "parity of dropout", lambda: found.parity.extend(map(_pair, compare_dropout(device, *sizes)))
+    batch = _csr(_counts(*sizes))
+    yield "parity of thinning", lambda: found.parity.extend(map(_pair, compare_thinning(device, batch)))
     for mixer in variants(device.type):
         yield f"parity of {mixer}", lambda mixer=mixer: found.parity.extend(_network(mixer, device))  # type: ignore[misc]
     for compiled in (False, True) if extent.compiled else (False,):
@@ -220,8 +225,7 @@ def _likelihoods(device: torch.device, extent: Extent) -> Iterator[dict[str, Any
     """Compare both likelihoods with the textbook formula, of logits in float32 and in bfloat16."""
     cells, genes = min(extent.cells, 256), extent.genes
     g = torch.Generator().manual_seed(0)
-    counts = torch.poisson(torch.rand(cells, genes, generator=g) * 3, generator=g)
-    counts = counts * (torch.rand(cells, genes, generator=g) < 0.1)
+    counts = _counts(cells, genes)
     logits, dropout = (torch.randn(cells, genes, generator=g) for _ in range(2))
     log_theta = torch.linspace(-3, 6, genes)
     batch = _csr(counts).to(device)
@@ -235,6 +239,12 @@ def _likelihoods(device: torch.device, extent: Extent) -> Iterator[dict[str, Any
             expected.sum().backward()
             values.sum().backward()
             yield _row(name, precision, (values, expected), zip(here, exact, strict=True))
+
+
+def _counts(cells: int, genes: int) -> Tensor:
+    g = torch.Generator().manual_seed(0)
+    counts = torch.poisson(torch.rand(cells, genes, generator=g) * 3, generator=g)
+    return counts * (torch.rand(cells, genes, generator=g) < 0.1)
 
 
 def _of(kind: type[NegativeBinomial], tensors: list[Tensor], counts: Tensor) -> NegativeBinomial:
@@ -284,8 +294,12 @@ def _gradients(pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> tuple[Tensor, 
     return sides[0], sides[1]
 
 
+def _pair(pair: Pair) -> dict[str, Any]:
+    return _row(pair.what, pair.precision, pair.values, pair.gradients)
+
+
 def _row(what: str, precision: str, values: tuple[Tensor, Tensor], pairs: Any) -> dict[str, Any]:
-    gradients = max(_difference(mine.grad, exact.grad) for mine, exact in pairs)
+    gradients = max((_difference(mine.grad, exact.grad) for mine, exact in pairs), default=0.0)
     figures = {"values": _difference(*values), "gradients": gradients}
     agrees = all(np.isfinite(f) and f < BOUNDS[precision] for f in figures.values())
     return {"what": what, "precision": precision, **figures, "agrees": bool(agrees)}
@@ -293,7 +307,8 @@ def _row(what: str, precision: str, values: tuple[Tensor, Tensor], pairs: Any) -
 
 def _difference(mine: Tensor, exact: Tensor) -> float:
     mine = mine.detach().cpu().double()
-    return float((mine - exact.detach()).norm() / exact.detach().norm())
+    exact = exact.detach().cpu().double()
+    return float((mine - exact).norm() / exact.norm())
 
 
 def _configured(stage: str, size: str) -> Config:

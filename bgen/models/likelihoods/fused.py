@@ -9,7 +9,6 @@ Axes: B cells, G genes, NNZ non-zero counts.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from functools import cache
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bgen.data.batch import CellBatch
+from bgen.nn.gpu.kernels import usable as usable  # asked for by who may call, as log_prob is
 
 _COUNTS = "Tensor log_theta, Tensor library, Tensor indptr, Tensor indices, Tensor counts"
 
@@ -25,16 +25,6 @@ _COUNTS = "Tensor log_theta, Tensor library, Tensor indptr, Tensor indices, Tens
 @cache
 def _kernels() -> Any:
     return importlib.import_module("bgen.models.likelihoods.sparse_triton")
-
-
-@cache
-def _have_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def usable(logits: Tensor) -> bool:
-    """Whether these logits are on a device for which there are kernels."""
-    return logits.is_cuda and logits.dtype != torch.float64 and _have_triton()
 
 
 @torch.library.custom_op(

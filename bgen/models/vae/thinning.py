@@ -15,13 +15,13 @@ from torch import Tensor
 from bgen.data.batch import CellBatch
 from bgen.models.vae.thinning_cpu import thin_small
 from bgen.nn.cpu.threads import parts
+from bgen.nn.gpu import thinning as on_gpu
+from bgen.nn.gpu.kernels import usable
+from bgen.nn.gpu.thinning import EXACT
 from bgen.nn.random import Stream, at, row_state, uniform, unit_from_bits
 
 KEPT = (0.3, 1.0)
 """Range of the fraction of counts that a thinned cell keeps."""
-
-_EXACT = 32
-"""Counts up to here are thinned by the exact binomial, larger ones by its normal approximation."""
 
 
 def thin(batch: CellBatch, share: float) -> Tensor:
@@ -29,12 +29,12 @@ def thin(batch: CellBatch, share: float) -> Tensor:
 
     A cell chosen with probability ``share`` keeps each of its counts with probability ``p``, uniform in ``KEPT``.
     """
-    choice = uniform(batch.keys, Stream.THIN_CELL, 2)
-    chosen = choice[:, 0] < share
-    keep = KEPT[0] + (KEPT[1] - KEPT[0]) * choice[:, 1]
-    state = row_state(batch.keys, Stream.THIN_COUNT)
+    if usable(batch.counts):
+        return on_gpu.thin(batch.indptr, batch.indices, batch.counts, batch.keys, _kept(*_shares(batch, share)))
     if batch.counts.device.type != "cpu":
-        return _thin_all(batch, state, torch.where(chosen, keep, 1.0))
+        return thin_plainly(batch, share)
+    chosen, keep = _shares(batch, share)
+    state = row_state(batch.keys, Stream.THIN_COUNT)
     done, large, large_rows = thin_small(
         batch.indptr.numpy(),
         batch.indices.numpy(),
@@ -42,19 +42,31 @@ def thin(batch: CellBatch, share: float) -> Tensor:
         state.numpy().view(np.uint64),
         chosen.numpy(),
         keep.numpy(),
-        _EXACT,
+        EXACT,
         parts(len(batch), len(batch.counts)),
     )
     left = torch.from_numpy(large), torch.from_numpy(large_rows)
     return _thin_entries(batch, torch.from_numpy(done), *left, state, keep)
 
 
-def _thin_all(batch: CellBatch, state: Tensor, keep: Tensor) -> Tensor:
-    """All counts ``[NNZ]`` thinned; a cell whose ``keep [B]`` is 1 keeps them as they are.
+def _shares(batch: CellBatch, share: float) -> tuple[Tensor, Tensor]:
+    """Which cells are thinned, bool ``[B]``, and the share of their counts that they would keep, ``[B]``."""
+    choice = uniform(batch.keys, Stream.THIN_CELL, 2)
+    return choice[:, 0] < share, KEPT[0] + (KEPT[1] - KEPT[0]) * choice[:, 1]
 
-    It never asks which entries those are: on a GPU the host would have to wait for the answer.
+
+def _kept(chosen: Tensor, keep: Tensor) -> Tensor:
+    """The share of its counts that each cell keeps, ``[B]``; 1: it is not thinned."""
+    return torch.where(chosen, keep, 1.0)
+
+
+def thin_plainly(batch: CellBatch, share: float) -> Tensor:
+    """Thin as :func:`thin` does, in plain torch: on the same device to the bit what the kernel gives.
+
+    It never asks which entries are thinned: on a GPU the host would have to wait for the answer.
     """
-    rows = batch.rows
+    rows, keep = batch.rows, _kept(*_shares(batch, share))
+    state = row_state(batch.keys, Stream.THIN_COUNT)
     kept = keep.index_select(0, rows)
     lost = torch.where(kept < 1, 1 - kept, 0.5)  # any share will do where the result is not used
     drawn = binomial(batch.counts, lost, unit_from_bits(at(state.index_select(0, rows), batch.indices.long())))
@@ -81,11 +93,12 @@ def binomial(n: Tensor, p: Tensor, u: Tensor) -> Tensor:
     Exact for n <= 32, by walking up ``P(k + 1) = P(k) * (n - k) / (k + 1) * p / (1 - p)``; most counts are 1 or 2, so
     few entries walk far. Above, the rounded normal quantile, clipped to 0..n.
     """
-    normal = torch.special.ndtri(u).mul_((n * p * (1 - p)).sqrt_()).addcmul_(n, p).round_()
+    # Product and sum are rounded by themselves, and inverses are numbers: so the bits are the same on every device.
+    normal = torch.special.ndtri(u).mul_((n * p * (1 - p)).sqrt_()).add_(n * p).round_()
     result = torch.minimum(normal.clamp_min_(0), n)
 
     probability = torch.exp(n * torch.log1p(-p))
-    small = n <= _EXACT
+    small = n <= EXACT
     walk = _walk if n.device.type == "cpu" else _walk_together
     return walk(n, p / (1 - p), u, probability, small, result.masked_fill_(small, 0))
 
@@ -97,7 +110,7 @@ def _walk(n: Tensor, odds: Tensor, u: Tensor, probability: Tensor, small: Tensor
     cumulative = probability
     k = 0
     while len(entry):
-        probability = probability * ((n - k) / (k + 1) * odds)
+        probability = probability * ((n - k) * (1 / (k + 1)) * odds)
         k += 1
         cumulative = cumulative + probability
         going = (u > cumulative) & (n > k)
@@ -114,8 +127,8 @@ def _walk_together(n: Tensor, odds: Tensor, u: Tensor, probability: Tensor, smal
     """As :func:`_walk`, to the bit, without asking who is there: all walk as far as the longest may."""
     cumulative = probability
     result += small & (u > cumulative)
-    for k in range(_EXACT - 1):
-        probability = probability * ((n - k) / (k + 1) * odds)
+    for k in range(EXACT - 1):
+        probability = probability * ((n - k) * (1 / (k + 1)) * odds)
         cumulative = cumulative + probability
         result += small & (u > cumulative) & (n > k + 1)
     return result

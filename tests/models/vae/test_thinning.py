@@ -7,9 +7,9 @@ import torch
 
 from bgen.data.batch import CellBatch
 from bgen.models.vae import thinning
-from bgen.models.vae.thinning import KEPT, thin
+from bgen.models.vae.thinning import thin, thin_plainly
 from bgen.models.vae.thinning_cpu import thin_small
-from bgen.nn.random import Stream, row_state, uniform
+from bgen.nn.random import Stream, row_state
 
 
 def batch_of(cells: int, genes: int) -> CellBatch:
@@ -21,17 +21,10 @@ def batch_of(cells: int, genes: int) -> CellBatch:
     return CellBatch(indptr, counts.nonzero()[:, 1].int(), counts[counts > 0], genes, keys, keys)
 
 
-def plain(batch: CellBatch, share: float) -> torch.Tensor:
-    """All chosen entries by torch, as on a GPU."""
-    choice = uniform(batch.keys, Stream.THIN_CELL, 2)
-    keep = torch.where(choice[:, 0] < share, KEPT[0] + (KEPT[1] - KEPT[0]) * choice[:, 1], 1.0)
-    return thinning._thin_all(batch, row_state(batch.keys, Stream.THIN_COUNT), keep)
-
-
 def test_the_compiled_form_draws_what_the_plain_one_draws() -> None:
     batch = batch_of(500, 200)
     before = batch.counts.clone()
-    compiled, reference = thin(batch, 0.5), plain(batch, 0.5)
+    compiled, reference = thin(batch, 0.5), thin_plainly(batch, 0.5)
     assert torch.equal(batch.counts, before)
     # Rounding of a probability may tip one draw in a million.
     different = compiled != reference

@@ -23,7 +23,8 @@ from bgen.genes.foretell import fit_ridge, left_out_r2
 from bgen.models.vae.decoders.state_vector import StateVectorDecoder
 from bgen.models.vae.gene_table import GeneTable
 from bgen.nn.flops import layers, linear
-from bgen.nn.random import Stream, keep_mask
+from bgen.nn.gpu.dropout import keep_mask
+from bgen.nn.random import Stream
 
 
 class GeneTableDecoder(StateVectorDecoder):
