@@ -31,6 +31,7 @@ from bgen.train.data_outage import Batches
 from bgen.train.engine.compiled import compiled
 from bgen.train.engine.deepspeed_json import batch_plan, deepspeed_config
 from bgen.train.engine.engine import Engine
+from bgen.train.engine.kernels import require_kernels
 from bgen.train.engine.schedules import learning_rate
 from bgen.train.heap import keep_heap
 from bgen.train.held_out_losses import held_out_losses
@@ -76,11 +77,12 @@ class Trainer:
     Raises
     ------
     UserError
-        As :func:`check`, which is worth calling before a stage is built.
+        As :func:`check`, which is worth calling before a stage is built, and :func:`require_kernels`.
     """
 
     def __init__(self, config: RunConfig, stage: Stage) -> None:
         self.world = check(config)
+        require_kernels(stage.module, self.world, config.train.compile)
         self.config = config
         self.stage = stage
         self.out = config.out

@@ -25,7 +25,7 @@ from bgen.nn.flops import layers, linear
 from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.points import Points
 from bgen.nn.real_time import both_directions, gaps, split_directions, step_sizes
-from bgen.nn.scans.published_kernels import selective_scan_fused, use_fused
+from bgen.nn.scans.published_kernels import lacking, selective_scan_fused, use_fused
 from bgen.nn.scans.selective_scan import selective_scan
 from bgen.nn.scans.short_convolution import ShortConvolution
 
@@ -97,3 +97,7 @@ class Mamba1(Mixer):
         """See :class:`Mixer`: the layers (the narrow ones once a direction), and the states' products with c."""
         states = linear(self.directions * B * L, *self.A_log.shape)
         return layers(B * L, self.in_proj, self.x_proj, self.dt_proj, self.out_proj) + states
+
+    def lacks(self, device: torch.device) -> str | None:
+        """See :class:`Mixer`."""
+        return lacking("mamba1", self.backend, device)

@@ -26,7 +26,7 @@ from bgen.nn.mixers.mixer import Mixer
 from bgen.nn.norm import RMSNorm
 from bgen.nn.points import Points
 from bgen.nn.real_time import both_directions, gaps, split_directions, step_sizes
-from bgen.nn.scans.published_kernels import ssd_fused, use_fused
+from bgen.nn.scans.published_kernels import lacking, ssd_fused, use_fused
 from bgen.nn.scans.short_convolution import ShortConvolution
 from bgen.nn.scans.ssd import ssd_chunked, ssd_flops
 
@@ -94,6 +94,10 @@ class Mamba2(Mixer):
         """See :class:`Mixer`."""
         scan = ssd_flops(self.directions * B, L, self.inner, self.config.groups, self.config.state)
         return layers(B * L, self.in_proj, self.out_proj) + scan
+
+    def lacks(self, device: torch.device) -> str | None:
+        """See :class:`Mixer`."""
+        return lacking("mamba2", self.config.backend, device)
 
     def _steps(self, rate_BTH: Tensor, run: Points, like_BTE: Tensor) -> Tensor:
         """Return dt ``[B, T, H]``, in float32 or wider also under autocast."""

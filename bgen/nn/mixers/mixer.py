@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from bgen.nn.points import Points
@@ -33,3 +34,10 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def flops(self, B: int, L: int) -> int:
         """Floating-point operations of the forward pass; see :mod:`bgen.nn.flops` for what is counted."""
+
+    def lacks(self, device: torch.device) -> str | None:
+        """Say what this mixer needs on a device and does not find, and what to do; None if it can compute there.
+
+        A run asks before it starts, so that missing kernels do not show first when a job has its GPUs.
+        """
+        return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from functools import cache
 from types import ModuleType
@@ -73,24 +74,43 @@ def missing(mixer: str) -> str | None:
     return None
 
 
-def use_fused(mixer: str, backend: str, device: torch.device) -> bool:
-    """Decide between the fused kernels and torch.
+def lacking(mixer: str, backend: str, device: torch.device) -> str | None:
+    """Say what keeps a mixer from computing on a device, and what to do; None where nothing does.
 
     ``backend`` is ``torch``, ``fused``, or ``auto``: fused on CUDA and torch elsewhere. There is no silent fall-back to
     torch on CUDA, where it is several times slower.
+    """
+    if not _wants_fused(backend, device):
+        return None
+    if (reason := missing(mixer)) is not None:
+        return (
+            f"{mixer} on {device.type} needs the kernels of mamba-ssm ({reason}). Install them:\n"
+            f"  {KERNELS[mixer][1]}\nor set {mixer}.backend to torch (slow): flow.backbone.{mixer}.backend=torch"
+        )
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            f"flow.backbone.{mixer}.backend=fused computes on CUDA only, and this is {device.type}: set it to auto, "
+            "which is the kernels on CUDA and torch elsewhere."
+        )
+    return None
+
+
+def _wants_fused(backend: str, device: torch.device) -> bool:
+    return backend == "fused" or (backend == "auto" and device.type == "cuda")
+
+
+def use_fused(mixer: str, backend: str, device: torch.device) -> bool:
+    """Decide between the fused kernels and torch.
 
     Raises
     ------
     UserError
-        The kernels are wanted and are not installed; the message has the command that installs them.
+        The kernels are wanted and are not there (:func:`lacking`).
     """
-    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+    if not _wants_fused(backend, device):
         return False
-    if (reason := missing(mixer)) is not None:
-        raise UserError(
-            f"{mixer} on {device.type} needs the kernels of mamba-ssm ({reason}). Install them:\n"
-            f"  {KERNELS[mixer][1]}\nor set {mixer}.backend to torch (slow)"
-        )
+    if (problem := lacking(mixer, backend, device)) is not None:
+        raise UserError(problem)
     return True
 
 
