@@ -72,6 +72,11 @@ class TrainConfig(Section):
         description="Step from which torch's profiler records three, into profile/rank_0.json and so on in the run "
         "folder, which ui.perfetto.dev opens; 0: none.",
     )
+    norms: NonNegativeInt = Field(
+        0,
+        description="Steps between records of every layer's gradient norm and of the size of what it gives (rows "
+        "'norms'); 0: none.",
+    )
     ema: Fraction = Field(0.0, description="Decay of the moving average of the weights; 0 keeps none.")
     log_every: PositiveInt = Field(10, description="Steps between records.")
     report_every: PositiveInt = Field(50, description="Steps between reports on hosts and slow ranks.")

@@ -28,14 +28,15 @@ from bgen.track.progress import warn
 from bgen.track.throughput import Throughput
 from bgen.train import restore
 from bgen.train.data_outage import Batches
+from bgen.train.diagnose.norms import LayerNorms
+from bgen.train.diagnose.profile import ProfileWindow, record_step
+from bgen.train.diagnose.skipped import look_at_skipped
 from bgen.train.engine.compiled import compiled
 from bgen.train.engine.deepspeed_json import batch_plan, deepspeed_config
 from bgen.train.engine.engine import Engine
 from bgen.train.engine.schedules import learning_rate
 from bgen.train.heap import keep_heap
 from bgen.train.held_out_losses import held_out_losses
-from bgen.train.not_finite import first_not_finite
-from bgen.train.profile import ProfileWindow, record_step
 from bgen.train.saving import Saver, Weights
 from bgen.train.stages.stage import CountsDamage, CountsFlops, Stage
 from bgen.train.state import RunState
@@ -195,6 +196,7 @@ class Trainer:
             self.state, changed = restore.read_state(folder, self.stage.fingerprint, accept_changed_data)
             self.engine, saved, converted = restore.load_engine(folder, module, train, self.out)
             messages = [*messages, *changed, *converted]
+        self.norms = LayerNorms(self.engine.module, train.norms, train.compile)
         self.weights = Weights(self.engine, self.config, saved)
         self.output = RunOutput(
             self.config,
@@ -280,6 +282,7 @@ class Trainer:
         micro_batches = before if drawn is None else drawn
         assert micro_batches is not None
         _seed(self.config.seed, state.step, self.world.rank)
+        self.norms.begin(state.step + 1)
         unfinite: list[Tensor] = []
         spike, mean = False, math.nan
         computed = 0.0
@@ -287,7 +290,8 @@ class Trainer:
         for number, batch in enumerate(micro_batches, 1):
             begin = time.perf_counter()
             unpacked = self.engine.moved(batch)
-            losses = self.engine.forward(unpacked)
+            with self.norms.forward():
+                losses = self.engine.forward(unpacked)
             if isinstance(self.engine.module, CountsFlops):
                 flops += self.engine.module.training_flops(unpacked)
             computed += time.perf_counter() - begin
@@ -297,6 +301,7 @@ class Trainer:
                 mean = ranks.all_sum(self.losses.sums["loss"].cpu()[None]).item() / train.global_batch
                 spike = state.is_spike(mean, train.skip_spikes)
             self.engine.backward(losses["loss"].float().mean(), spoil=spike or drawn is None)
+        self.norms.backward(self.engine.gradients)
         rate = learning_rate(train, state.step)
         outcome = self.engine.step(rate)
 
@@ -315,6 +320,8 @@ class Trainer:
         self.hosts.add(waited + computed)
 
         state.step += 1
+        if norms := self.norms.take():
+            self.output.row("norms", state.step, norms)
         self.losses.close(int(cells_all), rate, outcome.grad_norm, outcome.applied)
         if outcome.applied:
             state.skipped_in_row = 0
@@ -346,33 +353,20 @@ class Trainer:
         train, state = self.config.train, self.state
         state.skipped += 1
         state.skipped_in_row += 1
-        pairs = list(zip(micro_batches, unfinite, strict=True))
-        guilty = [cell for batch, mask in pairs for cell in batch.cells[mask.cpu()].tolist()]
-        # Every rank looks, each at a batch of its own: at ZeRO 3 a forward pass takes all of them.
-        again = next((batch for batch, mask in pairs if bool(mask.any())), micro_batches[-1])
-        origin = None
-        if spike is None:
-            origin = first_not_finite(self.engine.module, lambda: self.engine.forward(self.engine.moved(again)))
-        every = [cell for batch, _ in pairs for cell in batch.cells.tolist()]
-        by_rank = ranks.gather((guilty, every, origin))
-        cells = [cell for found, _, _ in by_rank for cell in found]
-        origin = next((first for _, _, first in by_rank if first is not None), None)
-        what = "loss not finite" if cells else "gradient not finite"
-        if spike is not None:
-            what = f"loss {spike:.4g} is a spike"
-        reason = "spike" if spike is not None else what.split()[0]
-        cells = cells or [cell for _, everything, _ in by_rank for cell in everything]
-        where = {} if origin is None else {"first": origin}
-        self._event("skipped", {"reason": reason, "cells": cells, **where})
-        first = "" if origin is None else f", first in {origin}"
-        self.output.say(f"step {state.step} skipped: {what}{first} ({state.skipped_in_row} in a row)")
+        found = look_at_skipped(
+            self.engine.module,
+            lambda batch: self.engine.forward(self.engine.moved(batch)),
+            *(micro_batches, unfinite, spike),
+        )
+        self._event("skipped", found.facts)
+        self.output.say(f"step {state.step} skipped: {found.what}{found.where} ({state.skipped_in_row} in a row)")
         if state.skipped_in_row >= train.max_skipped:
             self.saver.finish()
-            why = "a loss far above those before" if reason == "spike" else f"a {reason} that was not finite"
             raise UserError(
-                f"{state.skipped_in_row} steps in a row had {why}, the last was step "
-                f"{state.step}{first}. Their cells are in {self.out / RECORD} (event 'skipped'): look at them. Or "
-                f"lower train.learning_rate ({train.learning_rate:g}) or raise train.warmup, and go on with --resume."
+                f"{state.skipped_in_row} steps in a row had {found.why}, the last was step "
+                f"{state.step}{found.where}. Their cells are in {self.out / RECORD} (event 'skipped'): look at them. "
+                f"Or lower train.learning_rate ({train.learning_rate:g}) or raise train.warmup, and go on with "
+                "--resume."
             )
 
     def _damaged_cells(self) -> int:

@@ -27,7 +27,7 @@ from bgen.errors import UserError
 from bgen.train.trainer import Trainer
 
 AVERAGED = {"ema": 0.9, "patience": 20, "eval_every": 5}
-SHORT = {"steps": 20, "checkpoint_every": 10}
+SHORT = {"steps": 20, "checkpoint_every": 10, "norms": 10}
 
 
 def two_ranks(folder: Path) -> dict[str, Any]:
