@@ -21,7 +21,7 @@ from bgen.cli.time import app as time_app
 from bgen.cli.train import app as train_app
 from bgen.cli.train import config_app, track_app
 from bgen.distributed.report import report_user_error
-from bgen.errors import UserError
+from bgen.errors import UserError, memory_ran_out
 from bgen.names import shown
 from bgen.version import __version__
 
@@ -94,8 +94,10 @@ def main() -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(report_user_error(UserError(shown(f"{where}{error.strerror or error}."))))
-    except MemoryError as error:
-        wanted = f" ({error})" if str(error) else ""
+    except (MemoryError, RuntimeError) as error:
+        if not memory_ran_out(error):
+            raise
+        wanted = f" ({str(error).strip().partition(chr(10))[0]})" if str(error) else ""
         sys.exit(report_user_error(UserError(f"There is not enough memory for this{wanted}.")))
     except KeyboardInterrupt:
         notes.print("\nStopped.")

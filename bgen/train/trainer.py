@@ -29,6 +29,7 @@ from bgen.track.throughput import Throughput
 from bgen.train import restore
 from bgen.train.data_outage import Batches
 from bgen.train.diagnose.norms import LayerNorms
+from bgen.train.diagnose.out_of_memory import MemoryWatch
 from bgen.train.diagnose.profile import ProfileWindow, record_step
 from bgen.train.diagnose.skipped import look_at_skipped
 from bgen.train.engine.compiled import compiled
@@ -152,7 +153,8 @@ class Trainer:
         status = "FAILED"
         cells = batch_plan(self.config.train, self.world.size).micro
         threads = as_many_threads_as_pay(self.stage.module, cells, self.world)
-        with StopSignals() as self._signals, threads:
+        self.memory = MemoryWatch(self.config, self.stage.module, self.world)
+        with self.memory, StopSignals() as self._signals, threads:
             self._watchdog = watchdog = Watchdog(self.out / "stacks")
             self._allow(self.config.train.start_timeout)
             try:
@@ -289,6 +291,7 @@ class Trainer:
         flops = 0
         for number, batch in enumerate(micro_batches, 1):
             begin = time.perf_counter()
+            self.memory.computing(state.step + 1, batch)
             unpacked = self.engine.moved(batch)
             with self.norms.forward():
                 losses = self.engine.forward(unpacked)
@@ -332,6 +335,7 @@ class Trainer:
         else:
             self._settle()
             self._skipped(micro_batches, unfinite, mean if spike else None)
+        self.memory.done()
         self.saver.advance(int(written), int(failed))
         self.output.progress(state.step)
         return stop > 0, True
