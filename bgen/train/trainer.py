@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from bgen.track.output import CHECKPOINTS, RECORD, RunOutput, run_identifier
 from bgen.track.progress import warn
 from bgen.track.throughput import Throughput
 from bgen.train import restore
+from bgen.train.auto_micro_batch import settle
 from bgen.train.data_outage import Batches
 from bgen.train.diagnose.norms import LayerNorms
 from bgen.train.diagnose.out_of_memory import MemoryWatch
@@ -36,6 +36,7 @@ from bgen.train.engine.compiled import compiled
 from bgen.train.engine.deepspeed_json import batch_plan, deepspeed_config
 from bgen.train.engine.engine import Engine
 from bgen.train.engine.schedules import learning_rate
+from bgen.train.engine.step_seed import seed_step
 from bgen.train.heap import keep_heap
 from bgen.train.held_out_losses import held_out_losses
 from bgen.train.saving import Saver, Weights
@@ -148,6 +149,7 @@ class Trainer:
 
     def _fit(self, folder: Path | None, messages: list[str], accept_changed_data: bool) -> bool:
         """Train in a folder that is this job's, from a checkpoint if there is one; whether a signal ended it."""
+        self.config, self._tried = settle(self.stage, self.config, self.world, begun=folder is not None)
         if self.world.device.type == "cpu":
             keep_heap()
         status = "FAILED"
@@ -217,6 +219,10 @@ class Trainer:
             self._event("start", {"run": self.state.run, **facts, "parameters": parameters})
         else:
             self._event("resume", {"checkpoint": folder.name, "messages": messages, **facts})
+        if self._tried:
+            found = self._tried[-1].cells
+            self._event("micro batch", {"chosen": found, "tried": [asdict(trial) for trial in self._tried]})
+            self.output.say(f"train.micro_batch=auto: {found:,} cells at a time")
 
     def _loop(self) -> bool:
         """Run the steps that are left; returns whether a signal ended them."""
@@ -283,7 +289,7 @@ class Trainer:
             return stop > 0, False
         micro_batches = before if drawn is None else drawn
         assert micro_batches is not None
-        _seed(self.config.seed, state.step, self.world.rank)
+        seed_step(self.config.seed, state.step, self.world.rank)
         self.norms.begin(state.step + 1)
         unfinite: list[Tensor] = []
         spike, mean = False, math.nan
@@ -483,13 +489,3 @@ def check(config: RunConfig) -> ranks.World:
             "Set train.eval_every, or train.patience=0."
         )
     return ranks.start(config.train.start_timeout)
-
-
-def _seed(seed: int, step: int, rank: int) -> None:
-    """Seed torch for one step on one rank, so that dropout is the same after a restart without saving any state."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
-    number = int.from_bytes(digest, "little") >> 1
-    # torch.manual_seed asks every kind of device, which takes a twentieth of a small model's step.
-    torch.default_generator.manual_seed(number)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed(number)

@@ -81,6 +81,15 @@ def test_norms_of_layers_are_the_same_on_two_ranks_at_every_stage(two_ranks: Pat
         assert found[name] == pytest.approx(found["one_rank_0"], rel=1e-4), name
 
 
+def test_ranks_choose_the_micro_batch_that_fits_on_all_of_them(
+    two_ranks: Path, one_rank: dict[int, list[float]]
+) -> None:
+    for rank in (0, 1):
+        found = result(two_ranks, rank)["chosen"]
+        assert found["cells"] == 2
+        np.testing.assert_allclose(found["losses"], one_rank[1][:3], rtol=1e-5)
+
+
 def test_a_rank_imports_nothing_slow_that_it_does_not_need(tmp_path: Path) -> None:
     done = launch([sys.executable], "plain", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -42,6 +42,14 @@ class StepOutcome:
     grad_norm: float
 
 
+def moved(module: nn.Module, batch: CellBatch | PackedBatch, device: torch.device) -> CellBatch:
+    """Return a batch on a device, unpacked there, once the module has looked at what it must; see :class:`Engine`."""
+    if device.type != "cpu" and isinstance(batch, CellBatch) and isinstance(module, ChecksBatches):
+        module.check_batch(batch)
+    there = batch.to(device)
+    return there.to_csr() if isinstance(there, PackedBatch) else there
+
+
 class Engine:
     """A module under DeepSpeed: distributed, in the configured precision, with its optimiser.
 
@@ -107,10 +115,7 @@ class Engine:
         UserError
             If the module cannot take the batch.
         """
-        if self.world.device.type != "cpu" and isinstance(batch, CellBatch) and isinstance(self.module, ChecksBatches):
-            self.module.check_batch(batch)
-        moved = batch.to(self.world.device)
-        return moved.to_csr() if isinstance(moved, PackedBatch) else moved
+        return moved(self.module, batch, self.world.device)
 
     def forward(self, batch: CellBatch) -> dict[str, Tensor]:
         """The module's per-cell losses ``{name: [B]}``, in the configured precision."""
