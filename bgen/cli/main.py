@@ -14,6 +14,7 @@ from bgen.cli.data import app as data_app
 from bgen.cli.finetune import app as finetune_app
 from bgen.cli.genes import app as genes_app
 from bgen.cli.operate import app as operate_app
+from bgen.cli.operate import tune_app
 from bgen.cli.perturb import app as perturb_app
 from bgen.cli.serve import app as serve_app
 from bgen.cli.terminal import Overrides, Seed, notes, progress_bar, results
@@ -45,6 +46,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
 app.add_typer(track_app, name="track")
+app.add_typer(tune_app, name="tune")
 
 
 def version(show: bool) -> None:
