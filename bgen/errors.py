@@ -32,6 +32,24 @@ class Unreachable(UserError, OSError):
     """
 
 
+_NO_MEMORY = (
+    "DefaultCPUAllocator: ",
+    "not enough memory: you tried to allocate",
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+)
+"""What torch says when there is no memory left: on Linux and macOS, on Windows, and on accelerators."""
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Return whether an error says that no memory was left: Python's, numpy's, and all that torch has for it."""
+    if isinstance(error, MemoryError):
+        return True
+    named = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
+    return isinstance(error, RuntimeError) and (named or any(text in str(error) for text in _NO_MEMORY))
+
+
 def require_number(name: str, value: float | None, low: float, high: float, *, whole: bool = False) -> None:
     """Raise UserError if a number that was given is not from ``low`` to ``high``; NaN and infinite ones never are.
 

@@ -14,6 +14,7 @@ from bgen.cli.data import app as data_app
 from bgen.cli.finetune import app as finetune_app
 from bgen.cli.genes import app as genes_app
 from bgen.cli.operate import app as operate_app
+from bgen.cli.operate import tune_app
 from bgen.cli.perturb import app as perturb_app
 from bgen.cli.serve import app as serve_app
 from bgen.cli.terminal import Overrides, Seed, notes, progress_bar, results
@@ -21,7 +22,7 @@ from bgen.cli.time import app as time_app
 from bgen.cli.train import app as train_app
 from bgen.cli.train import config_app, track_app
 from bgen.distributed.report import report_user_error
-from bgen.errors import UserError
+from bgen.errors import UserError, memory_ran_out
 from bgen.names import shown
 from bgen.version import __version__
 
@@ -45,6 +46,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
 app.add_typer(track_app, name="track")
+app.add_typer(tune_app, name="tune")
 
 
 def version(show: bool) -> None:
@@ -94,8 +96,10 @@ def main() -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(report_user_error(UserError(shown(f"{where}{error.strerror or error}."))))
-    except MemoryError as error:
-        wanted = f" ({error})" if str(error) else ""
+    except (MemoryError, RuntimeError) as error:
+        if not memory_ran_out(error):
+            raise
+        wanted = f" ({str(error).strip().partition(chr(10))[0]})" if str(error) else ""
         sys.exit(report_user_error(UserError(f"There is not enough memory for this{wanted}.")))
     except KeyboardInterrupt:
         notes.print("\nStopped.")

@@ -81,7 +81,7 @@ class Config(RunConfig):
             )
         for name, cells in (
             ("train.global_batch", self.train.global_batch),
-            ("train.micro_batch", self.train.micro_batch),
+            ("train.micro_batch", self.train.cells_at_a_time),
         ):
             if cells is not None and cells % trajectories.size:
                 nearest = max(1, round(cells / trajectories.size)) * trajectories.size

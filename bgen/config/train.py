@@ -27,8 +27,10 @@ class TrainConfig(Section):
 
     steps: PositiveInt = Field(2000, description="Optimiser steps.")
     global_batch: PositiveInt = Field(256, description="Cells per optimiser step over all ranks.")
-    micro_batch: PositiveInt | None = Field(
-        None, description="Cells per forward pass on one rank; default: all of the rank's share."
+    micro_batch: PositiveInt | Literal["auto"] | None = Field(
+        None,
+        description="Cells per forward pass on one rank; default: all of the rank's share; auto: the share, or the "
+        "largest half of it, half of that, ..., that fits into memory, tried before the first step.",
     )
     optimizer: Literal["adamw", "fused_adamw", "muon"] = Field(
         "adamw", description="adamw and fused_adamw are torch's; muon orthogonalises matrices, AdamW does the rest."
@@ -71,6 +73,11 @@ class TrainConfig(Section):
         0,
         description="Step from which torch's profiler records three, into profile/rank_0.json and so on in the run "
         "folder, which ui.perfetto.dev opens; 0: none.",
+    )
+    norms: NonNegativeInt = Field(
+        0,
+        description="Steps between records of every layer's gradient norm and of the size of what it gives (rows "
+        "'norms'); 0: none.",
     )
     ema: Fraction = Field(0.0, description="Decay of the moving average of the weights; 0 keeps none.")
     log_every: PositiveInt = Field(10, description="Steps between records.")
@@ -119,3 +126,8 @@ class TrainConfig(Section):
         description="Exit code of `bgen train` and `finetune` after a signal and a saved checkpoint; a scheduler may "
         "requeue by it.",
     )
+
+    @property
+    def cells_at_a_time(self) -> int | None:
+        """The micro batch as a number; None: all of a rank's share, and what is not chosen yet (auto)."""
+        return self.micro_batch if isinstance(self.micro_batch, int) else None

@@ -31,7 +31,6 @@ from bgen.models.codec import Codec
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.log_counts import LogCounts
 from bgen.models.vae.vae import VAE
-from bgen.operate.plan_memory import Memory, activation_bytes, memory
 from bgen.operate.plan_step import (
     READ_BYTES,
     Cluster,
@@ -47,6 +46,7 @@ from bgen.store.format.manifest import Manifest
 from bgen.store.open import open_data
 from bgen.track.devices import DEVICES
 from bgen.train.engine.deepspeed_json import BatchPlan, batch_plan
+from bgen.train.engine.memory import Memory, activation_bytes, memory
 from bgen.train.stages.members import label_sets
 
 FILL = 0.9

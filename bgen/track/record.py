@@ -1,10 +1,13 @@
 """The record of a run: one JSON object a line in ``record.jsonl``.
 
-Every row has ``kind`` ("train", "valid", "hosts" or "event"), ``step`` (optimiser steps done), ``time`` (Unix seconds):
+Every row has ``kind`` ("train", "valid", "norms", "hosts" or "event"), ``step`` (optimiser steps done), ``time`` (Unix
+seconds):
 
 - ``train``: means over the steps since the last such row: ``loss`` and the model's other losses, ``lr``, ``grad_norm``,
   ``skipped`` (steps skipped so far), and the figures of :mod:`bgen.track.throughput`.
 - ``valid``: the held-out losses.
+- ``norms``: every ``train.norms`` steps, of each layer of the network: ``gradient/LAYER``, the Euclidean norm of the
+  gradient of its parameters before clipping, and ``activation/LAYER``, the root mean square of what it gives.
 - ``hosts``: of every host ``nodeN/...``, its load, and over ranks the shortest and longest time of own work a step.
 - ``event``: ``event`` says what happened ("start", "resume", "skipped", "checkpoint", "interrupted", "end", ...). The
   first row of all is "start", whose ``run`` is this run's identifier for its whole life.

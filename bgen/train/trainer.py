@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,20 @@ from bgen.track.output import CHECKPOINTS, RECORD, RunOutput, run_identifier
 from bgen.track.progress import warn
 from bgen.track.throughput import Throughput
 from bgen.train import restore
+from bgen.train.auto_micro_batch import settle
 from bgen.train.data_outage import Batches
+from bgen.train.diagnose.norms import LayerNorms
+from bgen.train.diagnose.out_of_memory import MemoryWatch
+from bgen.train.diagnose.profile import ProfileWindow, record_step
+from bgen.train.diagnose.skipped import look_at_skipped
 from bgen.train.engine.compiled import compiled
 from bgen.train.engine.deepspeed_json import batch_plan, deepspeed_config
 from bgen.train.engine.engine import Engine
 from bgen.train.engine.kernels import require_kernels
 from bgen.train.engine.schedules import learning_rate
+from bgen.train.engine.step_seed import seed_step
 from bgen.train.heap import keep_heap
 from bgen.train.held_out_losses import held_out_losses
-from bgen.train.not_finite import first_not_finite
-from bgen.train.profile import ProfileWindow, record_step
 from bgen.train.saving import Saver, Weights
 from bgen.train.stages.stage import CountsDamage, CountsFlops, Stage
 from bgen.train.state import RunState
@@ -148,12 +151,14 @@ class Trainer:
 
     def _fit(self, folder: Path | None, messages: list[str], accept_changed_data: bool) -> bool:
         """Train in a folder that is this job's, from a checkpoint if there is one; whether a signal ended it."""
+        self.config, self._tried = settle(self.stage, self.config, self.world, begun=folder is not None)
         if self.world.device.type == "cpu":
             keep_heap()
         status = "FAILED"
         cells = batch_plan(self.config.train, self.world.size).micro
         threads = as_many_threads_as_pay(self.stage.module, cells, self.world)
-        with StopSignals() as self._signals, threads:
+        self.memory = MemoryWatch(self.config, self.stage.module, self.world)
+        with self.memory, StopSignals() as self._signals, threads:
             self._watchdog = watchdog = Watchdog(self.out / "stacks")
             self._allow(self.config.train.start_timeout)
             try:
@@ -197,6 +202,7 @@ class Trainer:
             self.state, changed = restore.read_state(folder, self.stage.fingerprint, accept_changed_data)
             self.engine, saved, converted = restore.load_engine(folder, module, train, self.out)
             messages = [*messages, *changed, *converted]
+        self.norms = LayerNorms(self.engine.module, train.norms, train.compile)
         self.weights = Weights(self.engine, self.config, saved)
         self.output = RunOutput(
             self.config,
@@ -215,6 +221,10 @@ class Trainer:
             self._event("start", {"run": self.state.run, **facts, "parameters": parameters})
         else:
             self._event("resume", {"checkpoint": folder.name, "messages": messages, **facts})
+        if self._tried:
+            found = self._tried[-1].cells
+            self._event("micro batch", {"chosen": found, "tried": [asdict(trial) for trial in self._tried]})
+            self.output.say(f"train.micro_batch=auto: {found:,} cells at a time")
 
     def _loop(self) -> bool:
         """Run the steps that are left; returns whether a signal ended them."""
@@ -281,15 +291,18 @@ class Trainer:
             return stop > 0, False
         micro_batches = before if drawn is None else drawn
         assert micro_batches is not None
-        _seed(self.config.seed, state.step, self.world.rank)
+        seed_step(self.config.seed, state.step, self.world.rank)
+        self.norms.begin(state.step + 1)
         unfinite: list[Tensor] = []
         spike, mean = False, math.nan
         computed = 0.0
         flops = 0
         for number, batch in enumerate(micro_batches, 1):
             begin = time.perf_counter()
+            self.memory.computing(state.step + 1, batch)
             unpacked = self.engine.moved(batch)
-            losses = self.engine.forward(unpacked)
+            with self.norms.forward():
+                losses = self.engine.forward(unpacked)
             if isinstance(self.engine.module, CountsFlops):
                 flops += self.engine.module.training_flops(unpacked)
             computed += time.perf_counter() - begin
@@ -299,6 +312,7 @@ class Trainer:
                 mean = ranks.all_sum(self.losses.sums["loss"].cpu()[None]).item() / train.global_batch
                 spike = state.is_spike(mean, train.skip_spikes)
             self.engine.backward(losses["loss"].float().mean(), spoil=spike or drawn is None)
+        self.norms.backward(self.engine.gradients)
         rate = learning_rate(train, state.step)
         outcome = self.engine.step(rate)
 
@@ -317,6 +331,8 @@ class Trainer:
         self.hosts.add(waited + computed)
 
         state.step += 1
+        if norms := self.norms.take():
+            self.output.row("norms", state.step, norms)
         self.losses.close(int(cells_all), rate, outcome.grad_norm, outcome.applied)
         if outcome.applied:
             state.skipped_in_row = 0
@@ -327,6 +343,7 @@ class Trainer:
         else:
             self._settle()
             self._skipped(micro_batches, unfinite, mean if spike else None)
+        self.memory.done()
         self.saver.advance(int(written), int(failed))
         self.output.progress(state.step)
         return stop > 0, True
@@ -348,33 +365,20 @@ class Trainer:
         train, state = self.config.train, self.state
         state.skipped += 1
         state.skipped_in_row += 1
-        pairs = list(zip(micro_batches, unfinite, strict=True))
-        guilty = [cell for batch, mask in pairs for cell in batch.cells[mask.cpu()].tolist()]
-        # Every rank looks, each at a batch of its own: at ZeRO 3 a forward pass takes all of them.
-        again = next((batch for batch, mask in pairs if bool(mask.any())), micro_batches[-1])
-        origin = None
-        if spike is None:
-            origin = first_not_finite(self.engine.module, lambda: self.engine.forward(self.engine.moved(again)))
-        every = [cell for batch, _ in pairs for cell in batch.cells.tolist()]
-        by_rank = ranks.gather((guilty, every, origin))
-        cells = [cell for found, _, _ in by_rank for cell in found]
-        origin = next((first for _, _, first in by_rank if first is not None), None)
-        what = "loss not finite" if cells else "gradient not finite"
-        if spike is not None:
-            what = f"loss {spike:.4g} is a spike"
-        reason = "spike" if spike is not None else what.split()[0]
-        cells = cells or [cell for _, everything, _ in by_rank for cell in everything]
-        where = {} if origin is None else {"first": origin}
-        self._event("skipped", {"reason": reason, "cells": cells, **where})
-        first = "" if origin is None else f", first in {origin}"
-        self.output.say(f"step {state.step} skipped: {what}{first} ({state.skipped_in_row} in a row)")
+        found = look_at_skipped(
+            self.engine.module,
+            lambda batch: self.engine.forward(self.engine.moved(batch)),
+            *(micro_batches, unfinite, spike),
+        )
+        self._event("skipped", found.facts)
+        self.output.say(f"step {state.step} skipped: {found.what}{found.where} ({state.skipped_in_row} in a row)")
         if state.skipped_in_row >= train.max_skipped:
             self.saver.finish()
-            why = "a loss far above those before" if reason == "spike" else f"a {reason} that was not finite"
             raise UserError(
-                f"{state.skipped_in_row} steps in a row had {why}, the last was step "
-                f"{state.step}{first}. Their cells are in {self.out / RECORD} (event 'skipped'): look at them. Or "
-                f"lower train.learning_rate ({train.learning_rate:g}) or raise train.warmup, and go on with --resume."
+                f"{state.skipped_in_row} steps in a row had {found.why}, the last was step "
+                f"{state.step}{found.where}. Their cells are in {self.out / RECORD} (event 'skipped'): look at them. "
+                f"Or lower train.learning_rate ({train.learning_rate:g}) or raise train.warmup, and go on with "
+                "--resume."
             )
 
     def _damaged_cells(self) -> int:
@@ -487,13 +491,3 @@ def check(config: RunConfig) -> ranks.World:
             "Set train.eval_every, or train.patience=0."
         )
     return ranks.start(config.train.start_timeout)
-
-
-def _seed(seed: int, step: int, rank: int) -> None:
-    """Seed torch for one step on one rank, so that dropout is the same after a restart without saving any state."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
-    number = int.from_bytes(digest, "little") >> 1
-    # torch.manual_seed asks every kind of device, which takes a twentieth of a small model's step.
-    torch.default_generator.manual_seed(number)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed(number)

@@ -100,6 +100,7 @@ def test_places_that_cannot_be_written(
         (OSError(30, "Read-only file system", "out"), "out: Read-only file system."),
         (OSError(28, "No space left on device"), "No space left on device."),
         (MemoryError("Unable to allocate 9 TiB"), "not enough memory for this (Unable to allocate 9 TiB)"),
+        (RuntimeError("CUDA out of memory. Tried\nmore"), "not enough memory for this (CUDA out of memory. Tried)."),
     ],
 )
 def test_what_the_system_refuses_is_one_message(

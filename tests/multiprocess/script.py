@@ -27,7 +27,7 @@ from bgen.errors import UserError
 from bgen.train.trainer import Trainer
 
 AVERAGED = {"ema": 0.9, "patience": 20, "eval_every": 5}
-SHORT = {"steps": 20, "checkpoint_every": 10}
+SHORT = {"steps": 20, "checkpoint_every": 10, "norms": 10}
 HOP = 5
 """Steps that a run makes on a number of ranks before it goes on with another."""
 
@@ -51,7 +51,21 @@ def two_ranks(folder: Path) -> dict[str, Any]:
         again, _ = run(toy_config(folder / f"one_rank_{zero}", SHORT | {"zero": zero, "steps": 25}), resume=True)
         found[f"from_one_rank_{zero}"] = resumed.losses + again.losses
         found[f"poisoned_{zero}"] = poisoned(folder / f"poisoned_{zero}", zero)
+    found["chosen"] = chosen(folder / "chosen", room=4 if rank == 0 else 2)
     return found
+
+
+def chosen(folder: Path, room: int) -> dict[str, Any]:
+    """A micro batch that is chosen where this rank's memory has room for so many cells."""
+    stage = ToyStage(toy_config(folder, {"steps": 3, "eval_every": 0, "zero": 1, "micro_batch": "auto"}))
+
+    def takes_memory(_: torch.nn.Module, args: Any) -> None:
+        if len(args[0]) > room:
+            torch.empty(1 << 60, dtype=torch.uint8)
+
+    stage.module.register_forward_pre_hook(takes_memory)
+    result = Trainer(stage.config, stage).fit()
+    return {"losses": result.losses, "cells": stage.config.train.micro_batch}
 
 
 def resharded(folder: Path) -> dict[str, Any]:

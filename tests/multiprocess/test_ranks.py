@@ -73,6 +73,28 @@ def test_two_ranks_have_the_losses_of_one(two_ranks: Path, one_rank: list[float]
     assert result(two_ranks, 1)[f"straight_{zero}"] == straight
 
 
+def test_norms_of_layers_are_the_same_on_two_ranks_at_every_stage(two_ranks: Path) -> None:
+    """Straight, resumed with two micro batches a step, and resumed from one rank."""
+    names = [f"{kind}_{zero}" for kind in ("straight", "halves", "one_rank") for zero in (0, 1, 3)]
+    found = {}
+    for name in names:
+        rows = [row for row in record.read(two_ranks / name / "record.jsonl") if row["kind"] == "norms"]
+        assert [row["step"] for row in rows] == [10, 20]
+        found[name] = {f"{row['step']}/{layer}": row[layer] for row in rows for layer in row if "/" in layer}
+    assert len(found["straight_0"]) == 2 * 9
+    for name in names:
+        assert found[name] == pytest.approx(found["one_rank_0"], rel=1e-4), name
+
+
+def test_ranks_choose_the_micro_batch_that_fits_on_all_of_them(
+    two_ranks: Path, one_rank: dict[int, list[float]]
+) -> None:
+    for rank in (0, 1):
+        found = result(two_ranks, rank)["chosen"]
+        assert found["cells"] == 2
+        np.testing.assert_allclose(found["losses"], one_rank[1][:3], rtol=1e-5)
+
+
 def test_a_rank_imports_nothing_slow_that_it_does_not_need(tmp_path: Path) -> None:
     done = launch([sys.executable], "plain", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -26,10 +26,10 @@ from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.vae.vae import VAE
 from bgen.operate import plan as module
 from bgen.operate.plan import Plan, plan
-from bgen.operate.plan_memory import activation_bytes, memory
 from bgen.operate.plan_step import count_launches
 from bgen.track import record
 from bgen.track.devices import DEVICES, Device
+from bgen.train.engine.memory import activation_bytes, memory
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"genes": 1000, "tokens": 100}

@@ -19,6 +19,7 @@ from bgen.data.batch import CellBatch
 from bgen.data.packed import PackedBatch
 from bgen.errors import UserError
 from bgen.models.log_counts import LogCounts
+from bgen.train.diagnose.norms import LayerNorms
 from bgen.train.engine.ema import EMA
 from bgen.train.engine.parameter_groups import parameter_groups
 from bgen.train.step_losses import StepLosses
@@ -71,9 +72,11 @@ def test_both_passes_and_the_update_are_traced(name: str, cuda: None) -> None:
     trace, (make, batch) = Trace(), MODULES[name]
     module = trace.module(make().train())
     given = trace.on_host(batch())
-    losses = StepLosses()
+    losses, norms = StepLosses(), LayerNorms(module, every=1)
+    norms.begin(1)
     with trace() as watch:
-        found = module(given.to(CUDA))
+        with norms.forward():
+            found = module(given.to(CUDA))
         loss = found["loss"].float().mean()
         good = found["loss"].detach().isfinite()
         losses.add(found)
@@ -84,6 +87,7 @@ def test_both_passes_and_the_update_are_traced(name: str, cuda: None) -> None:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     assert [parameter.shape for parameter in trained if parameter.grad is None] == []
     with trace(autocast=False) as watch:
+        norms.backward(lambda: ((name, p.grad) for name, p in module.named_parameters() if p.grad is not None))
         torch.optim.AdamW(parameter_groups(module, 0.1), lr=1e-3, fused=True).step()
         weights = {(str(number), 0): parameter.detach().flatten() for number, parameter in enumerate(trained)}
         average = EMA(weights, 0.999)

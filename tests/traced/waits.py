@@ -51,6 +51,10 @@ ALLOWED = (
         "The record: one copy of all losses since its last row, every train.log_every steps.",
     ),
     Allowed(
+        "bgen.train.diagnose.norms.LayerNorms.take",
+        "train.norms only: one copy of the norms of all layers, in the steps that are looked at.",
+    ),
+    Allowed(
         "bgen.train.engine.engine.Engine.step",
         "Once an optimiser step, when both passes are under way: weights move only if all gradients are finite, and "
         "DeepSpeed, too, asks for their norm.",

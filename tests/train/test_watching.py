@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from toy import ToyModel, ToyStage, run, toy_config
 
 from bgen.track import record
-from bgen.train.not_finite import first_not_finite
+from bgen.train.diagnose.not_finite import first_not_finite
 from bgen.train.trainer import Trainer
 
 

@@ -87,7 +87,7 @@ def bench_train(
     dict
         What was measured, as JSON.
     """
-    cells = batch or config.train.micro_batch or config.train.global_batch
+    cells = batch or config.train.cells_at_a_time or config.train.global_batch
     precision = config.train.precision
     where = torch.device(device)
     if config.stage == "vae":

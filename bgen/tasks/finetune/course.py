@@ -143,8 +143,8 @@ def whole_trajectories(train: TrainConfig, shape: TrajectoriesConfig, world_size
         If not even one trajectory fits into a micro batch.
     """
     share = max(1, train.global_batch // (shape.size * world_size))
-    micro = None
-    if train.micro_batch is not None:
+    micro: int | str | None = train.micro_batch
+    if isinstance(train.micro_batch, int):
         if train.micro_batch < shape.size:
             raise UserError(
                 f"train.micro_batch={train.micro_batch} holds no whole trajectory of {shape.times} time points x"

@@ -43,14 +43,14 @@ class BatchPlan:
 
 
 def batch_plan(config: TrainConfig, world_size: int) -> BatchPlan:
-    """Split the global batch over ranks and micro batches.
+    """Split the global batch over ranks and micro batches; one that is not chosen yet (auto) is a rank's whole share.
 
     Raises
     ------
     UserError
         If it does not divide evenly; the message names the nearest values that do.
     """
-    total, micro = config.global_batch, config.micro_batch
+    total, micro = config.global_batch, config.cells_at_a_time
     ranks = f"{world_size} rank{'s' * (world_size > 1)}"
     unit = world_size * (micro or 1)
     if total % unit == 0:

@@ -43,6 +43,14 @@ class StepOutcome:
     grad_norm: float
 
 
+def moved(module: nn.Module, batch: CellBatch | PackedBatch, device: torch.device) -> CellBatch:
+    """Return a batch on a device, unpacked there, once the module has looked at what it must; see :class:`Engine`."""
+    if device.type != "cpu" and isinstance(batch, CellBatch) and isinstance(module, ChecksBatches):
+        module.check_batch(batch)
+    there = batch.to(device)
+    return there.to_csr() if isinstance(there, PackedBatch) else there
+
+
 class Engine:
     """A module under DeepSpeed: distributed, in the configured precision, with its optimiser.
 
@@ -78,6 +86,7 @@ class Engine:
         self.frozen_bytes = sum(p.numel() * p.element_size() for p in frozen.values())
         deepspeed = _start_deepspeed(world)
         self._gathered = deepspeed.zero.GatheredParameters
+        self._gradient = deepspeed.utils.safe_get_full_grad
         self._log_summary = deepspeed.comm.log_summary
         self._timers = deepspeed.comm.comm.timers
         self._communicating: dict[str, float] = {}  # milliseconds
@@ -107,10 +116,7 @@ class Engine:
         UserError
             If the module cannot take the batch.
         """
-        if self.world.device.type != "cpu" and isinstance(batch, CellBatch) and isinstance(self.module, ChecksBatches):
-            self.module.check_batch(batch)
-        moved = batch.to(self.world.device)
-        return moved.to_csr() if isinstance(moved, PackedBatch) else moved
+        return moved(self.module, batch, self.world.device)
 
     def forward(self, batch: CellBatch) -> dict[str, Tensor]:
         """The module's per-cell losses ``{name: [B]}``, in the configured precision."""
@@ -156,6 +162,19 @@ class Engine:
         if self.config.comms_log:
             self._time_communication()
         return StepOutcome(bool(engine.was_step_applied()), float(engine.get_global_grad_norm()))
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Each trained parameter's gradient in its shape, over the cells of all ranks, before it is clipped.
+
+        All ranks go through them together, after the last backward pass of a step and before :meth:`step`. DeepSpeed's
+        own function puts them together from where each ZeRO stage and offload keeps them, one parameter at a time.
+        """
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                with _quiet():
+                    gradient = self._gradient(parameter)
+                if gradient is not None:
+                    yield name, gradient
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bgen.config.run import Config
+from bgen.config.run import Config, RunConfig
 from bgen.data.batch import CellBatch
 from bgen.data.loader import CountReader, TrainLoader, valid_batches
 from bgen.data.packed import PackedBatch
@@ -79,6 +79,18 @@ class StoreStage:
             prefetch=self.config.data.prefetch,
         )
         return loader.packed_steps(start_step) if self.packed else loader.steps(start_step)
+
+    @property
+    def unit(self) -> int:
+        """See :class:`bgen.train.stages.stage.SplitsBatches`."""
+        return 1 if self.trajectories is None else self.trajectories.shape.size
+
+    def split(self, config: RunConfig) -> None:
+        """See :class:`bgen.train.stages.stage.SplitsBatches`."""
+        self.config = self.config.model_copy(update={"train": config.train})
+        self._valid = None
+        if self.trajectories is not None:
+            self.trajectories.micro = batch_plan(config.train, self.world.size).micro // self.unit
 
     def valid_batches(self) -> Iterator[tuple[CellBatch, Tensor]]:
         """See :class:`bgen.train.stages.stage.Stage`; the held-out cells are read once and kept."""

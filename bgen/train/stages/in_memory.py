@@ -50,6 +50,15 @@ class MemoryStage:
         self.train, self.valid, self.monitor = train, valid, monitor
         self.fingerprint = fingerprint
 
+    @property
+    def unit(self) -> int:
+        """See :class:`bgen.train.stages.stage.SplitsBatches`."""
+        return 1
+
+    def split(self, config: RunConfig) -> None:
+        """See :class:`bgen.train.stages.stage.SplitsBatches`."""
+        self.config = config
+
     def train_batches(self, start_step: int) -> Iterator[Sequence[CellBatch]]:
         """See :class:`bgen.train.stages.stage.Stage`."""
         plan, total, step = batch_plan(self.config.train, self.world.size), self.config.train.global_batch, start_step

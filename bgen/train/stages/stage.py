@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from bgen.config.run import RunConfig
 from bgen.data.batch import CellBatch
 from bgen.data.packed import PackedBatch
 
@@ -39,6 +40,26 @@ class CountsDamage(Protocol):
 
     def damaged_cells(self) -> int:
         """Return how many cells of this rank's batches were replaced by others so far."""
+        ...
+
+
+@runtime_checkable
+class SplitsBatches(Protocol):
+    """A stage whose micro batches may be of another size than it was made with.
+
+    Attributes
+    ----------
+    unit
+        Cells that stay together: those of a trajectory, else 1.
+    """
+
+    @property
+    def unit(self) -> int:
+        """See above."""
+        ...
+
+    def split(self, config: RunConfig) -> None:
+        """Take the same settings with another ``train.micro_batch``, a multiple of ``unit`` that divides the share."""
         ...
 
 

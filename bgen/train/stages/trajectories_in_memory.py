@@ -70,6 +70,11 @@ class MemoryTrajectoryStage(MemoryStage, abc.ABC):
             for name, trajectories in ((TRAIN, train), (VALID, valid))
         }
 
+    @property
+    def unit(self) -> int:
+        """See :class:`bgen.train.stages.stage.SplitsBatches`."""
+        return self.shape.size
+
     def train_batches(self, start_step: int) -> Iterator[Sequence[CellBatch]]:
         """See :class:`bgen.train.stages.stage.Stage`; starts are planned before the first batch, if at all."""
         coupling = self.flow.config.coupling

@@ -19,6 +19,7 @@ from bgen.distributed.world import World
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.measured_latents import MeasuredLatents
 from bgen.order.trajectories import Trajectories
+from bgen.train.auto_micro_batch import with_micro_batch
 from bgen.train.stages.course_in_memory import CourseStage
 from bgen.train.stages.populations_in_memory import EncodedCells, PopulationStage
 from bgen.train.stages.trajectories_in_memory import MemoryTrajectoryStage
@@ -55,6 +56,16 @@ def screen(folder: Path, cells: int) -> MemoryTrajectoryStage:
     done = TIME.astype(np.int64)  # of which 0 is the control
     splits = [Trajectories.along_perturbation(some, [], done[some], 0) for some in (TRAIN, VALID)]
     return PopulationStage(config, flow(config, cells), COUNTS, encoded, shape, *splits, ALONE, {})
+
+
+@pytest.mark.parametrize("make", [course, screen])
+def test_a_chosen_micro_batch_holds_whole_trajectories(make: object, tmp_path: Path) -> None:
+    stage = make(tmp_path / "run", 12)  # type: ignore[operator]
+    (whole,) = next(stage.train_batches(0))
+    stage.split(with_micro_batch(stage.config, stage.unit))
+    parts = next(stage.train_batches(0))
+    assert [len(part) for part in parts] == [stage.shape.size] * 2
+    assert torch.cat([part.cells for part in parts]).tolist() == whole.cells.tolist()
 
 
 @pytest.mark.parametrize("make", [course, screen])

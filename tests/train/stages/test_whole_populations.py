@@ -24,6 +24,7 @@ from bgen.models.generators.latent_flow import LatentFlow
 from bgen.store.open import open_store
 from bgen.tasks.load import load_model
 from bgen.track.record import read
+from bgen.train import auto_micro_batch as auto
 from bgen.train.stages.flow import FlowStage
 from bgen.train.stages.trajectories_from_store import population_latents
 
@@ -164,3 +165,17 @@ def test_references_that_memory_cannot_hold_are_refused_before_training(
     monkeypatch.setattr(references, "MOST_BYTES", 8000)
     with pytest.raises(UserError, match=r"flow\.coupling\.cells=40: .* Set it to 15, or to 0"):
         stage(demo, tmp_path)
+
+
+def test_a_chosen_micro_batch_holds_whole_trajectories(
+    demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage of a store, with less memory at the first two trials than at the third."""
+    limits = iter([0, 0, 1 << 50])
+    monkeypatch.setattr(auto, "memory_limit", lambda world: next(limits))
+    made, given = (stage(demo, tmp_path, f"train.micro_batch={cells}") for cells in ("auto", 24))
+    tried = auto.find_micro_batch(made, made.config, current())
+    assert [trial.cells for trial in tried] == [96, 48, 24]
+    for found, wanted in zip(next(iter(made.train_batches(0))), next(iter(given.train_batches(0))), strict=True):
+        assert len(found) == made.unit == 24
+        assert found.cells.tolist() == wanted.cells.tolist()

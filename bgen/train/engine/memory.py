@@ -101,7 +101,9 @@ def memory(
     bucket = min(wide * BUCKET, P)
     averages = share * ((config.ema > 0) + (config.patience > 0))
     fixed = narrow * frozen
-    accumulated = share if config.micro_batch is not None and config.micro_batch * ranks < config.global_batch else 0
+    accumulated = (
+        share if config.cells_at_a_time is not None and config.cells_at_a_time * ranks < config.global_batch else 0
+    )
     if zero == 0:
         kept, optimizer = weights + fixed, 2 * P + (P if narrow < wide else 0)
         working = max(activations + P + bucket, P + 2 * wide * largest)
@@ -133,14 +135,20 @@ def activation_bytes(step: Callable[[], Tensor], known: Iterable[Tensor]) -> int
     known
         Tensors that do not count: parameters, buffers, the batch.
     """
-    with _Live(known) as live:
+    with LiveBytes(known) as live:
         loss = step()
     del loss
     return live.peak + live.largest
 
 
-class _Live(TorchDispatchMode):
-    """Adds up the storages that operators make, while they live."""
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operators make, while they live.
+
+    Attributes
+    ----------
+    live, peak, largest
+        Bytes now, at most so far, and of the largest storage.
+    """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
