@@ -66,7 +66,7 @@ class _KeyedDropout(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (keys,) = ctx.saved_tensors
         return _KeyedDropout.apply(grad.contiguous(), keys, *ctx.given), None, None, None
 
