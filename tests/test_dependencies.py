@@ -65,6 +65,8 @@ AT_ONCE = {
     "bgen/models/likelihoods/sparse_triton.py": "imported on GPUs where Triton is, and kernels are made as it is",
     "bgen/nn/gpu/bits_triton.py": "as above",
     "bgen/nn/gpu/dropout_triton.py": "as above",
+    "bgen/nn/gpu/elementary_triton.py": "as above",
+    "bgen/nn/gpu/sparse_triton.py": "as above",
     "bgen/nn/gpu/thinning_triton.py": "as above",
     "bgen/serve/turns.py": "app.py alone imports it",
 }

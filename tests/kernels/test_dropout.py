@@ -9,7 +9,7 @@ from torch import Tensor
 from bgen.nn import random
 from bgen.nn.gpu import dropout as on_gpu
 from bgen.nn.random import Stream
-from bgen.nn.residual import keyed_dropout
+from bgen.nn.residual import ResidualBlock, keyed_dropout
 
 NEEDED = ("triton",)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,3 +71,16 @@ def test_they_are_operators_that_can_be_traced() -> None:
     torch.library.opcheck(torch.ops.bgen.keep_mask, (keys, 3, 9, 0.5), test_utils=checks)
     x = torch.ones(len(keys), 9, device=DEVICE)
     torch.library.opcheck(torch.ops.bgen.keyed_dropout, (x, keys, 3, 0.5), test_utils=checks)
+
+
+def test_a_block_with_it_is_compiled_whole() -> None:
+    torch.manual_seed(0)
+    block, keys = ResidualBlock(9, 0.5, 2).to(DEVICE), KEYS.to(DEVICE)
+    given = torch.randn(2, len(keys), 9, device=DEVICE)
+    found = []
+    for call in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
+        x = given[0].clone().requires_grad_()
+        y = call(x, keys)
+        y.backward(given[1])
+        found.append((y.detach(), x.grad))
+    torch.testing.assert_close(found[1], found[0])

@@ -18,7 +18,7 @@ def test_a_step_is_traced_with_the_kernels(likelihood: str, cuda: None, monkeypa
     for name, seen in given.items():
         operator = getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda *a, of=operator, to=seen: to.append(a) or of(*a))
-    monkeypatch.setattr("bgen.nn.gpu.kernels.have_triton", lambda: True)
+    monkeypatch.setattr("bgen.nn.gpu.kernels.HAVE_TRITON", True)
     trace = Trace()
     module = trace.module(vae(likelihood=likelihood, thinning=0.0).train())
     batch = trace.on_host(cells())
@@ -33,7 +33,7 @@ def test_a_step_is_traced_with_the_kernels(likelihood: str, cuda: None, monkeypa
 
 
 def test_double_precision_has_no_kernels(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bgen.nn.gpu.kernels.have_triton", lambda: True)
+    monkeypatch.setattr("bgen.nn.gpu.kernels.HAVE_TRITON", True)
     trace = Trace()
     assert fused.usable(trace.tensor(torch.ones(2, 3)))
     assert not fused.usable(trace.tensor(torch.ones(2, 3).double()))

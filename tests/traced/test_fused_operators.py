@@ -10,13 +10,13 @@ from models import EACH, B, G, cells, vae
 from on_cuda import CUDA, Trace
 
 from bgen.models.vae.vae import VAE
-from bgen.nn.gpu import dropout, thinning
+from bgen.nn.gpu import dropout, sparse, thinning
 from bgen.nn.random import Stream
 
 
 @pytest.fixture
 def triton(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bgen.nn.gpu.kernels.have_triton", lambda: True)
+    monkeypatch.setattr("bgen.nn.gpu.kernels.HAVE_TRITON", True)
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, module: Any, *names: str) -> dict[str, list[Any]]:
@@ -57,3 +57,20 @@ def test_thinning_is_an_operator(triton: None, monkeypatch: pytest.MonkeyPatch) 
     ((_, _, counts, keys, keep, stream),) = given["_thin"]
     assert (counts.shape, keys.shape, keep.shape, stream) == ((B * EACH,), (B,), (B,), Stream.THIN_COUNT)
     assert keep.dtype == torch.float32
+
+
+def test_the_first_layer_is_an_operator_of_counts(triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = watched(monkeypatch, sparse, "_product", "_gradient")
+    step(vae(thinning=0.5))
+    ((weight, _, indices, counts, factor),) = given["_product"]
+    assert (weight.dtype, weight.shape, indices.dtype) == (torch.bfloat16, (G, 16), torch.int32)
+    assert (counts.dtype, counts.shape, factor.shape) == (torch.float32, (B * EACH,), (B,))
+    ((grad, *_, genes),) = given["_gradient"]
+    assert (grad.dtype, grad.shape, genes) == (torch.bfloat16, (B, 16), G)
+
+
+def test_what_tokens_read_is_an_operator(triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = watched(monkeypatch, sparse, "_product", "_gradient")
+    step(vae(thinning=0.0, encoder={"name": "gene_set", "values": True, "network": {"tokens": 2}}))
+    assert len(given["_product"]) == len(given["_gradient"]) == 2  # tables of weights, and of what values add
+    assert {(weight.dtype, factor) for weight, *_, factor in given["_product"]} == {(torch.bfloat16, None)}

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from bgen.bench.loaders.atlas import Atlas
 from bgen.bench.speed.mixers import LATENT, compare, variants
-from bgen.bench.speed.operators import Pair, compare_dropout, compare_thinning
+from bgen.bench.speed.operators import Pair, compare_dropout, compare_first_layer, compare_set_read, compare_thinning
 from bgen.bench.speed.train_step import Timing, time_backbone, time_vae
 from bgen.config.backbone import BackboneConfig
 from bgen.config.flow import FlowConfig, SampleConfig
@@ -192,9 +192,15 @@ def _works(
     """Yield what is to be measured, the most important first, each with its name."""
     yield "parity of likelihoods", lambda: found.parity.extend(_likelihoods(device, extent))
     sizes = min(extent.cells, 256), extent.genes
-    yield "parity of dropout", lambda: found.parity.extend(map(_pair, compare_dropout(device, *sizes)))
     batch = _csr(_counts(*sizes))
-    yield "parity of thinning", lambda: found.parity.extend(map(_pair, compare_thinning(device, batch)))
+    operators = {
+        "dropout": compare_dropout(device, *sizes),
+        "thinning": compare_thinning(device, batch),
+        "first layer": compare_first_layer(device, batch, 128),
+        "set read": compare_set_read(device, batch, 64),
+    }
+    for operator, pairs in operators.items():
+        yield f"parity of {operator}", lambda pairs=pairs: found.parity.extend(map(_pair, pairs))  # type: ignore[misc]
     for mixer in variants(device.type):
         yield f"parity of {mixer}", lambda mixer=mixer: found.parity.extend(_network(mixer, device))  # type: ignore[misc]
     for compiled in (False, True) if extent.compiled else (False,):

@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bgen.nn.gpu.elementary_triton import log1p as _log1p
+
 GENES = 1024
 """Genes that a program holds at once."""
 
@@ -34,13 +36,6 @@ TILE = 128
 
 CELLS = 256
 """Cells that a program of the backward pass goes down; each gives a row of partial sums for the genes."""
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x), to the last digits also where 1 + x is 1 (Kahan)."""
-    y = 1.0 + x
-    return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
 
 
 @triton.jit

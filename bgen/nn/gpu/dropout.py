@@ -57,18 +57,16 @@ def _(x, keys, stream, keep):  # type: ignore[no-untyped-def]
     return torch.empty_like(x)
 
 
-class _KeyedDropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, keys: Tensor, stream: int, keep: float) -> Tensor:
-        ctx.save_for_backward(keys)
-        ctx.given = stream, keep
-        out: Tensor = _keyed_dropout(x, keys, stream, keep)
-        return out
+def _keep_for_backward(ctx: Any, inputs: Any, output: Tensor) -> None:
+    _, keys, *ctx.given = inputs
+    ctx.save_for_backward(keys)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (keys,) = ctx.saved_tensors
-        return _KeyedDropout.apply(grad.contiguous(), keys, *ctx.given), None, None, None
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return _keyed_dropout(grad.contiguous(), *ctx.saved_tensors, *ctx.given), None, None, None
+
+
+_keyed_dropout.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 def keep_mask(keys: Tensor, stream: int, n: int, keep: float) -> Tensor:
@@ -82,6 +80,6 @@ def keep_mask(keys: Tensor, stream: int, n: int, keep: float) -> Tensor:
 def dropout(x: Tensor, keys: Tensor, stream: int, keep: float) -> Tensor:
     """Return ``x [B, D]`` over ``keep`` where the mask of ``keys [B]`` keeps it, and zero elsewhere."""
     if usable(x):
-        dropped: Tensor = _KeyedDropout.apply(x.contiguous(), keys, int(stream), keep)
+        dropped: Tensor = _keyed_dropout(x.contiguous(), keys, int(stream), keep)
         return dropped
     return x * random.keep_mask(keys, stream, x.shape[1], keep).to(x.dtype).div_(keep)

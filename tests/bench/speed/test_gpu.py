@@ -29,7 +29,8 @@ def test_everything_is_measured_and_the_same_as_in_double_precision(
     assert found.agrees
     compared = {row["what"] for row in found.parity}
     every = {"mamba2", "s4d", "hyena", "attention", "mamba1"}
-    assert compared == {"negative binomial", "zero-inflated", "keyed dropout", "thinning"} | every
+    operators = {"negative binomial", "zero-inflated", "keyed dropout", "thinning", "first layer", "set read"}
+    assert compared == operators | every
     single = [row for row in found.parity if row["precision"] == "float32" and row["what"] != "thinning"]
     assert all(0 < row["values"] < 1e-5 for row in single)
     assert [row["stage"] for row in found.steps] == ["vae", "flow", "trajectories", "perturbation"]

@@ -16,7 +16,7 @@ from bgen.config.vae import VAEConfig
 from bgen.data.batch import CellBatch
 from bgen.models.vae.covariates import Covariates
 from bgen.models.vae.encoders.encoder import Encoder
-from bgen.models.vae.sparse_linear import log_normalise, sparse_matmul
+from bgen.models.vae.sparse_linear import log_normalised_matmul
 from bgen.nn.flops import layers, linear
 from bgen.nn.residual import ResidualBlock
 
@@ -43,7 +43,7 @@ class StateVectorEncoder(Encoder):
 
     def forward(self, batch: CellBatch, counts: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`Encoder`."""
-        hidden = sparse_matmul(self.weight, batch, log_normalise(batch, counts, SCALE)) + self.bias
+        hidden = log_normalised_matmul(self.weight, batch, counts, SCALE) + self.bias
         hidden = F.silu(self.covariates(hidden, batch.obs))
         for block in self.blocks:
             hidden = block(hidden, batch.keys)
