@@ -6,6 +6,8 @@ to code become the names of its files, since the site does not hold it. Warnings
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 import shutil
 import subprocess
@@ -20,6 +22,7 @@ PAGES = {
         "bgen/tasks/tutorial.ipynb",
         "bgen/tasks/perturb/tutorial.ipynb",
         "bgen/tasks/time/tutorial.ipynb",
+        "gallery.md",
     ],
     "Tasks": [
         "bgen/tasks/README.md",
@@ -46,15 +49,18 @@ PAGES = {
         "CHANGELOG.md",
     ],
 }
-MADE = {"python.md"}
+MADE = {"python.md", "gallery.md"}
 """Pages that are made here."""
+
+TABLES = {"plot.changes"}
+"""What bgen.plot has that draws nothing."""
 
 FUNCTIONS = ["check", "build", "train_vae", "train_flow", "train_trajectories", "train_perturbation", "load"]
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 
 def collect(folder: Path) -> None:
-    """Copy the pages and pictures into a folder, and make the index and the page of Python's names."""
+    """Copy the pages and pictures into a folder, and make the index, the page of Python's names and the gallery."""
     pages = {page for group in PAGES.values() for page in group}
     for page in sorted(pages - MADE):
         source, place = ROOT / page, folder / page
@@ -76,6 +82,38 @@ def collect(folder: Path) -> None:
     plots = ".. automodule:: bgen.plot\n   :members:"
     python = f"# bgen in Python\n\n```{{eval-rst}}\n{names}\n\n{classes}{plots}\n```\n"
     (folder / "python.md").write_text(python, encoding="utf-8")
+    make_gallery(folder)
+
+
+def make_gallery(folder: Path) -> None:
+    """Make the page of the pictures that functions of bgen.plot drew in the notebooks, each with its cell."""
+    parts = [
+        "# Gallery",
+        "What `bgen.plot` draws, on matplotlib Axes: the pictures of the notebooks, each with its cell.",
+    ]
+    (folder / "gallery").mkdir()
+    for page in (page for group in PAGES.values() for page in group if page.endswith(".ipynb")):
+        cells = json.loads((ROOT / page).read_text("utf-8"))["cells"]
+        title = "".join(cells[0]["source"]).splitlines()[0].removeprefix("# ")
+        for number, cell in enumerate(cells):
+            source = "".join(cell["source"])
+            drawn = [name for name in dict.fromkeys(re.findall(r"\bbgen\.(plot\.\w+)", source)) if name not in TABLES]
+            shown = [
+                output["data"]["image/png"]
+                for output in cell.get("outputs", [])
+                if "image/png" in output.get("data", {})
+            ]
+            if not drawn or not shown:
+                continue
+            picture = f"gallery/{Path(page).parent.name}-{number}.png"
+            (folder / picture).write_bytes(base64.b64decode(shown[0]))
+            parts += [
+                f"## {', '.join(drawn)}",
+                f"![{', '.join(drawn)}]({picture})",
+                f"From [{title}]({page}):",
+                f"```python\n{source}\n```",
+            ]
+    (folder / "gallery.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _link(found: re.Match[str], source: Path, folder: Path, pages: set[str]) -> str:

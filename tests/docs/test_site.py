@@ -49,6 +49,22 @@ def test_links_lead_to_pages_pictures_or_names_of_files(site: Any, tmp_path: Pat
     assert "`data_tools/inputs/registry.py`" in text
 
 
+def test_the_gallery_has_a_picture_of_each_function_that_draws(site: Any, tmp_path: Path) -> None:
+    from bgen import plot
+
+    site.collect(tmp_path)
+    text = (tmp_path / "gallery.md").read_text(encoding="utf-8")
+    shown = {name for line in re.findall(r"^## (.+)$", text, re.MULTILINE) for name in line.split(", ")}
+    draws = {f"plot.{name}" for name, one in vars(plot).items() if getattr(one, "__module__", "") == plot.__name__}
+    assert shown == {name for name in draws if not name.startswith("plot._")} - site.TABLES
+    pictures = re.findall(r"^!\[.+\]\((gallery/.+)\)$", text, re.MULTILINE)
+    assert len(set(pictures)) == len(pictures) > 3
+    for picture in pictures:
+        content = (tmp_path / picture).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert len(content) < 100_000
+
+
 def test_python_names_what_there_is(site: Any) -> None:
     import bgen
 
@@ -67,3 +83,4 @@ def test_it_builds_without_a_warning(tmp_path: Path) -> None:
     python = (tmp_path / "site/python.html").read_text(encoding="utf-8")
     assert "Train a VAE of counts" in python
     assert (tmp_path / "site/bgen/tasks/tutorial.html").is_file()
+    assert "_images/perturb-" in (tmp_path / "site/gallery.html").read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ def shown(notebook: Any) -> str:
 
 
 TUTORIALS = {
-    "bgen/tasks/tutorial.ipynb": (2, "Report: report/report.html"),
+    "bgen/tasks/tutorial.ipynb": (3, "labels were told by"),
     "bgen/tasks/perturb/tutorial.ipynb": (2, "share explained"),
     "bgen/tasks/time/tutorial.ipynb": (2, "OT-midpoint"),
 }
