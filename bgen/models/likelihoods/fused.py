@@ -33,8 +33,9 @@ def _have_triton() -> bool:
 
 
 def usable(logits: Tensor) -> bool:
-    """Whether these logits are on a device for which there are kernels."""
-    return logits.is_cuda and logits.dtype != torch.float64 and _have_triton()
+    """Whether these logits are on a device for which there are kernels; tensors without memory stand for a GPU's."""
+    here = logits.device.type == "meta" or (logits.is_cuda and _have_triton())
+    return here and logits.dtype != torch.float64
 
 
 @torch.library.custom_op(
