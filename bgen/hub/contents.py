@@ -165,9 +165,9 @@ def build_like(make: Callable[[], Made], shapes: Mapping[str, tuple[int, ...]]) 
     ValueError
         If its settings ask for other tensors, or for more of them.
     """
-    with torch.random.fork_rng(devices=[]), at_most(3 * len(shapes) + SPARE, None):
+    with at_most(3 * len(shapes) + SPARE, None):
         try:
-            with torch.device("meta"), _NothingDrawn():
+            with without_memory():
                 wanted = {name: tuple(tensor.shape) for name, tensor in make().state_dict().items()}
         except RuntimeError:  # a part that reads a number as it is made, which takes memory
             wanted = None
@@ -179,6 +179,13 @@ def build_like(make: Callable[[], Made], shapes: Mapping[str, tuple[int, ...]]) 
     total = sum(int(np.prod(shape, dtype=object)) for shape in shapes.values())
     with at_most(3 * len(shapes) + SPARE, total):
         return make()
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Within this, what is made of tensors has shapes and no values (device meta), and nothing is drawn for them."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), _NothingDrawn():
+        yield
 
 
 class _NothingDrawn(TorchFunctionMode):

@@ -312,25 +312,8 @@ def load_directory(folder: str | Path, device: torch.device | str = "cpu") -> Sa
         raise UserError(
             f"{folder} is not a model directory: {', '.join(missing)} is missing. `bgen export` writes one."
         )
-    tree = read_json(folder / "config.json")
-    if not isinstance(tree, dict) or tree.get("format") != "bgen-model" or tree.get("format_version") != FORMAT:
-        found = tree if isinstance(tree, dict) else {}
-        raise UserError(
-            f"{folder / 'config.json'} describes format {found.get('format')} {found.get('format_version')};"
-            f" this bgen ({__version__}) reads bgen-model {FORMAT}."
-        )
-    config = validated(tree, ModelConfig, folder / "config.json")
-    if config.kind == "perturbation":
-        raise UserError(
-            f"{folder} is a perturbation model of an early bgen, which this one ({__version__}) does not read: train it"
-            " again with `bgen finetune MODEL screen.h5ad --task perturb`."
-        )
-    preprocessing = validated(read_json(folder / "preprocessing.json"), Preprocessing, folder / "preprocessing.json")
+    config, preprocessing = _read_settings(folder)
     columns = {name: ColumnInfo(**facts.model_dump()) for name, facts in preprocessing.columns.items()}
-    amounts = [sizes.amount for sizes in config.sets.values() if sizes.amount is not None]
-    named = [*config.covariates, *config.conditions, *config.sets, *amounts]
-    if unknown := [name for name in named if name not in columns]:
-        raise UserError(f"{folder} is damaged: preprocessing.json has no column '{unknown[0]}'. Export it again.")
     about = read_about(config.about, folder / "config.json")
     try:
         genes = read_genes(folder)
@@ -366,6 +349,44 @@ def load_directory(folder: str | Path, device: torch.device | str = "cpu") -> Sa
         about=about,
         metrics=metrics if isinstance(metrics, dict) else None,
     )
+
+
+def _read_settings(folder: Path) -> tuple[ModelConfig, Preprocessing]:
+    """Read what a model directory says of the model, whose columns are all there."""
+    tree = read_json(folder / "config.json")
+    if not isinstance(tree, dict) or tree.get("format") != "bgen-model" or tree.get("format_version") != FORMAT:
+        found = tree if isinstance(tree, dict) else {}
+        raise UserError(
+            f"{folder / 'config.json'} describes format {found.get('format')} {found.get('format_version')};"
+            f" this bgen ({__version__}) reads bgen-model {FORMAT}."
+        )
+    config = validated(tree, ModelConfig, folder / "config.json")
+    if config.kind == "perturbation":
+        raise UserError(
+            f"{folder} is a perturbation model of an early bgen, which this one ({__version__}) does not read: train it"
+            " again with `bgen finetune MODEL screen.h5ad --task perturb`."
+        )
+    preprocessing = validated(read_json(folder / "preprocessing.json"), Preprocessing, folder / "preprocessing.json")
+    amounts = [sizes.amount for sizes in config.sets.values() if sizes.amount is not None]
+    named = [*config.covariates, *config.conditions, *config.sets, *amounts]
+    if unknown := [name for name in named if name not in preprocessing.columns]:
+        raise UserError(f"{folder} is damaged: preprocessing.json has no column '{unknown[0]}'. Export it again.")
+    return config, preprocessing
+
+
+def read_vae_settings(folder: Path) -> tuple[VAEConfig, int, dict[str, int]]:
+    """Return the settings of the VAE in a model directory, its genes and its covariates' categories; no weights.
+
+    Raises
+    ------
+    UserError
+        If it is no model directory, or its model has no VAE.
+    """
+    config, preprocessing = _read_settings(folder)
+    if config.vae is None:
+        raise UserError(f"The model in {folder} has no VAE.")
+    covariates = {name: len(preprocessing.columns[name].categories) for name in config.covariates}
+    return validated(config.vae, VAEConfig, folder / "config.json"), config.n_genes, covariates
 
 
 def count_combinations(columns: Mapping[str, NDArray[Any]], limit: int = 65_536, seed: int = 0) -> pd.DataFrame:

@@ -6,6 +6,7 @@ beyond the configuration is given as ``name=value``, for the settings of :data:`
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from bgen.config.run import Config
 from bgen.errors import UserError, nearest
 from bgen.files import require_new_folder
 from bgen.operate.launch_environment import Variable, forwarded, read_environment
+from bgen.operate.plan import host_memory
 from bgen.passwords import names_a_secret, without_passwords
 from bgen.store.remote import is_remote
 from bgen.train.engine.deepspeed_json import batch_plan
@@ -67,16 +69,22 @@ class Target:
 
 _EVERYWHERE = {"restarts": "3", "python": sys.executable}
 _PER_RANK = {"cuda": (8, 40), "cpu": (1, 8)}
-"""CPUs and GiB of memory for each rank of a host, unless they are set.
+"""CPUs and GiB of memory for each rank of a host, unless they are set, or the plan says how much memory.
 
 A rank on a GPU builds the model in the host's memory: up to 36 GB for the largest flow of configs/sizes, by the sizes
 of its weights. Its CPUs launch kernels, read, decode, and write and hash checkpoints.
 """
 _LEAST = (8, 64)
 """CPUs and GiB of a host, at least."""
-_HOSTS = {"hosts": "", "port": "29400", "join_timeout": "600"}
-_CLUSTER = {"restarts": "3", "port": "29500", "mount": "/data"}
-_PODS = {**_CLUSTER, "image": "", "claim": "bgen", "namespace": "default", "cpus": "", "memory": ""}
+_NETWORK = {
+    "interface": ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"),
+    "hca": ("NCCL_IB_HCA",),
+}
+"""Settings of the network between hosts, and the variables that they become."""
+_BETWEEN = dict.fromkeys(_NETWORK, "")
+_HOSTS = {"hosts": "", "port": "29400", "join_timeout": "600", **_BETWEEN}
+_CLUSTER = {"restarts": "3", "port": "29500", "mount": "/data", **_BETWEEN}
+_PODS = {**_CLUSTER, "image": "", "claim": "bgen", "namespace": "default", "cpus": "", "memory": "", "rdma": ""}
 _SKY = {
     **_CLUSTER,
     "volume": "bgen",
@@ -86,6 +94,7 @@ _SKY = {
     "memory": "",
     "package": "",
     "image": "",
+    "network_tier": "",
 }
 
 TARGETS: dict[str, Target] = {
@@ -95,14 +104,15 @@ TARGETS: dict[str, Target] = {
     ),
     "deepspeed": Target(
         "deepspeed.sh",
-        {"python": sys.executable, "hosts": "", "port": "29400"},
+        {"python": sys.executable, "hosts": "", "port": "29400", **_BETWEEN},
         "pdsh",
         ("bash", "FILE"),
         required=("hosts",),
     ),
     "slurm": Target(
         "slurm.sh",
-        {**_EVERYWHERE, "partition": "", "account": "", "qos": "", "time": "24:00:00", "cpus": "", "memory": ""},
+        {**_EVERYWHERE, **_BETWEEN}
+        | {"partition": "", "account": "", "qos": "", "time": "24:00:00", "cpus": "", "memory": ""},
         "sbatch",
         ("sbatch", "FILE"),
     ),
@@ -185,13 +195,13 @@ def launch(
     fewest = nodes if min_nodes is None else min_nodes
     _check_size(config, target, nodes, fewest, ranks_per_node)
     values = _read_settings(target, settings)
-    _fill_in_amounts(target, values, ranks_per_node, device)
     if submit and shutil.which(place.program) is None:
         raise UserError(f"--submit needs '{place.program}', which is not installed here. Leave it out to render only.")
     name = re.sub(r"[^a-z0-9-]+", "-", config.out.name.lower()).strip("-")[:40] or "bgen"
     folder = (out or Path(f"{name}-{target}")).absolute()
     _check_paths(config, place, values, folder)
     _check_passwords(config)
+    notes = _fill_in_amounts(config, target, values, nodes, ranks_per_node, device)
     if target == "sky":
         package = _package(values["package"])
         values |= {"package": str(package), "package_name": package.name if package.suffix else "source"}
@@ -202,7 +212,7 @@ def launch(
     require_new_folder(folder)
 
     script = folder / place.template
-    variables = read_environment(packaged_templates() / "environment.yaml", device)
+    variables = _with_network(read_environment(packaged_templates() / "environment.yaml", device), values)
     if not place.shared:
         variables = [variable for variable in variables if not variable.host]
     values |= {
@@ -234,7 +244,7 @@ def launch(
     if target == "sky":
         command[-1:-1] = [part for name in _secrets_here(variables) for part in ("--secret", name)]
     code = subprocess.run(command, check=False).returncode if submit else None
-    return Launch(script, [folder / file for file in files], command, code, _notes(config, variables, place))
+    return Launch(script, [folder / file for file in files], command, code, notes + _notes(config, variables, place))
 
 
 def _write(folder: Path, files: Mapping[str, str]) -> None:
@@ -254,7 +264,13 @@ def _write(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """Replace ``{{name}}`` by its value; the lines of a longer one are indented as the first."""
+    """Replace ``{{name}}`` by its value; the lines of a longer one are indented as the first.
+
+    A line of nothing but the name of what is empty is left out.
+    """
+    empty = "|".join(re.escape(name) for name, value in values.items() if not value)
+    if empty:
+        template = re.sub(rf"(?m)^ *\{{\{{(?:{empty})\}}\}}\n", "", template)
 
     def replace(match: re.Match[str]) -> str:
         indent = match[1] or ""
@@ -296,15 +312,45 @@ def _read_settings(target: str, settings: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def _fill_in_amounts(target: str, values: dict[str, str], ranks: int, device: Device) -> None:
-    """Set the CPUs and the memory of a host that were not set, by its ranks."""
+def _fill_in_amounts(
+    config: Config, target: str, values: dict[str, str], nodes: int, ranks: int, device: Device
+) -> list[str]:
+    """Set the CPUs and the memory of a host that were not set, by its ranks and their plan; return what to say."""
     if "cpus" not in values:
-        return
+        return []
     cpus, memory = (max(least, amount * ranks) for least, amount in zip(_LEAST, _PER_RANK[device], strict=True))
     at_least = target == "sky"
     values["cpus"] = values["cpus"] or (f"{cpus}+" if at_least else str(cpus))
-    if target != "slurm":  # Slurm gives the memory that its administrator thinks right
-        values["memory"] = values["memory"] or (f"{memory}+" if at_least else f"{memory}Gi")
+    if target == "slurm" or values["memory"]:  # Slurm gives the memory that its administrator thinks right
+        return []
+    why = None
+    try:
+        if is_remote(config.data.store):  # to open it may take minutes where there is no network
+            why = "bgen plan would read the store at its address"
+        else:
+            memory = math.ceil(host_memory(config, nodes=nodes, ranks_per_node=ranks, gpu=device == "cuda") / 2**30)
+    except UserError as error:
+        why = str(error).splitlines()[0]
+    values["memory"] = f"{memory}+" if at_least else f"{memory}Gi"
+    if why is None:
+        return []
+    return [f"memory={memory}Gi a host is a guess, since the run was not planned ({why}): --set memory=..."]
+
+
+def _with_network(variables: Sequence[Variable], values: Mapping[str, str]) -> list[Variable]:
+    """Return the variables, with those of the network between hosts that is asked for."""
+    chosen = {name: values[key] for key, names in _NETWORK.items() if values.get(key) for name in names}
+    kept = [variable for variable in variables if variable.name not in chosen]
+    why = "network between hosts, by --set interface and hca"
+    return [*kept, *(Variable(name, value, why) for name, value in chosen.items())]
+
+
+def _rdma(text: str) -> tuple[str, str]:
+    """Return the resource and how many of it: ``rdma/ib`` or ``rdma/ib:8``."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[1-9]\d*)?", text):
+        raise UserError(f"rdma={text}: write the resource as the nodes offer it, or RESOURCE:COUNT (rdma/ib:8).")
+    name, _, count = text.partition(":")
+    return name, count or "1"
 
 
 def _package(given: str) -> Path:
@@ -410,6 +456,7 @@ def _blocks(
     if target == "sky":
         wanted = f"accelerators: {values['accelerator']}:{ranks}\n" if device == "cuda" else ""
         wanted += f"image_id: docker:{values['image']}\n" if values["image"] else ""
+        wanted += f"network_tier: {values['network_tier']}\n" if values["network_tier"] else ""
         here = _secrets_here(variables)
         return {
             "environment": "\n".join(f"{name}: {_quoted(value)}" for name, value in plain.items()),
@@ -424,8 +471,15 @@ def _blocks(
     amounts = {"cpu": values["cpus"], "memory": values["memory"]}
     if device == "cuda":
         amounts["nvidia.com/gpu"] = str(ranks)
+    security = ""
+    if values["rdma"]:
+        card, count = _rdma(values["rdma"])
+        amounts[card] = count
+        # network cards read and write memory that is locked in its place
+        security = "securityContext:\n  capabilities:\n    add: [IPC_LOCK]"
     limits = "\n".join(f"  {name}: {_quoted(amount)}" for name, amount in amounts.items())
-    return {"environment": "\n".join(lines), "resources": f"requests:\n{limits}\nlimits:\n{limits}"}
+    resources = f"requests:\n{limits}\nlimits:\n{limits}"
+    return {"environment": "\n".join(lines), "resources": resources, "security": security}
 
 
 def _quoted(value: str) -> str:

@@ -1,36 +1,25 @@
 """``bgen plan``: what a run will need, told before it starts: memory, floating-point operations, time, disk.
 
-The module is built and one small forward pass is run here, on the CPU, with cells of the store's density; the rest is
-arithmetic.
+The module is built here of tensors without memory (device meta), and its passes over a few cells of the store's density
+are followed, as a GPU would run them; the rest is arithmetic. Only where no GPU is named, and the model is not larger
+than :data:`TIMED`, it is built and run for real, for the speed of this machine.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
-import torch
 from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
-from bgen.config.flow import FlowConfig, MemberSizes
 from bgen.config.load import load_config
 from bgen.config.run import Config
-from bgen.config.vae import VAEConfig
 from bgen.cpus import cpus
-from bgen.data.batch import CellBatch
-from bgen.data.trajectory_batch import TrajectoryBatch
 from bgen.errors import UserError, nearest
-from bgen.hub.directory import load_directory
-from bgen.models.codec import Codec
-from bgen.models.generators.latent_flow import LatentFlow
-from bgen.models.log_counts import LogCounts
-from bgen.models.vae.vae import VAE
 from bgen.operate.plan_step import (
     READ_BYTES,
     Cluster,
@@ -38,22 +27,19 @@ from bgen.operate.plan_step import (
     Work,
     advice,
     balanced_cells,
-    count_launches,
     step_time,
     weak_scaling,
 )
-from bgen.store.format.manifest import Manifest
-from bgen.store.open import open_data
+from bgen.operate.plan_subject import Subject, matrix_flops_per_s
 from bgen.track.devices import DEVICES
 from bgen.train.engine.deepspeed_json import BatchPlan, batch_plan
-from bgen.train.engine.memory import Memory, activation_bytes, memory
-from bgen.train.stages.members import label_sets
+from bgen.train.engine.memory import Memory, host_bytes
 
 FILL = 0.9
 """Share of the memory that the recommended micro batch may take."""
 
-PROBE = (8, 32)
-"""Cells of the two forward passes from which the activations of a micro batch are extrapolated."""
+TIMED = 50_000_000
+"""Parameters of the largest model that is built and timed where no GPU is named."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +83,8 @@ class Plan:
         Cells a rank from which computing takes longer than what the ranks tell each other, and than launches.
     read
         Bytes/s that a host reads.
+    host
+        Bytes of memory that a host should have for its ranks; what `bgen launch` asks for.
     advice
         What would be better.
     """
@@ -119,6 +107,7 @@ class Plan:
     checkpoint: int
     checkpoints: int
     speed: str
+    host: int
     step: StepTime | None = None
     scaling: list[tuple[int, float, float]] = dataclasses.field(default_factory=list)
     balanced: int | None = None
@@ -154,6 +143,7 @@ class Plan:
             facts.add_row("scaling", ", ".join(f"{n} hosts {share:.0%}" for n, _, share in self.scaling[1:]))
             facts.add_row("reading", f"{_bytes(self.read or 0)} a second and host")
         facts.add_row("run", f"{self.hours:.3g} h")
+        facts.add_row("host", f"{_bytes(self.host)} of memory, with all its ranks")
         facts.add_row("disk", f"{_bytes(self.checkpoint)} a checkpoint, {_bytes(self.checkpoints)} for all kept")
         sizes = Table(title=f"memory of a rank (limit {_bytes(self.limit)})", title_justify="left")
         for name in ("ZeRO", "offload", "weights", "optimiser", "working", "device", "host"):
@@ -206,16 +196,15 @@ def plan(
         raise UserError(f"mfu={mfu}: a share of the peak, above 0 and at most 1.")
     train, ranks = config.train, nodes * ranks_per_node
     batch = batch_plan(train, ranks)
-    subject = _Subject(config, genes, tokens)
-    module = subject.module
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in module.parameters()) - trained
-    largest = max((p.numel() for p in module.parameters() if p.requires_grad), default=0)
-    activations, seconds_per_cell = subject.measure()
+    subject = Subject(config, genes, tokens)
+    trained, frozen, _ = subject.sizes
+    timed = gpu is None and trained + frozen <= TIMED
+    if timed:
+        subject.materialise()
+    activations = subject.activations()
 
     def needs(micro: int, zero: int, offload: bool) -> Memory:
-        sizes = {"trained": trained, "frozen": frozen, "largest": largest, "activations": activations(micro)}
-        return memory(train.model_copy(update={"micro_batch": micro}), ranks=ranks, zero=zero, offload=offload, **sizes)
+        return subject.memory(micro, activations(micro), ranks, zero, offload)
 
     offloaded = train.offload.optimizer != "none"
     chosen = needs(batch.micro, train.zero, offloaded)
@@ -231,9 +220,9 @@ def plan(
     on_gpus: dict[str, Any] = {}
     if gpu is None:
         at_once = min(ranks_per_node, cpus())
-        cells_per_second = nodes * at_once / seconds_per_cell
+        cells_per_second = nodes * at_once / (subject.seconds() if timed else per_cell / matrix_flops_per_s())
         shared = f", {ranks_per_node} ranks on its {at_once} CPUs" if at_once < ranks_per_node else ""
-        speed = f"by a pass on this machine, one thread a rank{shared}"
+        speed = f"by a {'pass' if timed else 'matrix product'} on this machine, one thread a rank{shared}"
     else:
         device = DEVICES[gpu]
         wide, reached = 2 if train.precision == "pure_bf16" else 4, mfu * device.peak(train.precision)
@@ -252,7 +241,7 @@ def plan(
     kinds = 3 + (train.ema > 0) + (train.patience > 0)  # weights and two moments, average, best
     checkpoint = 4 * (kinds * trained + frozen)
     return Plan(
-        parameters={name: sum(p.numel() for p in child.parameters()) for name, child in module.named_children()},
+        parameters={name: sum(map(Tensor.numel, part.parameters())) for name, part in subject.module.named_children()},
         trained=trained,
         frozen=frozen,
         ranks=ranks,
@@ -270,150 +259,26 @@ def plan(
         checkpoint=checkpoint,
         checkpoints=train.keep * checkpoint,
         speed=speed,
+        host=host_bytes(chosen, frozen, trained, ranks_per_node, gpu=gpu is not None),
         **on_gpus,
     )
 
 
-class _Subject:
-    """The module that would be trained, and cells like the store's."""
+def host_memory(config: Config, *, nodes: int, ranks_per_node: int, gpu: bool) -> int:
+    """Return the bytes of memory that a host of a run should have, as :func:`plan` does and quicker.
 
-    def __init__(self, config: Config, genes: int | None, tokens: int | None) -> None:
-        self.config = config
-        manifest = None
-        if genes is None or tokens is None:
-            try:
-                manifest = open_data(config.data).manifest
-            except UserError as error:
-                raise UserError(f"{error}\nOr plan without it: --genes and --expressed (genes of a cell).") from None
-        self.genes = genes or (manifest.n_genes if manifest else 0)
-        self.tokens = float(tokens or (manifest.n_nonzeros / manifest.n_cells if manifest else 0))
-        self.codec: Codec
-        self.module: VAE | LatentFlow
-        if config.stage == "vae" or config.flow.space == "latent":
-            self.codec = self.module = VAE(*self._vae(manifest))
-        else:
-            self.codec = LogCounts(config.flow.log_counts, self.genes)
-        if config.stage == "flow":
-            categories = _categories(config.flow.conditions, manifest)
-            self.module = LatentFlow(config.flow, self.codec, categories, {}, _sets(config.flow, manifest, self.genes))
-        self.module.train()
-
-    def _vae(self, manifest: Manifest | None) -> tuple[VAEConfig, int, dict[str, int]]:
-        """What the VAE is built from; under a flow, the settings of the trained VAE if it is there."""
-        config, path = self.config, self.config.flow.vae
-        if config.stage == "flow" and path is not None:
-            for folder in (path, path / "model"):
-                if (folder / "config.json").is_file():
-                    vae = load_directory(folder).vae
-                    return vae.config, vae.n_genes, vae.covariates
-            if (path / "config.yaml").is_file():
-                config = load_config(path / "config.yaml")
-        return config.vae, self.genes, _categories(config.vae.covariates, manifest)
-
-    def measure(self) -> tuple[Callable[[int], int], float]:
-        """Return bytes of activations as a function of the micro batch, and seconds per cell of both passes."""
-        few, many = PROBE
-        known = [*self.module.parameters(), *self.module.buffers()]
-        sizes = []
-        for cells in (few, few, many):  # the first is to warm up
-            step, inputs = self._step(cells)
-            sizes.append(activation_bytes(step, [*known, *inputs]))
-        slope = max(0.0, (sizes[2] - sizes[1]) / (many - few))
-        fixed = max(0.0, sizes[1] - slope * few)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            step, _ = self._step(many)
-            begin = time.perf_counter()
-            step().backward()
-            seconds = (time.perf_counter() - begin) / many
-        finally:
-            torch.set_num_threads(threads)
-        self.module.zero_grad(set_to_none=True)
-        return lambda micro: round(fixed + slope * micro), seconds
-
-    def launches(self) -> int:
-        """Kernels of a forward and backward pass."""
-        launches = count_launches(self._step(PROBE[0])[0])
-        self.module.zero_grad(set_to_none=True)
-        return launches
-
-    def _step(self, cells: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
-        """Return a forward pass on so many cells, and its inputs."""
-        if not isinstance(self.module, LatentFlow) or self.config.data.trajectories is None:
-            batch = self._batch(cells)
-            inputs = [batch.indptr, batch.indices, batch.counts, batch.keys, batch.cells, *batch.obs.values()]
-            return lambda: self.module(batch)["loss"].mean(), inputs
-        T, N = self.config.data.trajectories.times, self.config.data.trajectories.cells
-        B = max(1, round(cells / (T * N)))
-        z, t = torch.randn(B, T, N, self.module.size), torch.rand(B, T)
-        condition = torch.randn(B, T, self.config.flow.backbone.width)
-        mask, when = torch.ones(B, T, N, dtype=torch.bool), torch.arange(float(T)).expand(B, T).contiguous()
-        backbone = self.module.backbone
-        # As if of `cells` cells, so that the line through two measurements is that of cells.
-        return lambda: backbone(z, t, condition, mask, when).square().mean() * (cells / (B * T * N)), [z, t, condition]
-
-    def _batch(self, cells: int) -> CellBatch:
-        """Cells with the store's mean number of expressed genes, drawn at random."""
-        generator = torch.Generator().manual_seed(0)
-        n = min(self.genes, max(1, round(self.tokens)))
-        rows = [torch.randperm(self.genes, generator=generator)[:n].sort().values for _ in range(cells)]
-        names = set(self.codec.covariates)
-        if isinstance(self.module, LatentFlow):
-            names |= set(self.module.conditions.names)
-        return CellBatch(
-            torch.arange(0, cells * n + 1, n),
-            torch.cat(rows).int(),
-            torch.randint(1, 9, (cells * n,), generator=generator).float(),
-            self.genes,
-            keys=torch.arange(cells),
-            cells=torch.arange(cells),
-            obs={name: torch.zeros(cells, dtype=torch.int64) for name in names},
-        )
-
-    def flops(self, micro: int = 1) -> int:
-        """Floating-point operations of forward and backward pass, a cell, where ``micro`` of them share tables."""
-        trajectories = self.config.data.trajectories
-        if trajectories is None or not isinstance(self.module, LatentFlow):
-            return self.module.training_flops(self._batch(1).take(torch.zeros(micro, dtype=torch.int64))) // micro
-        T, N = trajectories.times, trajectories.cells
-        mask, time = torch.ones(1, T, N, dtype=torch.bool), torch.arange(float(T))[None]
-        batch = TrajectoryBatch.of(self._batch(T * N), mask, time, torch.zeros(1, T, dtype=torch.bool))
-        return self.module.training_flops(batch) // (T * N)
-
-
-def _sets(flow: FlowConfig, manifest: Manifest | None, genes: int) -> dict[str, MemberSizes]:
-    """Return the sizes of the condition that is a set of members, as far as the store tells: of co-expression alone."""
-    members = flow.members
-    if members is None:
-        return {}
-    column = members.column if manifest is None else manifest.roles.get(members.column, members.column)
-    labels = [] if manifest is None or column not in manifest.columns else manifest.columns[column].categories
-    controls = [manifest.control] if manifest is not None and manifest.control else []
-    found = label_sets(labels, controls, members.separator, ()) if len(labels) > len(controls) else None
-    sizes = MemberSizes(
-        members=len(found.names) if found else 0,
-        labels=len(labels),
-        largest=found.own.shape[1] if found else 1,
-        names=genes if members.components else 0,
-        vector=members.components,
-        amount=None,
-        forget=members.forget,
-    )
-    return {column: sizes}
-
-
-def _categories(columns: list[str], manifest: Manifest | None) -> dict[str, int]:
-    """Return the number of categories of each column that has some; 100 where there is no store to ask."""
-    if manifest is None:
-        return dict.fromkeys(columns, 100)
-    found = {}
-    for name in columns:
-        column = manifest.roles.get(name, name)
-        if column not in manifest.columns:
-            raise UserError(f"The store has no column or role '{name}'.{nearest(name, manifest.columns)}")
-        found[column] = max(1, len(manifest.columns[column].categories))
-    return found
+    Raises
+    ------
+    UserError
+        If the store cannot be opened, or the global batch not divided.
+    """
+    train, ranks = config.train, nodes * ranks_per_node
+    micro = batch_plan(train, ranks).micro
+    subject = Subject(config, None, None)
+    trained, frozen, _ = subject.sizes
+    activations = 0 if gpu else subject.activations()(micro)  # a GPU holds its own
+    needed = subject.memory(micro, activations, ranks, train.zero, train.offload.optimizer != "none")
+    return host_bytes(needed, frozen, trained, ranks_per_node, gpu=gpu)
 
 
 def _peak(needed: Memory, gpu: str | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -17,6 +18,7 @@ from bgen.config.load import load_config
 from bgen.errors import UserError
 from bgen.operate.launch import TARGETS, Launch, fill, launch, packaged_templates
 from bgen.operate.launch_environment import forwarded, read_environment
+from bgen.operate.plan import plan
 from bgen.track import record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -243,7 +245,7 @@ def test_no_password_and_no_secret_is_written(target: str, monkeypatch: pytest.M
     assert "https://mlflow.example/x" in everything
     assert "https://other.example" in everything
     assert "INFO" in everything
-    assert [note.split(" is not written")[0] for note in made.notes] == [
+    assert [note.split(" is not written")[0] for note in made.notes if "is not written" in note] == [
         "The password in track.uri",
         "The password in MLFLOW_TRACKING_URI",
         "BGEN_TOKEN",
@@ -285,6 +287,25 @@ def test_a_host_gets_cpus_and_memory_for_all_its_ranks() -> None:
     assert "--cpus-per-task=64\n" in render("slurm", ranks_per_node=8).script.read_text()
     (task,) = documents(render("sky", ranks_per_node=8))
     assert (task["resources"]["cpus"], task["resources"]["memory"]) == ("64+", "320+")
+
+
+def test_memory_of_a_host_is_that_of_the_plan(demo: Any) -> None:
+    mount = demo.store.parent
+    overrides = [f"data.store={demo.store}", f"out={mount}/run"]
+    given = {"overrides": overrides, "settings": [*NEEDED["k8s"], f"mount={mount}"]}
+    made = render("k8s", **given)
+    planned = plan("vae", overrides, nodes=2, ranks_per_node=4, gpu="H100").host
+    limits = documents(made)[1]["spec"]["trainer"]["resourcesPerNode"]["limits"]
+    assert limits["memory"] == f"{math.ceil(planned / 2**30)}Gi"
+    assert limits["memory"] != "160Gi"
+    assert made.notes == []
+    (task,) = documents(render("sky", overrides=overrides, settings=[*NEEDED["sky"], f"mount={mount}"]))
+    assert task["resources"]["memory"] == f"{math.ceil(planned / 2**30)}+"
+    (said,) = render("jobset", out=Path("elsewhere")).notes
+    assert "memory=160Gi a host is a guess, since the run was not planned" in said
+    assert "/data/store" in said
+    (said,) = render("jobset", out=Path("remote"), overrides=["data.store=s3://bucket/store"]).notes
+    assert "bgen plan would read the store at its address" in said
 
 
 def test_a_disk_that_is_full_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,6 +440,7 @@ def test_submit_runs_the_start_command_and_returns_its_code(tmp_path: Path, monk
 
 def test_fill_keeps_the_indent_and_leaves_what_it_put_in_alone() -> None:
     assert fill("a:\n  {{x}}\nb: {{y}}!\n", {"x": "1\n2\n", "y": "{{x}}"}) == "a:\n  1\n  2\nb: {{x}}!\n"
+    assert fill("a:\n  {{x}}\nb: {{x}}!\n", {"x": ""}) == "a:\nb: !\n"
     with pytest.raises(KeyError):
         fill("{{nothing}}", {})
 

@@ -18,6 +18,8 @@ import pytest
 import scipy.sparse as sp
 import torch
 from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from bgen.config.load import load_config
@@ -27,9 +29,10 @@ from bgen.models.vae.vae import VAE
 from bgen.operate import plan as module
 from bgen.operate.plan import Plan, plan
 from bgen.operate.plan_step import count_launches
+from bgen.operate.plan_subject import Subject
 from bgen.track import record
 from bgen.track.devices import DEVICES, Device
-from bgen.train.engine.memory import activation_bytes, memory
+from bgen.train.engine.memory import HOST, PROCESS_WITH_GPU, activation_bytes, host_bytes, memory
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"genes": 1000, "tokens": 100}
@@ -70,7 +73,8 @@ def test_the_store_says_how_many_genes_and_tokens(demo: Any) -> None:
 
 
 def test_flops_of_the_flow_are_those_that_torch_counts() -> None:
-    subject = module._Subject(load_config("flow", ["flow.vae=nowhere"]), 1000, 100)
+    subject = Subject(load_config("flow", ["flow.vae=nowhere"]), 1000, 100)
+    subject.materialise()
     flow, width, cells = subject.module, 256, 10
     assert isinstance(flow, LatentFlow)
     size = flow.size
@@ -206,7 +210,7 @@ def test_small_kernels_wait_for_their_launch() -> None:
 
 
 def test_speed() -> None:
-    large = ["vae.hidden=1024", "train.global_batch=8192"]  # computing, not launching, takes the time
+    large = ["vae.hidden=4096", "train.global_batch=8192"]  # computing, not launching, takes the time
     fast, slow = tiny(*large, gpu="H100", mfu=0.4), tiny(*large, gpu="H100", mfu=0.2)
     assert fast.cells_per_day == pytest.approx(2 * slow.cells_per_day)
     # float32 at half a peak of 67 TFLOP/s
@@ -250,6 +254,93 @@ def test_the_table_marks_what_was_chosen() -> None:
 def test_mistakes(overrides: list[str], options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         tiny(*overrides, **options)
+
+
+class Made(TorchDispatchMode):
+    """Adds up the bytes of all tensors on the CPU that operators make."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" and not func.is_view:
+                self.bytes += tensor.nbytes
+        return out
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "parameters"),
+    [
+        ("vae", ["vae.blocks=1"], 2e8),
+        pytest.param("trajectories", ["flow.vae=nowhere"], 5e9, marks=pytest.mark.slow),
+    ],
+)
+def test_the_largest_size_takes_no_memory(config: str, given: list[str], parameters: float, tmp_path: Path) -> None:
+    (tmp_path / "xl.yaml").write_text(f"extends: [{config}, sizes/xl]\n")
+    sizes = {"genes": 20_000, "tokens": 500, "gpu": "H200", "ranks_per_node": 8}
+    with Made() as made:
+        planned = plan(str(tmp_path / "xl.yaml"), ["data.store=nowhere", *given], **sizes)
+    assert planned.trained + planned.frozen > parameters
+    assert planned.activations > 32 * 20_000
+    assert planned.host > 8 * 4 * (planned.trained + 2 * planned.frozen)
+    assert made.bytes < parameters / 2, "the weights would be eight times as much, at least"
+    with Made() as made:
+        Subject(load_config("vae", ["vae.hidden=16"]), 1000, 100).materialise()
+    assert made.bytes > 4 * 1000 * 16, "what is made is counted"
+
+
+@pytest.mark.parametrize(
+    ("given", "least"), [(["flow.vae=nowhere"], 0.97), (["flow.space=log_counts"], 0.999), ([], 0.9)]
+)
+def test_without_memory_the_figures_are_the_same(given: list[str], least: float) -> None:
+    """Activations of a VAE are less, as on GPUs: their likelihood keeps nothing of the size of its logits."""
+    subject = Subject(load_config("flow" if given else "vae", given), 1000, 100)
+    assert all(p.is_meta for p in subject.module.parameters())
+    found = subject.sizes, subject.flops(4), subject.activations()(32), subject.launches()
+    subject.materialise()
+    assert (subject.sizes, subject.flops(4)) == found[:2]
+    told = subject.activations()(32), subject.launches()
+    print(f"activations {found[2]} without memory, {told[0]} with; operators {found[3]}, {told[1]}")
+    assert least < found[2] / told[0] < 1.04
+    assert told[1] <= found[3] < 2.5 * told[1], "loops that are compiled for CPUs are operators on GPUs"
+
+
+def test_a_pass_that_asks_for_values_is_run_for_real() -> None:
+    subject = Subject(load_config("vae", ["vae.hidden=16"]), 1000, 100)
+
+    def look() -> float:
+        return next(subject.module.parameters()).sum().item()
+
+    assert subject.device.type == "meta"
+    assert isinstance(subject._followed(look), float)
+    assert subject.device.type == "cpu"
+
+
+def test_a_model_too_large_to_time_goes_by_its_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = tiny()
+    monkeypatch.setattr(module, "TIMED", timed.trained - 1)
+    told = tiny()
+    assert "by a pass on this machine" in timed.speed
+    assert "by a matrix product on this machine" in told.speed
+    assert (told.trained, told.flops_per_step, told.checkpoint) == (
+        timed.trained,
+        timed.flops_per_step,
+        timed.checkpoint,
+    )
+    assert 0 < told.hours < float("inf")
+
+
+def test_memory_of_a_host_is_that_of_its_ranks() -> None:
+    """A rank on a GPU builds all on the host, and reads the frozen part beside it; then only copies are there."""
+    train = load_config("vae").train
+    shape: dict[str, Any] = {"trained": 10**9, "frozen": 10**8, "largest": 10**6, "activations": 0, "ranks": 8}
+    needed = memory(train, zero=1, offload=False, **shape)
+    assert host_bytes(needed, 10**8, 10**9, 8, gpu=True) == HOST + 8 * (PROCESS_WITH_GPU + 4 * (10**9 + 2 * 10**8))
+    offloaded = memory(train, zero=1, offload=True, **(shape | {"ranks": 1}))
+    assert offloaded.host > 4 * (10**9 + 2 * 10**8)
+    assert host_bytes(offloaded, 10**8, 10**9, 1, gpu=True) == HOST + PROCESS_WITH_GPU + offloaded.host
+    assert host_bytes(needed, 10**8, 10**9, 8, gpu=False) == HOST + 8 * needed.resident
 
 
 @pytest.fixture(scope="module")

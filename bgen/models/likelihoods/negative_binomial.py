@@ -25,6 +25,7 @@ from bgen.data.batch import CellBatch
 from bgen.models.likelihoods import fused
 from bgen.models.likelihoods.sampling import sample_negative_binomial
 from bgen.models.likelihoods.sparse import SparseNB, log_softmax_at, nonzero_term
+from bgen.nn.precision import without_autocast
 from bgen.nn.random import Stream, uniform
 
 LOG_THETA_RANGE = (-9.0, 14.0)
@@ -86,7 +87,7 @@ class NegativeBinomial:
 
     def log_prob_sparse(self, batch: CellBatch) -> Tensor:
         """Log-probability of each cell ``[B]``."""
-        with torch.autocast(self.logits.device.type, enabled=False):
+        with without_autocast(self.logits):
             if fused.usable(self.logits):
                 return fused.log_prob(self.logits, None, self.log_theta, self.library, batch)
             counts = batch.counts.to(self.library.dtype)
@@ -133,7 +134,7 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
 
     def log_prob_sparse(self, batch: CellBatch) -> Tensor:
         """Log-probability of each cell ``[B]``: that of all zeros, corrected at the non-zeros."""
-        with torch.autocast(self.logits.device.type, enabled=False):
+        with without_autocast(self.logits):
             if fused.usable(self.logits):
                 return fused.log_prob(self.logits, self.dropout_logits, self.log_theta, self.library, batch)
             logits, dropout = _full_precision(self.logits), _full_precision(self.dropout_logits)

@@ -12,5 +12,6 @@ HAVE_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether this tensor is on a device, and in a precision, for which there are kernels."""
-    return tensor.is_cuda and tensor.dtype != torch.float64 and HAVE_TRITON
+    """Whether there are kernels for a tensor's device and precision; one without memory stands for a GPU's."""
+    here = tensor.device.type == "meta" or (tensor.is_cuda and HAVE_TRITON)
+    return here and tensor.dtype != torch.float64

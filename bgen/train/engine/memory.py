@@ -31,6 +31,12 @@ from bgen.train.engine.deepspeed_json import BUCKET
 PROCESS = 700_000_000
 """Bytes of a process that has imported and opened everything but holds no model."""
 
+PROCESS_WITH_GPU = 4_000_000_000
+"""The same with CUDA's libraries and context, pinned batches and NCCL's buffers: a guess on the safe side."""
+
+HOST = 16_000_000_000
+"""Bytes of a host beside its ranks: chunks that are read and decoded, what the file system holds, shared memory."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -121,6 +127,28 @@ def memory(
             moved = (weights + fixed) // ranks
             host, kept = host + moved, kept - moved
     return Memory(zero, offload, kept, optimizer + averages, working, host)
+
+
+def host_bytes(needed: Memory, frozen: int, trained: int, ranks_per_node: int, *, gpu: bool) -> int:
+    """Return the bytes of memory that a host should have for its ranks.
+
+    A rank on a GPU builds the model in the host's memory, and holds the frozen part twice while it reads it; later it
+    holds there what is offloaded and the copy that a checkpoint is written from.
+
+    Parameters
+    ----------
+    needed
+        Memory of one rank.
+    frozen, trained
+        Numbers of parameters.
+    ranks_per_node
+        Ranks of a host.
+    gpu
+        Whether a rank computes on a GPU.
+    """
+    built = 4 * (trained + 2 * frozen)
+    each = PROCESS_WITH_GPU + max(built, needed.host) if gpu else needed.resident
+    return HOST + ranks_per_node * each
 
 
 def activation_bytes(step: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
