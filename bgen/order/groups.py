@@ -72,7 +72,7 @@ class Groups:
         """Write the ``numbers`` of the rows, group by group, ascending within each."""
         at = self.edges[:-1].copy()
         for rows in self._parts():
-            _place(self.codes(rows), numbers(rows), at, line_out)
+            place(self.codes(rows), numbers(rows), at, line_out)
 
     def count(self, which: Column) -> I64:
         """Return int64 ``[P]``: how many rows of each group are among those for which ``which`` is true."""
@@ -122,7 +122,8 @@ def _number(rows: Rows, where: I64) -> I64:
 
 
 @numba.njit(cache=True, nogil=True)
-def _place(codes: I64, numbers: I64, at: I64, line_out: NDArray[np.integer[Any]]) -> None:
+def place(codes: I64, numbers: I64, at: I64, line_out: NDArray[np.integer[Any]]) -> None:
+    """Write each number where the numbers of its code go on: at ``at[code]``, which is moved on."""
     for row in range(len(codes)):
         line_out[at[codes[row]]] = numbers[row]
         at[codes[row]] += 1

@@ -12,7 +12,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bgen.errors import UserError, nearest
-from bgen.order.keys import permutation
+from bgen.order.groups import parts
+from bgen.order.keys import hash_keys, permutation
 
 DEFAULT = {"train": 0.8, "valid": 0.1, "test": 0.1}
 
@@ -53,10 +54,7 @@ def assign(splits: Mapping[str, float], groups: NDArray[Any] | None, n_cells: in
     fractions = np.array(list(splits.values()))
     if groups is None:
         edges = np.round(np.cumsum(fractions) * n_cells).astype(np.int64)
-        codes = np.searchsorted(edges, np.arange(n_cells), side="right").clip(max=len(splits) - 1)
-        line = np.empty(n_cells, np.uint8)
-        line[permutation(n_cells, seed)] = codes
-        return line
+        return _cut(n_cells, edges[edges < n_cells], seed).clip(max=len(splits) - 1)
     names, group = np.unique(np.asarray(groups).astype(str), return_inverse=True)
     wanted = int((fractions > 0).sum())
     if len(names) < wanted:
@@ -73,6 +71,25 @@ def assign(splits: Mapping[str, float], groups: NDArray[Any] | None, n_cells: in
             several = drawn[np.bincount(chosen, minlength=len(splits))[chosen[drawn]] > 1]
             chosen[several[np.argmin(sizes[several])]] = code
     return chosen[group]
+
+
+def _cut(n: int, edges: NDArray[np.int64], seed: int) -> Codes:
+    """Return how many of the ascending ``edges`` are at or below the place of each of ``n`` cells in a random order.
+
+    The order is that of :func:`bgen.order.keys.permutation`, whose keys are all different: the key at an edge tells on
+    which side of it a cell is, so that cells are not sorted.
+    """
+    keys = np.empty(n, np.uint64)
+    for part in parts(n):
+        keys[part] = hash_keys(seed, np.arange(part.start, part.stop))
+    if len(edges):
+        keys.partition(np.unique(edges))
+    at_edges = keys[edges]
+    del keys
+    line = np.empty(n, np.uint8)
+    for part in parts(n):
+        line[part] = np.searchsorted(at_edges, hash_keys(seed, np.arange(part.start, part.stop)), side="right")
+    return line
 
 
 def assign_groups(

@@ -11,8 +11,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from bgen.arrays import I64
 from bgen.cpus import cpus
 from bgen.errors import UserError, nearest
+from bgen.order.groups import parts
 from bgen.progress import Progress
 from bgen.store.format.manifest import Manifest
 from bgen.store.format.manifest import Source as ManifestSource
@@ -21,6 +23,11 @@ from data_tools.building.pieces import Piece, cut_file
 from data_tools.building.run_tasks import open_runner
 from data_tools.building.splits import DEFAULT, Codes, assign, assign_groups, group_names, require_cells
 from data_tools.building.write import Contents, fill
+from data_tools.cells.barcodes import Barcodes, texts_of
+from data_tools.cells.columns import Joined, Table, code_type
+from data_tools.cells.mapped import fill as fill_array
+from data_tools.cells.mapped import room
+from data_tools.cells.texts import Texts
 from data_tools.check.findings import FILE_COLUMN, FileReport, Report, Roles
 from data_tools.check.obs import take_roles
 from data_tools.check.vocabulary import take_reference
@@ -86,20 +93,13 @@ def build(
     if report.errors:
         raise UserError(f"The input has {len(report.errors)} error(s): `bgen data check` lists them with their fixes.")
     out = out.absolute()
-    sources = [open_source(file.path.absolute() if file.cells is None else file.cells) for file in report.files]
-    for source, file in zip(sources, report.files, strict=True):
-        if report.samples is not None:
-            report.samples.join(source)
-        if source.n_cells != file.n_cells:
-            raise UserError(f"{file.path} was changed after it was checked. Check it again.")
-    keep = np.concatenate([file.keep for file in report.files])
-    frames = name_cells([source.obs for source in sources], report)
-    obs = pd.concat(frames) if len(frames) > 1 else frames[0]
-    obs = obs if keep.all() else obs.loc[keep]
-    n_rows = [source.n_cells for source in sources]
-    del frames
-    for source in sources:  # all that is needed of it is in one frame now
-        source.obs = pd.DataFrame(index=pd.RangeIndex(source.n_cells))
+    sources = [_open(file, report) for file in report.files]
+    n_rows = [file.n_cells for file in report.files]
+    first_rows = np.concatenate([[0], np.cumsum(n_rows)])
+    keeps = [file.keep for file in report.files]
+    kept, origin, row = _origins(keeps)
+    obs: Table = Joined([file.obs for file in report.files], keeps, every=True)
+    obs, names = name_cells(obs, kept, origin, report)
     roles = _roles(report.roles)
     obs = take_roles(obs, roles, _units(report.roles))
     splits = splits or DEFAULT
@@ -111,7 +111,6 @@ def build(
         genes, places = take_reference(genes, reference)
     # where the column of a file ends up: -1 stays -1, since the last entry of the look-up is -1
     gene_maps = [np.append(places, -1)[file.gene_map] for file in report.files]
-    first_rows = np.concatenate([[0], np.cumsum(n_rows)])
 
     def contents(pieces: Sequence[Piece]) -> Contents:
         return Contents(
@@ -120,8 +119,8 @@ def build(
             obs=obs,
             split=codes,
             splits=list(splits),
-            source=np.repeat(np.arange(len(sources), dtype=np.int32), n_rows)[keep],
-            row=np.concatenate([np.arange(n) for n in n_rows])[keep],
+            source=origin,
+            row=row,
             sources=[_source(*one, report) for one in zip(report.files, sources, gene_maps, strict=True)],
             organism=report.organism,
             roles=roles,
@@ -130,7 +129,8 @@ def build(
             split_by=split_by,
             held_out={name: list(values) for name, values in (held_out or {}).items()},
             vocabulary="union" if reference is None else reference.name,
-            kept=np.flatnonzero(keep),
+            kept=kept,
+            names=names,
         )
 
     options = {"profile": profile, "seed": seed, "created_by": created_by}
@@ -153,10 +153,43 @@ def build(
             )
 
 
-def name_cells(frames: Sequence[pd.DataFrame], report: Report) -> list[pd.DataFrame]:
-    """Return the obs of each file, with names and a column that tell apart cells of one barcode in several files."""
+def _open(file: FileReport, report: Report) -> Source:
+    """Open a file again, of whose obs the report has all.
+
+    Raises
+    ------
+    UserError
+        If it has another number of cells.
+    """
+    source = open_source(file.path.absolute() if file.cells is None else file.cells, names := Texts())
+    if report.samples is not None:
+        report.samples.join(source)
+    if source.n_cells != file.n_cells:
+        raise UserError(f"{file.path} was changed after it was checked. Check it again.")
+    del names
+    source.obs = pd.DataFrame(index=pd.RangeIndex(source.n_cells))
+    return source
+
+
+def _origins(keeps: Sequence[NDArray[np.bool_]]) -> tuple[I64, NDArray[np.int32], I64]:
+    """Return of each cell its number among the rows of all files, its file, and its row there."""
+    n = sum(int(np.count_nonzero(keep)) for keep in keeps)
+    kept, source, row = room(n, np.int64), room(n, np.int32), room(n, np.int64)
+    at = before = 0
+    for number, keep in enumerate(keeps):
+        for part in parts(len(keep)):
+            rows = part.start + np.flatnonzero(keep[part])
+            here = slice(at, at + len(rows))
+            kept[here], source[here], row[here] = before + rows, number, rows
+            at += len(rows)
+        before += len(keep)
+    return kept, source, row
+
+
+def name_cells(obs: Joined, kept: I64, source: NDArray[np.int32], report: Report) -> tuple[Joined, Barcodes]:
+    """Return obs and the names of its cells, with names and a column that tell apart cells of one barcode in files."""
     if not report.shared_barcodes:
-        return list(frames)
+        return obs, Barcodes(report.names, kept)
     paths = [file.path for file in report.files]
     names = [path.name for path in paths]
     if len(set(names)) < len(names):  # sample_1/filtered.h5, sample_2/filtered.h5
@@ -164,12 +197,16 @@ def name_cells(frames: Sequence[pd.DataFrame], report: Report) -> list[pd.DataFr
     if len(set(names)) < len(names):
         names = [f"{number}:{name}" for number, name in enumerate(names, start=1)]
     column = FILE_COLUMN
-    while any(column in frame for frame in frames):
+    while column in obs:
         column += "_"
-    named = []
-    for frame, name in zip(frames, names, strict=True):
-        named.append(frame.set_axis(frame.index.astype(str) + f"-{name}").assign(**{column: name}))
-    return named
+    texts = sorted(names)
+    table = np.array([texts.index(name) for name in names], code_type(len(names)))
+    codes = fill_array(len(source), table.dtype, lambda part: table[source[part]])
+    file = pd.Categorical.from_codes(codes, dtype=pd.CategoricalDtype(pd.Index(texts, dtype=object)))
+    endings = texts_of([f"-{name}" for name in names])
+    named = obs.assign(**{column: file})
+    named.columns.insert(len(report.files[0].obs.columns), named.columns.pop())  # behind those of the first file
+    return named, Barcodes(report.names, kept, source, endings)
 
 
 def _choose_workers(workers: int | None, sources: Sequence[Source], files: Sequence[FileReport]) -> int:
@@ -185,7 +222,7 @@ def _choose_workers(workers: int | None, sources: Sequence[Source], files: Seque
 
 
 def _split(
-    obs: pd.DataFrame,
+    obs: Table,
     roles: Mapping[str, str],
     control: str | None,
     splits: Mapping[str, float],
@@ -219,7 +256,11 @@ def _plan(
     """Return what tells this build from any other one; ``sources`` are the open files of the report."""
 
     def digest(*arrays: NDArray[np.generic]) -> str:
-        return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
+        found = hashlib.sha256()
+        for array in arrays:
+            for part in parts(len(array)):
+                found.update(np.ascontiguousarray(array[part]).data)
+        return found.hexdigest()
 
     return {
         "the input files": json.dumps([source.state() for source in sources]),

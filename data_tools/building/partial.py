@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import io
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -131,17 +131,21 @@ def _open_lock(partial: Path) -> Iterator[int]:
 
 def save_array(path: Path, array: ArrayLike) -> None:
     """Write a .npy file as :func:`commit` does."""
-    stream = io.BytesIO()
-    np.save(stream, array)
-    with stream.getbuffer() as data:
-        commit(path, data)
+    with _half(path) as stream:
+        np.save(stream, np.asarray(array))
 
 
 def commit(path: Path, data: bytes | memoryview) -> None:
     """Write a file whole or not at all; when this returns, it is on the disk."""
+    with _half(path) as stream:
+        stream.write(data)
+
+
+@contextmanager
+def _half(path: Path) -> Iterator[BinaryIO]:
     half = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with half.open("wb") as stream:
-        stream.write(data)
+        yield stream
         stream.flush()
         os.fsync(stream.fileno())
     half.rename(path)

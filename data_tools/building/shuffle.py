@@ -37,6 +37,7 @@ from bgen.store.format.shards import write_shard as write_shard_file
 from bgen.store.store import stream_metadata
 from data_tools.building.partial import WORK, commit, save_array
 from data_tools.building.pieces import Piece
+from data_tools.cells.mapped import room
 
 CELLS_PER_CHUNK = 256
 SHARD_BYTES = 128 << 20
@@ -192,7 +193,7 @@ def measure(of: Spill) -> None:
 
 def row_sizes(spills: list[Spill], n_cells: int) -> NDArray[np.uint32]:
     """Return uint32 ``[3, N]``: genes expressed, bytes of gaps and entries of overflow of each cell of the store."""
-    found = np.zeros((3, n_cells), np.uint32)
+    found = room((3, n_cells), np.uint32)
     for one in spills:
         cells, starts = one.cells(), np.asarray(one.starts())
         found[0, cells] = np.diff(starts[:, 1])

@@ -17,11 +17,11 @@ from bgen.arrays import I64
 from bgen.errors import UserError
 from bgen.genes.table import hash_genes, write_genes
 from bgen.order.groups import parts
-from bgen.order.keys import hash_keys
 from bgen.progress import Count
-from bgen.store.format.columns import MAX_CATEGORIES, MOST_WIDTH, column_metadata, encode_column, obs_path
+from bgen.store.format.columns import MAX_CATEGORIES, MOST_WIDTH, column_metadata, describe_column, obs_path
 from bgen.store.format.manifest import Column, Manifest, Source, hash_folder
 from bgen.store.store import array_spec
+from data_tools.building.order import shuffled
 from data_tools.building.partial import WORK, all_or_nothing, save_array
 from data_tools.building.pieces import CountRows, Piece, cut_rows
 from data_tools.building.run_tasks import InProcess, Runner
@@ -35,6 +35,9 @@ from data_tools.building.shuffle import (
     spill,
     write_shard,
 )
+from data_tools.cells.barcodes import Barcodes, barcodes_of
+from data_tools.cells.columns import Table
+from data_tools.cells.mapped import fill as fill_array
 
 Stages = Callable[[str, int, int], None]
 """Called with what is being done, cells done, cells in all."""
@@ -52,18 +55,20 @@ class Contents:
     genes
         Columns id, symbol.
     obs
-        Columns of any kind; the index holds the barcodes.
+        Columns of any kind; the index holds the barcodes, unless ``names`` does.
     split
         uint8 ``[n_cells]``: code of the split, a place in ``splits``.
     source, row
         ``[n_cells]``: input file (a place in ``sources``) and row in it.
     kept
         int64 ``[n_cells]``: number of each cell among the rows of all pieces; None: all of them are cells.
+    names
+        Barcodes; None: those of ``obs``.
     """
 
     counts: CountRows | Sequence[Piece]
     genes: pd.DataFrame
-    obs: pd.DataFrame
+    obs: Table
     split: NDArray[np.uint8]
     splits: list[str]
     source: NDArray[np.int32]
@@ -77,6 +82,7 @@ class Contents:
     held_out: Mapping[str, list[str]] = field(default_factory=dict)
     vocabulary: str = "union"
     kept: I64 | None = None
+    names: Barcodes | None = None
 
     def pieces(self) -> Sequence[Piece]:
         """Return the counts in pieces."""
@@ -88,11 +94,12 @@ class Contents:
         By split, then by population, in a keyed random order within it, so that a population is one contiguous read and
         a static epoch is a shuffle of chunks.
         """
-        n_cells = len(self.obs)
-        population = np.zeros(n_cells, np.int64)
-        if "population" in self.roles:
-            population = pd.factorize(self.obs[self.roles["population"]], sort=True)[0].astype(np.int64)
-        return np.lexsort((hash_keys(seed, np.arange(n_cells)), population, self.split))
+        if "population" not in self.roles:
+            return shuffled(self.split, None, seed)
+        values = self.obs[self.roles["population"]]
+        if isinstance(values.dtype, pd.CategoricalDtype):
+            return shuffled(self.split, values.array.codes, seed)
+        return shuffled(self.split, pd.factorize(values, sort=True)[0], seed)
 
 
 def write_store(
@@ -170,10 +177,13 @@ def fill(
     write_array(folder / "rows/gap_bytes", _smallest(gap_bytes))
     write_array(folder / "rows/overflow", _smallest(overflow))
     write_array(folder / "rows/first_cell", first_cell)
-    write_array(folder / "rows/split", contents.split[order])
-    write_array(folder / "origin/source", contents.source[order].astype(np.int32))
-    write_array(folder / "origin/row", contents.row[order].astype(np.int64))
-    _write_names(folder / "origin/name", contents.obs.index, order)
+    for name, values, dtype in (
+        ("rows/split", contents.split, contents.split.dtype),
+        ("origin/source", contents.source, np.dtype(np.int32)),
+        ("origin/row", contents.row, np.dtype(np.int64)),
+    ):
+        _write_ordered(folder / name, dtype, values.__getitem__, order)
+    _write_names(folder / "origin/name", contents.names or barcodes_of(contents.obs.index), order)
     columns, left_out = _write_obs(folder, contents.obs, order)
     if lost := [f"{role} ({column})" for role, column in contents.roles.items() if column not in columns]:
         raise UserError(
@@ -204,7 +214,7 @@ def fill(
         split_by=contents.split_by,
         held_out=dict(contents.held_out),
         vocabulary=contents.vocabulary,
-        splits={name: int((contents.split == code).sum()) for code, name in enumerate(contents.splits)},
+        splits={name: int(np.count_nonzero(contents.split == code)) for code, name in enumerate(contents.splits)},
         seed=seed,
         sources=contents.sources,
         files=hash_folder(folder, known=shards, leave_out=WORK),
@@ -215,7 +225,16 @@ def fill(
 
 def write_array(path: Path, values: NDArray[Any]) -> None:
     """Write an array with one entry (or row) a cell, over what an interrupted build may have left there."""
-    write_part(open_array(path, values), slice(None), values)
+    array = open_array(path, values)
+    for part in parts(len(values)):
+        write_part(array, part, values[part])
+
+
+def _write_ordered(path: Path, dtype: np.dtype[Any], values: Callable[[I64], NDArray[Any]], order: I64) -> None:
+    """Write what is there of each cell in the order of the store, a part of the cells at a time."""
+    array = open_array(path, np.broadcast_to(np.zeros((), dtype), order.shape))
+    for part in parts(len(order)):
+        write_part(array, part, values(order[part]).astype(dtype, copy=False))
 
 
 def open_array(path: Path, like: NDArray[Any]) -> ts.TensorStore:
@@ -237,9 +256,10 @@ def write_part(array: ts.TensorStore, part: slice, values: NDArray[Any]) -> None
 
 def _save_places(work: Path, contents: Contents, order: I64, n_rows: int) -> None:
     """Write for every row of the input its place in the store, -1 = left out, where the tasks look it up."""
-    kept = np.arange(len(order)) if contents.kept is None else contents.kept
-    place = np.full(n_rows, -1, np.int64)
-    place[kept[order]] = np.arange(len(order))
+    place = fill_array(n_rows, np.int64, lambda part: np.full(part.stop - part.start, -1))
+    for part in parts(len(order)):
+        rows = order[part] if contents.kept is None else contents.kept[order[part]]
+        place[rows] = np.arange(part.start, part.stop)
     save_array(work / "place.npy", place)
     save_array(work / "n_genes.npy", len(contents.genes))
 
@@ -247,14 +267,17 @@ def _save_places(work: Path, contents: Contents, order: I64, n_rows: int) -> Non
 def _lay_out(sizes: NDArray[np.uint32], profile: str) -> tuple[Layout, I64]:
     """Return how the streams are cut, and the first cell of each chunk (see :func:`row_sizes` for ``sizes``)."""
     nonzeros, gap_bytes, overflow = sizes
-    gap_room, count_room = _room(gap_bytes), _room(nonzeros + np.int64(4) * overflow + 3)
+    gap_room = _room(gap_bytes)
+    count_room = _room(
+        fill_array(len(nonzeros), np.int64, lambda part: nonzeros[part] + np.int64(4) * overflow[part] + 3)
+    )
     first_cell = _fill_chunks(nonzeros, gap_bytes, overflow, gap_room, count_room)
     return Layout(gap_room, count_room, len(first_cell) - 1, profile), first_cell
 
 
 def _room(sizes: NDArray[np.integer[Any]]) -> int:
     """Return the bytes of a chunk: enough for 256 usual cells, and for the largest one."""
-    return max(int(np.ceil(sizes.mean() * CELLS_PER_CHUNK * 1.02)), int(sizes.max()), 4)
+    return max(int(np.ceil(sizes.mean(dtype=np.float64) * CELLS_PER_CHUNK * 1.02)), int(sizes.max()), 4)
 
 
 @numba.njit(cache=True)
@@ -280,7 +303,7 @@ def _fill_chunks(
     return np.array(first, dtype=np.int64)
 
 
-def _write_names(path: Path, barcodes: pd.Index, order: I64) -> None:
+def _write_names(path: Path, barcodes: Barcodes, order: I64) -> None:
     """Write barcodes ``[N]`` in the order of the store as UTF-8, a part of them at a time: they are large.
 
     Raises
@@ -288,20 +311,15 @@ def _write_names(path: Path, barcodes: pd.Index, order: I64) -> None:
     UserError
         If one is too long.
     """
-
-    def encoded(some: pd.Index) -> NDArray[np.bytes_]:
-        return np.char.encode(some.to_numpy(dtype=str), "utf-8")
-
-    width = max(encoded(barcodes[part]).itemsize for part in parts(len(barcodes)))
+    width = barcodes.width()
     if width > MOST_WIDTH:
         raise UserError(f"A barcode has {width:,} bytes; a store keeps at most {MOST_WIDTH:,} of each.")
     array = open_array(path, np.broadcast_to(np.uint8(0), (len(order), width)))
     for part in parts(len(order)):
-        names = encoded(barcodes[order[part]]).astype(f"S{width}")
-        write_part(array, part, names.view(np.uint8).reshape(len(names), width))
+        write_part(array, part, barcodes.read(order[part], width))
 
 
-def _write_obs(folder: Path, obs: pd.DataFrame, order: I64) -> tuple[dict[str, Column], list[str]]:
+def _write_obs(folder: Path, obs: Table, order: I64) -> tuple[dict[str, Column], list[str]]:
     """Write the columns of obs in the order of the store, one after the other.
 
     Returns
@@ -312,15 +330,15 @@ def _write_obs(folder: Path, obs: pd.DataFrame, order: I64) -> tuple[dict[str, C
     columns: dict[str, Column] = {}
     left_out = []
     for name in map(str, obs.columns):
-        encoded = encode_column(pd.Series(obs[name].array.take(order)))
-        if encoded is None:
+        if (described := describe_column(obs[name])) is None:
             left_out.append(name)
             continue
-        columns[name], values = encoded
-        write_array(folder / obs_path(name), values)
+        columns[name], values = described
+        _write_ordered(folder / obs_path(name), values(slice(0, 0)).dtype, values, order)
     return columns, left_out
 
 
 def _smallest(values: NDArray[np.integer[Any]]) -> NDArray[Any]:
     """Return non-negative integers in the smallest unsigned type that holds them."""
-    return values.astype(np.min_scalar_type(int(values.max(initial=0))))
+    kind = np.min_scalar_type(int(values.max(initial=0)))
+    return fill_array(len(values), kind, lambda part: values[part].astype(kind))

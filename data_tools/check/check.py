@@ -20,7 +20,10 @@ from numpy.typing import NDArray
 
 from bgen.config.data import Access
 from bgen.errors import UserError
+from bgen.order.groups import parts
 from bgen.store.format.columns import MAX_CATEGORIES
+from data_tools.cells.columns import Joined, Table
+from data_tools.cells.mapped import gathered, median
 from data_tools.check.counts import MatrixStatistics, advice, describe, duplicate_groups, saturated
 from data_tools.check.findings import FILE_COLUMN, FileReport, Report, Roles, Rounding, listed, plural
 from data_tools.check.genes import Genes, MergeDuplicates, resolve_organism
@@ -123,12 +126,14 @@ def check(
     paths = dict.fromkeys(one for file in named for one in members(file))
     for given in (*paths, *in_memory):
         where = IN_MEMORY if isinstance(given, AnnData) else given
+        before = len(report.names)
         try:
-            source = open_source(given)
+            source = open_source(given, report.names)
             if report.samples is not None:
                 report.samples.join(source)
             checked.append(_check_file(source, options, report, progress))
         except UserError as error:
+            report.names.cut(before)
             report.add("C01", "error", str(error).removeprefix(f"{where}: "), where)
             continue
         if isinstance(given, AnnData):
@@ -140,9 +145,7 @@ def check(
     _check_cells(checked, report)
     _join_organisms(checked, report)
 
-    columns = [column for column in checked[0].source.obs if all(column in c.source.obs for c in checked)]
-    frames = [c.source.obs.loc[c.report.keep, columns] for c in checked]
-    obs = frames[0] if len(frames) == 1 else pd.concat(frames)
+    obs = Joined([one.report.obs for one in checked], [one.report.keep for one in checked])
     uns = {key: value for one in reversed(checked) for key, value in one.source.uns.items()}
     report.roles = resolve_roles(options.roles, obs, uns, report.genes, report.add, len(checked))
     _check_common_units(checked, options.roles, report)
@@ -152,7 +155,9 @@ def check(
 
 def _check_file(source: Source, options: CheckOptions, report: Report, progress: Progress | None) -> _Checked:
     """Check the matrix and the genes of one file."""
-    file = FileReport(source.path, source.kind, source.n_cells, keep=np.ones(source.n_cells, dtype=bool))
+    file = FileReport(
+        source.path, source.kind, source.n_cells, keep=np.ones(source.n_cells, dtype=bool), obs=source.obs
+    )
     for note in source.notes:
         report.add("C01", "info", note, source.path)
     looked = look(
@@ -172,7 +177,7 @@ def _check_file(source: Source, options: CheckOptions, report: Report, progress:
         report.add(finding.id, finding.level, finding.message, source.path)
     report.findings += about_organism
     if options.primary_only and "is_primary_data" in source.obs:
-        file.keep &= source.obs["is_primary_data"].astype(str).to_numpy() != "False"
+        file.keep &= ~_is_false(source.obs["is_primary_data"])
     report.files.append(file)
     return _Checked(source, file, genes, organism, looked.statistics if file.matrix else None)
 
@@ -193,7 +198,7 @@ def _check_values(
         "zeros": 1 - found.nonzero / (about.shape[0] * about.shape[1]),
         "min": found.minimum,
         "max": found.maximum,
-        "median_library": float(np.median(found.library)),
+        "median_library": median(len(found.library), found.library.__getitem__),
         "dtype": str(about.dtype),
         "layout": about.layout,
     }
@@ -224,7 +229,8 @@ def _check_values(
 
     id, message = "C01", f"there is no X; {name} is a candidate."
     if not found.usable:
-        id, message = describe(found, name, source.obs.index, source.var(name).index)
+        first = len(report.names) - source.n_cells
+        id, message = describe(found, name, lambda cell: report.names[first + cell], source.var(name).index)
     elsewhere = counts_elsewhere(source, looked, progress)
     if elsewhere:
         fix = advice(elsewhere)
@@ -303,28 +309,49 @@ def _check_selection(one: _Checked, report: Report) -> None:
         hint = f"raw/X has {raw.shape[1]:,} genes: if it is counts, --counts raw/X."
     elif one.statistics is not None:
         for column, values in one.source.obs.items():
-            if pd.api.types.is_float_dtype(values) or pd.api.types.is_integer_dtype(values):
-                total = values.to_numpy(np.float64)
-                # Total counts of the whole genome: never below the sum over the genes at hand, and mostly above it.
-                if np.all(total >= one.statistics.library - 0.5) and np.median(total) > 1.2 * np.median(
-                    one.statistics.library
-                ):
-                    hint += f" obs['{column}'] seems to hold the counts per cell over all genes."
-                    break
+            is_number = pd.api.types.is_float_dtype(values) or pd.api.types.is_integer_dtype(values)
+            if is_number and _is_total(values, one.statistics.library):
+                hint += f" obs['{column}'] seems to hold the counts per cell over all genes."
+                break
     report.add("G04", "warning", f"only {n_genes:,} genes: a selection? A cell's library size is then summed over "
         f"them, and not over all its molecules. {hint}", one.source.path)  # fmt: skip
 
 
+def _is_total(values: pd.Series, library: NDArray[np.float64]) -> bool:
+    """Whether these are counts over the whole genome: never below those of the genes at hand, and mostly above them."""
+    n = len(library)
+
+    def total(part: slice) -> NDArray[np.float64]:
+        return values.iloc[part].to_numpy(np.float64)
+
+    if not all(np.all(total(part) >= library[part] - 0.5) for part in parts(n)):
+        return False
+    return median(n, total) > 1.2 * median(n, library.__getitem__)
+
+
+def _is_false(values: pd.Series) -> NDArray[np.bool_]:
+    """Return which values of is_primary_data are False, or written so."""
+    if pd.api.types.is_bool_dtype(values.dtype) and isinstance(values.dtype, np.dtype):
+        return ~values.to_numpy()
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        return np.append(values.array.categories.astype(str) == "False", False)[values.array.codes]
+    return np.asarray(values.astype(str).to_numpy() == "False", bool)
+
+
 def _check_cells(checked: list[_Checked], report: Report) -> None:
     """Checks B01 to B04."""
-    for one in checked:
+    edges = np.concatenate([[0], np.cumsum([one.source.n_cells for one in checked])])
+    own = 0
+    for one, start, stop in zip(checked, edges.tolist(), edges[1:].tolist(), strict=False):
         where, obs = one.source.path, one.source.obs
-        if repeated := int(obs.index.duplicated().sum()):
-            examples = listed(obs.index[obs.index.duplicated()].unique(), 3)
+        repeated, distinct, first = report.names.repeated(slice(start, stop))
+        own += repeated
+        if repeated:
+            examples = listed(first, 3, distinct)
             report.add("B03", "warning", f"{repeated:,} barcodes occur more than once ({examples}). The cells are kept "
                 "apart by their row; make barcodes unique if you want to find them again.", where)  # fmt: skip
         if "is_primary_data" in obs:
-            copies = int((obs["is_primary_data"].astype(str) == "False").sum())
+            copies = int(_is_false(obs["is_primary_data"]).sum())
             left_out = not one.report.keep.all()
             if copies and left_out:
                 report.add("B04", "fix", f"{copies:,} cells are copies of other datasets' (is_primary_data is False) "
@@ -335,20 +362,23 @@ def _check_cells(checked: list[_Checked], report: Report) -> None:
         if one.statistics is not None:
             _check_libraries(one.statistics.library, one.report.keep, report, where)
     if len(checked) > 1:
-        every = pd.Index(np.concatenate([one.source.obs.index.to_numpy(object) for one in checked]))
-        own = sum(int(one.source.obs.index.duplicated().sum()) for one in checked)
-        if shared := int(every.duplicated().sum()) - own:
-            examples = listed(every[every.duplicated()].unique(), 3)
+        repeated, distinct, first = report.names.repeated(slice(0, len(report.names)))
+        if shared := repeated - own:
+            examples = listed(first, 3, distinct)
             report.add("B03", "fix", f"{shared:,} barcodes occur in several files ({examples}): cells are called "
                 f"BARCODE-FILE in the store, and the column '{FILE_COLUMN}' names the file of each.")  # fmt: skip
             report.shared_barcodes = True
     statistics = [one.statistics for one in checked if one.statistics is not None]
     if statistics:
         nonempty = [found.detected > 0 for found in statistics]
-        groups = list(duplicate_groups([found.fingerprint for found in statistics], nonempty))
-        if groups:
-            names = np.concatenate([c.source.obs.index.to_numpy(object) for c in checked if c.statistics is not None])
-            extra, example = sum(len(group) - 1 for group in groups), listed(names[groups[0]].tolist(), 3)
+        groups = duplicate_groups([found.fingerprint for found in statistics], nonempty)
+        if (group := next(groups, None)) is not None:
+            begins = edges[:-1][[one.statistics is not None for one in checked]]  # of files that have statistics
+            before = np.concatenate([[0], np.cumsum([len(there) for there in nonempty])])
+            file = np.searchsorted(before, group[:3], side="right") - 1
+            some = [report.names[int(begins[f] + cell - before[f])] for f, cell in zip(file, group, strict=False)]
+            example = listed(some, 3, len(group))
+            extra = len(group) - 1 + sum(len(other) - 1 for other in groups)
             report.add("B02", "warning", f"{plural(extra, 'cell has', 'cells have')} exactly the counts of another, "
                 f"such as {example}. Across a split they leak; remove the copies.")  # fmt: skip
     if all(not one.report.keep.any() for one in checked):
@@ -365,22 +395,24 @@ def _check_libraries(library: NDArray[np.float64], keep: NDArray[np.bool_], repo
         return
     if keep.sum() < 20:
         return
-    logs = np.log(library[keep])
-    median = np.median(logs)
-    spread = max(1.4826 * float(np.median(np.abs(logs - median))), 0.2)
-    low, high = int((logs < median - 5 * spread).sum()), int((logs > median + 5 * spread).sum())
+    logs = gathered(len(library), lambda part: np.log(library[part][keep[part]]))
+    middle = np.float64(median(len(logs), logs.__getitem__))
+    spread = max(1.4826 * median(len(logs), lambda part: np.abs(logs[part] - middle)), 0.2)
+    low, high = int((logs < middle - 5 * spread).sum()), int((logs > middle + 5 * spread).sum())
+    least, most = (of(library, where=keep, initial=at) for of, at in ((np.min, np.inf), (np.max, 0)))
     if low + high:
-        few = f"{plural(low, 'cell has', 'cells have')} very few counts (down to {library[keep].min():,.0f})"
-        many = f"{plural(high, 'cell has', 'cells have')} very many counts (up to {library[keep].max():,.0f})"
+        few = f"{plural(low, 'cell has', 'cells have')} very few counts (down to {least:,.0f})"
+        many = f"{plural(high, 'cell has', 'cells have')} very many counts (up to {most:,.0f})"
         report.add("B04", "warning", f"{' and '.join([few] * (low > 0) + [many] * (high > 0))}, beside a median of "
-            f"{np.exp(median):,.0f}: debris or doublets? They are kept; filter them if they are.", where)  # fmt: skip
+            f"{np.exp(middle):,.0f}: debris or doublets? They are kept; filter them if they are.", where)  # fmt: skip
 
 
 def _looks_unfiltered(library: NDArray[np.float64], keep: NDArray[np.bool_], report: Report, where: Path) -> bool:
     """B04: most barcodes of a raw matrix are droplets without a cell; their few molecules are of the fluid."""
     if len(library) < MANY_BARCODES:
         return False
-    best = float(np.quantile(library, 0.999))  # of cells, where there are any
+    spare = gathered(len(library), library.__getitem__)
+    best = float(np.quantile(spare, 0.999, overwrite_input=True))  # of cells, where there are any
     nearly = library < max(0.02 * best, 2)
     if nearly.mean() < NEARLY_EMPTY or best < 100:
         return False
@@ -401,7 +433,7 @@ def _join_organisms(checked: list[_Checked], report: Report) -> None:
     report.organism = known[0] if known else "unknown"
 
 
-def _check_categories(obs: pd.DataFrame, report: Report) -> None:
+def _check_categories(obs: Table, report: Report) -> None:
     """O01: a column with more texts than a store keeps as categories would lose its role without a word."""
     roles = report.roles
     for column, role in roles.columns().items():

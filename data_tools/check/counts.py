@@ -5,7 +5,7 @@ Axes: N cells, M columns (genes of the file).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from bgen.arrays import I64
 from bgen.order.groups import parts
+from data_tools.cells.mapped import room
+from data_tools.cells.texts import ranges
 from data_tools.check.scan_values import FRACTIONAL, mix, scan_values, sum_expm1
 from data_tools.inputs.source import Source
 
@@ -116,10 +117,10 @@ def scan(
     """
     n_cells, n_columns = source.matrices[matrix].shape
     found = MatrixStatistics(
-        library=np.zeros(n_cells),
-        detected=np.zeros(n_cells, np.int64),
-        expm1_library=np.zeros(n_cells),
-        fingerprint=np.zeros((n_cells, 2), np.uint64),
+        library=room(n_cells, np.float64),
+        detected=room(n_cells, np.int64),
+        expm1_library=np.zeros(n_cells),  # pages that are never written take no memory
+        fingerprint=room((n_cells, 2), np.uint64),
         column_cells=np.zeros(n_columns, np.int64),
     )
     keys = gene_keys if gene_keys is not None else mix(np.arange(n_columns, dtype=np.uint64))
@@ -195,7 +196,7 @@ def _constant(sums: NDArray[np.float64]) -> bool:
     return len(sums) > 1 and float(np.std(sums)) < 0.01 * float(np.mean(sums))
 
 
-def describe(found: MatrixStatistics, where: str, cells: pd.Index, genes: pd.Index) -> tuple[str, str]:
+def describe(found: MatrixStatistics, where: str, cells: Callable[[int], str], genes: pd.Index) -> tuple[str, str]:
     """Return the check's id and its sentence, without the fix, for a matrix that is not :attr:`usable`."""
     if found.verdict == "scaled":
         share = found.negative / found.nonzero
@@ -210,7 +211,7 @@ def describe(found: MatrixStatistics, where: str, cells: pd.Index, genes: pd.Ind
             what.append(f"{found.not_finite:,} NaN or infinite")
         if found.negative:
             what.append(f"{found.negative:,} negative")
-        first = "; ".join(f"cell {cells[c]}, gene {genes[g]}: {v:.6g}" for c, g, v in found.first_bad)
+        first = "; ".join(f"cell {cells(c)}, gene {genes[g]}: {v:.6g}" for c, g, v in found.first_bad)
         return "C03", f"{where} is not counts: {' and '.join(what)} value(s). The first: {first}."
     share = found.fractional / found.nonzero
     percent = f"{share:.0%}" if 0.005 < share < 0.995 or share == 1 else f"{share:.3%}"
@@ -240,32 +241,32 @@ def duplicate_groups(fingerprints: list[NDArray[np.uint64]], nonempty: list[NDAr
     Cells are compared by 128-bit hashes: among 10^9 cells the chance of one false pair is below 10^-20.
     """
     # nearly all cells are told apart by half of their hash; only the others are looked at further
-    halves = np.empty(sum(int(there.sum()) for there in nonempty), np.uint64)
+    lengths = [len(prints) for prints in fingerprints]
+    edges = np.concatenate([[0], np.cumsum(lengths)])
+    numbers, halves = room(edges[-1], np.int64), room(edges[-1], np.uint64)
     filled = 0
-    for prints, there in zip(fingerprints, nonempty, strict=True):
+    for before, prints, there in zip(edges.tolist(), fingerprints, nonempty, strict=False):
         for part in parts(len(prints)):
-            some = prints[part, 0][there[part]]
-            halves[filled : filled + len(some)] = some
-            filled += len(some)
-    halves.sort()
-    twice = np.unique(halves[1:][halves[1:] == halves[:-1]])
-    del halves
-    numbers: list[I64] = []
-    found: list[NDArray[np.uint64]] = []
-    before = 0
-    for prints, there in zip(fingerprints, nonempty, strict=True):
-        for part in parts(len(prints) if len(twice) else 0):
-            half = prints[part, 0]
-            place = np.searchsorted(twice, half).clip(max=len(twice) - 1)
-            alike = np.flatnonzero(there[part] & (twice[place] == half))
-            numbers.append(before + part.start + alike)
-            found.append(prints[part][alike])
-        before += len(prints)
-    if not numbers:
-        return
-    number, prints = np.concatenate(numbers), np.concatenate(found)
-    order = np.lexsort((prints[:, 1], prints[:, 0]))
-    same = (prints[order][1:] == prints[order][:-1]).all(1)
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], same.astype(np.int8), [0]])))
-    for first, last in zip(edges[::2], edges[1::2], strict=True):
-        yield sorted(number[order[first : last + 1]].tolist())
+            rows = part.start + np.flatnonzero(there[part])
+            numbers[filled : filled + len(rows)] = before + rows
+            halves[filled : filled + len(rows)] = prints[rows, 0]
+            filled += len(rows)
+    for some in ranges(filled, lambda part: halves[:filled][part]):
+        half = halves[some]
+        order = np.argsort(half, kind="stable")
+        same = half[order][1:] == half[order][:-1]
+        often = np.flatnonzero(np.append(same, False) | np.insert(same, 0, False))
+        if not len(often):
+            continue
+        number = numbers[some[order[often]]]
+        del half, order, same
+        file = np.searchsorted(edges, number, side="right") - 1
+        found = np.empty((len(number), 2), np.uint64)
+        for which in np.unique(file).tolist():
+            inside = file == which
+            found[inside] = fingerprints[which][number[inside] - edges[which]]
+        order = np.lexsort((number, found[:, 1], found[:, 0]))
+        same = (found[order][1:] == found[order][:-1]).all(1)
+        ends = np.flatnonzero(np.diff(np.concatenate([[0], same.astype(np.int8), [0]])))
+        for first, last in zip(ends[::2], ends[1::2], strict=True):
+            yield number[order[first : last + 1]].tolist()

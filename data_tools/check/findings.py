@@ -17,6 +17,7 @@ from rich.text import Text
 
 from bgen.names import shown
 from bgen.notebooks import as_html
+from data_tools.cells.texts import Texts
 from data_tools.inputs.samples import Samples
 
 Level = Literal["error", "warning", "fix", "info"]
@@ -105,6 +106,8 @@ class FileReport:
         bool ``[N]``: cells to keep.
     library, detected_genes
         float64, int64 ``[N]``: total counts and genes seen of each cell, over the genes that are kept.
+    obs
+        Columns of obs (:func:`data_tools.cells.columns.compact`).
     values
         Facts about the matrix for the report: non-zeros, share of zeros, maximum, stored type.
     """
@@ -120,6 +123,7 @@ class FileReport:
     library: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     detected_genes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     values: dict[str, Any] = field(default_factory=dict)
+    obs: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 @dataclass
@@ -145,6 +149,8 @@ class Report:
         Whether a barcode occurs in several files, so that a store names cells by file, too.
     samples
         Table whose columns were added to obs; None: there was none.
+    names
+        Barcodes of all cells, file after file.
     """
 
     files: list[FileReport] = field(default_factory=list)
@@ -155,6 +161,7 @@ class Report:
     organism: str = "unknown"
     shared_barcodes: bool = False
     samples: Samples | None = None
+    names: Texts = field(default_factory=Texts, repr=False)
 
     @property
     def errors(self) -> list[Finding]:
@@ -288,8 +295,9 @@ def plural(n: int, one: str, many: str = "") -> str:
     return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
-def listed(values: Iterable[object], most: int = 5) -> str:
-    """Return the first values, quoted where they are text, and how many more there are."""
+def listed(values: Iterable[object], most: int = 5, n: int | None = None) -> str:
+    """Return the first values, quoted where they are text, and how many more there are of ``n`` (default: given)."""
     values = list(values)
+    n = len(values) if n is None else n
     shown = ", ".join(f"'{v}'" if isinstance(v, str) else str(v) for v in values[:most])
-    return shown + (f" and {len(values) - most:,} more" if len(values) > most else "")
+    return shown + (f" and {n - most:,} more" if n > most else "")

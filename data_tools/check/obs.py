@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from bgen.errors import nearest
-from bgen.store.format.columns import NAMED, is_whole, whole_as_text
+from bgen.store.format.columns import NAMED, is_whole
+from data_tools.cells.columns import Table, count_texts, whole_as_categories
 from data_tools.check.findings import Level, Roles, listed
 from data_tools.check.labels import CONTROLS, alike, fold, read_grammar
 from data_tools.check.quantities import Quantities, Quantity, dose_unit, read_quantities, time_unit
@@ -50,7 +52,7 @@ MIN_CELLS = 10
 Add = Callable[[str, Level, str], None]
 
 
-def detect_roles(obs: pd.DataFrame) -> dict[str, Any]:
+def detect_roles(obs: Table) -> dict[str, Any]:
     """Return role to column for the roles that column names show; "condition" is a tuple of columns.
 
     Case and punctuation do not matter. "condition" is the perturbation where its labels are written as GEARS does
@@ -66,7 +68,7 @@ def detect_roles(obs: pd.DataFrame) -> dict[str, Any]:
         if role in ("time", "dose"):
             columns = [c for c in columns if _is_quantity(obs[c], "time" if role == "time" else "dose")]
         elif role == "condition" and "perturbation" not in found and "condition" in by_name:
-            labels = obs[by_name["condition"]].astype(str).unique()
+            labels = count_texts(obs[by_name["condition"]]).index
             if "ctrl" in labels or any(str(label).endswith("+ctrl") for label in labels):
                 found["perturbation"] = by_name["condition"]
                 columns.remove(by_name["condition"])
@@ -85,7 +87,7 @@ def _is_quantity(values: pd.Series, what: Quantity) -> bool:
     return bool(found.read) and not found.wrong
 
 
-def take_roles(obs: pd.DataFrame, columns: Mapping[str, str], units: Mapping[str, str]) -> pd.DataFrame:
+def take_roles(obs: Table, columns: Mapping[str, str], units: Mapping[str, str]) -> Any:
     """Return obs as the roles of its columns want them, which is how a store has them.
 
     Times and doses that are written as text become numbers; whole numbers that name a cell type, a batch, a donor, a
@@ -105,12 +107,12 @@ def take_roles(obs: pd.DataFrame, columns: Mapping[str, str], units: Mapping[str
             what: Quantity = "time" if role == "time" else "dose"
             changed[column] = read_quantities(values, what, units.get(role)).numbers
         elif role in NAMED and is_whole(values):
-            changed[column] = whole_as_text(values)
+            changed[column] = whole_as_categories(values)
     return obs.assign(**changed) if changed else obs
 
 
 def resolve_roles(
-    given: Roles, obs: pd.DataFrame, uns: Mapping[str, Any], genes: pd.DataFrame, add: Add, n_files: int = 1
+    given: Roles, obs: Table, uns: Mapping[str, Any], genes: pd.DataFrame, add: Add, n_files: int = 1
 ) -> Roles:
     """Decide all roles and check their columns; ``add(id, level, message)`` collects what is found.
 
@@ -160,7 +162,7 @@ def resolve_roles(
     return roles
 
 
-def _tell_of_unread(role: str, obs: pd.DataFrame, taken: Mapping[str, str], add: Add) -> None:
+def _tell_of_unread(role: str, obs: Table, taken: Mapping[str, str], add: Add) -> None:
     """Say that a column is called like a time or dose, and why it is not taken for one."""
     by_name = {fold(str(column)): str(column) for column in reversed(obs.columns)}
     for name in NAMES[role]:
@@ -175,7 +177,7 @@ def _tell_of_unread(role: str, obs: pd.DataFrame, taken: Mapping[str, str], add:
             return
 
 
-def _check_labels(role: str, column: str, detected: bool, obs: pd.DataFrame, add: Add) -> None:
+def _check_labels(role: str, column: str, detected: bool, obs: Table, add: Add) -> None:
     missing = int(obs[column].isna().sum())
     if missing == len(obs):
         level: Level = "warning" if detected else "error"
@@ -185,10 +187,10 @@ def _check_labels(role: str, column: str, detected: bool, obs: pd.DataFrame, add
         add("O01", "warning", f"{role} '{column}' has no value in {missing:,} cells: they are kept as unknown.")
     values = obs[column]
     if role in NAMED and is_whole(values):
-        values = whole_as_text(values)
+        values = whole_as_categories(values)
         add("O01", "info", f"{role} '{column}' holds whole numbers: they are taken as names. If they are an amount, "
             f"switch the role off (--{role.replace('_', '-')} none) or give it as --condition {column}.")  # fmt: skip
-    counts = values.astype(str)[values.notna().to_numpy()].value_counts()
+    counts = count_texts(values)
     for pair in alike({str(label): int(n) for label, n in counts.items()}):
         add("O01", "warning", f"{role} '{column}': {pair}. Give them one name if they are one.")
     if len(counts) == 1:
@@ -207,13 +209,13 @@ def _check_labels(role: str, column: str, detected: bool, obs: pd.DataFrame, add
 
 
 def _check_numbers(
-    role: str, column: str, detected: bool, given: Roles, obs: pd.DataFrame, uns: Mapping[str, Any], add: Add
+    role: str, column: str, detected: bool, given: Roles, obs: Table, uns: Mapping[str, Any], add: Add
 ) -> str | None:
     """Check a time or dose and return its unit, None if the column cannot be used."""
     what: Quantity = "time" if role == "time" else "dose"
     given_unit = getattr(given, f"{role}_unit")
     found = read_quantities(obs[column], what, given_unit)
-    values = pd.Series(found.numbers, index=obs.index)
+    values = pd.Series(found.numbers, index=obs.index, copy=False)
     if found.wrong or pd.api.types.is_bool_dtype(obs[column]):
         example = "'24h', 'day 3' or 'E8.5'" if role == "time" else "'0' and '10 uM'"
         add("O01", "error", f"{role} '{column}' is not numbers: {found.complaint() or 'true and false'}. Write numbers "
@@ -231,7 +233,7 @@ def _check_numbers(
         add("O01", "error", f"{wrong}. Fill them or remove the cells.{hint}")
     if role == "dose" and (values < 0).any():
         add("O01", "error", f"dose '{column}' is negative in {int((values < 0).sum()):,} cells.")
-    if values.nunique() == 1:
+    if _has_one_value(found.numbers):
         level: Level = "info" if detected else "warning"
         add("O01", level, f"{role} '{column}' has one value, {values.iloc[0]:g}: there is nothing to learn from it.")
     unit = _unit(role, column, given, found, obs, uns)
@@ -245,9 +247,15 @@ def _check_numbers(
     return unit
 
 
-def _unit(
-    role: str, column: str, given: Roles, found: Quantities, obs: pd.DataFrame, uns: Mapping[str, Any]
-) -> str | None:
+def _has_one_value(numbers: NDArray[np.float64]) -> bool:
+    """Whether all numbers are the same one, apart from NaN."""
+    known = ~np.isnan(numbers)
+    if not known.any():
+        return False
+    return bool(((numbers == numbers[np.argmax(known)]) | ~known).all())
+
+
+def _unit(role: str, column: str, given: Roles, found: Quantities, obs: Table, uns: Mapping[str, Any]) -> str | None:
     """Return a unit: given, else in the texts, in uns, in an obs column "<role>_unit", or in the column's name."""
     named = getattr(given, f"{role}_unit") or found.unit or uns.get(f"{role}_unit")
     if named is None and f"{role}_unit" in obs and obs[f"{role}_unit"].dropna().nunique() == 1:
@@ -260,14 +268,14 @@ def _unit(
     return time_unit(last)
 
 
-def _check_perturbation(roles: Roles, given: Roles, obs: pd.DataFrame, genes: pd.DataFrame, add: Add) -> None:
+def _check_perturbation(roles: Roles, given: Roles, obs: Table, genes: pd.DataFrame, add: Add) -> None:
     """Find the control label, say how labels are read, and look the perturbed genes up (P01)."""
     if roles.perturbation is None:
         if given.control:
             add("P01", "error", "--control needs the column that holds it: --perturbation COLUMN.")
         return
     values = obs[roles.perturbation]
-    labels = (whole_as_text(values) if is_whole(values) else values).dropna().astype(str).value_counts()
+    labels = count_texts(whole_as_categories(values) if is_whole(values) else values)
     top = listed([f"{label} ({n:,})" for label, n in labels.items()])
     guesses = {fold(label): str(label) for label in reversed(labels.index)}
     control = given.control or next((guesses[fold(name)] for name in CONTROLS if fold(name) in guesses), None)

@@ -8,12 +8,16 @@ Axes: N cells.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+
+from data_tools.cells.columns import as_floats, count_texts
+from data_tools.cells.mapped import fill
 
 Quantity = Literal["time", "dose"]
 
@@ -118,11 +122,9 @@ def read_quantities(values: pd.Series, what: Quantity, unit: str | None = None) 
         several of one kind ("24h", "2d"), the smallest one. Then a number other than 0 must have a unit if another has.
     """
     if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
-        numbers = values.to_numpy(dtype=np.float64, na_value=np.nan)
+        numbers = as_floats(values)
         return Quantities(numbers, None, missing=np.isnan(numbers))
-    texts = values.astype(object).where(values.notna().to_numpy(), "").astype(str).str.strip()
-    missing = texts.str.lower().isin(MISSING).to_numpy()
-    counts = texts[~missing].value_counts()
+    counts, missing, numbers_of = _count(values)
     parsed = {text: found for text in counts.index if (found := _parse(str(text), what)) is not None}
     units = [own for _, own in parsed.values() if own]
     wanted = (_canonical(unit, what) if unit else None) or _common(units, what)
@@ -138,9 +140,30 @@ def read_quantities(values: pd.Series, what: Quantity, unit: str | None = None) 
             read[text] = number * factor
     wrong = {str(text): int(n) for text, n in counts.items() if text not in read}
     read = dict(sorted(read.items(), key=lambda item: item[1]))
-    numbers = np.asarray(texts.map(read), np.float64)
+    numbers = numbers_of(read)
     plain = wanted if wanted is None or what == "dose" else _since(wanted)[1]
     return Quantities(numbers, plain if units or unit else None, read, wrong, missing)
+
+
+def _count(
+    values: pd.Series,
+) -> tuple[pd.Series, NDArray[np.bool_], Callable[[dict[str, float]], NDArray[np.float64]]]:
+    """Return how many cells have each text, which have none, and what looks up the numbers of all cells' texts."""
+    if not isinstance(values.dtype, pd.CategoricalDtype):
+        texts = values.astype(object).where(values.notna().to_numpy(), "").astype(str).str.strip()
+        missing = texts.str.lower().isin(MISSING).to_numpy()
+        return texts[~missing].value_counts(), missing, lambda read: np.asarray(texts.map(read), np.float64)
+    codes = values.array.codes
+    of_codes = pd.Series([*values.array.categories.astype(object).astype(str).str.strip(), ""], dtype=object)
+    without = of_codes.str.lower().isin(MISSING).to_numpy()  # code -1 is the last entry
+    counts = count_texts(values, lambda texts: texts.str.strip())
+    counts = counts[~counts.index.to_series().str.lower().isin(MISSING).to_numpy()]
+
+    def look_up(read: dict[str, float]) -> NDArray[np.float64]:
+        table = np.asarray(of_codes.map(read), np.float64)
+        return fill(len(codes), np.float64, lambda part: table[codes[part]])
+
+    return counts, fill(len(codes), bool, lambda part: without[codes[part]]), look_up
 
 
 def _parse(text: str, what: Quantity) -> tuple[float, str | None] | None:

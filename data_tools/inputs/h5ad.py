@@ -18,9 +18,11 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from bgen.errors import UserError
+from data_tools.cells.columns import read_stored
+from data_tools.cells.texts import Texts
 from data_tools.inputs.hdf5 import open_hdf5
 from data_tools.inputs.in_memory import MemorySource, open_memory
-from data_tools.inputs.source import Matrix, Source
+from data_tools.inputs.source import Matrix, Source, require_names
 
 ANNOTATION = ("obs/", "var/", "raw/var/")
 """What is read whole when a file is opened."""
@@ -64,9 +66,18 @@ def _holds(path: Path, *names: str) -> bool:
 
 def open_h5ad(path: Path) -> Source:
     """Open an .h5ad without reading its matrices (one of before anndata 0.7 is read whole)."""
+    return _open_h5ad(path, None)
+
+
+def open_compact_h5ad(path: Path, names: Texts) -> Source:
+    """Open an .h5ad and read obs a part at a time: :func:`data_tools.cells.columns.compact`."""
+    return _open_h5ad(path, names)
+
+
+def _open_h5ad(path: Path, names: Texts | None) -> Source:
     with open_hdf5(path, ANNOTATION) as file:
         if not isinstance(file["obs"], h5py.Dataset):
-            return _open_group(path, "h5ad", file, "/")
+            return _open_group(path, "h5ad", file, "/", names)
     with open_hdf5(path, ("",)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # anndata's remarks about files that older versions wrote
         whole = open_memory(anndata.read_h5ad(path))
@@ -94,11 +105,12 @@ def open_h5mu(path: Path) -> Source:
     return source
 
 
-def _open_group(path: Path, kind: str, file: h5py.File, name: str) -> H5adSource:
+def _open_group(path: Path, kind: str, file: h5py.File, name: str, cells: Texts | None = None) -> H5adSource:
     group = file[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # anndata's remarks about files that older versions wrote
-        obs = _frame(anndata.io.read_elem(group["obs"]))
+        obs = None if cells is None else read_stored(group["obs"], cells, require_names(path))
+        obs = _frame(anndata.io.read_elem(group["obs"])) if obs is None else obs
         names = [name for name in ("X", "raw/X") if name in group]
         names += [f"layers/{name}" for name in group.get("layers", {})]
         var = _frame(anndata.io.read_elem(group["var"]))

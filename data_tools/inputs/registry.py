@@ -14,8 +14,10 @@ import h5py
 from anndata import AnnData
 
 from bgen.errors import UserError, nearest
+from data_tools.cells.columns import compact
+from data_tools.cells.texts import Texts
 from data_tools.inputs.anndata_zarr import is_zarr, members_of_zarr, open_zarr
-from data_tools.inputs.h5ad import is_h5ad, is_h5mu, open_h5ad, open_h5mu
+from data_tools.inputs.h5ad import is_h5ad, is_h5mu, open_compact_h5ad, open_h5ad, open_h5mu
 from data_tools.inputs.hdf5_probe import require_readable
 from data_tools.inputs.in_memory import open_memory
 from data_tools.inputs.parquet import is_parquet, members_of_parquet, open_parquet
@@ -45,16 +47,20 @@ class Format:
         the file is damaged, UserError with the fix where something else is wrong.
     members
         The inputs that a path of this format holds; more than one for a collection.
+    open_compact
+        Open such a path, read obs a part of the cells at a time, and add the names of the cells to texts
+        (:func:`data_tools.cells.columns.compact`); where it adds none, or there is no such function, obs is read whole.
     """
 
     written: str
     fits: Callable[[Path], bool]
     open: Callable[[Path], Source]
     members: Callable[[Path], list[Path]] = itself
+    open_compact: Callable[[Path, Texts], Source] | None = None
 
 
 FORMATS: dict[str, Format] = {
-    "h5ad": Format(".h5ad", is_h5ad, open_h5ad),
+    "h5ad": Format(".h5ad", is_h5ad, open_h5ad, open_compact=open_compact_h5ad),
     "h5mu": Format(".h5mu", is_h5mu, open_h5mu),
     "anndata zarr": Format("AnnData in zarr", is_zarr, open_zarr, members_of_zarr),
     "10x h5": Format("10x .h5", is_tenx_h5, open_tenx_h5),
@@ -76,14 +82,21 @@ def members(path: Path) -> list[Path]:
     return found.members(path) if found else [path]
 
 
-def open_source(data: str | os.PathLike[str] | AnnData) -> Source:
+def open_source(data: str | os.PathLike[str] | AnnData, names: Texts | None = None) -> Source:
     """Open a file or folder of cells, or AnnData in memory.
+
+    Parameters
+    ----------
+    names
+        Add the names of the cells to these texts, and keep obs without them and in little memory
+        (:func:`data_tools.cells.columns.compact`).
 
     Raises
     ------
     UserError
         If it is missing, of no known format, damaged, or without cells or genes.
     """
+    before = 0 if names is None else len(names)
     if isinstance(data, AnnData):
         source: Source = open_memory(data)
     else:
@@ -98,12 +111,14 @@ def open_source(data: str | os.PathLike[str] | AnnData) -> Source:
         if found is None:
             raise _unknown(path)
         try:
-            source = found.open(path)
+            source = found.open(path) if names is None or not found.open_compact else found.open_compact(path, names)
         except UserError:
             raise
         except Exception as error:  # whatever the libraries say of a damaged file
             raise UserError(f"{path}: cannot be read ({error}). Is the file damaged or cut off?") from error
     _require_shapes(source)
+    if names is not None and len(names) == before:
+        source.obs = compact(source.obs, names)
     return source
 
 

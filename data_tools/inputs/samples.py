@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from bgen.errors import UserError, nearest
+from data_tools.cells.mapped import room
 from data_tools.inputs.source import Source
 
 
@@ -41,12 +43,12 @@ class Samples:
                 f"{source.path}: obs has a column '{both[0]}' already, as the table {self.path} has. Rename it there."
             )
         row = self.table.loc[found[0]]
-        added = {}
+        source.obs = source.obs.copy(deep=False)  # the others stay where they are
         for column in self.table:
-            value = [row[column]] * source.n_cells
             text = self.table[column].dtype == object
-            added[str(column)] = pd.Categorical(value, [row[column]]) if text else value
-        source.obs = source.obs.assign(**added)
+            value = room(source.n_cells, np.int8 if text else np.asarray(row[column]).dtype)
+            value[:] = 0 if text else row[column]
+            source.obs[str(column)] = pd.Categorical.from_codes(value, [row[column]]) if text else value
 
 
 def read_samples(path: Path) -> Samples:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from anndata import AnnData
 
 from bgen.errors import Unreachable, UserError, nearest
 from bgen.names import shown
-from bgen.store.format.sparse import plain, read_pointer, require_columns
+from bgen.store.format.sparse import Pointer, plain, read_pointer, require_columns
 
 BLOCK_BYTES = 32 << 20
 """Bytes that a default block of rows takes, about: values and, if sparse, column numbers."""
@@ -204,17 +204,18 @@ def csr_rows(
     group: Any, n_columns: int, step: int, start: int, stop: int, n_rows: int
 ) -> Iterator[tuple[int, sp.csr_matrix]]:
     """Yield blocks of at most ``step`` rows of a stored CSR matrix; of fewer, where these hold very many values."""
-    indptr = read_pointer(group, n_rows)
+    pointer = Pointer(group, n_rows)
     first = start
     while first < stop:
-        full = int(np.searchsorted(indptr, indptr[first] + CSC_VALUES, side="right")) - 1
-        last = min(first + step, stop, max(full, first + 1))
-        part = slice(int(indptr[first]), int(indptr[last]))
+        indptr = pointer.window(first, min(first + step, stop))
+        full = int(np.searchsorted(indptr, indptr[0] + CSC_VALUES, side="right")) - 1
+        rows = min(len(indptr) - 1, max(full, 1))
+        last, part = first + rows, slice(int(indptr[0]), int(indptr[rows]))
         if part.stop - part.start > max(CSC_VALUES, 2 * n_columns):
             raise ValueError(f"row {first} has {part.stop - part.start:,} values, and there are {n_columns:,} genes")
         indices = plain(group["indices"][part])
         require_columns(indices, n_columns)
-        arrays = (plain(group["data"][part]), indices, indptr[first : last + 1] - indptr[first])
+        arrays = (plain(group["data"][part]), indices, indptr[: rows + 1] - indptr[0])
         yield first, sp.csr_matrix(arrays, shape=(last - first, n_columns))
         first = last
 
@@ -242,6 +243,11 @@ def csc_rows(
         block = sp.csr_matrix((data, (rows, columns)), shape=(high - low, about.shape[1]))
         for first in range(low, high, step):
             yield first, sp.csr_matrix(block[first - low : min(first + step, high) - low])
+
+
+def require_names(path: Path) -> Callable[[pd.Index], None]:
+    """Return what refuses names of cells that cannot be written again, as :class:`Source` does."""
+    return lambda names: _require_texts(path, "obs", pd.DataFrame(index=names))
 
 
 def _require_texts(path: Path, where: str, frame: pd.DataFrame) -> None:

@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bgen.cpus import cpus
+from bgen.order.groups import parts
 from bgen.store.format.manifest import Column
 from bgen.store.format.shards import WHOLE, decode_zstd
 
@@ -157,33 +158,56 @@ def encode_column(values: pd.Series) -> tuple[Column, NDArray[Any]] | None:
     Numbers become float32 where that holds them exactly, else float64; everything else int32 codes of the sorted
     texts, -1 = missing.
     """
+    found = describe_column(values)
+    return None if found is None else (found[0], found[1](slice(0, len(values))))
+
+
+def describe_column(values: pd.Series) -> tuple[Column, Callable[[slice | NDArray[Any]], NDArray[Any]]] | None:
+    """Return what a column is, and what returns the values of some cells, as :func:`encode_column` says."""
     if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
-        numbers = values.to_numpy(dtype=np.float64, na_value=np.nan)
-        exact = np.array_equal(numbers.astype(np.float32).astype(np.float64), numbers, equal_nan=True)
-        return Column(kind="number"), numbers.astype(np.float32) if exact else numbers
+
+        def numbers(rows: slice | NDArray[Any]) -> NDArray[np.float64]:
+            return pd.Series(values.array[rows]).to_numpy(dtype=np.float64, na_value=np.nan)
+
+        def rounded(rows: slice | NDArray[Any]) -> NDArray[np.float32]:
+            return numbers(rows).astype(np.float32)
+
+        with np.errstate(over="ignore"):
+            exact = all(
+                np.array_equal(rounded(part).astype(np.float64), numbers(part), equal_nan=True)
+                for part in parts(len(values))
+            )
+        return Column(kind="number"), rounded if exact else numbers
     codes: NDArray[Any]
     if isinstance(values.dtype, pd.CategoricalDtype):  # the texts of its categories are few, those of its cells are not
-        there = (
-            np.bincount(values.cat.codes.to_numpy().astype(np.int32) + 1, minlength=1 + len(values.cat.categories)) > 0
-        )
-        number, categories = pd.factorize(values.cat.categories[there[1:]].to_series().astype("string"), sort=True)
-        table = np.full(1 + len(there[1:]), -1, np.int32)
-        table[:-1][there[1:]] = number
-        codes = table[values.cat.codes.to_numpy()]
+        codes, named = values.array.codes, values.array.categories
+        there = np.zeros(1 + len(named), bool)
+        for part in parts(len(codes)):
+            there[codes[part]] = True  # code -1 is the last entry
+        number, categories = pd.factorize(named[there[:-1]].to_series().astype("string"), sort=True)
+        table = np.full(len(there), -1, np.int32)
+        table[:-1][there[:-1]] = number
     else:
         codes, categories = pd.factorize(values.astype("string"), sort=True)
+        table = np.append(np.arange(len(categories), dtype=np.int32), np.int32(-1))
     if len(categories) > MAX_CATEGORIES:
         return None
-    return Column(kind="category", categories=[str(category) for category in categories]), codes.astype(np.int32)
+    column = Column(kind="category", categories=[str(category) for category in categories])
+    return column, lambda rows: table[codes[rows]]
 
 
 def is_whole(values: pd.Series) -> bool:
     """Whether a column holds whole numbers (and cells without a value), and no other values."""
     if not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
         return False
-    numbers = values.to_numpy(np.float64, na_value=np.nan)
-    numbers = numbers[~np.isnan(numbers)]
-    return bool(len(numbers)) and bool((np.isfinite(numbers) & (numbers == np.rint(numbers))).all())
+    some = False
+    for part in parts(len(values)):
+        numbers = values.iloc[part].to_numpy(np.float64, na_value=np.nan)
+        numbers = numbers[~np.isnan(numbers)]
+        some = some or len(numbers) > 0
+        if not (np.isfinite(numbers) & (numbers == np.rint(numbers))).all():
+            return False
+    return some
 
 
 def whole_as_text(values: pd.Series) -> pd.Series:
