@@ -59,6 +59,11 @@ class TrainConfig(Section):
         description="bf16 is torch autocast: parameters and optimiser stay float32. pure_bf16 casts every parameter "
         "(also decay rates and norms) and keeps float32 only in the optimiser.",
     )
+    reduce_precision: Literal["float32", "bf16"] = Field(
+        "float32",
+        description="Numbers in which gradients travel between ranks. bf16 sends half; each rank still adds up its "
+        "micro batches, clips and updates in float32. precision pure_bf16 always sends bf16.",
+    )
     compile: bool = Field(
         False, description="Let torch.compile make kernels of each block: for GPUs; the first steps then take a minute."
     )

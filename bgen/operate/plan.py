@@ -227,7 +227,8 @@ def plan(
         device = DEVICES[gpu]
         wide, reached = 2 if train.precision == "pure_bf16" else 4, mfu * device.peak(train.precision)
         cluster = Cluster(nodes, ranks_per_node, device, network * 1e9 / 8)
-        work = Work(wide * trained, per_cell, share, batch.accumulation, train.zero, reached, subject.launches())
+        sent = 2 / wide if train.reduce_precision == "bf16" else 1.0
+        work = Work(wide * trained, per_cell, share, batch.accumulation, train.zero, reached, subject.launches(), sent)
         step = step_time(work, cluster)
         cells_per_second = step.cells_per_s
         speed = f"{ranks} x {gpu} at {mfu:.0%} of the peak"

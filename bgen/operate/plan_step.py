@@ -1,6 +1,7 @@
 """How long a training step takes on GPUs: what is computed, and what the ranks tell each other.
 
-With P bytes of trained weights, in float32, on R ranks, DeepSpeed 0.19 moves in a step
+With P bytes of trained weights, in float32, on R ranks, DeepSpeed 0.19 moves in a step (of gradients that travel in
+bfloat16, half)
 
 - stage 0: gradients, all-reduced, 2 P (R - 1) / R out of every rank;
 - stage 1, 2: the same (it all-reduces there, too), and the new weights, gathered, P (R - 1) / R;
@@ -121,6 +122,8 @@ class Work:
         What a GPU reaches.
     launches
         Kernels of a micro batch.
+    sent
+        Bytes of a gradient as it travels, over those of its weight.
     """
 
     trained: int
@@ -130,15 +133,16 @@ class Work:
     zero: int
     flops_per_s: float
     launches: int = 0
+    sent: float = 1.0
 
 
 def step_time(work: Work, cluster: Cluster) -> StepTime:
     """Return how long a step takes."""
     share = work.trained * (cluster.ranks - 1) / cluster.ranks / cluster.bandwidth
     if work.zero == 3:
-        reduce, gather = work.accumulation * share, 2 * work.accumulation * share
+        reduce, gather = work.accumulation * work.sent * share, 2 * work.accumulation * share
     else:
-        reduce, gather = 2 * share, share if work.zero else 0.0
+        reduce, gather = 2 * work.sent * share, share if work.zero else 0.0
     compute = max(work.cells * work.flops_per_cell / work.flops_per_s, work.accumulation * work.launches * LAUNCH)
     return StepTime(compute, reduce, gather, work.cells * cluster.ranks)
 

@@ -98,8 +98,9 @@ def build(
     first_rows = np.concatenate([[0], np.cumsum(n_rows)])
     keeps = [file.keep for file in report.files]
     kept, origin, row = _origins(keeps)
-    obs: Table = Joined([file.obs for file in report.files], keeps, every=True)
-    obs, names = name_cells(obs, kept, origin, report)
+    joined = Joined([file.obs for file in report.files], keeps, every=True)
+    obs: Table
+    obs, names = name_cells(joined, kept, origin, report)
     roles = _roles(report.roles)
     obs = take_roles(obs, roles, _units(report.roles))
     splits = splits or DEFAULT

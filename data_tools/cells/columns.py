@@ -188,7 +188,7 @@ def frame_of(columns: dict[Any, Any], n: int, texts: set[Any]) -> pd.DataFrame:
     return frame
 
 
-def categories_of(n: int, texts: Iterator[NDArray[Any]]) -> pd.Categorical:
+def categories_of(n: int, texts: Iterator[NDArray[Any]]) -> pd.Categorical[Any]:
     """Return ``n`` texts, given in parts, as categories in their order."""
     numbers: dict[str, int] = {}
     codes, at = room(n, np.int32), 0

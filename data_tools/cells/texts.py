@@ -17,11 +17,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from bgen.arrays import I64
+from bgen.arrays import I64, U8, U64
 from bgen.order import groups
 from data_tools.cells.mapped import fill, no_room, room
-
-U8, U64 = NDArray[np.uint8], NDArray[np.uint64]
 
 
 class Texts:
@@ -151,7 +149,7 @@ class _Growing:
         self._mapped: NDArray[Any] | None = None
 
     def append(self, values: NDArray[Any]) -> None:
-        data = memoryview(np.ascontiguousarray(values, self._dtype)).cast("B") if len(values) else memoryview(b"")
+        data = memoryview(np.ascontiguousarray(values, self._dtype).view(np.uint8).data)
         done, start = 0, self.n * self._dtype.itemsize
         try:
             while done < len(data):

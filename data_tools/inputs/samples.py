@@ -48,7 +48,8 @@ class Samples:
             text = self.table[column].dtype == object
             value = room(source.n_cells, np.int8 if text else np.asarray(row[column]).dtype)
             value[:] = 0 if text else row[column]
-            source.obs[str(column)] = pd.Categorical.from_codes(value, [row[column]]) if text else value
+            kinds = pd.CategoricalDtype([row[column]])
+            source.obs[str(column)] = pd.Categorical.from_codes(value, dtype=kinds) if text else value
 
 
 def read_samples(path: Path) -> Samples:

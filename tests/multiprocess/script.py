@@ -113,6 +113,19 @@ def poisoned(folder: Path, zero: int) -> dict[str, Any]:
     return {"losses": losses, "finite": finite, "given": state["given"].tolist(), "told": state["told"].tolist()}
 
 
+def reduced(folder: Path) -> dict[str, Any]:
+    """Losses of runs whose gradients travel in float32 and in bfloat16, at every ZeRO stage."""
+    found = {}
+    for zero, sent, precision in [(z, s, "float32") for z in range(4) for s in ("float32", "bf16")] + [
+        (1, "float32", "bf16"),
+        (1, "bf16", "bf16"),
+    ]:
+        settings = {"steps": 20, "zero": zero, "reduce_precision": sent, "comms_log": True, "micro_batch": 2}
+        settings["precision"] = precision
+        found[f"{zero}_{sent}_{precision}"] = run(toy_config(folder / f"{zero}_{sent}_{precision}", settings))[0].losses
+    return found
+
+
 def plain(folder: Path) -> dict[str, Any]:
     """A short run."""
     result, _ = run(toy_config(folder / "run", {"steps": 5, "zero": 1}))

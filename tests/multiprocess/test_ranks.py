@@ -73,26 +73,44 @@ def test_two_ranks_have_the_losses_of_one(two_ranks: Path, one_rank: list[float]
     assert result(two_ranks, 1)[f"straight_{zero}"] == straight
 
 
-def test_norms_of_layers_are_the_same_on_two_ranks_at_every_stage(two_ranks: Path) -> None:
+def test_norms_of_layers_are_those_of_one_rank_without_zero(two_ranks: Path, zero: int, tmp_path: Path) -> None:
     """Straight, resumed with two micro batches a step, and resumed from one rank."""
-    names = [f"{kind}_{zero}" for kind in ("straight", "halves", "one_rank") for zero in (0, 1, 3)]
-    found = {}
-    for name in names:
-        rows = [row for row in record.read(two_ranks / name / "record.jsonl") if row["kind"] == "norms"]
+    run(toy_config(tmp_path / "run", SHORT | {"zero": 0}))
+    folders = [tmp_path / "run", *(two_ranks / f"{kind}_{zero}" for kind in ("straight", "halves", "one_rank"))]
+    found = []
+    for folder in folders:
+        rows = [row for row in record.read(folder / "record.jsonl") if row["kind"] == "norms"]
         assert [row["step"] for row in rows] == [10, 20]
-        found[name] = {f"{row['step']}/{layer}": row[layer] for row in rows for layer in row if "/" in layer}
-    assert len(found["straight_0"]) == 2 * 9
-    for name in names:
-        assert found[name] == pytest.approx(found["one_rank_0"], rel=1e-4), name
+        found.append({f"{row['step']}/{layer}": row[layer] for row in rows for layer in row if "/" in layer})
+    assert len(found[0]) == 2 * 9
+    for folder, norms in zip(folders, found, strict=True):
+        assert norms == pytest.approx(found[0], rel=1e-4), folder
 
 
-def test_ranks_choose_the_micro_batch_that_fits_on_all_of_them(
-    two_ranks: Path, one_rank: dict[int, list[float]]
-) -> None:
+def test_ranks_choose_the_micro_batch_that_fits_on_all_of_them(two_ranks: Path, one_rank: list[float]) -> None:
     for rank in (0, 1):
         found = result(two_ranks, rank)["chosen"]
         assert found["cells"] == 2
-        np.testing.assert_allclose(found["losses"], one_rank[1][:3], rtol=1e-5)
+        np.testing.assert_allclose(found["losses"], one_rank[:3], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_gradients_may_travel_in_bf16(tmp_path: Path) -> None:
+    """Close to float32 and not equal to it, and fewer bytes, at every ZeRO stage and under autocast."""
+    done = launch(torchrun(2), "reduced", tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert result(tmp_path) == result(tmp_path, 1)
+    told, before = {}, 0  # what a process has sent is added up over its runs
+    for name in result(tmp_path):
+        rows = [row for row in record.read(tmp_path / name / "record.jsonl") if row.get("event") == "communication"]
+        sent = sum(value["bytes"] for value in rows[-1].values() if isinstance(value, dict))
+        told[name], before = sent - before, sent
+    for zero, precision in [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (1, "bf16")]:
+        one, other = (f"{zero}_{sent}_{precision}" for sent in ("float32", "bf16"))
+        exact, rounded = (result(tmp_path)[name] for name in (one, other))
+        np.testing.assert_allclose(rounded, exact, rtol=0.02)
+        assert rounded != exact
+        assert told[other] < 0.8 * told[one], (told[other], told[one])
 
 
 def test_a_rank_imports_nothing_slow_that_it_does_not_need(tmp_path: Path) -> None:

@@ -166,6 +166,9 @@ def test_what_ranks_tell_each_other_takes_its_time() -> None:
     half = tiny("train.zero=0", "train.precision=pure_bf16", **given).step
     assert half is not None
     assert half.reduce == pytest.approx(one.step.reduce / 2)
+    bf16 = tiny("train.reduce_precision=bf16", **given).step
+    assert bf16 is not None
+    assert (bf16.reduce, bf16.gather) == (one.step.reduce / 2, one.step.gather)
     assert one.cells_per_day == pytest.approx(86400 * 64 / one.step.seconds)
 
 
@@ -291,10 +294,10 @@ def test_the_largest_size_takes_no_memory(config: str, given: list[str], paramet
 
 
 @pytest.mark.parametrize(
-    ("given", "least"), [(["flow.vae=nowhere"], 0.97), (["flow.space=log_counts"], 0.999), ([], 0.9)]
+    ("given", "least"), [(["flow.vae=nowhere"], 0.97), (["flow.space=log_counts"], 0.999), ([], 0.6)]
 )
 def test_without_memory_the_figures_are_the_same(given: list[str], least: float) -> None:
-    """Activations of a VAE are less, as on GPUs: their likelihood keeps nothing of the size of its logits."""
+    """Activations of a VAE are less, as on GPUs: kernels keep neither dense counts nor what makes a likelihood."""
     subject = Subject(load_config("flow" if given else "vae", given), 1000, 100)
     assert all(p.is_meta for p in subject.module.parameters())
     found = subject.sizes, subject.flops(4), subject.activations()(32), subject.launches()
@@ -303,7 +306,8 @@ def test_without_memory_the_figures_are_the_same(given: list[str], least: float)
     told = subject.activations()(32), subject.launches()
     print(f"activations {found[2]} without memory, {told[0]} with; operators {found[3]}, {told[1]}")
     assert least < found[2] / told[0] < 1.04
-    assert told[1] <= found[3] < 2.5 * told[1], "loops that are compiled for CPUs are operators on GPUs"
+    # Loops that are compiled for CPUs are operators on GPUs, and what is a kernel there is operators here.
+    assert 0.5 * told[1] <= found[3] < 2.5 * told[1]
 
 
 def test_a_pass_that_asks_for_values_is_run_for_real() -> None:

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bgen.nn.precision import as_autocast_says
+
 _ENTRIES = "Tensor indptr, Tensor indices, Tensor values, Tensor? factor"
 
 
@@ -85,7 +87,5 @@ def sparse_product(
     factor
         float32 ``[B]``: values of a cell become log(1 + factor * value); None: they are as they are.
     """
-    if torch.is_autocast_enabled(weight.device.type):
-        weight = weight.to(torch.get_autocast_dtype(weight.device.type))
-    out: Tensor = _SparseProduct.apply(weight.contiguous(), indptr, indices, values.float(), factor)
+    out: Tensor = _SparseProduct.apply(as_autocast_says(weight).contiguous(), indptr, indices, values.float(), factor)
     return out

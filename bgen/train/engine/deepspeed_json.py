@@ -27,6 +27,7 @@ OWNED = {
     "fp16": "train.precision (there is no float16)",
     "bf16": "train.precision",
     "torch_autocast": "train.precision",
+    "communication_data_type": "train.reduce_precision",
     "checkpoint": "train.checkpoint_every (bgen writes its own checkpoints)",
     "comms_logger.enabled": "train.comms_log",
     "flops_profiler.enabled": "train.flops_profile",
@@ -111,6 +112,8 @@ def deepspeed_config(config: TrainConfig, world_size: int, out: Path | None = No
         tree["bf16"] = {"enabled": True, "check_grad_overflow": True}
         # Inputs are float32; autocast brings them to the parameters.
         tree["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    if config.reduce_precision == "bf16":
+        tree["communication_data_type"] = "bf16"  # under autocast, engine.py says it of each parameter
     if config.offload.optimizer != "none":
         # DeepSpeed's own CPU Adam is compiled at first use; torch's needs no compiler.
         tree["zero_force_ds_cpu_optimizer"] = False

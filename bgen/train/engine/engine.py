@@ -84,6 +84,11 @@ class Engine:
         self._frozen = {name: p.detach().cpu().clone() for name, p in frozen.items()} if changes else {}
         self._frozen_names = tuple(frozen)
         self.frozen_bytes = sum(p.numel() * p.element_size() for p in frozen.values())
+        if config.reduce_precision == "bf16":
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    # DeepSpeed (0.19.8) looks here once autocast was on in a process, and at its setting before.
+                    parameter.comm_dtype = torch.bfloat16  # type: ignore[attr-defined]
         deepspeed = _start_deepspeed(world)
         self._gathered = deepspeed.zero.GatheredParameters
         self._gradient = deepspeed.utils.safe_get_full_grad

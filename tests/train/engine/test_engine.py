@@ -56,6 +56,8 @@ def test_the_deepspeed_json() -> None:
     assert tree["optimizer"]["params"]["torch_adam"] is True
     assert tree["data_types"]["grad_accum_dtype"] == "fp32"
     assert "bf16" not in tree
+    assert "communication_data_type" not in tree
+    assert deepspeed_config(config(reduce_precision="bf16"), 1)["communication_data_type"] == "bf16"
     assert "torch_autocast" not in deepspeed_config(config(), 1)
 
 
