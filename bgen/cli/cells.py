@@ -34,7 +34,9 @@ OutInBlocks = Annotated[
 ]
 Neighbours = Annotated[
     int | None,
-    typer.Option(min=2, help="Also the graph of so many nearest neighbours, where scanpy looks for it (sc.tl.umap)."),
+    typer.Option(
+        min=2, max=1_000, help="Also the graph of so many nearest neighbours, where scanpy looks for it (sc.tl.umap)."
+    ),
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw away what another run left of --out NAME.zarr.")]
 
