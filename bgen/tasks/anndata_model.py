@@ -124,7 +124,8 @@ class AnnDataModel:
             stop = min(start + BATCH, len(cells))
             part = slice(start, stop) if stop - start >= LEAST else filled_up(start, stop)
             batch = cell_batch(cells.counts[part], {name: codes[part] for name, codes in obs.items()}, start)
-            mean, logvar = self.saved.codec.encode(batch.to(self.device))
+            with self.saved.computing():
+                mean, logvar = self.saved.codec.encode(batch.to(self.device))
             means.append(mean[: stop - start].cpu().numpy())
             variances.append(logvar[: stop - start].exp().cpu().numpy())
             if not (np.isfinite(means[-1]).all() and np.isfinite(variances[-1]).all()):

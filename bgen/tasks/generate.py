@@ -123,7 +123,7 @@ def generate_together(
     for start in range(0, total, step):
         part = slice(start, min(start + step, total))
         sizes = None if fixed is None else fixed[part]
-        parts.append(_counts(flow, {k: v[part] for k, v in values.items()}, keys[part], settings, sizes))
+        parts.append(_counts(model, flow, {k: v[part] for k, v in values.items()}, keys[part], settings, sizes))
         if progress:
             progress("generating", part.stop, total)
     counts, made, first, known = sp.vstack(parts, format="csr"), [], 0, model.fingerprint()
@@ -185,12 +185,14 @@ def provenance(
         "guidance": settings.guidance,
         "guidance_of": {key: settings.guidance_of[name] for name, key in keys(settings.guidance_of).items()},
         "guidance_interval": list(settings.guidance_interval),
+        "precision": model.precision,
         "organism": model.about.organism,
     }
 
 
 @torch.no_grad()
 def _counts(
+    model: SavedModel,
     flow: LatentFlow,
     values: Mapping[str, Tensor],
     keys: Tensor,
@@ -203,7 +205,8 @@ def _counts(
     values, keys = {name: column[filled] for name, column in values.items()}, keys[filled]
     fixed = None if log_library is None else log_library[filled]
     conditions = {name: values[name] for name in flow.conditions.names}
-    latents = flow.sample(conditions, len(keys), keys, settings, fixed)
+    with model.computing():
+        latents = flow.sample(conditions, len(keys), keys, settings, fixed)
     return decode_counts(flow, latents, values, keys, fixed)[:n]
 
 

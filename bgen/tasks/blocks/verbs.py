@@ -64,7 +64,8 @@ class ModelVerb(BlockVerb):
         UserError
             If they are not finite.
         """
-        mean, logvar = self._codec.encode(cell_batch(counts, codes, first).to(self._device))
+        with self._saved.computing():
+            mean, logvar = self._codec.encode(cell_batch(counts, codes, first).to(self._device))
         found = mean.cpu().numpy(), logvar.exp().cpu().numpy()
         if not all(np.isfinite(values).all() for values in found):
             raise UserError("The model gives latent states that are not finite: its weights are damaged.")
@@ -328,7 +329,7 @@ def _in_blocks(
     if is_remote(os.fspath(data)):
         once(lambda: Opened.of(data, reading).state())  # one rank copies what lies elsewhere, the others find it
     opened = together(lambda: Opened.of(data, reading))
-    plan = {"the model": model.saved.fingerprint(), **opened.state(), **asked}
+    plan = {"the model": model.saved.fingerprint(), "--precision": model.saved.precision, **opened.state(), **asked}
 
     def prepare() -> BlockVerb:
         found = once(opened.find_counts)

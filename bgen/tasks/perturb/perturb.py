@@ -201,6 +201,7 @@ def predict(
         "model": controls.fingerprint,
         "version": __version__,
         "seed": seed,
+        "precision": model.saved.precision,
         "perturbation": perturbation,
         "dose": "none" if query.dose is None else query.dose,
         "unseen": query.unseen,

@@ -134,7 +134,8 @@ def transport(
             start=torch.stack([z, z], 1) if flow.config.source == "neighbours" else None,  # else from noise, as learnt
         )
         keys = torch.from_numpy(hash_keys(seed, np.stack([rows, rows + len(latents)], 1)).view(np.int64))
-        made = flow.sample_trajectories(conditions, keys, model.sample, places)[:, 1].cpu()
+        with model.computing():
+            made = flow.sample_trajectories(conditions, keys, model.sample, places)[:, 1].cpu()
         first = np.flatnonzero(np.arange(start, start + rows.size) < len(order))
         moved[torch.from_numpy(rows.ravel()[first])] = made.flatten(0, 1)[torch.from_numpy(first)]
     return moved

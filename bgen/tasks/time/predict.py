@@ -103,7 +103,7 @@ def predict_times(
         made = []
         for task in tasks:
             key = int(hash_keys(seed, np.array([number, task.system]))[0] >> np.uint64(1))
-            counts, rows = _generate(flow, observed, axis, task, asked, library_size, settings, key)
+            counts, rows = _generate(model, flow, observed, axis, task, asked, library_size, settings, key)
             made.append(counts)
             decoded = {name: readable(model.columns[name], values) for name, values in rows.items()}
             labels = {name: values[task.system] for name, values in observed.systems.labels.items()}
@@ -169,6 +169,7 @@ def _tasks(
 
 
 def _generate(
+    model: SavedModel,
     flow: LatentFlow,
     observed: Observed,
     axis: TimeAxis,
@@ -201,7 +202,8 @@ def _generate(
     places = Places(mask, torch.tensor(times).float().expand(B, T), seen.expand(B, T), latents, starts)
     conditions = {name: torch.from_numpy(values).expand(B, T) for name, values in shared.items()}
     fixed = None if library_size is None else torch.full(mask.shape, float(np.log(library_size)))
-    z = flow.sample_trajectories(conditions, keys, settings, places, fixed)[:, missing].flatten(0, 1)[: task.n]
+    with model.computing():
+        z = flow.sample_trajectories(conditions, keys, settings, places, fixed)[:, missing].flatten(0, 1)[: task.n]
     rows_of = _like_neighbours(observed, task, rng)
     columns = {}
     for name, values in observed.columns.items():

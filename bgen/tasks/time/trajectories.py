@@ -140,7 +140,8 @@ def generate_trajectories(
         )
         places = Places(mask=torch.ones(len(some), T, N, dtype=torch.bool), time=time_BT)
         fixed = None if library_size is None else torch.full(keys.shape, float(np.log(library_size)))
-        z = flow.sample_trajectories(conditions, keys, settings, places, fixed)
+        with model.computing():
+            z = flow.sample_trajectories(conditions, keys, settings, places, fixed)
         for t, moment in enumerate(moments):
             k = keys[:, t].flatten()
             rows, _ = draw_rows(model.combinations, asked | nearest_time(model, axis, moment), len(k), seed + start)
