@@ -479,8 +479,7 @@ def load_model(
         Where its network runs: "cpu", "cuda", "cuda:1", "mps", or "auto": a GPU with CUDA if there is one, else the
         CPU. Cells and results are in the CPU's memory anyhow.
     precision
-        What its encoder and its flow compute in: "float32", or "bf16": bfloat16, faster on GPUs and less exact;
-        see :mod:`bgen.nn.precision` for what stays in float32.
+        Of its encoder and flow: "float32", or "bf16", faster on GPUs and less exact (:mod:`bgen.nn.precision`).
     revision
         Of a hub: branch, tag or commit; of a registry: version or alias; default: the newest. Only a commit or a
         version is the same for ever.
@@ -499,9 +498,8 @@ def load_model(
         raise UserError(f"{folder} is a folder of this machine, which has no revisions.")
     else:
         place = Path(folder)
-    where = device_of(device)
-    asked = precision_of(precision, where)
-    model = Model(replace(load_directory(place, where), precision=asked), place)
+    saved = load_directory(place, device_of(device))
+    model = Model(replace(saved, precision=precision_of(precision, saved.device)), place)
     if fingerprint is not None and not (fingerprint and model.saved.fingerprint().startswith(fingerprint.lower())):
         raise UserError(
             f"{folder} has other weights than asked for: its fingerprint is {model.saved.fingerprint()}, not"

@@ -58,6 +58,11 @@ class Places:
     latents: Tensor | None = None
     start: Tensor | None = None
 
+    def of(self, rows: slice) -> Places:
+        """Return those of some of the B trajectories."""
+        held = {part.name: getattr(self, part.name) for part in fields(self)}
+        return Places(**{name: None if tensor is None else tensor[rows] for name, tensor in held.items()})
+
     def to(self, device: torch.device) -> Places:
         """Return the same on a device."""
         held = {part.name: getattr(self, part.name) for part in fields(self)}
