@@ -7,10 +7,11 @@ loaded, which is when torch is.
 from __future__ import annotations
 
 import os
-import re
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping
+from pathlib import Path
+
+from bgen.cgroups import cgroups, read_text
 
 MARK, SEPARATOR = "BGEN_SET", ";"
 """Environment variable that says what :func:`prepare` set, as ``NAME=value;NAME=value``."""
@@ -53,69 +54,18 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
     root
         Where ``proc`` and the mounted cgroups are.
     """
-    try:
-        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-        mounts = (root / "proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return None
-    own = {}  # version to the path of the cgroup
-    for line in groups:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            own[2] = path
-        elif "cpu" in controllers.split(","):
-            own[1] = path
-    found = []
-    for version, top, mounted_at in _mounted(mounts):
-        if version in own:
-            folder = root / mounted_at.lstrip("/")
-            for group in (folder / own_path for own_path in _upwards(own[version], top)):
-                quota = _quota_2(group) if version == 2 else _quota_1(group)
-                found += [] if quota is None else [quota]
-    return min(found, default=None)
-
-
-def _mounted(lines: list[str]) -> Iterator[tuple[int, str, str]]:
-    """Yield version, the cgroup that is mounted, and where, of each mount that may hold quotas."""
-    for line in lines:
-        fields, _, about = line.partition(" - ")
-        kind, _, options = about.split(" ", 2)
-        top, mounted_at = (
-            re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), field) for field in fields.split(" ")[3:5]
-        )
-        if kind == "cgroup2":
-            yield 2, top, mounted_at
-        elif kind == "cgroup" and "cpu" in options.split(","):
-            yield 1, top, mounted_at
-
-
-def _upwards(path: str, top: str) -> list[str]:
-    """Return a cgroup's path below the one that is mounted, and those of the cgroups between the two.
-
-    A container may see a path that does not begin at what is mounted there: then the mounted cgroup is its own.
-    """
-    group = PurePosixPath(path)
-    if ".." in group.parts or not group.is_relative_to(top):
-        return ["."]
-    below = group.relative_to(top)
-    return [str(below), *map(str, below.parents)]
+    quotas = (_quota_2(group) if version == 2 else _quota_1(group) for version, group in cgroups("cpu", root))
+    return min((quota for quota in quotas if quota is not None), default=None)
 
 
 def _quota_2(group: Path) -> float | None:
-    text = _read(group / "cpu.max").split()
+    text = read_text(group / "cpu.max").split()
     return None if not text or text[0] == "max" else int(text[0]) / int(text[1])
 
 
 def _quota_1(group: Path) -> float | None:
-    quota, period = _read(group / "cpu.cfs_quota_us"), _read(group / "cpu.cfs_period_us")
+    quota, period = read_text(group / "cpu.cfs_quota_us"), read_text(group / "cpu.cfs_period_us")
     return int(quota) / int(period) if quota and period and int(quota) > 0 else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""
 
 
 def cores() -> int:
@@ -123,7 +73,7 @@ def cores() -> int:
     if not hasattr(os, "sched_getaffinity"):
         return bound_to()
     paths = (f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in os.sched_getaffinity(0))
-    siblings = [_read(Path(path)) for path in paths]
+    siblings = [read_text(Path(path)) for path in paths]
     return len(set(siblings)) if all(siblings) else bound_to()
 
 

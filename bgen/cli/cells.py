@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bgen.cli.options import Data, Device, cells_options, read_cells, with_options
+from bgen.cli.options import Data, Device, Precision, cells_options, read_cells, with_options
 from bgen.cli.terminal import Json, Seed, notes, parse_scales, parse_times, parse_where, progress_bar, results
 from bgen.errors import MOST_CELLS, MOST_COUNTS, UserError
 from bgen.files import require_new_file, write_h5ad
@@ -72,6 +72,7 @@ def generate(
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
+    precision: Precision = "float32",
     as_json: Json = False,
 ) -> None:
     """Generate cells as counts: single cells, or populations over time from a model that was trained on trajectories.
@@ -84,7 +85,7 @@ def generate(
     from bgen.tasks.load import load_model
 
     require_new_file(out)
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, precision=precision)
     with progress_bar() as progress:
         cells = loaded.generate(
             n,
@@ -122,6 +123,7 @@ def evaluate(
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
+    precision: Precision = "float32",
     as_json: Json = False,
 ) -> None:
     """Score a model beside a negative binomial per cluster and a real-versus-real ceiling, and write a report.
@@ -133,7 +135,13 @@ def evaluate(
 
     with progress_bar() as progress:
         scores = score(
-            load_model(model, device), data, out, generated=generated, seeds=seeds, seed=seed, progress=progress
+            load_model(model, device, precision=precision),
+            data,
+            out,
+            generated=generated,
+            seeds=seeds,
+            seed=seed,
+            progress=progress,
         )
     if run is not None:
         from bgen.track.publish import log_evaluation
@@ -162,6 +170,7 @@ def embed(
     *,
     reading: Any,
     device: Device = "auto",
+    precision: Precision = "float32",
     as_json: Json = False,
 ) -> None:
     """Put the latent state of the cells into obsm['X_bgen'].
@@ -178,13 +187,13 @@ def embed(
         if neighbours is not None:
             raise UserError("--neighbours compares all cells with each other: it is for --out NAME.h5ad.")
         compute_on(device)
-        loaded = load_model(model, device)
+        loaded = load_model(model, device, precision=precision)
         with progress_bar() as progress:
             options = {"variance": variance, "restart": restart, "progress": progress, "say": _say(as_json)}
             done = embed_in_blocks(loaded, data, out, reading, **options)
         _finish_blocks(done, out, {"dimensions": loaded.saved.codec.size - 1}, [], as_json)
         return
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, precision=precision)
     read = read_cells(loaded, data, reading, as_json)
     cells = loaded.embed(read, variance=variance, neighbours=neighbours)
     _finish(cells, out, read.matched, {"dimensions": cells.obsm["X_bgen"].shape[1]}, [], as_json)
@@ -205,6 +214,7 @@ def annotate(
     *,
     reading: Any,
     device: Device = "auto",
+    precision: Precision = "float32",
     as_json: Json = False,
 ) -> None:
     """Label cells, with a probability, and 'unknown' where the model cannot tell.
@@ -219,7 +229,7 @@ def annotate(
 
     if _in_blocks(out, restart):
         compute_on(device)
-        loaded = load_model(model, device)
+        loaded = load_model(model, device, precision=precision)
         with progress_bar() as progress:
             options = {
                 "label": label,
@@ -232,7 +242,7 @@ def annotate(
         told = done.uns["bgen_annotate"]
         _finish_blocks(done, out, told, _annotated(told), as_json)
         return
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, precision=precision)
     read = read_cells(loaded, data, reading, as_json)
     cells = loaded.annotate(read, label, threshold=threshold)
     told = dict(cells.uns["bgen_annotate"])
@@ -271,6 +281,7 @@ def denoise(
     *,
     reading: Any,
     device: Device = "auto",
+    precision: Precision = "float32",
     as_json: Json = False,
 ) -> None:
     """Put expected counts, given each cell's state, into layers['denoised'].
@@ -287,7 +298,7 @@ def denoise(
     named = None if genes is None else [name.strip() for text in genes for name in text.split(",") if name.strip()]
     if _in_blocks(out, restart):
         compute_on(device)
-        loaded = load_model(model, device)
+        loaded = load_model(model, device, precision=precision)
         with progress_bar() as progress:
             options = {
                 "library_size": library_size,
@@ -302,7 +313,7 @@ def denoise(
             told["deviance"] = denoising_scores(loaded, done.verb.cells.some())
         _finish_blocks(done, out, told, _scored(told["deviance"]) if ranks.is_main else [], as_json)
         return
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, precision=precision)
     read = read_cells(loaded, data, reading, as_json)
     cells = loaded.denoise(read, library_size=library_size, genes=named)
     scores = denoising_scores(loaded, read)
@@ -344,6 +355,7 @@ def integrate(
     *,
     reading: Any,
     device: Device = "auto",
+    precision: Precision = "float32",
     as_json: Json = False,
 ) -> None:
     """Put a latent state without batch effects into obsm, and counts as of one batch into a layer.
@@ -353,7 +365,7 @@ def integrate(
     from bgen.tasks.load import load_model
 
     require_new_file(out)
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, precision=precision)
     read = read_cells(loaded, data, reading, as_json)
     cells = loaded.integrate(read, reference=reference, batch=batch, label=label, neighbours=neighbours)
     told = dict(cells.uns["bgen_integrate"])

@@ -32,6 +32,10 @@ Layer = Annotated[str | None, typer.Option(help="Layer with the raw counts: --la
 Device = Annotated[
     str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps, or auto: a GPU with CUDA if there is one.")
 ]
+Precision = Annotated[
+    str,
+    typer.Option(help="What encoder and flow compute in: float32, or bf16: faster on a GPU, less exact."),
+]
 Anonymous = Annotated[
     bool, typer.Option("--anonymous", help="Read a public bucket (s3://, gs://) without credentials.")
 ]

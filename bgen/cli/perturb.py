@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bgen.cli.options import Data, Device, cells_options, read_cells, with_options
+from bgen.cli.options import Data, Device, Precision, cells_options, read_cells, with_options
 from bgen.cli.terminal import Json, Seed, notes, parse_where, progress_bar, results
 from bgen.errors import MOST_CELLS, UserError
 from bgen.files import require_new_file, write_h5ad, write_result
@@ -47,6 +47,7 @@ def perturb(
     reading: Any,
     seed: Seed = 0,
     device: Device = "auto",
+    precision: Precision = "float32",
     as_json: Json = False,
 ) -> None:
     """Predict what your control cells would look like under a perturbation, or each of a table, as counts.
@@ -62,7 +63,7 @@ def perturb(
     if table is not None and (dose is not None or time is not None):
         raise UserError("--dose and --time are columns of the --table.")
     with progress_bar() as progress:
-        loaded = load_model(model, device)
+        loaded = load_model(model, device, precision=precision)
         read = read_cells(loaded, data, reading, as_json)
         cells = loaded.perturb(
             read, asked, control=_controls(control), dose=dose, time=time, n=n, seed=seed, progress=progress
@@ -105,6 +106,7 @@ def screen(
     reading: Any,
     seed: Seed = 0,
     device: Device = "auto",
+    precision: Precision = "float32",
     as_json: Json = False,
 ) -> None:
     """Rank perturbations by how far they would move your control cells towards other cells of yours.
@@ -116,7 +118,7 @@ def screen(
     require_new_file(out)
     (target,) = parse_where([towards]).items()
     with progress_bar() as progress:
-        loaded = load_model(model, device)
+        loaded = load_model(model, device, precision=precision)
         read = read_cells(loaded, data, reading, as_json)
         found = loaded.screen(
             read,

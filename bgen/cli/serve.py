@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bgen.cli.options import Device
+from bgen.cli.options import Device, Precision
 from bgen.cli.terminal import notes
 from bgen.errors import UserError
 
@@ -23,6 +23,7 @@ def serve(
     body: Annotated[int, typer.Option(min=1, max=65536, help="MiB of a request, at most.")] = 256,
     waiting: Annotated[int, typer.Option(min=1, max=100_000, help="Questions that may wait; more get 429.")] = 256,
     device: Device = "auto",
+    precision: Precision = "float32",
     seconds: Annotated[float, typer.Option(min=0.1, max=86400, help="That a client has to send a request.")] = 60.0,
 ) -> None:
     """Answer generate, embed, annotate and perturb over HTTP, as JSON or .h5ad (extra `serve`).
@@ -42,4 +43,11 @@ def serve(
         raise UserError(f"bgen serve needs {error.name}: pip install 'bgen-flow[serve]'.") from None
     limits = Limits(body << 20, cells, waiting, seconds)
     token = os.environ.get("BGEN_TOKEN") or None
-    run(load_model(model, device), host=host, port=port, limits=limits, token=token, say=notes.print)
+    run(
+        load_model(model, device, precision=precision),
+        host=host,
+        port=port,
+        limits=limits,
+        token=token,
+        say=notes.print,
+    )

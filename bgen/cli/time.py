@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bgen.cli.options import Data, Device, cells_options, read_cells, with_options
+from bgen.cli.options import Data, Device, Precision, cells_options, read_cells, with_options
 from bgen.cli.terminal import Json, Seed, notes, parse_scales, parse_where, progress_bar, results
 from bgen.errors import MOST_CELLS, MOST_COUNTS
 from bgen.files import require_new_file, write_h5ad
@@ -56,12 +56,13 @@ def _predictor(name: str, forecast: bool, text: str) -> None:
         reading: Any,
         seed: Seed = 0,
         device: Device = "auto",
+        precision: Precision = "float32",
         as_json: Json = False,
     ) -> None:
         from bgen.tasks.load import load_model
 
         require_new_file(out)
-        loaded = load_model(model, device)
+        loaded = load_model(model, device, precision=precision)
         with progress_bar() as progress:
             read = read_cells(loaded, data, reading, as_json)
             cells, scores = loaded.predict_times(

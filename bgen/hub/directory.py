@@ -22,6 +22,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -62,6 +63,7 @@ from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.log_counts import LogCounts
 from bgen.models.vae.gene_table import GeneTable
 from bgen.models.vae.vae import VAE
+from bgen.nn.precision import Precision, computing
 from bgen.order.groups import parts
 from bgen.version import __version__
 
@@ -128,6 +130,8 @@ class SavedModel:
         Organism, units, where the model comes from.
     metrics
         Scores of the evaluation, if there was one.
+    precision
+        What the network computes in when a user asks; not written into a directory.
     """
 
     module: Module
@@ -137,6 +141,7 @@ class SavedModel:
     sample: SampleConfig
     about: About
     metrics: dict[str, Any] | None = None
+    precision: Precision = "float32"
 
     @property
     def codec(self) -> CountsCodec:
@@ -169,6 +174,10 @@ class SavedModel:
     def to(self, device: torch.device) -> SavedModel:
         """Return the model on a device: itself if it is there, else a copy."""
         return self if self.device == device else replace(self, module=copy.deepcopy(self.module).to(device))
+
+    def computing(self) -> AbstractContextManager[object]:
+        """Within this, encoder and flow compute in :attr:`precision`; see :mod:`bgen.nn.precision`."""
+        return computing(self.device, self.precision)
 
     @property
     def kind(self) -> str:

@@ -23,10 +23,11 @@ from bgen.models.codec import Codec
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.log_counts import LogCounts
 from bgen.models.vae.vae import VAE
+from bgen.nn.memory import activation_bytes
 from bgen.operate.plan_step import count_launches
 from bgen.store.format.manifest import Manifest
 from bgen.store.open import open_data
-from bgen.train.engine.memory import Memory, activation_bytes, memory
+from bgen.train.engine.memory import Memory, memory
 from bgen.train.stages.members import label_sets
 
 PROBE = (8, 32)

@@ -21,14 +21,11 @@ from bgen.genes.table import VECTOR, known_by_vector
 from bgen.hub.directory import SavedModel
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.order.keys import hash_keys
+from bgen.tasks.batches import Batches, filled_up
 from bgen.tasks.user_cells import Cells, Reading, UserCells, UserData, read_user_data
 
 BATCH = 1024
-
-LEAST = 32
-"""Cells of a batch, at least: libraries multiply a matrix of a few rows by other code, whose last bits differ. From 12
-rows on, the rows of MKL's float32 products were the same to the last bit in batches of any size (one and two threads).
-"""
+"""Cells that are encoded or decoded at a time, at most on a CPU."""
 
 
 class AnnDataModel:
@@ -109,7 +106,6 @@ class AnnDataModel:
         mean = codec.decode(average, torch.ones(1, device=self.device), {}).mean[0]
         return (mean / mean.sum()).cpu().numpy()
 
-    @torch.no_grad()
     def encode(
         self, data: Cells | UserCells, **reading: Unpack[Reading]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -119,16 +115,14 @@ class AnnDataModel:
         """
         cells = self.read(data, **reading)
         obs = self.covariates(cells)
-        means, variances = [], []
-        for start in range(0, len(cells), BATCH):
-            stop = min(start + BATCH, len(cells))
-            part = slice(start, stop) if stop - start >= LEAST else filled_up(start, stop)
+
+        def some(start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+            part = filled_up(start, stop)
             batch = cell_batch(cells.counts[part], {name: codes[part] for name, codes in obs.items()}, start)
-            mean, logvar = self.saved.codec.encode(batch.to(self.device))
-            means.append(mean[: stop - start].cpu().numpy())
-            variances.append(logvar[: stop - start].exp().cpu().numpy())
-            if not (np.isfinite(means[-1]).all() and np.isfinite(variances[-1]).all()):
-                raise UserError("The model gives latent states that are not finite: its weights are damaged.")
+            mean, variance = encode_batch(self.saved, batch)
+            return mean[: stop - start], variance[: stop - start]
+
+        means, variances = zip(*Batches(self.device, BATCH).over(len(cells), some), strict=True)
         return np.concatenate(means), np.concatenate(variances)
 
     def whiten(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -158,18 +152,17 @@ class AnnDataModel:
             raise UserError(f"Covariates have a category for each of the {len(z)} cells.")
         return self.decode_codes(z, library_size, codes)
 
-    @torch.no_grad()
     def decode_codes(
         self, z: NDArray[np.float32], library_size: NDArray[np.float32], covariates: Mapping[str, NDArray[np.int64]]
     ) -> NDArray[np.float32]:
         """Return the same for covariates by code, as :meth:`covariates` gives them."""
-        expected = []
-        for start in range(0, len(z), BATCH):
-            part = slice(start, start + BATCH)
-            codes = {name: torch.from_numpy(column[part]).to(self.device) for name, column in covariates.items()}
-            state, size = (torch.from_numpy(of[part]).to(self.device) for of in (z, library_size))
-            expected.append(self.saved.codec.decode(state, size, codes).mean.cpu().numpy())
-        return np.concatenate(expected)
+
+        def some(start: int, stop: int) -> NDArray[np.float32]:
+            part = filled_up(start, stop)
+            codes = {name: column[part] for name, column in covariates.items()}
+            return decode_batch(self.saved, z[part], library_size[part], codes)[: stop - start]
+
+        return np.concatenate(list(Batches(self.device, BATCH, dense=4 * len(self.genes)).over(len(z), some)))
 
     def counts(self, data: Cells | UserCells, layer: str | None = None) -> sp.csr_matrix:
         """Return the model's genes of the data as CSR ``[N, G]``; see :meth:`read`."""
@@ -196,9 +189,34 @@ class AnnDataModel:
         return np.array([codes.get(str(value), -1) for value in values], dtype=np.int64)
 
 
-def filled_up(start: int, stop: int) -> NDArray[np.int64]:
-    """Return the numbers of some cells, the last of them repeated until there are :data:`LEAST`."""
-    return np.arange(start, max(stop, start + LEAST)).clip(max=stop - 1)
+@torch.no_grad()
+def encode_batch(saved: SavedModel, batch: CellBatch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return mean and variance ``[B, D]`` of the latent states of cells, which may lie on the CPU.
+
+    Raises
+    ------
+    UserError
+        If they are not finite.
+    """
+    with saved.computing():
+        mean, logvar = saved.codec.encode(batch.to(saved.device))
+    found = mean.cpu().numpy(), logvar.exp().cpu().numpy()
+    if not all(np.isfinite(values).all() for values in found):
+        raise UserError("The model gives latent states that are not finite: its weights are damaged.")
+    return found
+
+
+@torch.no_grad()
+def decode_batch(
+    saved: SavedModel,
+    z: NDArray[np.float32],
+    library_size: NDArray[np.float32],
+    covariates: Mapping[str, NDArray[np.int64]],
+) -> NDArray[np.float32]:
+    """Return expected counts ``[B, G]`` of cells with states ``z [B, D]`` and covariates by code ``[B]``."""
+    codes = {name: torch.from_numpy(column).to(saved.device) for name, column in covariates.items()}
+    state, size = (torch.from_numpy(of).to(saved.device) for of in (z, library_size))
+    return saved.codec.decode(state, size, codes).mean.cpu().numpy()
 
 
 def cell_batch(counts: sp.csr_matrix, obs: Mapping[str, NDArray[np.int64]], first: int) -> CellBatch:

@@ -24,12 +24,9 @@ from bgen.models.generators.latent_flow import LatentFlow
 from bgen.names import index_name, keys
 from bgen.order.keys import hash_keys
 from bgen.progress import Progress
-from bgen.tasks.anndata_model import filled_up
+from bgen.tasks.batches import Batches, filled_up, on_cpu
 from bgen.version import __version__
 from data_tools.check.quantities import read_quantities
-
-ENTRIES = 1 << 24
-"""Counts that are drawn at once: cells of a batch times genes."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +115,20 @@ def generate_together(
     fixed = None
     if asks[0].library_size is not None:
         fixed = torch.cat([torch.full((ask.n,), float(np.log(ask.library_size or 1.0))) for ask in asks])
-    step, total = max(1, ENTRIES // flow.vae.n_genes), len(keys)
-    parts = []
-    for start in range(0, total, step):
-        part = slice(start, min(start + step, total))
+
+    def some(start: int, stop: int) -> sp.csr_matrix:
+        part = slice(start, stop)
         sizes = None if fixed is None else fixed[part]
-        parts.append(_counts(flow, {k: v[part] for k, v in values.items()}, keys[part], settings, sizes))
+        return _counts(model, flow, {k: v[part] for k, v in values.items()}, keys[part], settings, sizes)
+
+    parts: list[sp.csr_matrix] = []
+    done, total, at_once = 0, len(keys), on_cpu(flow.vae.n_genes)
+    together = at_once if settings.solver == "adaptive" else None  # its steps are those of all cells beside
+    for part in counts_in_batches(flow).over(total, some, together=together):
+        parts.append(part)
+        done += part.shape[0]
         if progress:
-            progress("generating", part.stop, total)
+            progress("generating", done, total)
     counts, made, first, known = sp.vstack(parts, format="csr"), [], 0, model.fingerprint()
     for ask, (rows, unseen) in zip(asks, drawn, strict=True):
         obs = pd.DataFrame(index=pd.Index([f"generated_{i}" for i in range(ask.n)], name=index_name("cell", rows)))
@@ -185,12 +188,14 @@ def provenance(
         "guidance": settings.guidance,
         "guidance_of": {key: settings.guidance_of[name] for name, key in keys(settings.guidance_of).items()},
         "guidance_interval": list(settings.guidance_interval),
+        "precision": model.precision,
         "organism": model.about.organism,
     }
 
 
 @torch.no_grad()
 def _counts(
+    model: SavedModel,
     flow: LatentFlow,
     values: Mapping[str, Tensor],
     keys: Tensor,
@@ -203,8 +208,15 @@ def _counts(
     values, keys = {name: column[filled] for name, column in values.items()}, keys[filled]
     fixed = None if log_library is None else log_library[filled]
     conditions = {name: values[name] for name in flow.conditions.names}
-    latents = flow.sample(conditions, len(keys), keys, settings, fixed)
+    with model.computing():
+        latents = flow.sample(conditions, len(keys), keys, settings, fixed)
     return decode_counts(flow, latents, values, keys, fixed)[:n]
+
+
+def counts_in_batches(flow: LatentFlow) -> Batches:
+    """Return what draws counts, a batch of cells at a time."""
+    genes = flow.vae.n_genes
+    return Batches(flow.vae.device, on_cpu(genes), dense=16 * genes)  # int32, float32, and sparse
 
 
 @torch.no_grad()

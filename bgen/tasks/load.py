@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -17,6 +18,7 @@ from bgen.errors import UserError
 from bgen.evaluate.protocols.time_point import TimeScores
 from bgen.hub.addresses import fetch, is_address
 from bgen.hub.directory import SavedModel, load_directory, save_model
+from bgen.nn.precision import precision_of
 from bgen.notebooks import progress_bar
 from bgen.progress import Progress, Say
 from bgen.store.store import Store
@@ -187,7 +189,7 @@ class Model(AnnDataModel):
             **reading,
         )
         finetune(self.folder, data, Path(out), request, overrides=overrides, resume=resume)
-        return load_model(Path(out) / "model", str(self.device))
+        return load_model(Path(out) / "model", str(self.device), precision=self.saved.precision)
 
     def _repr_html_(self) -> str:
         saved = self.saved
@@ -459,7 +461,12 @@ class Model(AnnDataModel):
 
 
 def load_model(
-    folder: str | Path, device: str = "auto", *, revision: str | None = None, fingerprint: str | None = None
+    folder: str | Path,
+    device: str = "auto",
+    *,
+    precision: str = "float32",
+    revision: str | None = None,
+    fingerprint: str | None = None,
 ) -> Model:
     """Load an exported model directory, or a model of a hub.
 
@@ -471,6 +478,8 @@ def load_model(
     device
         Where its network runs: "cpu", "cuda", "cuda:1", "mps", or "auto": a GPU with CUDA if there is one, else the
         CPU. Cells and results are in the CPU's memory anyhow.
+    precision
+        Of its encoder and flow: "float32", or "bf16", faster on GPUs and less exact (:mod:`bgen.nn.precision`).
     revision
         Of a hub: branch, tag or commit; of a registry: version or alias; default: the newest. Only a commit or a
         version is the same for ever.
@@ -480,8 +489,8 @@ def load_model(
     Raises
     ------
     UserError
-        If it is no model, is incomplete or damaged, or comes from a newer bgen, if there is no such device; or as
-        :func:`bgen.hub.addresses.fetch`.
+        If it is no model, is incomplete or damaged, or comes from a newer bgen, if there is no such device or
+        precision; or as :func:`bgen.hub.addresses.fetch`.
     """
     if is_address(folder):
         place = fetch(folder, revision)
@@ -489,7 +498,8 @@ def load_model(
         raise UserError(f"{folder} is a folder of this machine, which has no revisions.")
     else:
         place = Path(folder)
-    model = Model(load_directory(place, device_of(device)), place)
+    saved = load_directory(place, device_of(device))
+    model = Model(replace(saved, precision=precision_of(precision, saved.device)), place)
     if fingerprint is not None and not (fingerprint and model.saved.fingerprint().startswith(fingerprint.lower())):
         raise UserError(
             f"{folder} has other weights than asked for: its fingerprint is {model.saved.fingerprint()}, not"

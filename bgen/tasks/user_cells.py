@@ -16,7 +16,6 @@ from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 import pandas as pd
-import psutil
 import scipy.sparse as sp
 from anndata import AnnData
 from numpy.typing import NDArray
@@ -27,6 +26,7 @@ from bgen.data.as_anndata import read_anndata
 from bgen.errors import UserError, nearest, require_number
 from bgen.genes.table import WAYS
 from bgen.hub.directory import ColumnInfo
+from bgen.memory import free_memory
 from bgen.store.open import is_store, open_store
 from bgen.tasks.columns import match_columns
 from bgen.tasks.gene_match import FLOOR, by_gene, match_genes, too_few
@@ -452,7 +452,7 @@ def _require_room(source: Source) -> None:
         else about.stored * (about.dtype.itemsize + 4)
         for about in matrices
     )
-    needed, free = sum(values), psutil.virtual_memory().available
+    needed, free = sum(values), free_memory()
     if needed > free:
         raise UserError(
             f"{source.path} takes {needed / 1e9:,.1f} GB in memory, and {free / 1e9:,.1f} GB are free. `bgen embed`,"

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -28,11 +27,12 @@ from bgen.data.packed import PackedBatch
 from bgen.distributed import world as ranks
 from bgen.distributed.world import World
 from bgen.errors import UserError, memory_ran_out
+from bgen.nn.memory import LiveBytes, free_on, give_back
 from bgen.track import record as records
 from bgen.track.output import RECORD
 from bgen.train.engine.deepspeed_json import batch_plan
 from bgen.train.engine.engine import moved
-from bgen.train.engine.memory import LiveBytes, memory
+from bgen.train.engine.memory import memory
 from bgen.train.stages.stage import SplitsBatches, Stage
 
 FILL = 0.9
@@ -163,8 +163,8 @@ def find_micro_batch(stage: Stage, config: RunConfig, world: World) -> list[Tria
     finally:
         original = None
         gc.collect()
+        give_back(world.device)
         if world.device.type == "cuda":
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(world.device)  # the record has the run's peak
     smallest = tried[-1]
     needs = "memory ran out" if smallest.needed is None else f"it needs {smallest.needed / 1e9:.3g} GB"
@@ -178,11 +178,9 @@ def find_micro_batch(stage: Stage, config: RunConfig, world: World) -> list[Tria
 
 def memory_limit(world: World) -> int:
     """Return the bytes that this rank may take: what is free on its GPU, or its part of what is free on the host."""
-    if world.device.type == "cuda":
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(world.device)
-        return int(free + torch.cuda.memory_allocated(world.device))
-    return int(psutil.virtual_memory().available // world.local_size)
+    give_back(world.device)
+    ours = torch.cuda.memory_allocated(world.device) if world.device.type == "cuda" else 0
+    return free_on(world.device, world.local_size) + ours
 
 
 def _copy(module: nn.Module, config: RunConfig, world: World) -> nn.Module:

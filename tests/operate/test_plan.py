@@ -26,13 +26,14 @@ from bgen.config.load import load_config
 from bgen.errors import UserError
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.vae.vae import VAE
+from bgen.nn.memory import activation_bytes
 from bgen.operate import plan as module
 from bgen.operate.plan import Plan, plan
 from bgen.operate.plan_step import count_launches
 from bgen.operate.plan_subject import Subject
 from bgen.track import record
 from bgen.track.devices import DEVICES, Device
-from bgen.train.engine.memory import HOST, PROCESS_WITH_GPU, activation_bytes, host_bytes, memory
+from bgen.train.engine.memory import HOST, PROCESS_WITH_GPU, host_bytes, memory
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"genes": 1000, "tokens": 100}

@@ -58,6 +58,11 @@ class Places:
     latents: Tensor | None = None
     start: Tensor | None = None
 
+    def of(self, rows: slice) -> Places:
+        """Return those of some of the B trajectories."""
+        held = {part.name: getattr(self, part.name) for part in fields(self)}
+        return Places(**{name: None if tensor is None else tensor[rows] for name, tensor in held.items()})
+
     def to(self, device: torch.device) -> Places:
         """Return the same on a device."""
         held = {part.name: getattr(self, part.name) for part in fields(self)}
@@ -349,10 +354,14 @@ class LatentFlow(nn.Module):
         """Return how often each cell of an observed population is the start of cells a ``gap`` later, relatively.
 
         ``z [n, D + 1]`` are whitened latents, ``conditions`` those of the population, ``[1]`` each; None: all alike.
+        What is given may lie on the CPU; the result is where the model is.
         """
         if self.growth is None:
             return None
-        rates: Tensor = self.growth(z, self.conditions(conditions, torch.zeros(1, dtype=torch.bool)))
+        device = self.vae.device
+        told = {name: column.to(device) for name, column in conditions.items()}
+        shown = torch.zeros(1, dtype=torch.bool, device=device)
+        rates: Tensor = self.growth(z.to(device), self.conditions(told, shown))
         return (rates * (gap / self.config.backbone.time.scale)).softmax(0)
 
     @torch.no_grad()

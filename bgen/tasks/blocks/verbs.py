@@ -21,7 +21,8 @@ from bgen.errors import MOST_COUNTS, UserError, require_number
 from bgen.names import key
 from bgen.progress import Progress, Say
 from bgen.store.remote import is_remote
-from bgen.tasks.anndata_model import AnnDataModel, cell_batch
+from bgen.tasks.anndata_model import BATCH, AnnDataModel, cell_batch, decode_batch, encode_batch
+from bgen.tasks.batches import Batches, filled_up
 from bgen.tasks.blocks.cells import Batch, BlockCells
 from bgen.tasks.blocks.folder import Room
 from bgen.tasks.blocks.opened import Opened
@@ -51,9 +52,9 @@ class ModelVerb(BlockVerb):
         self.model, self.cells = model, cells
         here = ranks.current()
         self._saved = model.saved if here.size == 1 else model.saved.to(here.device)
-        self._device, self._codec = self._saved.device, self._saved.codec
+        self._codec = self._saved.codec
+        self._encoded = Batches(self._saved.device, BATCH)
 
-    @torch.no_grad()
     def states(
         self, counts: sp.csr_matrix, codes: Mapping[str, NDArray[np.int64]], first: int = 0
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -64,11 +65,15 @@ class ModelVerb(BlockVerb):
         UserError
             If they are not finite.
         """
-        mean, logvar = self._codec.encode(cell_batch(counts, codes, first).to(self._device))
-        found = mean.cpu().numpy(), logvar.exp().cpu().numpy()
-        if not all(np.isfinite(values).all() for values in found):
-            raise UserError("The model gives latent states that are not finite: its weights are damaged.")
-        return found
+
+        def some(start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+            part = filled_up(start, stop)
+            batch = cell_batch(counts[part], {name: of[part] for name, of in codes.items()}, first + start)
+            mean, variance = encode_batch(self._saved, batch)
+            return mean[: stop - start], variance[: stop - start]
+
+        means, variances = zip(*self._encoded.over(counts.shape[0], some), strict=True)
+        return np.concatenate(means), np.concatenate(variances)
 
     def codes(self, batch: Batch) -> dict[str, NDArray[np.int64]]:
         """Return the codes of the model's covariates for a batch."""
@@ -106,18 +111,23 @@ class DenoiseVerb(ModelVerb):
         super().__init__(model, cells)
         known = cells.match.known
         self._library_size, self._known = library_size, np.flatnonzero(known)
+        self._decoded = Batches(self._saved.device, BATCH, dense=4 * self._codec.n_genes)
         self._wanted = self._known if genes is None else find_wanted(model, known, genes)
         self.rooms = {"layers/denoised": Room(len(self._wanted))}
         table = model.saved.genes.iloc[self._wanted]
         self.var = pd.DataFrame({"symbol": table["symbol"].to_numpy(dtype=str)}, index=table["id"].to_numpy(dtype=str))
 
-    @torch.no_grad()
     def of_batch(self, batch: Batch) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
         """See :class:`BlockVerb`."""
         codes = self.codes(batch)
-        z = torch.from_numpy(self.states(batch.counts, codes, batch.first)[0]).to(self._device)
-        told = {name: torch.from_numpy(values).to(self._device) for name, values in codes.items()}
-        mean = self._codec.decode(z, torch.ones(len(z), device=self._device), told).mean.cpu().numpy()
+        z, _ = self.states(batch.counts, codes, batch.first)
+
+        def some(start: int, stop: int) -> NDArray[np.float32]:
+            part = filled_up(start, stop)
+            told = {name: of[part] for name, of in codes.items()}
+            return decode_batch(self._saved, z[part], np.ones(len(part), np.float32), told)[: stop - start]
+
+        mean = np.concatenate(list(self._decoded.over(len(z), some)))
         expected = at_size(mean, batch.counts, self._known, self._library_size)
         return {"layers/denoised": expected[:, self._wanted]}, {}
 
@@ -328,7 +338,7 @@ def _in_blocks(
     if is_remote(os.fspath(data)):
         once(lambda: Opened.of(data, reading).state())  # one rank copies what lies elsewhere, the others find it
     opened = together(lambda: Opened.of(data, reading))
-    plan = {"the model": model.saved.fingerprint(), **opened.state(), **asked}
+    plan = {"the model": model.saved.fingerprint(), "--precision": model.saved.precision, **opened.state(), **asked}
 
     def prepare() -> BlockVerb:
         found = once(opened.find_counts)

@@ -21,6 +21,7 @@ from bgen.evaluate.metrics.denoising import molecular_cross_validation, split_mo
 from bgen.evaluate.protocols.verdicts import judge_cells
 from bgen.genes.table import find_genes
 from bgen.tasks.anndata_model import BATCH, AnnDataModel
+from bgen.tasks.batches import Batches
 from bgen.tasks.user_cells import UserCells
 
 LAYER = "denoised"
@@ -65,11 +66,14 @@ def denoise_cells(
     there = cells.of_var[columns] >= 0
     z, _ = model.encode(cells)
     values = np.full((len(cells), len(columns)), np.nan, np.float32)
-    for first in range(0, len(cells), BATCH):
-        part = slice(first, first + BATCH)
-        rows = cells[np.arange(first, min(first + BATCH, len(cells)))]
-        expected = _expected(model, rows, z[part], np.flatnonzero(cells.known), library_size)
-        values[part, there] = expected[:, cells.of_var[columns[there]]]
+
+    def fill(start: int, stop: int) -> None:
+        rows = cells[np.arange(start, stop)]
+        expected = _expected(model, rows, z[start:stop], np.flatnonzero(cells.known), library_size)
+        values[start:stop, there] = expected[:, cells.of_var[columns[there]]]
+
+    for _ in Batches(model.device, BATCH, dense=8 * len(model.genes)).over(len(cells), fill):
+        pass
     denoised = cells.copy()
     model.mark_added_genes(denoised, cells)
     if genes is not None:

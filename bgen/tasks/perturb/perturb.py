@@ -26,7 +26,7 @@ from bgen.names import index_name
 from bgen.order.keys import hash_keys
 from bgen.progress import Progress
 from bgen.tasks.anndata_model import AnnDataModel
-from bgen.tasks.generate import ENTRIES
+from bgen.tasks.batches import on_cpu
 from bgen.tasks.perturb.query import Query, ask
 from bgen.tasks.perturb.screen import LEAST_CONTROLS, Columns, require_controls, strata_codes, whitened_latents
 from bgen.tasks.perturb.transport import facts_of, times_of_perturbation, transport
@@ -172,7 +172,7 @@ def predict(
     keys = torch.from_numpy(hash_keys(seed, np.arange(wanted)).view(np.int64))
     moved = move(controls, query, time, seed)
     order, parts, done = [], [], 0
-    step = max(1, ENTRIES // codec.n_genes)
+    step = on_cpu(codec.n_genes)  # the noise of a gene is spread over the cells of a batch, so it depends on its size
     for members, among in controls.contexts:
         predicted = np.flatnonzero(np.isin(rows, members))
         own, folds = _centre(model, query, cells.counts[among], (before[among], moved[among]), _some(coded, among))
@@ -201,6 +201,7 @@ def predict(
         "model": controls.fingerprint,
         "version": __version__,
         "seed": seed,
+        "precision": model.saved.precision,
         "perturbation": perturbation,
         "dose": "none" if query.dose is None else query.dose,
         "unseen": query.unseen,

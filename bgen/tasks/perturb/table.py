@@ -70,7 +70,7 @@ def perturb_table(
     joined = anndata.concat(made, merge="same")
     said = [part.uns["bgen"] for part in made]
     joined.uns["bgen"] = {
-        **{key: said[0][key] for key in ("what", "model", "version", "seed")},
+        **{key: said[0][key] for key in ("what", "model", "version", "seed", "precision")},
         "controls": controls.said,
         "queries": {
             str(number): {key: one[key] for key in ("perturbation", "dose", "unseen", "notes")}

@@ -23,9 +23,11 @@ from bgen.hub.directory import SavedModel
 from bgen.models.generators.latent_flow import LatentFlow, Places
 from bgen.models.generators.members import MemberEmbedding, Members
 from bgen.order.keys import hash_keys
+from bgen.tasks.batches import Batches
 from bgen.tasks.time.axis import trained_over_time
 
 CELLS_AT_ONCE = 8192
+"""On a CPU, at most."""
 
 
 def member_embedding(model: SavedModel) -> MemberEmbedding:
@@ -112,9 +114,10 @@ def transport(
     N = min(len(latents), 32 if shape is None else shape.cells)
     order = np.random.default_rng([seed, 7]).permutation(len(latents))
     filled = np.resize(order, -(-len(order) // N) * N)  # the last population is filled up with cells of the first
-    moved = torch.zeros_like(latents)
-    for start in range(0, len(filled), max(1, CELLS_AT_ONCE // N) * N):
-        rows = filled[start : start + max(1, CELLS_AT_ONCE // N) * N].reshape(-1, N)
+    dealt = filled.reshape(-1, N)
+
+    def some(start: int, stop: int) -> Tensor:
+        rows = dealt[start:stop]
         z = latents[torch.from_numpy(rows)]
         B = len(rows)
         when = torch.tensor([before, after]).expand(B, 2)
@@ -134,9 +137,14 @@ def transport(
             start=torch.stack([z, z], 1) if flow.config.source == "neighbours" else None,  # else from noise, as learnt
         )
         keys = torch.from_numpy(hash_keys(seed, np.stack([rows, rows + len(latents)], 1)).view(np.int64))
-        made = flow.sample_trajectories(conditions, keys, model.sample, places)[:, 1].cpu()
-        first = np.flatnonzero(np.arange(start, start + rows.size) < len(order))
-        moved[torch.from_numpy(rows.ravel()[first])] = made.flatten(0, 1)[torch.from_numpy(first)]
+        with model.computing():
+            return flow.sample_trajectories(conditions, keys, model.sample, places)[:, 1].cpu()
+
+    batches = Batches(flow.vae.device, CELLS_AT_ONCE, unit=N)
+    together = max(1, CELLS_AT_ONCE // N) if model.sample.solver == "adaptive" else None
+    made = torch.cat(list(batches.over(len(dealt), some, together=together))).flatten(0, 1)
+    moved = torch.zeros_like(latents)
+    moved[torch.from_numpy(order)] = made[: len(order)]
     return moved
 
 

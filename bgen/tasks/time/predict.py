@@ -33,6 +33,7 @@ from bgen.models.generators.latent_flow import LatentFlow, Places
 from bgen.names import index_name
 from bgen.order.keys import hash_keys
 from bgen.progress import Progress
+from bgen.tasks.batches import Batches, on_cpu
 from bgen.tasks.generate import asked_codes, provenance, read_moments, readable, require_amounts
 from bgen.tasks.time.axis import TimeAxis
 from bgen.tasks.time.observed import Observed, Task
@@ -103,7 +104,7 @@ def predict_times(
         made = []
         for task in tasks:
             key = int(hash_keys(seed, np.array([number, task.system]))[0] >> np.uint64(1))
-            counts, rows = _generate(flow, observed, axis, task, asked, library_size, settings, key)
+            counts, rows = _generate(model, flow, observed, axis, task, asked, library_size, settings, key)
             made.append(counts)
             decoded = {name: readable(model.columns[name], values) for name, values in rows.items()}
             labels = {name: values[task.system] for name, values in observed.systems.labels.items()}
@@ -169,6 +170,7 @@ def _tasks(
 
 
 def _generate(
+    model: SavedModel,
     flow: LatentFlow,
     observed: Observed,
     axis: TimeAxis,
@@ -201,7 +203,17 @@ def _generate(
     places = Places(mask, torch.tensor(times).float().expand(B, T), seen.expand(B, T), latents, starts)
     conditions = {name: torch.from_numpy(values).expand(B, T) for name, values in shared.items()}
     fixed = None if library_size is None else torch.full(mask.shape, float(np.log(library_size)))
-    z = flow.sample_trajectories(conditions, keys, settings, places, fixed)[:, missing].flatten(0, 1)[: task.n]
+
+    def some(start: int, stop: int) -> Tensor:
+        part = slice(start, stop)
+        told = {name: column[part] for name, column in conditions.items()}
+        size = None if fixed is None else fixed[part]
+        with model.computing():
+            return flow.sample_trajectories(told, keys[part], settings, places.of(part), size)[:, missing].cpu()
+
+    batches = Batches(flow.vae.device, on_cpu(flow.vae.n_genes), unit=T * N)
+    together = B if settings.solver == "adaptive" else None  # its steps are those of all cells beside
+    z = torch.cat(list(batches.over(B, some, together=together))).flatten(0, 1)[: task.n]
     rows_of = _like_neighbours(observed, task, rng)
     columns = {}
     for name, values in observed.columns.items():

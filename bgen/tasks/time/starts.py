@@ -57,5 +57,5 @@ def starts_beside(
     ``conditions`` are those of the observed population, ``[1]`` each.
     """
     grown = flow.grown(cells, conditions, gap)
-    weights = np.full(len(cells), 1 / len(cells)) if grown is None else grown.double().numpy()
+    weights = np.full(len(cells), 1 / len(cells)) if grown is None else grown.cpu().double().numpy()
     return cells[torch.from_numpy(rng.permutation(draw(weights, n, rng)))]

@@ -23,9 +23,10 @@ from bgen.models.generators.latent_flow import LatentFlow, Places
 from bgen.names import index_name
 from bgen.order.keys import hash_keys
 from bgen.progress import Progress
+from bgen.tasks.batches import Batches, filled_up, on_cpu
 from bgen.tasks.generate import (
-    ENTRIES,
     asked_codes,
+    counts_in_batches,
     decode_counts,
     draw_rows,
     generate_cells,
@@ -122,11 +123,10 @@ def generate_trajectories(
     T, N = len(moments), axis.cells
     B = -(-n // N)
     systems, unseen = draw_rows(model.combinations, asked, B, seed)
-    parts: list[list[sp.csr_matrix]] = [[] for _ in moments]
-    columns: list[dict[str, list[NDArray[Any]]]] = [{} for _ in moments]
-    at_once = max(1, ENTRIES // (flow.vae.n_genes * T * N))
-    for start in range(0, B, at_once):
-        some = np.arange(start, min(start + at_once, B))
+    at_once = on_cpu(flow.vae.n_genes * T * N)
+
+    def followed(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        some = np.arange(start, stop)
         time_BT = torch.from_numpy(np.tile(moments, (len(some), 1)).astype(np.float32))
         conditions = {}
         for name in flow.conditions.names:
@@ -140,25 +140,36 @@ def generate_trajectories(
         )
         places = Places(mask=torch.ones(len(some), T, N, dtype=torch.bool), time=time_BT)
         fixed = None if library_size is None else torch.full(keys.shape, float(np.log(library_size)))
-        z = flow.sample_trajectories(conditions, keys, settings, places, fixed)
-        for t, moment in enumerate(moments):
-            k = keys[:, t].flatten()
-            rows, _ = draw_rows(model.combinations, asked | nearest_time(model, axis, moment), len(k), seed + start)
-            for name in axis.system:
-                if name in rows:
-                    rows[name] = np.repeat(systems[name][some], N)
-            parts[t].append(decode_some(flow, z[:, t].flatten(0, 1), rows, k, library_size))
-            rows["trajectory"] = np.repeat(some, N)
-            for name, values in rows.items():
-                columns[t].setdefault(name, []).append(values)
+        with model.computing():
+            return flow.sample_trajectories(conditions, keys, settings, places, fixed).cpu(), keys
+
+    latents: list[Tensor] = []
+    every_key: list[Tensor] = []
+    batches = Batches(flow.vae.device, on_cpu(flow.vae.n_genes), unit=T * N)
+    for z, keys in batches.over(B, followed, together=at_once if settings.solver == "adaptive" else None):
+        latents.append(z)
+        every_key.append(keys)
         if progress:
-            progress("generating", min((start + len(some)) * N, n), n)
-    counts = sp.vstack([sp.vstack(part, format="csr")[:n] for part in parts], format="csr")
+            progress("generating", min(sum(map(len, latents)) * N, n), n)
+    z_BTND, keys_BTN = torch.cat(latents), torch.cat(every_key)
+    parts: list[sp.csr_matrix] = []
+    columns: list[dict[str, NDArray[Any]]] = []
+    for t, moment in enumerate(moments):
+        wanted = asked | nearest_time(model, axis, moment)
+        rows = _drawn(model, wanted, [min(at_once, B - start) * N for start in range(0, B, at_once)], seed, at_once)
+        for name in axis.system:
+            if name in rows:
+                rows[name] = np.repeat(systems[name], N)
+        parts.append(decode_some(flow, z_BTND[:, t].flatten(0, 1), rows, keys_BTN[:, t].flatten(), library_size)[:n])
+        columns.append({**rows, "trajectory": np.repeat(np.arange(B), N)})
+        if progress:
+            progress("drawing counts", t + 1, T)
+    counts = sp.vstack(parts, format="csr")
     named = index_name("cell", [axis.column, *columns[0]])
     obs = pd.DataFrame(index=pd.Index([f"generated_{i}" for i in range(n * T)], name=named))
     obs[axis.column] = np.repeat(moments, n)
     for name in columns[0]:
-        values = np.concatenate([np.concatenate(column[name])[:n] for column in columns])
+        values = np.concatenate([column[name][:n] for column in columns])
         if name == "trajectory":
             obs[name] = values
         elif name != axis.column and (name in asked or name in axis.system or name in flow.vae.covariates):
@@ -178,6 +189,14 @@ def nearest_time(model: SavedModel, axis: TimeAxis, moment: float) -> dict[str, 
     return {axis.column: float(there[np.nanargmin(np.abs(there - moment))])}
 
 
+def _drawn(
+    model: SavedModel, asked: Mapping[str, float], sizes: Sequence[int], seed: int, step: int
+) -> dict[str, NDArray[Any]]:
+    """Draw rows of conditions for parts of so many cells, each part by a seed of its own: columns ``[n]``."""
+    parts = [draw_rows(model.combinations, asked, size, seed + step * i)[0] for i, size in enumerate(sizes)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 def decode_some(
     flow: LatentFlow, z: Tensor, rows: Mapping[str, NDArray[Any]], keys: Tensor, library_size: float | None
 ) -> sp.csr_matrix:
@@ -187,10 +206,10 @@ def decode_some(
     """
     values = {name: torch.from_numpy(rows[name]) for name in flow.vae.covariates if name in rows}
     fixed = None if library_size is None else torch.full((len(z),), float(np.log(library_size)))
-    at_once = max(1, ENTRIES // flow.vae.n_genes)
-    parts = []
-    for start in range(0, len(z), at_once):
-        part = slice(start, start + at_once)
-        some = {name: column[part] for name, column in values.items()}
-        parts.append(decode_counts(flow, z[part], some, keys[part], None if fixed is None else fixed[part]))
-    return sp.vstack(parts, format="csr")
+
+    def some(start: int, stop: int) -> sp.csr_matrix:
+        part = torch.from_numpy(filled_up(start, stop))
+        told = {name: column[part] for name, column in values.items()}
+        return decode_counts(flow, z[part], told, keys[part], None if fixed is None else fixed[part])[: stop - start]
+
+    return sp.vstack(list(counts_in_batches(flow).over(len(z), some)), format="csr")

@@ -15,15 +15,7 @@ The formulas were fitted to measured runs; tests/operate/test_plan.py compares t
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bgen.config.train import TrainConfig
 from bgen.train.engine.deepspeed_json import BUCKET
@@ -149,56 +141,3 @@ def host_bytes(needed: Memory, frozen: int, trained: int, ranks_per_node: int, *
     built = 4 * (trained + 2 * frozen)
     each = PROCESS_WITH_GPU + max(built, needed.host) if gpu else needed.resident
     return HOST + ranks_per_node * each
-
-
-def activation_bytes(step: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
-    """Run a forward pass and return the bytes that live at its peak, and once more the largest tensor.
-
-    The backward pass needs the gradient of the largest activation beside it.
-
-    Parameters
-    ----------
-    step
-        Returns the loss.
-    known
-        Tensors that do not count: parameters, buffers, the batch.
-    """
-    with LiveBytes(known) as live:
-        loss = step()
-    del loss
-    return live.peak + live.largest
-
-
-class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operators make, while they live.
-
-    Attributes
-    ----------
-    live, peak, largest
-        Bytes now, at most so far, and of the largest storage.
-    """
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = self.largest = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self._counted: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-                storage = tensor.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key not in self._known and key not in self._counted:
-                    self.live += size
-                    self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
-                    weakref.finalize(storage, self._drop, key, size)
-                    self._counted.add(key)
-        return out
-
-    def _drop(self, key: int, size: int) -> None:
-        self.live -= size
-        self._counted.discard(key)
