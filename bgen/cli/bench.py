@@ -62,11 +62,25 @@ def bench_growth(
         list[int] | None, typer.Option(min=1000, max=1_000_000_000, help="Number of cells; give two or more.")
     ] = None,
     step: Annotated[list[str] | None, typer.Option(help="Only this step; may be repeated. Default: all.")] = None,
+    world: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=MOST, help="Simulate ranks of such a world of 10^9 cells instead; may be repeated."),
+    ] = None,
+    lanes: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="--world: data.lanes; default: the ranks of the largest world.")
+    ] = None,
 ) -> None:
     """Measure how much memory each process takes for each cell: check, build, ranks, evaluation, exports.
 
     Example: `bgen bench growth --out bench --cells 1000000 --cells 4000000`
+
+    Example: `bgen bench growth --out bench --world 8 --world 1024`
     """
+    if world:
+        from bgen.bench.loaders.worlds import CELLS, simulate
+
+        simulate(out, world, cells=(cells or [CELLS])[0], lanes=lanes, say=notes.print)
+        return
     from bgen.bench.loaders.growth import bench_growth as measure
 
     measure(out, cells=cells or [1_000_000, 4_000_000], steps=step or [], say=notes.print)
