@@ -37,10 +37,11 @@ def walk(cells: int, world: int, rank: int, lanes: int, *, share: int = SHARE, s
     Returns
     -------
     dict
-        ``first`` and ``step``: seconds of the first step and, on average, of a later one; ``decoded``: cells that the
-        rank decodes for each that it uses, of the windows that it begins and ends in these steps (NaN: there is none).
+        ``first`` and ``step``: CPU seconds of the first step and, on average, of a later one; ``decoded``: cells that
+        the rank decodes for each that it uses, of the windows that it begins and ends in these steps (NaN: there is
+        none).
     """
-    began = time.perf_counter()
+    began = time.thread_time()
     first_cell = np.append(np.arange(0, cells, CHUNK), cells)
     order = Order(Members.of(range(cells), first_cell), share * world, lanes, WINDOW, 0, "simulated/train")
     held: dict[int, Window] = {}  # of each lane the window that it is in
@@ -57,10 +58,10 @@ def walk(cells: int, world: int, rank: int, lanes: int, *, share: int = SHARE, s
             used[run.window] = used.get(run.window, 0) + run.stop - run.start
             now.add(run.window)
         if step == 0:
-            at_first, first = now, time.perf_counter() - began
+            at_first, first = now, time.thread_time() - began
     whole = used.keys() - at_first - now
     taken = sum(used[key] for key in whole)
-    later = (time.perf_counter() - began - first) / max(steps - 1, 1)
+    later = (time.thread_time() - began - first) / max(steps - 1, 1)
     return {
         "first": first,
         "step": later,
@@ -110,7 +111,7 @@ def simulate(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return what was found as a Markdown table."""
-    heads = ["ranks", "lanes", "memory of a rank", "first step", "later step", "decoded for a cell used"]
+    heads = ["ranks", "lanes", "memory of a rank", "CPU of the first step", "of a later one", "decoded for a cell used"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for row in rows:
         lines.append(
