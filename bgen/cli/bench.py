@@ -29,11 +29,24 @@ def bench_loader(
     seconds: Annotated[float, typer.Option(min=0.1, max=MOST, help="Length of each measurement.")] = 4.0,
     repetitions: Annotated[int, typer.Option(min=1, max=MOST, help="Measurements of each case, interleaved.")] = 3,
     threads: Annotated[int, typer.Option(min=2, max=MOST, help="Threads of the cases with several.")] = 2,
+    latency: Annotated[
+        list[int] | None,
+        typer.Option(min=0, max=60_000, help="Measure a server that answers so many ms late instead; may be repeated."),
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, max=1024, help="--latency: requests at a time.")] = 64,
 ) -> None:
     """Measure the stream of counts beside other loaders, on one synthetic atlas.
 
     Example: `bgen bench loader --out bench --cells 20000`
+
+    Example: `bgen bench loader --out bench --latency 50 --latency 200 --requests 128`
     """
+    if latency:
+        from bgen.bench.loaders.loaders import bench_late
+
+        late = {"requests": requests, "seconds": seconds, "repetitions": repetitions}
+        bench_late(out, latency, cells=cells, atlas_folder=atlas, **late, say=notes.print)
+        return
     from bgen.bench.loaders.loaders import bench_loader as measure
 
     pythons = {}
@@ -62,11 +75,25 @@ def bench_growth(
         list[int] | None, typer.Option(min=1000, max=1_000_000_000, help="Number of cells; give two or more.")
     ] = None,
     step: Annotated[list[str] | None, typer.Option(help="Only this step; may be repeated. Default: all.")] = None,
+    world: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=MOST, help="Simulate ranks of such a world of 10^9 cells instead; may be repeated."),
+    ] = None,
+    lanes: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="--world: data.lanes; default: the ranks of the largest world.")
+    ] = None,
 ) -> None:
     """Measure how much memory each process takes for each cell: check, build, ranks, evaluation, exports.
 
     Example: `bgen bench growth --out bench --cells 1000000 --cells 4000000`
+
+    Example: `bgen bench growth --out bench --world 8 --world 1024`
     """
+    if world:
+        from bgen.bench.loaders.worlds import CELLS, simulate
+
+        simulate(out, world, cells=(cells or [CELLS])[0], lanes=lanes, say=notes.print)
+        return
     from bgen.bench.loaders.growth import bench_growth as measure
 
     measure(out, cells=cells or [1_000_000, 4_000_000], steps=step or [], say=notes.print)

@@ -17,6 +17,9 @@ from bgen.arrays import I64
 PART = 1 << 20
 """Rows that are looked at at a time."""
 
+TEXTS = 1 << 17
+"""Rows of texts that are looked at at a time: as Python objects they take some 100 bytes each."""
+
 Rows = slice | I64
 Column = Callable[[Rows], NDArray[Any]]
 """Returns the values of some rows."""
@@ -98,10 +101,11 @@ class Groups:
                 yield rows
 
 
-def parts(n: int) -> Iterator[slice]:
-    """Yield consecutive parts of ``n`` rows."""
-    for start in range(0, n, PART):
-        yield slice(start, min(start + PART, n))
+def parts(n: int, most: int | None = None) -> Iterator[slice]:
+    """Yield consecutive parts of ``n`` rows, of :data:`PART` each, or of ``most`` if that is less."""
+    size = PART if most is None else min(PART, most)
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
 
 
 def _distinct(parts: Iterator[NDArray[Any]]) -> NDArray[Any]:

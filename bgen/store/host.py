@@ -76,7 +76,7 @@ class HostArrays:
                 raise
 
         try:
-            with self._locked():
+            with locked(self.folder):
                 if (found := _open(path, n, of)) is None:
                     self._make(path, n, of, fill_or_note)
                     found = _open(path, n, of)
@@ -102,19 +102,6 @@ class HostArrays:
         fill(values)
         values.flags.writeable = False
         return values
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Wait until no other process makes an array."""
-        assert self.folder is not None
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone does not: a process forked meanwhile holds it, too
-            os.close(handle)
 
     def _make(self, path: Path, n: int, dtype: np.dtype[Any], fill: Fill) -> None:
         self._remove_unused(path.parent)
@@ -146,6 +133,19 @@ class HostArrays:
                 unused = entry.name != LOCK and entry.stat(follow_symlinks=False).st_mtime < before
                 if unused or entry.name.startswith(HALF):
                     Path(entry.path).unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process (or thread) of this machine is in here for a folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone does not: a process forked meanwhile holds it, too
+        os.close(handle)
 
 
 def _open(path: Path, n: int, dtype: np.dtype[Any]) -> NDArray[Any] | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from bgen.store.format.manifest import (
     require_written,
 )
 from bgen.store.format.shards import WHOLE, Stream
+from bgen.store.host import locked
 from bgen.store.store import Store
 
 SCHEMES = ("s3://", "gs://", "http://", "https://")
@@ -289,6 +292,38 @@ class Mirror:
         write_whole(self.folder / name, data)
         return data
 
+    def fetch(self, names: Iterable[str]) -> None:
+        """Copy those files of the manifest that are not here, as many at a time as requests may be under way.
+
+        The first process of a machine that needs them does it, and the others wait for it.
+
+        Raises
+        ------
+        ValueError, OSError
+            As :meth:`load`.
+        """
+
+        def copy(name: str) -> None:
+            self.load(name)
+
+        if not (missing := self._missing(names)):
+            return
+        with locked(self.folder.parent), ThreadPoolExecutor(self.files.access.threads) as pool:
+            for _ in pool.map(copy, self._missing(missing)):
+                pass
+
+    def _missing(self, names: Iterable[str]) -> list[str]:
+        """Return the names of files that are not here, or have another size."""
+        found = []
+        for name in names:
+            try:
+                if (self.folder / name).stat().st_size == self.manifest.files[name].bytes:
+                    continue
+            except OSError:
+                pass
+            found.append(name)
+        return found
+
     def find_damaged_files(self, manifest: Manifest) -> list[str]:
         """Read every byte at the address and describe the files that are not as the manifest says."""
         problems = []
@@ -392,3 +427,6 @@ class RemoteStore(Store):
 
     def _read_file(self, name: str) -> bytes:
         return self._mirror.load(name)
+
+    def _copy_here(self, names: Iterable[str]) -> None:
+        self._mirror.fetch(names)

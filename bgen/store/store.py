@@ -19,7 +19,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,7 @@ class Store:
         if problems := self._find_damage():
             listed = "\n  ".join(problems[:10])
             raise UserError(f"The store {self.folder} is damaged:\n  {listed}\nRestore these files or build it again.")
+        self._fetch(self._needed_to_open())
         self._genes_csv = self._load(GENES)
         self._read_rows()
         self._streams = self._open_streams()
@@ -380,7 +381,39 @@ class Store:
     def _read_file(self, name: str) -> bytes:
         return read_checked(self.folder, name, self.manifest.files[name])
 
+    def _fetch(self, names: Iterable[str]) -> None:
+        """Have files of the manifest on this machine that will be read, all at once where they come from afar.
+
+        Raises
+        ------
+        UserError
+            If they are not what was written, or cannot be read.
+        """
+        try:
+            self._copy_here(names)
+        except (ValueError, OSError) as error:
+            raise error if isinstance(error, UserError) else self.unread(error) from None
+
+    def _copy_here(self, names: Iterable[str]) -> None:
+        """See :meth:`_fetch`; raises ValueError or OSError."""
+
+    def _needed_to_open(self) -> Iterator[str]:
+        """Yield the names of the files that opening reads, but those of arrays that the machine's processes share."""
+        begins, ends = ("gaps/zarr", "counts/zarr", "rows/first_cell/"), ("/c/0", "/zarr.json")
+        for name in self.manifest.files:
+            if name == GENES or name.startswith(begins) or (name.startswith("rows/") and name.endswith(ends)):
+                yield name
+
+    def _files_of(self, array: str, numbers: Iterable[int]) -> Iterator[str]:
+        """Yield the names of files of an array with an entry a cell; only those of zeros are not there."""
+        for number in numbers:
+            for name in (f"{array}/c/{number}", f"{array}/c/{number}/0"):
+                if name in self.manifest.files:
+                    yield name
+
     def _read_array(self, name: str, n: int | None = None, rows: tuple[int, int] | None = None) -> NDArray[Any]:
+        start, stop = (0, self.manifest.n_cells if n is None else n) if rows is None else rows
+        self._fetch(self._files_of(name, range(start // ROWS_CHUNK, -(-stop // ROWS_CHUNK))))
         try:
             return read_array(name, self.manifest.n_cells if n is None else n, self.manifest.files, self._load, rows)
         except (ValueError, OSError) as error:
@@ -428,6 +461,7 @@ class Store:
         key = f"{name}/{kind.str}"
 
         def fill(values: NDArray[Any]) -> None:
+            self._fetch(self._files_of(name, range(-(-n // ROWS_CHUNK))))
             for part in parts(n):
                 values[part] = check(self._read_array(name, rows=(part.start, part.stop)))
 
@@ -440,7 +474,8 @@ class Store:
         """Return entries (or rows) of some cells, in their order, holding those of one file of others at a time."""
         files = cells // ROWS_CHUNK
         found: NDArray[Any] | None = None
-        for number in np.unique(files).tolist():
+        self._fetch(self._files_of(name, which := np.unique(files).tolist()))
+        for number in which:
             start = number * ROWS_CHUNK
             part = check(self._read_array(name, rows=(start, min(start + ROWS_CHUNK, self.manifest.n_cells))))
             if found is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ INDEX = "webdataset.json"
 BLOCKS = "blocks.npy"
 VERSION = 1
 STREAMS = ("gaps", "counts")
+HELD = tuple(f"{name}/" for name in STREAMS)
+"""How files of a store begin that the shards hold."""
 
 
 class TarStream(Stream):
@@ -136,8 +139,7 @@ class TarStore(Store):
 
     def find_damaged_files(self) -> list[str]:
         """See :class:`bgen.store.store.Store`."""
-        streams = ("gaps/", "counts/")  # which the shards hold
-        files = {name: file for name, file in self.manifest.files.items() if not name.startswith(streams)}
+        files = {name: file for name, file in self.manifest.files.items() if not name.startswith(HELD)}
         manifest = self.manifest.model_copy(update={"files": files | self._index["shards"]})
         if self._mirror is not None:
             return self._mirror.find_damaged_files(manifest)
@@ -177,3 +179,7 @@ class TarStore(Store):
 
     def _read_file(self, name: str) -> bytes:
         return super()._read_file(name) if self._mirror is None else self._mirror.load(name)
+
+    def _copy_here(self, names: Iterable[str]) -> None:
+        if self._mirror is not None:
+            self._mirror.fetch(name for name in names if not name.startswith(HELD))

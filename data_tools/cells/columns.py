@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from bgen.order.groups import TEXTS as TEXTS_AT_ONCE
 from bgen.order.groups import parts
 from bgen.store.format.columns import whole_as_text
 from data_tools.cells.mapped import chosen, fill, room
@@ -157,7 +158,7 @@ def code_type(n: int) -> np.dtype[Any]:
 
 def compact(obs: pd.DataFrame, names: Texts) -> pd.DataFrame:
     """Return obs without names, which are added to ``names``, its columns in files where that is possible."""
-    for part in parts(len(obs)):
+    for part in parts(len(obs), TEXTS_AT_ONCE):
         names.append(obs.index[part].to_numpy(object))
     found: dict[Any, Any] = {}
     texts = set()
@@ -235,7 +236,7 @@ def read_stored(group: Any, names: Texts, require: Callable[[pd.Index], None]) -
         known = kind in ("array", "string-array", "categorical")
         if known and _length(item["codes"] if kind == "categorical" else item) != n:
             return None
-    for part in parts(n):
+    for part in parts(n, TEXTS_AT_ONCE):
         some = index.asstr()[part]
         require(pd.Index(some))
         names.append(some)
@@ -253,7 +254,7 @@ def read_stored(group: Any, names: Texts, require: Callable[[pd.Index], None]) -
         elif kind == "array" and item.dtype.kind in "biuf":
             found[name] = fill(n, item.dtype, item.__getitem__)
         elif kind == "string-array":
-            found[name] = categories_of(n, (item.asstr()[part] for part in parts(n)))
+            found[name] = categories_of(n, (item.asstr()[part] for part in parts(n, TEXTS_AT_ONCE)))
             texts.add(name)
         else:
             found[name] = pd.Series(anndata.io.read_elem(item)).array

@@ -263,9 +263,10 @@ def _require_texts(path: Path, where: str, frame: pd.DataFrame) -> None:
         distinct = values.categories if isinstance(values, pd.CategoricalIndex) else values
         if not (pd.api.types.is_object_dtype(distinct) or pd.api.types.is_string_dtype(distinct)):
             continue
-        bad = distinct.astype(str).str.contains("\0", regex=False, na=False)
-        if bad.any():
+        # not by the methods of pandas: what they make holds itself, with every text, until cycles are collected
+        if "\0" in "".join(texts := [str(text) for text in distinct]):
+            bad = next(number for number, text in enumerate(texts) if "\0" in text)
             raise UserError(
-                f"{path}: {where}, {shown(name)}: {shown(distinct[int(np.argmax(bad))])} holds a NUL character. The"
+                f"{path}: {where}, {shown(name)}: {shown(distinct[bad])} holds a NUL character. The"
                 " file is damaged, or was not written as text."
             )

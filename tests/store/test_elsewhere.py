@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,38 @@ def test_as_many_requests_are_made_at_once_as_there_are_threads(store: Store, tm
         assert server.most == n
         assert [remote.windows_ahead(16), store.windows_ahead(16)] == [2, 2]
         assert RemoteStore(server.url, access(tmp_path / "b", threads=64)).windows_ahead(16) == 6
+
+
+def test_a_store_is_opened_with_as_many_requests_at_once(store: Store, tmp_path: Path) -> None:
+    with serve(store.folder) as server:
+        server.together = 5  # of chunks of genes, gap_bytes, overflow, split and first_cell
+        RemoteStore(server.url, access(tmp_path, threads=16))
+        assert server.most == 5
+
+
+def test_all_files_of_an_array_are_asked_for_at_once(
+    contents: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("bgen.store.format.columns.ROWS_CHUNK", "bgen.store.store.ROWS_CHUNK", "bgen.order.groups.PART"):
+        monkeypatch.setattr(name, 256)
+    write_store(tmp_path / "store", contents, profile="small", seed=0, created_by="test")
+    local = Store(tmp_path / "store", access=access(tmp_path / "a"))
+    with serve(tmp_path / "store") as server:
+        remote = RemoteStore(server.url, access(tmp_path / "b", threads=16))
+        server.together = 5  # the first of six tells the type
+        assert np.array_equal(remote.column("cell_type")[1], local.column("cell_type")[1])
+        assert server.most == 5
+        server.together = 0
+        assert np.array_equal(remote.names(cells=np.arange(0, 1500, 7)), local.names(cells=np.arange(0, 1500, 7)))
+
+
+def test_readers_that_start_together_fetch_once(store: Store, tmp_path: Path) -> None:
+    with serve(store.folder) as server, ThreadPoolExecutor(4) as pool:
+        stores = list(pool.map(lambda _: RemoteStore(server.url, access(tmp_path)), range(4)))
+        asked = {name: n for name, n in server.seen.items() if not name.startswith("/manifest.json")}
+    assert {len(one) for one in stores} == {1500}
+    assert set(asked.values()) == {1}
+    assert any(name.startswith("/rows/genes/c/0") for name in asked)
 
 
 def test_what_cannot_be_reached_is_named(store: Store, server: RangeServer, tmp_path: Path) -> None:

@@ -4,22 +4,18 @@ Cells are cheap: :data:`EXPRESSED` counts of :data:`GENES` genes each, barcodes 
 So what is measured is what a process holds of every cell, whatever its counts. Every step runs in a process of its own,
 once for each number of cells, and once before for few cells, so that nothing is compiled in a process that is measured.
 
-Memory is what the process takes beyond what it had when everything was imported: pages of its own (RssAnon of
-``/proc/self/status``), and pages of files that it has mapped, which it shares with the other processes of the machine
-(RssFile). Both are sampled all the time, and the most counts. Bytes a cell are the slope between two numbers of cells.
+Memory is what the process takes beyond what it had when everything was imported (:mod:`bgen.bench.loaders.memory`).
+Bytes a cell are the slope between two numbers of cells.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +26,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from bgen.bench.loaders.memory import measure
 from bgen.config.data import TrajectoriesConfig
 from bgen.data.as_anndata import read_split
 from bgen.data.loader import CountReader, TrainLoader
@@ -249,40 +246,6 @@ def _measure_apart(steps: Sequence[str], folder: Path) -> Iterator[dict[str, flo
             if not (line := process.stdout.readline()):
                 raise UserError(f"The step '{step}' failed: what it said stands above.")
             yield json.loads(line)
-
-
-def measure(work: Callable[[Path], object], folder: Path) -> dict[str, float]:
-    """Return the most memory that some work takes beyond what there was before, in bytes, and its CPU seconds."""
-    gc.collect()
-    before, seconds = _resident(), time.process_time()
-    most = dict(before)
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.002):
-            for kind, size in _resident().items():
-                most[kind] = max(most[kind], size)
-
-    watching = threading.Thread(target=watch, daemon=True)
-    watching.start()
-    try:
-        kept = work(folder)
-        now = _resident()
-    finally:
-        ended.set()
-        watching.join()
-    del kept
-    used = {kind: float(max(most[kind], now[kind]) - before[kind]) for kind in before}
-    return {**used, "seconds": time.process_time() - seconds}
-
-
-def _resident() -> dict[str, int]:
-    """Return the bytes of a process' own pages, and of pages of files."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    sizes = {
-        name: int(value.split()[0]) << 10 for name, _, value in (line.partition(":") for line in lines) if "Rss" in name
-    }
-    return {"own": sizes["RssAnon"], "shared": sizes["RssFile"] + sizes["RssShmem"]}
 
 
 def main(folder: Path, steps: Sequence[str]) -> None:

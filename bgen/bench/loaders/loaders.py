@@ -26,6 +26,7 @@ import numpy as np
 import bgen
 from bgen.bench.loaders import worker
 from bgen.bench.loaders.atlas import Atlas
+from bgen.bench.loaders.remote import bench_remote
 from bgen.bench.loaders.report import draw, show
 from bgen.cpus import cpus
 from bgen.errors import UserError, nearest
@@ -133,9 +134,8 @@ def bench_loader(
     where = {name: Path((pythons or {}).get(name, (pythons or {}).get("*", sys.executable))) for name in PACKAGES}
     found = _installed(peers, where)
     where["bgen"] = Path(sys.executable)
-    root = atlas_folder or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bgen" / "bench"
     atlas = Atlas(cells=cells)
-    folder = prepare(root, atlas, found, where, say)
+    folder = prepare(_root(atlas_folder), atlas, found, where, say)
     work = cases(list(found), batches, threads)
     records: dict[Case, list[dict[str, Any]]] = {case: [] for case in work}
     for repetition in range(repetitions):
@@ -163,6 +163,27 @@ def bench_loader(
     show(result)
     say(f"Written: {out / 'loader.json'}, {out / 'loader.png'}")
     return result
+
+
+def bench_late(
+    out: Path,
+    latencies: Sequence[int],
+    *,
+    cells: int,
+    atlas_folder: Path | None = None,
+    requests: int,
+    seconds: float,
+    repetitions: int,
+    say: Say = print,
+) -> list[dict[str, Any]]:
+    """Measure the atlas at a server that answers late (:func:`bgen.bench.loaders.remote.bench_remote`)."""
+    folder = prepare(_root(atlas_folder), Atlas(cells=cells), {}, {}, say)
+    how: dict[str, Any] = {"requests": requests, "seconds": seconds, "repetitions": repetitions, "say": say}
+    return bench_remote(out, folder / PROFILES[0], latencies, **how)
+
+
+def _root(atlas_folder: Path | None) -> Path:
+    return atlas_folder or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bgen" / "bench"
 
 
 def prepare(root: Path, atlas: Atlas, peers: Mapping[str, str], pythons: Mapping[str, Path], say: Say) -> Path:

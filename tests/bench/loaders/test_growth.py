@@ -10,8 +10,9 @@ import anndata
 import numpy as np
 import pytest
 
-from bgen.bench.loaders import growth
-from bgen.bench.loaders.growth import EXPRESSED, GENES, STEPS, bench_growth, measure, table, write_cells
+from bgen.bench.loaders import growth, memory
+from bgen.bench.loaders.growth import EXPRESSED, GENES, STEPS, bench_growth, table, write_cells
+from bgen.bench.loaders.memory import measure
 from bgen.errors import UserError
 
 
@@ -30,7 +31,7 @@ def test_every_step_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_memory_is_what_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also what was given back before the end: it is sampled all the time."""
     np.zeros(4 << 20, np.uint8).tofile(tmp_path / "numbers")
-    looked, look = [0], growth._resident
+    looked, look = [0], memory._resident
 
     def counted() -> dict[str, int]:
         looked[0] += 1
@@ -45,7 +46,7 @@ def test_memory_is_what_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         mapped = np.memmap(folder / "numbers", np.uint8, "r")
         return mapped, int(mapped.sum())
 
-    monkeypatch.setattr(growth, "_resident", counted)
+    monkeypatch.setattr(memory, "_resident", counted)
     found = measure(work, tmp_path)
     assert 62 << 20 < found["own"] < 96 << 20
     assert found["shared"] >= 3 << 20

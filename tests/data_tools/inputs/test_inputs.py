@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import pickle
 from pathlib import Path
@@ -16,7 +17,7 @@ import scipy.sparse as sp
 
 from bgen.errors import UserError
 from data_tools.inputs.registry import open_source
-from data_tools.inputs.source import Source
+from data_tools.inputs.source import Source, require_names
 
 
 @pytest.fixture
@@ -174,3 +175,18 @@ def test_damage_in_the_middle_is_said(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UserError, match="cannot be read"):
         list(open_source(path).iterate())
+
+
+def test_names_that_were_looked_at_are_not_kept(tmp_path: Path) -> None:
+    """Not even until cycles are collected: of very many cells that is a hundred bytes of each."""
+    names = [f"one of 337 names {i}" for i in range(337)]
+    gc.collect()
+    gc.disable()
+    try:
+        require_names(tmp_path)(pd.Index(names))
+        kept = [1 for one in gc.get_objects() if isinstance(one, pd.Index) and len(one) == 337 and one[0] == names[0]]
+    finally:
+        gc.enable()
+    assert not kept
+    with pytest.raises(UserError, match=r"a.*b' holds a NUL|NUL character"):
+        require_names(tmp_path)(pd.Index([*names, "a\0b"]))
