@@ -323,7 +323,10 @@ def bench_representations(
     few: Annotated[int, typer.Option(min=0, max=MOST, help="Cells of a further, small training; 0: none.")] = 300,
     sets: Annotated[Path | None, typer.Option(help="Gene sets, .gmt: pathways as tokens, and shuffled.")] = None,
     network: Annotated[Path | None, typer.Option(help="Edges, CSV: regulators as tokens, and shuffled.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="A row's name; repeatable. Default: all rows.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="A row's name, or a table's of --data-types; repeatable. Default: all."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a comparison that was stopped.")] = False,
     overrides: Overrides = None,
 ) -> None:
@@ -337,7 +340,8 @@ def bench_representations(
     if data_types:
         if file is not None or label is not None:
             raise UserError("--data-types simulates its data: give no file and no --label.")
-        for found in bench_data_types(out, seeds=seeds, steps=steps, say=notes.print).values():
+        tables = bench_data_types(out, seeds=seeds, steps=steps, only=only or [], resume=resume, say=notes.print)
+        for found in tables.values():
             results.print(found.table())
             for sentence in found.sentences():
                 results.print(sentence, highlight=False)
@@ -417,6 +421,7 @@ def bench_dna(
     vae_steps: Annotated[
         int, typer.Option(min=0, max=MOST, help="Of a VAE whose gene table is made from the vectors; 0: none.")
     ] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a comparison that was stopped.")] = False,
 ) -> None:
     """Tell what genes do that training never saw from their sequences: k-mers, Hyena, Mamba-2, attention, convolutions.
 
@@ -438,6 +443,7 @@ def bench_dna(
         training=training,
         simulated=size,
         vae_steps=vae_steps,
+        resume=resume,
         say=notes.print,
     )
     for found in told:

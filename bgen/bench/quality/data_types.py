@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor
 
 from bgen.bench.quality.compared import Compared, Figures
+from bgen.bench.quality.kept import RUN, Kept, is_begun
 from bgen.bench.quality.perturb import TARGETS, Training, splits, train_flow, train_vae
 from bgen.bench.quality.representations import bench_representations
 from bgen.bench.sequences.dna import bench_dna
@@ -41,6 +43,7 @@ from bgen.config.flow import FlowConfig, PatternsConfig, SampleConfig
 from bgen.config.sequences import SequenceConfig, SequenceTraining
 from bgen.data.batch import CellBatch
 from bgen.data.trajectory_batch import TrajectoryBatch
+from bgen.errors import UserError, nearest
 from bgen.evaluate.protocols.perturbation_scores import MODEL
 from bgen.evaluate.registry import PerturbationProtocol, find_protocol
 from bgen.files import require_new_folder, write_h5ad, write_result
@@ -51,6 +54,7 @@ from bgen.order.keys import hash_keys
 from bgen.progress import Say
 from bgen.tasks.perturb.held_out import predict_held_out
 from bgen.tasks.perturb.screen import Columns
+from bgen.version import __version__
 from data_tools.simulate.programmes import simulate_programmes, write_known
 from data_tools.simulate.screens import simulate_screens, write_drives
 
@@ -83,6 +87,7 @@ COURSES: dict[str, dict[str, Any]] = {
     "s4d": {"name": "ssm", "time": {"mixer": "s4d", "tracked": True}},
     "attention": {"name": "ssm", "time": {"mixer": "attention", "tracked": True}},
 }
+SHUFFLED = "mamba2, times shuffled"
 POPULATIONS: dict[str, dict[str, Any]] = {
     "no mixing over cells": {"name": "mlp"},
     "attention": {"name": "hybrid", "pattern": ["cells", "none"]},
@@ -99,130 +104,176 @@ _COMMON: dict[str, Any] = {
 }
 
 
-def bench_data_types(out: Path, *, seeds: int = 3, steps: int | None = None, say: Say) -> dict[str, Compared]:
+def bench_data_types(
+    out: Path, *, seeds: int = 3, steps: int | None = None, only: Sequence[str] = (), resume: bool = False, say: Say
+) -> dict[str, Compared]:
     """Simulate, train and measure, and write ``data_types.json``, tables (``.md``) and a picture (``.png``) of each.
 
-    ``steps``: of every training, instead of its own.
+    They are written after every table; the figures of a table are kept in its folder as they are found.
+
+    Parameters
+    ----------
+    steps
+        Of every training, instead of its own.
+    only
+        Names of tables (:data:`TABLES`); none: all.
+    resume
+        Go on in ``out``, with the same settings; tables may be others.
+
+    Raises
+    ------
+    UserError
+        If a table's name is unknown, ``out`` cannot be used, or was measured with other settings.
     """
-    require_new_folder(out)
-    out.mkdir(parents=True)
+    for name in only:
+        if name not in TABLES:
+            raise UserError(f"--only: there is no table '{name}'.{nearest(name, TABLES)}")
+    if not resume:
+        require_new_folder(out)
+    elif not out.is_dir():
+        raise UserError(f"--resume: there is no folder {out}.")
+    out.mkdir(parents=True, exist_ok=True)
     found = {}
-    for preset, known in PROGRAMMES_KNOWN.items():
-        cells = simulate_programmes(preset)
-        file, named = out / f"{preset}.h5ad", out / f"known.{known}"
-        write_h5ad(cells, file)
-        write_known(cells, named)
-        found[preset] = bench_representations(
-            file,
-            out / preset,
-            label="cell_type",
-            genes=cells.n_vars,
-            seeds=seeds,
-            steps=steps or 400,
-            few=200,
-            only=["state vector, panels", "set of molecules", f"{preset}, soft", f"{preset}, hard"],
-            sets=named if known == "gmt" else None,
-            network=named if known == "csv" else None,
-            say=say,
-        )
-    given_steps = {} if steps is None else {"steps": steps}
-    found["courses"] = bench_courses(seeds=seeds, say=say, **given_steps)
-    found["populations"] = bench_populations(seeds=seeds, say=say, **given_steps)
-    found["perturbations"] = bench_unseen(out / "perturbations", seeds=seeds, say=say, **given_steps)
-    found["sequences"] = bench_sequences(out / "sequences", seeds=seeds, say=say, **given_steps)
-    told = {name: one.as_json() for name, one in found.items()}
-    write_result(out / "data_types.json", json.dumps(told, indent=1) + "\n")
-    write_result(out / "data_types.md", "\n".join(one.markdown() for one in found.values()))
-    for name, one in found.items():
-        one.draw(out / f"{name}.png")
+    for name, table in TABLES.items():
+        if only and name not in only:
+            continue
+        given = {} if steps is None else {"steps": steps}
+        begun = resume and is_begun(out / name)
+        found[name] = table(out / name, seeds=seeds, resume=begun, say=say, **given)
+        told = {name: one.as_json() for name, one in found.items()}
+        write_result(out / "data_types.json", json.dumps(told, indent=1) + "\n")
+        write_result(out / "data_types.md", "\n".join(one.markdown() for one in found.values()))
+        found[name].draw(out / f"{name}.png")
     return found
 
 
-def bench_courses(*, seeds: int = 3, steps: int = 400, say: Say) -> Compared:
+def bench_programmes(
+    preset: str, folder: Path, *, seeds: int = 3, steps: int = 400, resume: bool = False, say: Say
+) -> Compared:
+    """Compare what reads the programmes that cells are made of with what does not; ``preset``: how they are known."""
+    known = PROGRAMMES_KNOWN[preset]
+    cells = simulate_programmes(preset)
+    file, named = (folder.with_name(f"{preset}{ending}") for ending in (".h5ad", f".{known}"))
+    if not file.is_file():
+        write_h5ad(cells, file)
+    write_known(cells, named)
+    return bench_representations(
+        file,
+        folder,
+        label="cell_type",
+        genes=cells.n_vars,
+        seeds=seeds,
+        steps=steps,
+        few=200,
+        only=["state vector, panels", "set of molecules", f"{preset}, soft", f"{preset}, hard"],
+        sets=named if known == "gmt" else None,
+        network=named if known == "csv" else None,
+        resume=resume,
+        say=say,
+    )
+
+
+def bench_courses(folder: Path, *, seeds: int = 3, steps: int = 400, resume: bool = False, say: Say) -> Compared:
     """Compare mixers over time on courses of oscillators.
 
     The error is told of a missing point in the middle (``missing``), of the next after all others (``next``) and of the
     last of four that are forecast at once (``4 ahead``).
     """
-    runs: dict[str, list[Figures]] = {name: [] for name in COURSES}
-    runs["mamba2, times shuffled"] = []
-    for seed in range(seeds):
-        for name in runs:
-            shuffled = name not in COURSES
-            flow = _train(COURSES[name.split(",")[0] if shuffled else name], seed, steps, shuffled=shuffled)
-            figures: Figures = {}
-            for gaps in ("even", "uneven"):
-                for times in (LENGTH, 2 * LENGTH):
-                    cells, time = courses(TESTED, times, gaps, seed, _NEW, shuffled=shuffled)
-                    places = {"missing": [times // 2], "next": [-1], "4 ahead": list(range(-AHEAD, 0))}
-                    for asked, unseen in places.items():
-                        left = _left(flow, cells, time, unseen, seed)
-                        figures[f"error of {asked}, {times} {gaps}"] = left
-            runs[name].append(figures)
-            say(f"{name}, seed {seed}: " + ", ".join(f"{key[9:]} {value:.3f}" for key, value in figures.items()))
-    base = next(iter(COURSES))
-    against = dict.fromkeys(COURSES, base) | {"mamba2, times shuffled": "mamba2"}
+    facts = {"bgen": __version__, "steps": steps}
+    kept = Kept(folder, facts, resume=resume)
+    rows = [*COURSES, SHUFFLED]
+    for seed, name in product(range(seeds), rows):
+        if (name, seed) in kept:
+            continue
+        shuffled = name == SHUFFLED
+        flow = _train(COURSES["mamba2" if shuffled else name], seed, steps, shuffled=shuffled)
+        figures: Figures = {}
+        for gaps in ("even", "uneven"):
+            for times in (LENGTH, 2 * LENGTH):
+                cells, time = courses(TESTED, times, gaps, seed, _NEW, shuffled=shuffled)
+                places = {"missing": [times // 2], "next": [-1], "4 ahead": list(range(-AHEAD, 0))}
+                for asked, unseen in places.items():
+                    left = _left(flow, cells, time, unseen, seed)
+                    figures[f"error of {asked}, {times} {gaps}"] = left
+        kept.add(name, seed, figures)
+        say(f"{name}, seed {seed}: " + ", ".join(f"{key[9:]} {value:.3f}" for key, value in figures.items()))
+    against = dict.fromkeys(COURSES, next(iter(COURSES))) | {SHUFFLED: "mamba2"}
     note = f"Share of the variance left, trained at {LENGTH} time points; {PARAMETERS:,} parameters."
-    return Compared("Courses in time: what mixes over time", against, runs, {"steps": steps}, note)
+    return Compared("Courses in time: what mixes over time", against, kept.runs(rows, seeds), facts, note)
 
 
-def bench_populations(*, seeds: int = 3, steps: int = 300, say: Say) -> Compared:
+def bench_populations(folder: Path, *, seeds: int = 3, steps: int = 300, resume: bool = False, say: Say) -> Compared:
     """Compare mixers over cells where the answer is the population's, and where it is each cell's own."""
-    runs: dict[str, list[Figures]] = {name: [] for name in POPULATIONS}
-    for seed in range(seeds):
-        for name, backbone in POPULATIONS.items():
-            figures: Figures = {}
-            for answer in ("crowd", "own"):
-                flow = _trained_flow(backbone, seed, steps, partial(populations, 16, answer, seed))
-                figures[f"error, {answer}"] = _left(flow, *populations(TESTED, answer, seed, _NEW), [1], seed, 1)
-            runs[name].append(figures)
-            say(f"{name}, seed {seed}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+    facts = {"bgen": __version__, "steps": steps}
+    kept = Kept(folder, facts, resume=resume)
+    for seed, (name, backbone) in product(range(seeds), POPULATIONS.items()):
+        if (name, seed) in kept:
+            continue
+        figures: Figures = {}
+        for answer in ("crowd", "own"):
+            flow = _trained_flow(backbone, seed, steps, partial(populations, 16, answer, seed))
+            figures[f"error, {answer}"] = _left(flow, *populations(TESTED, answer, seed, _NEW), [1], seed, 1)
+        kept.add(name, seed, figures)
+        say(f"{name}, seed {seed}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
     against = dict.fromkeys(POPULATIONS, next(iter(POPULATIONS)))
     note = f"Share of the variance of the mean answers left; {PARAMETERS:,} parameters."
-    return Compared("Populations: what mixes over cells", against, runs, {"steps": steps}, note)
+    return Compared("Populations: what mixes over cells", against, kept.runs(POPULATIONS, seeds), facts, note)
 
 
 def bench_unseen(
-    folder: Path, *, seeds: int = 3, steps: int = 400, cells: int = 12_000, genes: int = 300, say: Say
+    folder: Path,
+    *,
+    seeds: int = 3,
+    steps: int = 400,
+    cells: int = 12_000,
+    genes: int = 300,
+    resume: bool = False,
+    say: Say,
 ) -> Compared:
     """Compare what is known of six perturbations that training never saw; ``steps``: of the VAE, the flow has half."""
     protocol = find_protocol(PerturbationProtocol)
-    runs: dict[str, list[Figures]] = {}
+    facts = {"bgen": __version__, "steps": steps, "cells": cells, "genes": genes}
+    kept = Kept(folder, facts, resume=resume)
+    against = {"co-expression": "co-expression", "known vectors": "known vectors, shuffled"}
+    against |= {"known vectors, shuffled": "co-expression"}
     for seed in range(seeds):
+        left = [name for name in against if (name, seed) not in kept]
+        if not left:
+            continue
+        work = folder / RUN
+        work.mkdir()
         screen = simulate_screens("lines", cells=cells, genes=genes, seed=seed)
         columns = Columns("perturbation", "control", strata=["cell_type"]).resolved(screen)
         (split,) = splits(screen, columns, TARGETS, "6", seed)
-        folder.mkdir(parents=True)
-        known, shuffled = folder / "known.csv", folder / "shuffled.csv"
+        known, shuffled = work / "known.csv", work / "shuffled.csv"
         write_drives(screen, known)
         table = pd.read_csv(known, index_col=0)
         order = np.random.default_rng([seed, 8]).permutation(len(table))
         table.set_index(table.index[order]).to_csv(shuffled, index_label="name")
-        vae = train_vae(split.train, Training(steps), folder, seed)
-        rows = {
+        vae = train_vae(split.train, Training(steps), work, seed)
+        told = {
             "co-expression": "components: 16",
             "known vectors": f"components: 0, vectors: [{known}]",
             "known vectors, shuffled": f"components: 0, vectors: [{shuffled}]",
         }
-        for name, members in rows.items():
-            training = Training(steps, [f"flow.members={{column: perturbation, {members}}}"])
-            model = train_flow(vae, split.train, columns, training, folder / "flow", seed)
+        for name in left:
+            training = Training(steps, [f"flow.members={{column: perturbation, {told[name]}}}"])
+            model = train_flow(vae, split.train, columns, training, work / "flow", seed)
             train, back = model.read(split.train), model.read(split.back)
             scores = protocol.evaluate(train.counts, predict_held_out(model, train, back, columns, seed=seed))
             figures = {key: scores.mean(MODEL, key) for key in _OF_SCREENS}
-            runs.setdefault(name, []).append(figures)
+            kept.add(name, seed, figures)
             say(f"{name}, seed {seed}: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
-            shutil.rmtree(folder / "flow")
-        shutil.rmtree(folder)
-    against = dict.fromkeys(runs, "co-expression") | {"known vectors": "known vectors, shuffled"}
+            shutil.rmtree(work / "flow")
+        shutil.rmtree(work)
     note = "Figures of perturbation-v4 over six unseen targets."
     title = "Perturbations that training never saw: what is known of them"
-    return Compared(title, against, runs, {"steps": steps}, note)
+    return Compared(title, against, kept.runs(against, seeds), facts, note)
 
 
-def bench_sequences(folder: Path, *, seeds: int = 3, steps: int | None = None, say: Say) -> Compared:
+def bench_sequences(folder: Path, *, seeds: int = 3, steps: int = 50, resume: bool = False, say: Say) -> Compared:
     """Compare sequence models on promoters in which the order of two motifs decides; ``steps``: epochs of each."""
-    training = SequenceTraining(epochs=steps or 50, shift=0)
+    training = SequenceTraining(epochs=steps, shift=0)
     (found,) = bench_dna(
         None,
         None,
@@ -232,9 +283,20 @@ def bench_sequences(folder: Path, *, seeds: int = 3, steps: int | None = None, s
         config=SequenceConfig(pool=4),
         training=training,
         simulated=PROMOTERS,
+        resume=resume,
         say=say,
     )
     return found
+
+
+TABLES: dict[str, Callable[..., Compared]] = {
+    **{preset: partial(bench_programmes, preset) for preset in PROGRAMMES_KNOWN},
+    "courses": bench_courses,
+    "populations": bench_populations,
+    "perturbations": bench_unseen,
+    "sequences": bench_sequences,
+}
+"""Tables by name: each takes its folder, ``seeds``, ``steps``, ``resume`` and ``say``."""
 
 
 def courses(n: int, times: int, gaps: Gaps, seed: int, number: int, *, shuffled: bool = False) -> Cells:

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from bgen.bench.quality.compared import Compared, Figures
+from bgen.bench.quality.kept import RUN, Kept
 from bgen.bench.runs import store_of, train_whole
 from bgen.config.load import load_config
 from bgen.config.vae import VAEConfig
@@ -38,7 +39,7 @@ from bgen.data.cells_in_memory import MemoryCells
 from bgen.errors import UserError, nearest
 from bgen.evaluate.metrics.classifiers import thinned
 from bgen.evaluate.metrics.counts import variable_genes
-from bgen.files import require_new_folder, write_result
+from bgen.files import write_result
 from bgen.models.vae.vae import VAE
 from bgen.order.keys import hash_keys
 from bgen.progress import Say
@@ -146,9 +147,9 @@ def bench_representations(
     rows = _chosen(rows_of(sets, network), only)
     facts: dict[str, Any] = {"bgen": __version__, "data": file.name, "cells": cells.n_obs, "genes": genes}
     facts |= {"steps": steps, "few": few, "label": label, "overrides": list(overrides)}
-    found = _Found(out, facts, resume=resume)
+    found = Kept(out, facts, resume=resume)
     for seed in range(seeds):
-        left = {name: row for name, row in rows.items() if (name, seed) not in found.figures}
+        left = {name: row for name, row in rows.items() if (name, seed) not in found}
         if not left:
             continue
         test = np.zeros(cells.n_obs, bool)
@@ -159,23 +160,22 @@ def bench_representations(
         some = some[np.asarray(some.X.sum(1)).ravel() > 0]
         held = test[np.asarray(counts[:, kept].sum(1)).ravel() > 0]
         trainings = {"": some[~held]} | ({f"{few} cells": _few(some[~held], few, seed)} if few else {})
-        stores = {name: store_of(part.copy(), out / "run" / (name or "all"), seed) for name, part in trainings.items()}
+        stores = {name: store_of(part.copy(), out / RUN / (name or "all"), seed) for name, part in trainings.items()}
         for name, row in left.items():
             figures: Figures = {}
             for of, part in trainings.items():
                 number = steps if not of else max(1, steps // 2)
-                told = _measure(row, part, some[held], stores[of], out / "run", label, seed, number, overrides)
+                told = _measure(row, part, some[held], stores[of], out / RUN, label, seed, number, overrides)
                 figures |= told if not of else {f"{key}, {of}": told[key] for key in ("NLL", "accuracy")}
             figures["ms"] = figures.pop("ms")
             found.add(name, seed, figures)
             say(f"{name}, split {seed}: NLL {figures['NLL']:,.1f}, accuracy {figures['accuracy']:.3f}")
-        shutil.rmtree(out / "run")
-    runs = {name: [found.figures[name, seed] for seed in range(seeds)] for name in rows}
+        shutil.rmtree(out / RUN)
     note = "NLL: nats a cell, lower is better; accuracy: of labels, higher is better; ms: processor time of a training"
     compared = Compared(
         f"Representations of the genes: {file.name}",
         {name: row.against for name, row in rows.items()},
-        runs,
+        found.runs(rows, seeds),
         facts | {"seeds": seeds},
         f"{note} over its steps.",
     )
@@ -183,43 +183,6 @@ def bench_representations(
     write_result(out / "representations.md", compared.markdown())
     compared.draw(out / "representations.png")
     return compared
-
-
-class _Found:
-    """Figures of rows and seeds in ``rows.jsonl``, below what they were measured with; they outlive the process."""
-
-    def __init__(self, out: Path, facts: dict[str, Any], *, resume: bool) -> None:
-        self.figures: dict[tuple[str, int], Figures] = {}
-        self._path = out / "rows.jsonl"
-        if not resume:
-            require_new_folder(out)
-            out.mkdir(parents=True)
-            self._append(facts)
-            return
-        if not self._path.is_file():
-            raise UserError(
-                f"--resume: there is no {self._path}, in which an earlier comparison kept what it had found."
-            )
-        text = self._path.read_text(encoding="utf-8")
-        text = text[: text.rfind("\n") + 1]  # without a line that was being written
-        write_result(self._path, text)
-        before, *lines = (json.loads(line) for line in text.splitlines())
-        other = [name for name, value in facts.items() if before.get(name) != value]
-        if other:
-            raise UserError(
-                f"--resume: {self._path} was measured with {other[0]}={before.get(other[0])}, not {facts[other[0]]}."
-            )
-        self.figures = {(line["row"], line["seed"]): line["figures"] for line in lines}
-        shutil.rmtree(out / "run", ignore_errors=True)  # what was under way when it stopped
-
-    def add(self, row: str, seed: int, figures: Figures) -> None:
-        """Keep what was found."""
-        self.figures[row, seed] = figures
-        self._append({"row": row, "seed": seed, "figures": figures})
-
-    def _append(self, line: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 def _chosen(rows: dict[str, Row], only: Sequence[str]) -> dict[str, Row]:

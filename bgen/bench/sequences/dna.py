@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from bgen.arrays import F64
 from bgen.bench.quality.compared import TIME, Compared, Figures
+from bgen.bench.quality.kept import RUN, Kept
 from bgen.bench.sequences.table import through_the_table
 from bgen.config.sequences import SequenceConfig, SequenceMixer, SequenceTraining
 from bgen.errors import UserError, nearest
-from bgen.files import require_new_folder, write_h5ad, write_result
+from bgen.files import write_h5ad, write_result
 from bgen.genes.sequences import kmer_shares, read_fasta, shuffled
 from bgen.models.sequences.regression import SequenceRegression, fit_sequences
 from bgen.models.sequences.words import fit_words
@@ -39,6 +40,8 @@ K = 4
 TEST = 0.2
 """Share of the genes that no training sees."""
 CONTROL = ", shuffled"
+THROUGH = "through the table: "
+"""How rows begin in the file of kept figures that were measured through a gene table."""
 SIMULATED = {"genes": 1200, "length": 96, "cells": 300}
 
 
@@ -54,9 +57,12 @@ def bench_dna(
     training: SequenceTraining | None = None,
     simulated: Mapping[str, int] | None = None,
     vae_steps: int = 0,
+    resume: bool = False,
     say: Say,
 ) -> list[Compared]:
     """Compare, and write ``dna.json``; the second comparison, if there is one, is that through a gene table.
+
+    Figures are kept in ``rows.jsonl`` as they are found, and a comparison that was stopped goes on from there.
 
     Parameters
     ----------
@@ -72,6 +78,8 @@ def bench_dna(
         Promoters in which order decides, of these sizes (:data:`SIMULATED`), instead of files.
     vae_steps
         Training steps of a VAE with vectors of the k-mers, of the first network and of its control; 0: none.
+    resume
+        Go on in ``out``, with the same settings; networks may be others.
 
     Raises
     ------
@@ -83,15 +91,28 @@ def bench_dna(
     for name in only:
         if name not in mixers:
             raise UserError(f"--only: there is no row '{name}'.{nearest(name, mixers)}")
-    if simulated is None and (fasta is None or cells is None):
+    if simulated is not None:
+        data, by = "simulated promoters", ["cell_type"]
+    elif fasta is None or cells is None:
         raise UserError("Name a FASTA file and a file of counts, or take --simulated.")
-    require_new_folder(out)
-    out.mkdir(parents=True)
+    else:
+        data = f"{fasta.name}, {cells.name}"
+    facts: dict[str, Any] = {
+        "bgen": __version__,
+        "data": data,
+        "simulated": None if simulated is None else dict(simulated),
+        "by": list(by),
+        "config": config.model_dump(mode="json"),
+        "training": training.model_dump(mode="json"),
+        "vae_steps": vae_steps,
+    }
+    kept = Kept(out, facts, resume=resume)
     if simulated is not None:
         made = simulate_promoters(**simulated, seed=0)
-        fasta, cells, by = out / "promoters.fa", out / "cells.h5ad", ["cell_type"]
+        fasta, cells = out / "promoters.fa", out / "cells.h5ad"
         write_result(fasta, made.fasta)
-        write_h5ad(made.cells, cells)
+        if not cells.is_file():
+            write_h5ad(made.cells, cells)
     assert fasta is not None
     assert cells is not None
     sequences, counted = read_fasta(fasta), count_genes(cells, by)
@@ -100,43 +121,43 @@ def bench_dna(
     codes = {"": sequences.codes[rows[usable]]}
     codes[CONTROL] = shuffled(codes[""], 0)
     networks = equal_sizes([name for name in mixers if not only or name in only], config, codes[""].shape[1])
-    runs: dict[str, list[Figures]] = {}
-    tables: dict[str, list[Figures]] = {}
+    rows_told = [name + order for order in codes for name in (KMERS, *networks)]
+    by_table = [name for name in (KMERS, *[*networks][:1]) if vae_steps]
+    by_table += [name + CONTROL for name in by_table if name != KMERS]
     for seed in range(seeds):
         held = np.random.default_rng([seed, 64]).permutation(len(usable)) < TEST * len(usable)
         targets, weights = counted.profiles.targets(usable[~held], COMPONENTS)
         y = targets[usable]
         for order, some in codes.items():
             shares = kmer_shares(some, K)
-            vectors = {KMERS + order: shares.astype(np.float32)}
-            by_words = fit_words(shares[~held], y[~held]).predict(shares)
-            runs.setdefault(KMERS + order, []).append(_figures(y, by_words, held, 0.0))
-            for name, sizes in networks.items():
-                began = time.process_time()
-                fitted = fit_sequences(some[~held], y[~held], weights, sizes, training, seed)
-                steps = training.epochs * max(int((~held).sum()) // training.batch, 1)
-                spent = 1e3 * (time.process_time() - began) / steps
-                vectors[name + order] = fitted.vectors(some)
-                runs.setdefault(name + order, []).append(_figures(y, fitted.predict(some), held, spent))
-            for name in [*vectors][:2]:
-                if vae_steps and name != KMERS + CONTROL:
-                    unseen = through_the_table(counted, usable, vectors[name], held, out / "run", seed, vae_steps)
-                    tables.setdefault(name, []).append(unseen)
-        last = {name: list(of[-1].values())[1] for name, of in runs.items()}
+            for name in (KMERS, *networks):
+                row, through = name + order, name + order in by_table and (THROUGH + name + order, seed) not in kept
+                if (row, seed) in kept and not through:
+                    continue
+                began, steps = time.process_time(), 0
+                if name == KMERS:
+                    vectors, told = shares.astype(np.float32), fit_words(shares[~held], y[~held]).predict(shares)
+                else:
+                    fitted = fit_sequences(some[~held], y[~held], weights, networks[name], training, seed)
+                    steps = training.epochs * max(int((~held).sum()) // training.batch, 1)
+                    spent = time.process_time() - began
+                    vectors, told = fitted.vectors(some), fitted.predict(some)
+                if (row, seed) not in kept:
+                    kept.add(row, seed, _figures(y, told, held, 1e3 * spent / steps if steps else 0.0))
+                if through:
+                    unseen = through_the_table(counted, usable, vectors, held, out / RUN, seed, vae_steps)
+                    kept.add(THROUGH + row, seed, unseen)
+        last = {name: list(kept.figures[name, seed].values())[1] for name in rows_told}
         say(f"Split {seed}, component 1: " + ", ".join(f"{name} {value:.3f}" for name, value in last.items()))
-    data = "simulated promoters" if simulated is not None else f"{fasta.name}, {cells.name}"
-    facts = {
-        "bgen": __version__,
-        "data": data,
-        "by": list(by),
+    facts |= {
         "groups": counted.profiles.groups,
         "genes": len(usable),
         "held_out": int(held.sum()),
         "seeds": seeds,
         "networks": {name: sizes.model_dump() for name, sizes in networks.items()},
-        "training": training.model_dump(),
-        "vae_steps": vae_steps,
     }
+    runs = kept.runs(rows_told, seeds)
+    tables = {row: [kept.figures[THROUGH + row, seed] for seed in range(seeds)] for row in by_table}
     against = dict.fromkeys(runs, KMERS) | {name + CONTROL: name for name in (KMERS, *networks)}
     note = f"R2 over {held.sum():,} of {len(usable):,} genes, held out; ms: of a training over its steps."
     told = [Compared(f"What sequences tell of unseen genes: {data}", against, runs, facts, note)]

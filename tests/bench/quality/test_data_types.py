@@ -46,7 +46,9 @@ def test_in_a_crowd_all_cells_move_alike_and_otherwise_those_that_stand_aside() 
         assert (moved[aside].mean() - moved[~aside].mean() > 1.5) == (answer == "own")
 
 
-def test_every_mixer_has_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two mixers along each axis, and few courses and populations."""
     few = {
         "COURSES": {name: COURSES[name] for name in ("no mixing over time", "mamba2")},
         "POPULATIONS": {name: POPULATIONS[name] for name in ("no mixing over cells", "set attention")},
@@ -54,20 +56,53 @@ def test_every_mixer_has_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"TESTED": 4, "DRAWS": 1, "SOLVER": SampleConfig(steps=1), **few}.items():
         monkeypatch.setattr(f"bgen.bench.quality.data_types.{name}", value)
     torch.set_num_threads(1)
-    found = bench_courses(seeds=1, steps=2, say=lambda text: None)
+
+
+@pytest.mark.usefixtures("small")
+def test_every_mixer_has_its_figures(tmp_path: Path) -> None:
+    found = bench_courses(tmp_path / "courses", seeds=1, steps=2, say=lambda text: None)
     assert len(found.runs["mamba2"][0]) == 12
     assert found.against["mamba2, times shuffled"] == "mamba2"
-    found = bench_populations(seeds=1, steps=2, say=lambda text: None)
+    found = bench_populations(tmp_path / "populations", seeds=1, steps=2, say=lambda text: None)
     assert set(found.runs["set attention"][0]) == {"error, crowd", "error, own"}
+
+
+@pytest.mark.usefixtures("small")
+def test_tables_that_were_stopped_go_on_where_they_were(bgen: Any, tmp_path: Path) -> None:
+    given = ["bench", "representations", "--data-types", "--seeds", 1, "--steps", 2, "--out", tmp_path / "out"]
+    done = bgen(*given, "--only", "populations")
+    assert done.code == 0, done
+    kept = tmp_path / "out" / "populations" / "rows.jsonl"
+    lines = kept.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 3
+    kept.write_text("\n".join([*lines[:2], lines[2][:20]]), encoding="utf-8")  # while the second row was written
+    again = bgen(*given, "--resume", "--only", "populations", "--only", "courses")
+    assert again.code == 0, again
+    assert ("no mixing over cells, seed 0" in again.err, "set attention, seed 0" in again.err) == (False, True)
+    assert kept.read_text(encoding="utf-8").splitlines() == lines
+    told = json.loads((tmp_path / "out" / "data_types.json").read_text(encoding="utf-8"))
+    assert set(told) == {"courses", "populations"}
+    assert (tmp_path / "out" / "courses.png").stat().st_size > 0
+    other = bgen(*given[:-3], 3, "--out", tmp_path / "out", "--resume", "--only", "populations")
+    assert (other.code, "was measured with steps=2, not 3" in other.err) == (2, True)
+    assert bgen(*given, "--only", "populations").code == 2  # the folder is not new
+    unknown = bgen(*given[:-1], tmp_path / "new", "--only", "population")
+    assert (unknown.code, "Did you mean 'populations'" in unknown.err) == (2, True)
+    nowhere = bgen(*given[:-1], tmp_path / "new", "--resume")
+    assert (nowhere.code, "there is no folder" in nowhere.err) == (2, True)
 
 
 @pytest.mark.slow
 def test_the_command_makes_all_tables(bgen: Any, tmp_path: Path) -> None:
-    done = bgen("bench", "representations", "--data-types", "--seeds", 1, "--steps", 2, "--out", tmp_path / "out")
+    given = ["bench", "representations", "--data-types", "--seeds", 1, "--steps", 2, "--out", tmp_path / "out"]
+    done = bgen(*given)
     assert done.code == 0, done
     told = json.loads((tmp_path / "out" / "data_types.json").read_text(encoding="utf-8"))
     assert set(told) == {"pathways", "regulators", "courses", "populations", "perturbations", "sequences"}
     assert "regulators, hard: no difference (against regulators, shuffled, hard)." in done.out
+    again = bgen(*given, "--resume")  # all is there
+    assert (again.code, "seed 0" in again.err, "split 0" in again.err) == (0, False, False), again
+    assert again.out == done.out
 
 
 def test_a_file_and_simulated_data_are_not_asked_for_at_once(bgen: Any, tmp_path: Path) -> None:

@@ -31,6 +31,16 @@ def test_the_command_compares_simulated_promoters(bgen: Any, tmp_path: Path) -> 
     assert set(told["sequences"]["runs"]) == rows
     assert told["sequences"]["against"]["convolution"] == KMERS
     assert told["sequences"]["held_out"] == 30
+    # stopped before the last row, it goes on with it, and changes nothing of the others
+    kept = tmp_path / "out" / "rows.jsonl"
+    lines = kept.read_text(encoding="utf-8").splitlines()
+    kept.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+    _, again = compare(bgen, tmp_path / "out", "--resume")
+    after = kept.read_text(encoding="utf-8").splitlines()
+    assert (len(lines), after[:-1]) == (5, lines[:-1])
+    for figures in (again["sequences"]["runs"], told["sequences"]["runs"]):
+        del figures["convolution" + CONTROL][0]["ms"]
+    assert again == told
 
 
 @pytest.mark.slow
