@@ -1,10 +1,10 @@
 """The kernels of a step on a GPU, with their bytes and operations, from passes over tensors without memory (meta).
 
-Every operator that computes something is a kernel. With ``train.compile``, within a block (see
-:mod:`bgen.train.engine.compiled`) operators that follow one another and compute place by place, or over rows, become one
-kernel, which reads what came from before it and writes what is read after it; matrix products, attention and bgen's own
-kernels stay apart. A sum over cells, such as a bias's gradient, ends a kernel and takes one more. A weight's conversion
-is a kernel of its own.
+Every operator that computes something is a kernel. With ``train.compile``, in what is compiled (see
+:mod:`bgen.train.engine.compiled`) operators that follow one another and compute place by place, or over rows, become
+one kernel, which reads what came from before it and writes what is read after it; matrix products, attention and bgen's
+own kernels stay apart. A sum over cells, such as a bias's gradient, ends a kernel and takes one more. A weight's
+conversion is a kernel of its own.
 
 A kernel takes the longest of three: its bytes at the bandwidth of the memory, its operations at the rate of tensor
 cores, and :data:`LEAST`. Those that read and write very little are therefore not free. Nothing of it was held against a
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 from bgen.nn.scans.ssd import ssd_flops
 from bgen.track.devices import Device
-from bgen.train.engine.compiled import blocks_of
+from bgen.train.engine.compiled import blocks_of, methods_of
 
 LEAST = 3e-6
 """Seconds of the smallest kernel on the GPU itself."""
@@ -44,7 +44,13 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backwar
 ROWS = ("sum", "mean", "var_mean", "native_layer_norm_backward")
 """Operators that may sum over cells."""
 
-OWN = {"published_ssd": 5, "published_ssd_gradient": 24, "log_prob_gradients": 2, "native_layer_norm_backward": 2}
+OWN = {
+    "_scaled_dot_product_efficient_attention_backward": 3,
+    "published_ssd": 5,
+    "published_ssd_gradient": 24,
+    "log_prob_gradients": 2,
+    "native_layer_norm_backward": 2,
+}
 """Kernels of operators that are more than one."""
 
 READS = {"log_prob": 2, "log_prob_gradients": 2}
@@ -118,7 +124,7 @@ def follow(step: Callable[[], Tensor], module: nn.Module, device: Device, precis
     """
     kernels = _Kernels(module.parameters())
     with ExitStack() as stack:
-        stack.enter_context(kernels.watched(blocks_of(module) if compiled else []))
+        stack.enter_context(kernels.watched(module) if compiled else nullcontext())
         if precision != "float32":
             stack.enter_context(_Autocast())
         stack.enter_context(kernels)
@@ -144,7 +150,19 @@ class _Autocast(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self.NARROW:
             args, kwargs = tree_map_only(Tensor, _narrow, (args, kwargs))
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """Attention by the kernel that a GPU takes where there is a mask, which it wants as numbers, one for each pair."""
+    bias = None
+    if attn_mask is not None:
+        bias = torch.zeros((), dtype=q.dtype, device=q.device).masked_fill(~attn_mask, float("-inf"))
+        bias = bias.expand(*q.shape[:3], k.shape[2])
+    out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, is_causal=is_causal)[0]
+    return out
 
 
 def _narrow(tensor: Tensor) -> Tensor:
@@ -175,28 +193,29 @@ class _Kernels(TorchDispatchMode):
         self._ranges: list[tuple[int, int, int]] = []
 
     @contextmanager
-    def watched(self, blocks: list[nn.Module]) -> Iterator[None]:
-        """Within this, operators of blocks are known as theirs."""
-        begun: list[int] = []
-
-        def begin(module: nn.Module, _: Any) -> None:
-            if self._block is None:
-                self._block = number[module]
-                begun.append(torch.autograd._get_sequence_nr())
-
-        def end(module: nn.Module, *_: Any) -> None:
-            if self._block == number[module]:
-                self._ranges.append((begun.pop(), torch.autograd._get_sequence_nr(), self._block))
-                self._block = None
-
-        number = {block: place for place, block in enumerate(blocks)}
-        hooks = [block.register_forward_pre_hook(begin) for block in blocks]
-        hooks += [block.register_forward_hook(end) for block in blocks]
+    def watched(self, model: nn.Module) -> Iterator[None]:
+        """Within this, operators of what can be compiled are known as such."""
+        places = [(block, "forward") for block in blocks_of(model)] + methods_of(model)
+        for place, (module, name) in enumerate(places):
+            setattr(module, name, self._marked(getattr(module, name), place))
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for module, name in places:
+                delattr(module, name)  # the class has it as it is written
+
+    def _marked(self, method: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            if self._block is not None:
+                return method(*args, **kwargs)
+            self._block, begin = place, torch.autograd._get_sequence_nr()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._ranges.append((begin, torch.autograd._get_sequence_nr(), place))
+                self._block = None
+
+        return marked
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
