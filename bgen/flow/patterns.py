@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bgen.nn.random import Stream, uniform
+from bgen.nn.gpu.draws import uniform
+from bgen.nn.random import Stream
 
 PATTERNS = ("noise", "forecast", "interpolate", "perturb")
 

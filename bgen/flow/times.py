@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bgen.nn.random import Stream, normal, uniform
+from bgen.nn.gpu.draws import normal, uniform
+from bgen.nn.random import Stream
 
 _GOLDEN_RATIO = 0.6180339887498949
 _PLACE = 2**40  # more steps than any training has

@@ -24,9 +24,11 @@ from bgen.models.generators.latent_flow import LatentFlow
 from bgen.models.log_counts import LogCounts
 from bgen.models.vae.vae import VAE
 from bgen.nn.memory import activation_bytes
+from bgen.operate.plan_kernels import Passes, follow
 from bgen.operate.plan_step import count_launches
 from bgen.store.format.manifest import Manifest
 from bgen.store.open import open_data
+from bgen.track.devices import Device
 from bgen.train.engine.memory import Memory, memory
 from bgen.train.stages.members import label_sets
 
@@ -126,6 +128,24 @@ class Subject:
             torch.set_num_threads(threads)
         self.module.zero_grad(set_to_none=True)
         return seconds
+
+    def passes(self, cells: int, device: Device, precision: str, *, compiled: bool) -> Passes:
+        """What a GPU does in both passes over a micro batch; see :func:`bgen.operate.plan_kernels.follow`."""
+        return self._followed(
+            lambda: follow(self._whole_step(cells), self.module, device, precision, compiled=compiled)
+        )
+
+    def _whole_step(self, cells: int) -> Callable[[], Tensor]:
+        """Return a forward pass on so many cells, with all that goes before the network."""
+        trajectories = self.config.data.trajectories
+        if not isinstance(self.module, LatentFlow) or trajectories is None:
+            return self._step(cells)[0]
+        T, N = trajectories.times, trajectories.cells
+        B = max(1, cells // (T * N))
+        mask, time = torch.ones(B, T, N, dtype=torch.bool), torch.arange(float(T)).expand(B, T).contiguous()
+        batch = TrajectoryBatch.of(self._batch(B * T * N), mask, time, torch.zeros(B, T, dtype=torch.bool))
+        there = batch.to(self.device)
+        return lambda: self.module(there)["loss"].mean()
 
     def launches(self) -> int:
         """Kernels of a forward and backward pass."""

@@ -19,12 +19,15 @@ class Device:
         Bytes.
     link
         Bytes/s in one direction between the devices of a host: NVLink, or PCIe where there is none.
+    bandwidth
+        Bytes/s of the memory.
     """
 
     bfloat16: float
     float32: float
     memory: float
     link: float = 32e9
+    bandwidth: float = 1e12
 
     def peak(self, precision: str) -> float:
         """FLOP/s in float32, or in any other precision of :class:`bgen.config.train.TrainConfig`: they use bfloat16."""
@@ -32,16 +35,16 @@ class Device:
 
 
 DEVICES = {
-    "B200": Device(2250e12, 75e12, 180e9, 900e9),
-    "GH200": Device(989e12, 67e12, 96e9, 450e9),
-    "H200": Device(989e12, 67e12, 141e9, 450e9),
-    "H100 PCIe": Device(756e12, 51e12, 80e9, 64e9),
-    "H100 NVL": Device(835e12, 60e12, 94e9, 300e9),
-    "H100": Device(989e12, 67e12, 80e9, 450e9),
-    "A100": Device(312e12, 19.5e12, 80e9, 300e9),
-    "L40S": Device(362e12, 91.6e12, 48e9),
-    "L4": Device(121e12, 30.3e12, 24e9),
-    "RTX 4090": Device(165e12, 82.6e12, 24e9),
+    "B200": Device(2250e12, 75e12, 180e9, 900e9, 8e12),
+    "GH200": Device(989e12, 67e12, 96e9, 450e9, 4e12),
+    "H200": Device(989e12, 67e12, 141e9, 450e9, 4.8e12),
+    "H100 PCIe": Device(756e12, 51e12, 80e9, 64e9, 2e12),
+    "H100 NVL": Device(835e12, 60e12, 94e9, 300e9, 3.9e12),
+    "H100": Device(989e12, 67e12, 80e9, 450e9, 3.35e12),
+    "A100": Device(312e12, 19.5e12, 80e9, 300e9, 2e12),
+    "L40S": Device(362e12, 91.6e12, 48e9, bandwidth=0.864e12),
+    "L4": Device(121e12, 30.3e12, 24e9, bandwidth=0.3e12),
+    "RTX 4090": Device(165e12, 82.6e12, 24e9, bandwidth=1.008e12),
 }
 """By a part of the name that CUDA gives; the first that fits counts."""
 

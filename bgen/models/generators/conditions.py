@@ -18,7 +18,8 @@ from bgen.errors import UserError, nearest
 from bgen.models.generators.members import MemberEmbedding, Members
 from bgen.nn.embedding import CategoryEmbedding, NumberEmbedding
 from bgen.nn.flops import layers
-from bgen.nn.random import Stream, uniform
+from bgen.nn.gpu.draws import uniform
+from bgen.nn.random import Stream
 
 Condition = Tensor | Members
 """Codes int64 or numbers float, or what the labels of a set mean."""

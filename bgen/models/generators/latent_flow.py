@@ -30,8 +30,9 @@ from bgen.models.codec import Codec
 from bgen.models.generators.average_effects import AverageEffects
 from bgen.models.generators.conditions import Condition, ConditionEmbedding, drop_conditions
 from bgen.models.generators.growth import GrowthRate
+from bgen.nn.gpu.draws import normal, uniform
 from bgen.nn.mup import learning_rate_scales, start_heads
-from bgen.nn.random import Stream, normal, uniform
+from bgen.nn.random import Stream
 
 
 @dataclass(frozen=True)

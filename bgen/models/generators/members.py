@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from bgen.config.flow import MemberSizes
-from bgen.nn.random import Stream, uniform
+from bgen.nn.gpu.draws import uniform
+from bgen.nn.random import Stream
 
 _LEAST_AMOUNT = 1e-12
 """Relative to a typical one; amounts below it count as this."""

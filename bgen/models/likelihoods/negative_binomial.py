@@ -25,8 +25,9 @@ from bgen.data.batch import CellBatch
 from bgen.models.likelihoods import fused
 from bgen.models.likelihoods.sampling import sample_negative_binomial
 from bgen.models.likelihoods.sparse import SparseNB, log_softmax_at, nonzero_term
+from bgen.nn.gpu.draws import uniform
 from bgen.nn.precision import without_autocast
-from bgen.nn.random import Stream, uniform
+from bgen.nn.random import Stream
 
 LOG_THETA_RANGE = (-9.0, 14.0)
 """Range of inverse dispersions: below it a gene is never seen, above it the gene is Poisson to 1e-6."""

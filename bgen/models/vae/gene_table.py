@@ -22,8 +22,9 @@ from bgen.config.gene_set import VectorsConfig
 from bgen.errors import UserError
 from bgen.genes.vector_map import VectorMap, fit_vectors
 from bgen.nn.flops import layers
+from bgen.nn.gpu.draws import uniform
 from bgen.nn.precision import without_autocast
-from bgen.nn.random import Stream, uniform
+from bgen.nn.random import Stream
 
 _START = 0.05
 """Spread that rows start with: below the root of _EPS, so that a gene says little until it has been learned."""

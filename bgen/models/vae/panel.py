@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from bgen.data.batch import CellBatch
-from bgen.nn.random import Stream, at, row_state, uniform, unit_from_bits
+from bgen.nn.gpu.draws import uniform
+from bgen.nn.random import Stream, at, row_state, unit_from_bits
 
 
 def on_panels(batch: CellBatch, counts: Tensor, share: float, most: float) -> Tensor:

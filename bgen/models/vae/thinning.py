@@ -16,9 +16,10 @@ from bgen.data.batch import CellBatch
 from bgen.models.vae.thinning_cpu import thin_small
 from bgen.nn.cpu.threads import parts
 from bgen.nn.gpu import thinning as on_gpu
+from bgen.nn.gpu.draws import uniform
 from bgen.nn.gpu.kernels import usable
 from bgen.nn.gpu.thinning import EXACT
-from bgen.nn.random import Stream, at, row_state, uniform, unit_from_bits
+from bgen.nn.random import Stream, at, row_state, unit_from_bits
 
 KEPT = (0.3, 1.0)
 """Range of the fraction of counts that a thinned cell keeps."""

@@ -25,8 +25,9 @@ from bgen.models.vae.gene_table import GeneTable
 from bgen.models.vae.levels import LevelStats
 from bgen.models.vae.panel import on_panels
 from bgen.models.vae.thinning import thin
+from bgen.nn.gpu.draws import normal
 from bgen.nn.mup import learning_rate_scales, start_heads
-from bgen.nn.random import Stream, normal
+from bgen.nn.random import Stream
 
 
 class VAE(CountsCodec):
@@ -41,6 +42,8 @@ class VAE(CountsCodec):
     covariates
         obs column to its number of categories: what ``config.covariates`` names, resolved to columns.
     """
+
+    compiles = ("posterior",)
 
     def __init__(self, config: VAEConfig, n_genes: int, covariates: Mapping[str, int]) -> None:
         super().__init__(config.latent, n_genes, covariates)
@@ -90,15 +93,15 @@ class VAE(CountsCodec):
         """
         self._require_covariates(batch)
         mean, logvar = self.encoder(batch, self.shown(batch))
-        z = self.posterior_sample(mean, logvar, batch.keys)
+        z, kl, penalised = self.posterior(mean, logvar, batch.keys)
         nll = -self.decode(z, batch.library, batch.obs, batch.keys).log_prob_sparse(batch)
+        return {"loss": nll + self.kl_weight(batch.step) * penalised, "nll": nll, "kl": kl}
+
+    def posterior(self, mean: Tensor, logvar: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a sample ``z [B, D]``, the KL divergence ``[B]``, and what of it counts in the loss, ``[B]``."""
         kl_BD = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
         penalised = (kl_BD - self.config.free_bits).clamp_min(0) if self.config.free_bits > 0 else kl_BD
-        return {
-            "loss": nll + self.kl_weight(batch.step) * penalised.sum(dim=1),
-            "nll": nll,
-            "kl": kl_BD.sum(dim=1),
-        }
+        return self.posterior_sample(mean, logvar, keys), kl_BD.sum(dim=1), penalised.sum(dim=1)
 
     def shown(self, batch: CellBatch) -> Tensor:
         """Return what the encoder sees of the counts, ``[NNZ]``: in training fewer of some cells, and fewer genes."""

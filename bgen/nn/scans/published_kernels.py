@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bgen.errors import UserError
 from bgen.nn.real_time import SMALLEST_STEP
+from bgen.nn.scans.published_shapes import ssd_in_shape
 
 INSTALL = (
     'pip install "triton>=3.5" einops packaging ninja setuptools wheel && '
@@ -107,6 +108,8 @@ def use_fused(mixer: str, backend: str, device: torch.device) -> bool:
     UserError
         The kernels are wanted and are not there (:func:`lacking`).
     """
+    if device.type == "meta":  # stands for a GPU
+        return mixer == "mamba2" and backend != "torch"
     if not _wants_fused(backend, device):
         return False
     if (problem := lacking(mixer, backend, device)) is not None:
@@ -133,6 +136,8 @@ def ssd_fused(
     """
     if impulse:
         x_BTHP = (x_BTHP / dt_BTH.clamp_min(SMALLEST_STEP)[..., None]).to(x_BTHP.dtype)
+    if x_BTHP.device.type == "meta":
+        return ssd_in_shape(x_BTHP, dt_BTH, a_H, b_BTKS, c_BTKS)
     return import_published(KERNELS["mamba2"][0]).mamba_chunk_scan_combined(
         x_BTHP,
         dt_BTH,

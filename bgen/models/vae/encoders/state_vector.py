@@ -28,6 +28,7 @@ class StateVectorEncoder(Encoder):
     """Sparse log-normalised counts to the mean and log-variance of the latent state."""
 
     decayed = ("weight",)
+    compiles = ("read_out",)
 
     def __init__(self, config: VAEConfig, n_genes: int, covariates: Mapping[str, int]) -> None:
         super().__init__()
@@ -47,6 +48,10 @@ class StateVectorEncoder(Encoder):
         hidden = F.silu(self.covariates(hidden, batch.obs))
         for block in self.blocks:
             hidden = block(hidden, batch.keys)
+        return self.read_out(hidden)
+
+    def read_out(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and log-variance ``[B, D]`` from the last layer ``[B, H]``."""
         mean, logvar = self.head(self.norm(hidden)).float().chunk(2, dim=1)
         return mean, logvar.clamp(-12.0, 8.0)
 
