@@ -58,10 +58,7 @@ def denoise_cells(
         If a gene is not one of the model's, or not in the data.
     """
     require_number("library_size", library_size, 1, MOST_COUNTS)
-    columns = np.arange(len(cells.of_var))
-    if genes is not None:
-        wanted = find_wanted(model, cells.known, genes)
-        columns = np.flatnonzero(np.isin(cells.of_var, wanted))
+    columns = choose_columns(model, cells, genes)
     there = cells.of_var[columns] >= 0
     z, _ = model.encode(cells)
     values = np.full((len(cells), len(columns)), np.nan, np.float32)
@@ -81,6 +78,19 @@ def denoise_cells(
         "genes_unknown_to_the_model": int((~there).sum()),
     }
     return denoised
+
+
+def choose_columns(model: AnnDataModel, cells: UserCells, genes: Sequence[str] | None) -> I64:
+    """Return the columns of the data that a result has: all, or those of the genes that a user names.
+
+    Raises
+    ------
+    UserError
+        As :func:`find_wanted`.
+    """
+    if genes is None:
+        return np.arange(len(cells.of_var))
+    return np.flatnonzero(np.isin(cells.of_var, find_wanted(model, cells.known, genes)))
 
 
 def find_wanted(model: AnnDataModel, known: NDArray[np.bool_], names: Sequence[str]) -> I64:

@@ -174,3 +174,24 @@ def test_damage_in_the_middle_is_said(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UserError, match="cannot be read"):
         list(open_source(path).iterate())
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("cells.loom", "anndata.io.read_loom"),
+        ("cells.rds", "zellkonverter::writeH5AD"),
+        ("cells.RDS.gz", "zellkonverter::writeH5AD"),
+        ("cells.h5seurat", "SeuratDisk::Convert"),
+        ("counts.csv.gz", "anndata.io.read_csv"),
+        ("counts.tsv", "anndata.io.read_text"),
+    ],
+)
+def test_of_formats_that_are_not_read_the_way_to_one_that_is_is_told(tmp_path: Path, name: str, told: str) -> None:
+    with h5py.File(tmp_path / name, "w") as file:
+        file["matrix"] = np.ones(3)
+    with pytest.raises(UserError, match=f"does not read this format; .*{told}") as raised:
+        open_source(tmp_path / name)
+    assert "\n" not in str(raised.value)
+    if told.startswith("anndata"):
+        assert hasattr(anndata.io, told.removeprefix("anndata.io."))
