@@ -37,7 +37,7 @@ class Trained:
     >>> from data_tools.simulate.simulate import simulate
     >>> quick = {"steps": 20, "global_batch": 64, "track": {"progress": False, "mlflow": False}}
     >>> vae = bgen.train_vae(simulate("tiny", seed=0), "vae", **quick)
-    >>> vae.history.index.max(), vae.model.saved.kind
+    >>> int(vae.history.index.max()), vae.model.saved.kind
     (20, 'vae')
     >>> vae.plot().figure.savefig("losses.png")
     """

@@ -157,6 +157,7 @@ class Model(GeneratorVerbs, CellVerbs, PerturbVerbs):
         add_genes: bool = False,
         overrides: Sequence[str] = (),
         resume: bool = False,
+        say: Say | None = None,
         **reading: Unpack[Reading],
     ) -> Model:
         """Adapt the model to cells, and return the new one, which is also written to ``out/model``.
@@ -193,6 +194,8 @@ class Model(GeneratorVerbs, CellVerbs, PerturbVerbs):
             Such as ``train.steps=500``.
         resume
             Go on with what ``out`` holds.
+        say
+            Told what is matched, new and trained; default: it is printed.
         reading
             ``counts``, ``gene_column``, ``floor`` and others: see :meth:`read`.
 
@@ -207,7 +210,9 @@ class Model(GeneratorVerbs, CellVerbs, PerturbVerbs):
         >>> import bgen
         >>> model = bgen.load("bgen-demo/model")  # `bgen demo` makes it, and the cells
         >>> quick = ["train.steps=5", "track.mlflow=false", "track.progress=false"]  # an example; leave train.steps out
-        >>> mine = model.finetune("bgen-demo/cells.h5ad", "mine", task="generate", mode="lora", overrides=quick)
+        >>> mine = model.finetune(
+        ...     "bgen-demo/cells.h5ad", "mine", task="generate", mode="lora", overrides=quick, say=lambda sentence: None
+        ... )
         >>> mine.generate(10, seed=0).n_obs
         10
         """
@@ -233,7 +238,7 @@ class Model(GeneratorVerbs, CellVerbs, PerturbVerbs):
             network=None if network is None else Path(network),
             **reading,
         )
-        finetune(self.folder, data, Path(out), request, overrides=overrides, resume=resume)
+        finetune(self.folder, data, Path(out), request, overrides=overrides, resume=resume, say=say)
         return load_model(Path(out) / "model", str(self.device))
 
     def _repr_html_(self) -> str:

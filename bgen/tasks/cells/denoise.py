@@ -106,7 +106,7 @@ def find_wanted(model: AnnDataModel, known: NDArray[np.bool_], names: Sequence[s
     UserError
         If the model or the data does not have one, or none is named.
     """
-    if not names:
+    if len(names) == 0:
         raise UserError("No gene is named.")
     table = model.saved.genes
     places = find_genes(table, list(names))

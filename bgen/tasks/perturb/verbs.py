@@ -75,6 +75,7 @@ class PerturbVerbs(AnnDataModel):
         >>> model = bgen.load("bgen-demo/model").finetune(
         ...     screen, "screen", task="perturb", perturbation="perturbation", control="control", mode="head",
         ...     overrides=["train.steps=5", "track.mlflow=false", "track.progress=false"],  # few steps: an example
+        ...     say=lambda sentence: None,
         ... )
         >>> label = next(label for label in screen.obs["perturbation"].unique() if label != "control")
         >>> cells = model.perturb(screen, label, n=100, seed=0)
@@ -138,6 +139,7 @@ class PerturbVerbs(AnnDataModel):
         >>> model = bgen.load("bgen-demo/model").finetune(
         ...     cells, "screen", task="perturb", perturbation="perturbation", control="control", mode="head",
         ...     overrides=["train.steps=5", "track.mlflow=false", "track.progress=false"],  # few steps: an example
+        ...     say=lambda sentence: None,
         ... )
         >>> label = next(label for label in cells.obs["perturbation"].unique() if label != "control")
         >>> ranked = model.screen(cells, towards=("perturbation", label))

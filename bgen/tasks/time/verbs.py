@@ -156,6 +156,7 @@ class GeneratorVerbs(AnnDataModel):
         >>> model = bgen.load("bgen-demo/model").finetune(  # `bgen demo` makes model and cells
         ...     "bgen-demo/cells.h5ad", "course", task="time", time="time", within=["donor"], mode="head",
         ...     overrides=["train.steps=5", "track.mlflow=false", "track.progress=false"],  # few steps: an example
+        ...     say=lambda sentence: None,
         ... )
         >>> cells = model.interpolate("bgen-demo/cells.h5ad", 24.0, n=60, seed=0)
         >>> cells.n_obs, cells.obs["time"].unique().tolist()
@@ -179,6 +180,7 @@ class GeneratorVerbs(AnnDataModel):
         >>> model = bgen.load("bgen-demo/model").finetune(  # `bgen demo` makes model and cells
         ...     "bgen-demo/cells.h5ad", "course", task="time", time="time", within=["donor"], mode="head",
         ...     overrides=["train.steps=5", "track.mlflow=false", "track.progress=false"],  # few steps: an example
+        ...     say=lambda sentence: None,
         ... )
         >>> cells = model.forecast("bgen-demo/cells.h5ad", 48.0, n=60, seed=0)
         >>> cells.n_obs, cells.obs["time"].unique().tolist()
@@ -216,6 +218,7 @@ class GeneratorVerbs(AnnDataModel):
         >>> model = bgen.load("bgen-demo/model").finetune(  # `bgen demo` makes model and cells
         ...     "bgen-demo/cells.h5ad", "course", task="time", time="time", within=["donor"], mode="head",
         ...     overrides=["train.steps=5", "track.mlflow=false", "track.progress=false"],  # few steps: an example
+        ...     say=lambda sentence: None,
         ... )
         >>> cells, scores = model.predict_times("bgen-demo/cells.h5ad", 24.0, forecast=False, seed=0)
         >>> list(scores)
