@@ -37,6 +37,16 @@ def require_new_file(path: Path) -> None:
         raise UserError(f"The folder {path.resolve().parent} is not there. Make it first, or choose another --out.")
 
 
+def require_new_h5ad(path: Path) -> None:
+    """As :func:`require_new_file`, and raise UserError for a name that promises another format, such as cells.csv."""
+    if re.fullmatch(r"\.[A-Za-z]\w*", path.suffix) and path.suffix.lower() not in (".h5ad", ".h5", ".hdf5"):
+        raise UserError(
+            f"Cells are written as .h5ad, not as {path.suffix}: give --out {path.with_suffix('.h5ad')}. In Python,"
+            " anndata.read_h5ad(...).to_df().to_csv(...) makes a table of it."
+        )
+    require_new_file(path)
+
+
 def require_new_folder(path: Path) -> None:
     """Raise UserError if a folder is there already and not empty."""
     require_local(path)

@@ -49,6 +49,13 @@ def training(history: pd.DataFrame, axis: Axes | None = None) -> Axes:
     history
         As :attr:`bgen.api.trained.Trained.history`: ``train/nll`` and ``valid/nll`` where there are any, else
         ``train/loss`` and ``valid/loss``.
+
+    Examples
+    --------
+    >>> import bgen
+    >>> history = bgen.load("bgen-demo/model").history  # which `bgen demo` makes
+    >>> axis = bgen.plot.training(history.loc["VAE"])
+    >>> axis.figure.savefig("losses.png")
     """
     what = "nll" if "valid/nll" in history or ("train/nll" in history and "valid/loss" not in history) else "loss"
     curves = {}
@@ -77,6 +84,15 @@ def cells(
         has one for each; default: dark grey and blue.
     axes
         Two Axes to draw on.
+
+    Examples
+    --------
+    >>> import bgen
+    >>> from data_tools.simulate.simulate import simulate
+    >>> real, other = simulate("tiny", seed=0), simulate("tiny", seed=1)
+    >>> axes = bgen.plot.cells(real, other, cell_type="cell_type")  # `other` in place of generated cells
+    >>> [axis.get_title() for axis in axes]
+    ['real cells', 'generated cells']
     """
     real, generated = _same_genes(real, generated, "real and generated")
     panels = joint_layout(read_sets({"train": real, "real": real, "generated": generated}, cell_type))
@@ -105,6 +121,15 @@ def variance(real: AnnData, generated: AnnData, axis: Axes | None = None) -> Axe
     ----------
     real, generated
         Counts, matched by the names of genes.
+
+    Examples
+    --------
+    >>> import bgen
+    >>> from data_tools.simulate.simulate import simulate
+    >>> real, other = simulate("tiny", seed=0), simulate("tiny", seed=1)
+    >>> axis = bgen.plot.variance(real, other)  # `other` in place of generated cells
+    >>> axis.get_ylabel()
+    'variance / mean'
     """
     real, generated = _same_genes(real, generated, "real and generated")
     moments = equal_moments(read_sets({"real": real, "generated": generated}, None))
@@ -125,6 +150,16 @@ def effect(control: AnnData, perturbed: AnnData, axis: Axes | None = None, *, to
         Counts, matched by the names of genes.
     top
         How many genes of the largest changes are named.
+
+    Examples
+    --------
+    >>> import bgen
+    >>> from data_tools.simulate.simulate import simulate
+    >>> cells = simulate("tiny", seed=0)
+    >>> label = next(label for label in cells.obs["perturbation"].unique() if label != "control")
+    >>> control, perturbed = (cells[cells.obs["perturbation"] == name] for name in ("control", label))
+    >>> axis = bgen.plot.effect(control, perturbed, top=5)
+    >>> axis.figure.savefig("volcano.png")
     """
     table = changes(control, perturbed)
     axis = _axis(axis, (5.6, 4.4))
@@ -144,7 +179,24 @@ def effect(control: AnnData, perturbed: AnnData, axis: Axes | None = None, *, to
 
 
 def changes(control: AnnData, perturbed: AnnData) -> pd.DataFrame:
-    """Return for each gene its ``change`` of mean log(1 + counts per 10,000), and ``p`` by Welch's t-test."""
+    """Return for each gene its ``change`` of mean log(1 + counts per 10,000), and ``p`` by Welch's t-test.
+
+    Parameters
+    ----------
+    control, perturbed
+        Counts, matched by the names of genes.
+
+    Examples
+    --------
+    >>> import bgen
+    >>> from data_tools.simulate.simulate import simulate
+    >>> cells = simulate("tiny", seed=0)
+    >>> label = next(label for label in cells.obs["perturbation"].unique() if label != "control")
+    >>> control, perturbed = (cells[cells.obs["perturbation"] == name] for name in ("control", label))
+    >>> table = bgen.plot.changes(control, perturbed)
+    >>> table.columns.tolist(), len(table) == cells.n_vars
+    (['change', 'p'], True)
+    """
     from scipy.stats import t as student
 
     control, perturbed = _same_genes(control, perturbed, "control and perturbed")
@@ -164,8 +216,21 @@ def course(cells: AnnData, genes: Sequence[str], *, time: str = "time", axis: Ax
 
     Parameters
     ----------
+    cells
+        Counts.
+    genes
+        Names of var.
     time
         obs column of numbers.
+
+    Examples
+    --------
+    >>> import bgen
+    >>> from data_tools.simulate.simulate import simulate
+    >>> cells = simulate("tiny", seed=0)
+    >>> axis = bgen.plot.course(cells, cells.var_names[:3], time="time")
+    >>> len(axis.get_lines())
+    3
     """
     if time not in cells.obs:
         raise UserError(f"obs has no column '{time}'.{nearest(time, cells.obs.columns)}")
@@ -186,9 +251,22 @@ def course(cells: AnnData, genes: Sequence[str], *, time: str = "time", axis: Ax
 
 
 def scores(found: Scores, axis: Axes | None = None) -> Axes:
-    """Draw each measure of :meth:`bgen.tasks.load.Model.evaluate`: the model, its baseline, and real cells at 1.
+    """Draw each measure of ``model.evaluate``: the model, its baseline, and real cells at 1.
 
     Each line is scaled so that the worst of the three is at 0 and the best at 1.
+
+    Parameters
+    ----------
+    found
+        What ``model.evaluate`` gave.
+
+    Examples
+    --------
+    >>> import bgen
+    >>> model = bgen.load("bgen-demo/model")  # `bgen demo` makes it, and the store
+    >>> scores = model.evaluate("bgen-demo/store", "report", seeds=2, progress=False)
+    >>> axis = bgen.plot.scores(scores)
+    >>> axis.figure.savefig("scores.png")
     """
     shown = list(found.scores)
     axis = _axis(axis, (6.4, 0.9 + 0.27 * len(shown)))

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from bgen.errors import UserError
-from bgen.files import whole, write_h5ad, write_result
+from bgen.files import require_new_h5ad, whole, write_h5ad, write_result
 
 
 def make_cells() -> anndata.AnnData:
@@ -85,3 +85,17 @@ def test_what_was_there_stays_if_it_cannot_be_written_again(tmp_path: Path, monk
     os.umask(umask)
     assert mode == 0o666 & ~umask  # readable as the umask says, not only for its owner
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+
+
+@pytest.mark.parametrize("name", ["cells.csv", "cells.loom", "cells.zarr", "cells.parquet"])
+def test_a_name_that_promises_another_format_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"written as \.h5ad, not as .*cells\.h5ad"):
+        require_new_h5ad(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["cells.h5ad", "cells.H5AD", "cells", "cells-1.5", "cells.h5"])
+def test_names_of_cells(tmp_path: Path, name: str) -> None:
+    require_new_h5ad(tmp_path / name)
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match="is there already"):
+        require_new_h5ad(tmp_path / name)

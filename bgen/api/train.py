@@ -110,6 +110,11 @@ def train_flow(
     out, config, seed, resume, settings
         As in :func:`train_vae`; single values are those of ``train`` and ``flow``.
 
+    Raises
+    ------
+    UserError
+        If data, VAE or settings cannot be used, naming each; or if ``out`` holds a run.
+
     Examples
     --------
     >>> import bgen
@@ -142,10 +147,35 @@ def train_trajectories(
 
     Parameters
     ----------
+    data
+        Cells with a time in obs, best as the ``store`` of the VAE's training; see :func:`train_vae`.
+    vae
+        What :func:`train_vae` gave, its run folder, or a model directory.
+    out
+        Run folder.
     system
         obs columns (or roles) that say which populations are one course, such as donor.
-    data, vae, conditions, out, config, seed, resume, settings
-        As in :func:`train_flow`.
+    conditions
+        obs columns (or roles) that cells can be asked for.
+    config, seed, resume, settings
+        As in :func:`train_vae`; single values are those of ``train`` and ``flow``.
+
+    Raises
+    ------
+    UserError
+        If data, VAE or settings cannot be used, naming each; or if ``out`` holds a run.
+
+    Examples
+    --------
+    >>> import bgen
+    >>> from data_tools.simulate.simulate import simulate
+    >>> quick = {"steps": 5, "global_batch": 64, "track": {"progress": False, "mlflow": False}}
+    >>> vae = bgen.train_vae(simulate("tiny", seed=0), "vae", **quick)
+    >>> small = {"data": {"trajectories": {"times": 2, "cells": 8, "pool": 256}}, "backbone": {"name": "mlp"}}
+    >>> course = bgen.train_trajectories(vae.store, vae, "course", system=["donor"], fit_levels=False, **small, **quick)
+    >>> cells = course.model.generate(10, times=[0.0, 24.0], seed=0)  # of each time
+    >>> cells.obs["time"].value_counts().to_dict()
+    {0.0: 10, 24.0: 10}
     """
     settings = _with(settings, "data", {"trajectories": {"system": list(system)}})
     return _train_flow(data, vae, Path(out), conditions, config, seed, resume, settings)
@@ -167,10 +197,34 @@ def train_perturbation(
 
     Parameters
     ----------
+    data
+        Cells with a perturbation in obs, best as the ``store`` of the VAE's training; see :func:`train_vae`.
+    vae
+        What :func:`train_vae` gave, its run folder, or a model directory.
+    out
+        Run folder.
     system
         obs columns (or roles) that say whose control cells go with which perturbed ones, such as cell_type.
-    data, vae, out, config, seed, resume, settings
-        As in :func:`train_flow`.
+    config, seed, resume, settings
+        As in :func:`train_vae`; single values are those of ``train`` and ``flow``.
+
+    Raises
+    ------
+    UserError
+        If data, VAE or settings cannot be used, naming each; or if ``out`` holds a run.
+
+    Examples
+    --------
+    >>> import bgen
+    >>> from data_tools.simulate.simulate import simulate
+    >>> cells = simulate("tiny", seed=0)
+    >>> quick = {"steps": 5, "global_batch": 64, "track": {"progress": False, "mlflow": False}}
+    >>> vae = bgen.train_vae(cells, "vae", **quick)
+    >>> small = {"data": {"trajectories": {"times": 2, "cells": 8, "pool": 256}}, "backbone": {"name": "mlp"}}
+    >>> screen = bgen.train_perturbation(vae.store, vae, "screen", system=["donor"], fit_levels=False, **small, **quick)
+    >>> label = next(label for label in cells.obs["perturbation"].unique() if label != "control")
+    >>> screen.model.perturb(cells, label, n=10, seed=0).n_obs
+    10
     """
     settings = _with(settings, "data", {"trajectories": {"system": list(system)}})
     return _train_flow(data, vae, Path(out), (), config, seed, resume, settings)

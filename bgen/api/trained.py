@@ -30,6 +30,16 @@ class Trained:
         Run folder: checkpoints, record, resolved configuration, and the model.
     store
         Folder or address of the store that it learnt from; hand it to the next training.
+
+    Examples
+    --------
+    >>> import bgen
+    >>> from data_tools.simulate.simulate import simulate
+    >>> quick = {"steps": 20, "global_batch": 64, "track": {"progress": False, "mlflow": False}}
+    >>> vae = bgen.train_vae(simulate("tiny", seed=0), "vae", **quick)
+    >>> int(vae.history.index.max()), vae.model.saved.kind
+    (20, 'vae')
+    >>> vae.plot().figure.savefig("losses.png")
     """
 
     folder: Path

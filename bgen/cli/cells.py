@@ -14,7 +14,7 @@ import typer
 from bgen.cli.options import Data, Device, Precision, cells_options, read_cells, with_options
 from bgen.cli.terminal import Json, Seed, notes, parse_scales, parse_times, parse_where, progress_bar, results
 from bgen.errors import MOST_CELLS, MOST_COUNTS, UserError
-from bgen.files import require_new_file, write_h5ad
+from bgen.files import require_new_h5ad, write_h5ad
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -25,6 +25,10 @@ app = typer.Typer(help="What a model does with your cells.")
 
 ModelFolder = Annotated[Path, typer.Argument(help="Model directory.")]
 Out = Annotated[Path, typer.Option(help="The .h5ad to write.")]
+Genes = Annotated[
+    list[str] | None,
+    typer.Option(help="Only these genes, by id or symbol, with commas between; may be repeated. Default: all."),
+]
 OutInBlocks = Annotated[
     Path,
     typer.Option(
@@ -77,14 +81,14 @@ def generate(
 ) -> None:
     """Generate cells as counts: single cells, or populations over time from a model that was trained on trajectories.
 
-    Example: `bgen generate bgen-demo/model --n 1000 --where cell_type=T1 --out cells.h5ad`
+    Example: `bgen generate bgen-demo/model --n 1000 --where cell_type=B --out cells.h5ad`
 
     Example: `bgen generate runs/trajectories/model --times 0,24,48 --n 200 --out course.h5ad`
     """
-    from bgen.files import require_new_file, write_h5ad
+    from bgen.files import require_new_h5ad, write_h5ad
     from bgen.tasks.load import load_model
 
-    require_new_file(out)
+    require_new_h5ad(out)
     loaded = load_model(model, device, precision=precision)
     with progress_bar() as progress:
         cells = loaded.generate(
@@ -273,10 +277,7 @@ def denoise(
     library_size: Annotated[
         float | None, typer.Option(min=1, max=MOST_COUNTS, help="Total counts of each cell; default: its own.")
     ] = None,
-    genes: Annotated[
-        list[str] | None,
-        typer.Option(help="Only these genes, by id or symbol, with commas between; may be repeated. Default: all."),
-    ] = None,
+    genes: Genes = None,
     restart: Restart = False,
     *,
     reading: Any,
@@ -295,7 +296,7 @@ def denoise(
     from bgen.tasks.cells.denoise import denoising_scores
     from bgen.tasks.load import load_model
 
-    named = None if genes is None else [name.strip() for text in genes for name in text.split(",") if name.strip()]
+    named = _named(genes)
     if _in_blocks(out, restart):
         compute_on(device)
         loaded = load_model(model, device, precision=precision)
@@ -352,6 +353,7 @@ def integrate(
         str | None, typer.Option(help="obs column of cell types: also score by scib-metrics (bgen-flow[integration]).")
     ] = None,
     neighbours: Neighbours = None,
+    genes: Genes = None,
     *,
     reading: Any,
     device: Device = "auto",
@@ -364,10 +366,12 @@ def integrate(
     """
     from bgen.tasks.load import load_model
 
-    require_new_file(out)
+    require_new_h5ad(out)
     loaded = load_model(model, device, precision=precision)
     read = read_cells(loaded, data, reading, as_json)
-    cells = loaded.integrate(read, reference=reference, batch=batch, label=label, neighbours=neighbours)
+    cells = loaded.integrate(
+        read, reference=reference, batch=batch, label=label, neighbours=neighbours, genes=_named(genes)
+    )
     told = dict(cells.uns["bgen_integrate"])
     said = [f"Counts in layers['integrated'] are as of {told['batch']} '{told['reference']}'."]
     if "mixing" in told:
@@ -379,6 +383,11 @@ def integrate(
     if told["cells_of_unknown_batches"]:
         said.append(f"{told['cells_of_unknown_batches']:,} cells are of batches that the model does not know.")
     _finish(cells, out, read.matched, told, said, as_json)
+
+
+def _named(genes: list[str] | None) -> list[str] | None:
+    """Return the genes of an option that may be repeated and may hold several, with commas between."""
+    return None if genes is None else [name.strip() for text in genes for name in text.split(",") if name.strip()]
 
 
 def _in_blocks(out: Path, restart: bool) -> bool:
@@ -397,7 +406,7 @@ def _in_blocks(out: Path, restart: bool) -> bool:
         raise UserError(f"--restart is for --out NAME.zarr, which is made in blocks; {out} is made at once.")
     if read_world().size > 1:
         raise UserError(f"{out} is made by one process. Several ranks share the cells with --out NAME.zarr.")
-    require_new_file(out)
+    require_new_h5ad(out)
     return False
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from bgen.cli.options import cells_options, with_options
 from bgen.cli.terminal import Json, Seed, notes, progress_bar, results
 from bgen.errors import MOST_CELLS, UserError
-from bgen.files import require_new_file, require_new_folder, write_h5ad
+from bgen.files import require_new_file, require_new_folder, require_new_h5ad, write_h5ad
 from bgen.names import shown
 from bgen.version import __version__
 
@@ -134,9 +134,9 @@ def simulate(
     from data_tools.simulate.screens import SCREENS, simulate_screens, write_drives
     from data_tools.simulate.simulate import simulate as simulate_lineages
 
-    for path in (out, known):
-        if path is not None:
-            require_new_file(path)
+    require_new_h5ad(out)
+    if known is not None:
+        require_new_file(known)
     if known is not None and preset not in PROGRAMMES | SCREENS:
         raise UserError(f"--known is for the presets {', '.join(PROGRAMMES | SCREENS)}, not for {preset}.")
     draw = simulate_programmes if preset in PROGRAMMES else simulate_screens if preset in SCREENS else simulate_lineages

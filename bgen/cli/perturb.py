@@ -11,7 +11,7 @@ import typer
 from bgen.cli.options import Data, Device, Precision, cells_options, read_cells, with_options
 from bgen.cli.terminal import Json, Seed, notes, parse_where, progress_bar, results
 from bgen.errors import MOST_CELLS, UserError
-from bgen.files import require_new_file, write_h5ad, write_result
+from bgen.files import require_new_file, require_new_h5ad, write_h5ad, write_result
 from bgen.names import shown
 
 app = typer.Typer(help="Perturbations.")
@@ -58,7 +58,7 @@ def perturb(
     """
     from bgen.tasks.load import load_model
 
-    require_new_file(out)
+    require_new_h5ad(out)
     asked = _asked(perturbation, table)
     if table is not None and (dose is not None or time is not None):
         raise UserError("--dose and --time are columns of the --table.")

@@ -11,7 +11,7 @@ import typer
 from bgen.cli.options import Data, Device, Precision, cells_options, read_cells, with_options
 from bgen.cli.terminal import Json, Seed, notes, parse_scales, parse_where, progress_bar, results
 from bgen.errors import MOST_CELLS, MOST_COUNTS
-from bgen.files import require_new_file, write_h5ad
+from bgen.files import require_new_h5ad, write_h5ad
 
 app = typer.Typer(help="What a model does over time.")
 
@@ -61,7 +61,7 @@ def _predictor(name: str, forecast: bool, text: str) -> None:
     ) -> None:
         from bgen.tasks.load import load_model
 
-        require_new_file(out)
+        require_new_h5ad(out)
         loaded = load_model(model, device, precision=precision)
         with progress_bar() as progress:
             read = read_cells(loaded, data, reading, as_json)

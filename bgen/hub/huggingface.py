@@ -60,8 +60,8 @@ def fetch(address: str | Path, revision: str | None = None) -> Path:
     for path in sorted(folder.iterdir()):
         if _changed(path):
             raise UserError(
-                f"{path} is not what the hub gave: it was changed or damaged on this machine. Remove"
-                f" {path.resolve()}, and load {address} again."
+                f"{path} is not what the hub says it is: it was changed or damaged, on the way or on this machine."
+                f" Remove {path.resolve()}, and load {address} again."
             )
     return folder
 

@@ -25,7 +25,7 @@ from typing import Any
 from anndata import AnnData
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -33,6 +33,7 @@ from starlette.requests import ClientDisconnect
 from bgen.errors import UserError
 from bgen.files import write_h5ad
 from bgen.serve import questions
+from bgen.serve.pieces import BLOCK, json_pieces, values_in
 from bgen.serve.questions import OF_CELLS, WITH_COUNTS, Cells, Generate, validated
 from bgen.serve.turns import Task, Turns
 from bgen.tasks.load import Model
@@ -298,7 +299,10 @@ def _renderer(request: Request, folder: Path, *, counts: bool) -> Callable[[AnnD
         if as_file:
             write_h5ad(adata, folder / "answer.h5ad")
             return FileResponse(folder / "answer.h5ad", media_type=H5AD, filename="answer.h5ad")
-        return Response(json.dumps(questions.as_json(adata, counts=counts)), media_type="application/json")
+        told = questions.answer_of(adata, counts=counts)
+        if values_in(told) > BLOCK:
+            return StreamingResponse(json_pieces(told), media_type="application/json")
+        return Response("".join(json_pieces(told)), media_type="application/json")
 
     return render
 

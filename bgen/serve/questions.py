@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from bgen.errors import MOST_SEEDS, UserError, nearest
 from bgen.models.generators.latent_flow import LatentFlow
+from bgen.serve.pieces import plain
 from bgen.tasks.generate import Ask, sample_settings
 from bgen.tasks.generate import generate_together as generate_asks
 from bgen.tasks.load import Model
@@ -283,22 +284,24 @@ def answer(model: Model, name: str, tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_json(adata: AnnData, *, counts: bool) -> dict[str, Any]:
-    """Return an answer as plain values: columns of obs, latent states, and, if asked for, counts."""
+    """Return an answer as plain values; see :func:`answer_of`."""
+    told: dict[str, Any] = plain(answer_of(adata, counts=counts))
+    return told
+
+
+def answer_of(adata: AnnData, *, counts: bool) -> dict[str, Any]:
+    """Return an answer as plain values and arrays: columns of obs, latent states, and, if asked for, counts."""
     obs: dict[str, list[Any]] = {}
     for name, column in adata.obs.items():
         values = column.astype(object).where(column.notna(), None)
         obs[str(name)] = [value.item() if isinstance(value, np.generic) else value for value in values]
     told: dict[str, Any] = {"cells": adata.obs_names.tolist(), "obs": obs}
     if "X_bgen" in adata.obsm:
-        told["X_bgen"] = np.asarray(adata.obsm["X_bgen"], float).round(6).tolist()
+        told["X_bgen"] = np.asarray(adata.obsm["X_bgen"], float).round(6)
     if counts:
         matrix = sp.csr_matrix(adata.X)
         told["genes"] = adata.var_names.tolist()
-        told["counts"] = {
-            "indptr": matrix.indptr.tolist(),
-            "indices": matrix.indices.tolist(),
-            "data": matrix.data.tolist(),
-        }
+        told["counts"] = {"indptr": matrix.indptr, "indices": matrix.indices, "data": matrix.data}
     return told
 
 

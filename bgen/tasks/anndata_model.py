@@ -56,7 +56,7 @@ class AnnDataModel:
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What :meth:`generate` can be asked for: column to its categories, or to "number"."""
+        """What cells can be asked for, by column: its categories, or "number"."""
         module = self.saved.module
         names = module.conditions.names if isinstance(module, LatentFlow) else []
         known = self.saved.columns
@@ -69,21 +69,40 @@ class AnnDataModel:
         Parameters
         ----------
         data
-            A file or folder of any format that ``bgen data check`` reads, or AnnData in memory. Genes are matched by id
-            or, where a model has both, by symbol; those that the data lacks count as zero. Columns are found in obs by
-            the model's name of them or by their role.
-        reading
-            See :class:`bgen.tasks.user_cells.Reading`.
+            A file or folder of any format that ``bgen data check`` reads, a store, or AnnData in memory. Genes are
+            matched by id or, where a model has both, by symbol; those that the data lacks count as zero. Columns are
+            found in obs by the model's name of them or by their role.
+        counts
+            Matrix of raw counts: "X" (the default), "raw/X", "layers/NAME", or "auto" for the first that is counts.
+        layer
+            ``layer="NAME"`` is ``counts="layers/NAME"``.
+        gene_column
+            Column of var with the gene ids; default: its index.
+        floor
+            Least share of the molecules of an average cell of the model that must be of genes that the data has;
+            default 0.8.
+        access
+            How an address is read (:class:`bgen.config.data.Access`).
 
         Returns
         -------
         UserCells
-            Its ``matched`` says what was matched and what was not.
+            Its ``matched`` says what was matched and what was not; ``matched.sentences()`` in words.
 
         Raises
         ------
         UserError
             If too few genes agree, or the matrix holds no counts.
+
+        Examples
+        --------
+        >>> import bgen
+        >>> model = bgen.load("bgen-demo/model")  # `bgen demo` makes it, and the cells
+        >>> cells = model.read("bgen-demo/cells.h5ad", counts="auto")
+        >>> cells.matched.matrix, cells.matched.missing
+        ('X', [])
+        >>> model.embed(cells).n_obs == model.denoise(cells).n_obs == len(cells)
+        True
         """
         if isinstance(data, UserCells):
             if reading:

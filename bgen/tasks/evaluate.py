@@ -111,7 +111,6 @@ def score(
         cells,
         seed=seed,
         losses={} if model.folder is None else records.beside(model.folder),
-        title=f"How good are the cells of {model.saved.about.name}?",
         provenance=_provenance(model, store, generated, seed),
     )
     if generated is None and model.folder is not None:

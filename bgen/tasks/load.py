@@ -3,64 +3,40 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import pandas as pd
-from anndata import AnnData
 
 from bgen.distributed.world import device_of
 from bgen.errors import UserError
-from bgen.evaluate.protocols.time_point import TimeScores
 from bgen.hub.addresses import fetch, is_address
 from bgen.hub.directory import SavedModel, load_directory, save_model
 from bgen.nn.precision import precision_of
 from bgen.notebooks import progress_bar
-from bgen.progress import Progress, Say
+from bgen.progress import Say
 from bgen.store.store import Store
-from bgen.tasks.anndata_model import AnnDataModel
-from bgen.tasks.cells.annotate import annotate_cells
-from bgen.tasks.cells.denoise import denoise_cells
-from bgen.tasks.cells.embed import embed_cells
-from bgen.tasks.cells.integrate import integrate_cells
+from bgen.tasks.cells.verbs import CellVerbs
 from bgen.tasks.extend import extend_model
 from bgen.tasks.gene_list import GeneList
-from bgen.tasks.generate import read_moments, sample_settings
-from bgen.tasks.perturb.perturb import perturb_cells
-from bgen.tasks.perturb.rank import rank_perturbations
-from bgen.tasks.perturb.table import perturb_table
-from bgen.tasks.time.axis import TimeAxis
-from bgen.tasks.time.observed import observe
-from bgen.tasks.time.predict import predict_times
-from bgen.tasks.time.trajectories import generate_as_trained
-from bgen.tasks.user_cells import Cells, Reading, UserCells
+from bgen.tasks.perturb.verbs import PerturbVerbs
+from bgen.tasks.time.verbs import GeneratorVerbs
+from bgen.tasks.user_cells import Cells, Reading
 from bgen.track import record
 
 if TYPE_CHECKING:
     from bgen.evaluate.protocols.scores import Scores
 
 
-class TimeOptions(Reading, total=False):
-    """Keyword arguments of :meth:`Model.predict_times` that :meth:`Model.interpolate` and ``forecast`` take, too."""
-
-    n: int | None
-    where: Mapping[str, Any] | None
-    library_size: float | None
-    sample: Mapping[str, Any] | None
-    time_column: str | None
-    seed: int
-    progress: Progress | None
-
-
-class Model(AnnDataModel):
+class Model(GeneratorVerbs, CellVerbs, PerturbVerbs):
     """An exported model, loaded, with a method for each verb of the command line.
 
-    A method that takes cells takes a file of any format that ``bgen data check`` reads, AnnData in memory, or the
-    result of :meth:`read`. Keyword arguments say how cells are read (:class:`bgen.tasks.user_cells.Reading`).
+    A method that takes cells takes a file of any format that ``bgen data check`` reads, a store, AnnData in memory, or
+    the result of :meth:`read`, whose keyword arguments each of them has.
 
     Attributes
     ----------
@@ -80,6 +56,13 @@ class Model(AnnDataModel):
         ------
         UserError
             If the record does not lie beside the model, as it does in a run folder.
+
+        Examples
+        --------
+        >>> import bgen
+        >>> history = bgen.load("bgen-demo/vae/model").history  # `bgen demo` makes it
+        >>> "train/loss" in history and "valid/loss" in history
+        True
         """
         found = {} if self.folder is None else record.beside(self.folder)
         if not found:
@@ -89,10 +72,23 @@ class Model(AnnDataModel):
     def save(self, folder: str | PathLike[str]) -> Path:
         """Write the model as a directory that :func:`bgen.load` reads anywhere: safetensors and JSON, no pickle.
 
+        Parameters
+        ----------
+        folder
+            New folder; it becomes the model's own.
+
         Raises
         ------
         UserError
             If the folder is there and not empty.
+
+        Examples
+        --------
+        >>> import bgen
+        >>> model = bgen.load("bgen-demo/model")  # which `bgen demo` makes
+        >>> folder = model.save("for-my-colleague")
+        >>> bgen.load(folder).saved.fingerprint() == model.saved.fingerprint()
+        True
         """
         self.folder = Path(folder)
         save_model(self.saved, self.folder)
@@ -109,8 +105,35 @@ class Model(AnnDataModel):
     ) -> Scores:
         """Score generated cells on a store's test split, beside a baseline and a real-versus-real ceiling.
 
-        Writes ``report.html`` and ``metrics.json`` into ``out``; the model's directory gets the scores into its card.
-        See :func:`bgen.tasks.evaluate.score`.
+        Parameters
+        ----------
+        data
+            A store with splits train and test, or its folder or address.
+        out
+            New folder for ``report.html`` and ``metrics.json``. The card in the model's own directory gets the scores,
+            too.
+        seeds
+            Repetitions of each figure: which cells are compared.
+        progress
+            Show a progress bar.
+
+        Returns
+        -------
+        Scores
+            A table where it is shown; :func:`bgen.plot.scores` draws it; ``headline()`` is a sentence to quote.
+
+        Raises
+        ------
+        UserError
+            If the model generates no cells, the store has no such splits or other genes, or ``out`` is not empty.
+
+        Examples
+        --------
+        >>> import bgen
+        >>> model = bgen.load("bgen-demo/model")  # `bgen demo` makes it, and the store
+        >>> scores = model.evaluate("bgen-demo/store", "report", seeds=2, progress=False)
+        >>> bool(scores.headline())
+        True
         """
         from bgen.tasks.evaluate import score
 
@@ -136,18 +159,31 @@ class Model(AnnDataModel):
         add_genes: bool = False,
         overrides: Sequence[str] = (),
         resume: bool = False,
+        say: Say | None = None,
         **reading: Unpack[Reading],
     ) -> Model:
         """Adapt the model to cells, and return the new one, which is also written to ``out/model``.
 
         Parameters
         ----------
+        data
+            Your cells, with raw counts: a file, a store, or AnnData in memory.
+        out
+            New folder of the run.
         task
-            What it is adapted to: "generate" (your cells), "annotate" (their ``label``), "perturb" (the screen in the
-            columns ``perturbation``, with its ``control`` labels, and ``dose``) or "time" (the course in column
-            ``time``).
+            What it is adapted to: "generate" (your cells), "annotate" (their ``label``), "perturb" (a screen) or "time"
+            (a time course).
         mode
             How much is trained: "full", "lora" or "head".
+        label
+            annotate: obs column of the labels.
+        perturbation, control, separator
+            perturb: obs column of the perturbations, its label or labels of control cells, and what stands between
+            the members of a combination (default: found, or "+").
+        dose
+            perturb: obs column of doses.
+        time
+            time: obs column of times.
         within
             obs columns: perturb compares within them, a trajectory lies within them.
         hold_out
@@ -160,11 +196,27 @@ class Model(AnnDataModel):
             Such as ``train.steps=500``.
         resume
             Go on with what ``out`` holds.
+        say
+            Told what is matched, new and trained; default: it is printed.
+        reading
+            ``counts``, ``gene_column``, ``floor`` and others: see :meth:`read`.
 
         Raises
         ------
         UserError
-            If the model is in memory only (:meth:`save` it first), or as :func:`bgen.tasks.finetune.finetune.finetune`.
+            If the model is in memory only (:meth:`save` it first), the cells or columns do not fit task or model, or
+            ``out`` is not empty.
+
+        Examples
+        --------
+        >>> import bgen
+        >>> model = bgen.load("bgen-demo/model")  # `bgen demo` makes it, and the cells
+        >>> quick = ["train.steps=5", "track.mlflow=false", "track.progress=false"]  # an example; leave train.steps out
+        >>> mine = model.finetune(
+        ...     "bgen-demo/cells.h5ad", "mine", task="generate", mode="lora", overrides=quick, say=lambda sentence: None
+        ... )
+        >>> mine.generate(10, seed=0).n_obs
+        10
         """
         from bgen.tasks.finetune.finetune import finetune
         from bgen.tasks.finetune.request import Request
@@ -188,7 +240,7 @@ class Model(AnnDataModel):
             network=None if network is None else Path(network),
             **reading,
         )
-        finetune(self.folder, data, Path(out), request, overrides=overrides, resume=resume)
+        finetune(self.folder, data, Path(out), request, overrides=overrides, resume=resume, say=say)
         return load_model(Path(out) / "model", str(self.device), precision=self.saved.precision)
 
     def _repr_html_(self) -> str:
@@ -210,210 +262,6 @@ class Model(AnnDataModel):
         rows = "".join(f"<tr><th>{name}</th><td>{html.escape(str(text))}</td></tr>" for name, text in facts.items())
         return f'<table class="bgen-model">{rows}</table>'
 
-    def generate(
-        self,
-        n: int = 1000,
-        *,
-        where: Mapping[str, Any] | None = None,
-        library_size: float | None = None,
-        times: Sequence[float] | Literal["all"] | None = None,
-        guidance: float | None = None,
-        guidance_of: Mapping[str, float] | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-        steps: int | None = None,
-        solver: str | None = None,
-        noise: float | None = None,
-        seed: int = 0,
-        progress: Progress | None = None,
-    ) -> AnnData:
-        """Generate cells; see :func:`bgen.tasks.generate.generate_cells`.
-
-        With ``times`` ("all": those of the training cells), whole trajectories with n cells at each time point; see
-        :func:`bgen.tasks.time.trajectories.generate_trajectories`. A model trained on trajectories takes all times
-        unless others are given.
-        """
-        settings = sample_settings(
-            self.saved.sample,
-            guidance=guidance,
-            guidance_of=self._by_column(guidance_of),
-            guidance_interval=guidance_interval,
-            steps=steps,
-            solver=solver,
-            noise=noise,
-        )
-        return generate_as_trained(
-            self.saved,
-            n,
-            times=times,
-            where=where or {},
-            library_size=library_size,
-            settings=settings,
-            seed=seed,
-            progress=progress,
-        )
-
-    def interpolate(
-        self, data: Cells | UserCells, times: float | Sequence[float], **options: Unpack[TimeOptions]
-    ) -> AnnData:
-        """Generate cells at time points that the data lack, from the time points around; AnnData of integer counts.
-
-        See :meth:`predict_times`.
-        """
-        return self.predict_times(data, times, forecast=False, **options)[0]
-
-    def forecast(
-        self, data: Cells | UserCells, times: float | Sequence[float], **options: Unpack[TimeOptions]
-    ) -> AnnData:
-        """Generate cells at later time points from the data before them; otherwise as :meth:`interpolate`."""
-        return self.predict_times(data, times, forecast=True, **options)[0]
-
-    def predict_times(
-        self,
-        data: Cells | UserCells,
-        times: float | Sequence[float],
-        *,
-        forecast: bool,
-        n: int | None = None,
-        where: Mapping[str, Any] | None = None,
-        library_size: float | None = None,
-        sample: Mapping[str, Any] | None = None,
-        time_column: str | None = None,
-        seed: int = 0,
-        progress: Progress | None = None,
-        **reading: Unpack[Reading],
-    ) -> tuple[AnnData, dict[float, TimeScores]]:
-        """Generate cells at times that are treated as missing from the data, and score them where the data do hold
-        them.
-
-        Parameters
-        ----------
-        data
-            Raw counts, and a time for every cell in obs; see :meth:`read`.
-        times
-            Times asked for, in the model's unit. Cells that the data hold there are not shown to the model; they are
-            what it is compared with (also in ``uns['bgen']['scores']`` of the result).
-        forecast
-            From earlier time points alone; otherwise from both sides.
-        n
-            Cells per time; None: as many as the data hold there, else the mean of the neighbours.
-        where
-            Condition to value: only cells that agree are looked at, and such cells are generated.
-        library_size
-            Expected total counts of every cell; None: generated.
-        sample
-            Overrides of the model's :class:`bgen.config.flow.SampleConfig`, such as ``{"steps": 4}``.
-        time_column
-            obs column of the times; None: the model's name of it, or "time".
-
-        Raises
-        ------
-        UserError
-            If the model knows no trajectories, or data, times or conditions do not fit it.
-        """
-        TimeAxis.of(self.saved)  # before anything is read
-        wanted = read_moments(times).tolist()
-        asked = where or {}
-        given = dict(sample or {})
-        given |= {"guidance_of": self._by_column(given.get("guidance_of"))}
-        settings = sample_settings(self.saved.sample, **given)
-        return predict_times(
-            self.saved,
-            observe(self, self.read(data, **reading), asked, time_column),
-            wanted,
-            forecast=forecast,
-            where=asked,
-            n=n,
-            library_size=library_size,
-            settings=settings,
-            seed=seed,
-            progress=progress,
-        )
-
-    def _by_column(self, scales: Mapping[str, float] | None) -> dict[str, float] | None:
-        """Return scales of guidance by column, given by column or role."""
-        return None if scales is None else {self.saved.column_name(name): value for name, value in scales.items()}
-
-    def embed(
-        self,
-        data: Cells | UserCells,
-        *,
-        variance: bool = False,
-        neighbours: int | None = None,
-        **reading: Unpack[Reading],
-    ) -> AnnData:
-        """Add latent states, and neighbours for scanpy on request; see :func:`bgen.tasks.cells.embed.embed_cells`.
-
-        Raises
-        ------
-        UserError
-            If the model has no latent space; so do :meth:`annotate`, :meth:`denoise` and :meth:`integrate`.
-        """
-        self.saved.require_vae()
-        return embed_cells(self, self.read(data, **reading), variance=variance, neighbours=neighbours)
-
-    def annotate(
-        self,
-        data: Cells | UserCells,
-        label: str | None = None,
-        *,
-        threshold: float = 0.5,
-        **reading: Unpack[Reading],
-    ) -> AnnData:
-        """Label cells, with probabilities; see :func:`bgen.tasks.cells.annotate.annotate_cells`."""
-        self.saved.require_vae()
-        return annotate_cells(self, self.read(data, **reading), label, threshold=threshold)
-
-    def denoise(
-        self,
-        data: Cells | UserCells,
-        *,
-        library_size: float | None = None,
-        genes: Sequence[str] | None = None,
-        **reading: Unpack[Reading],
-    ) -> AnnData:
-        """Add expected counts as a layer; see :func:`bgen.tasks.cells.denoise.denoise_cells`."""
-        self.saved.require_vae()
-        return denoise_cells(self, self.read(data, **reading), library_size=library_size, genes=genes)
-
-    def integrate(
-        self,
-        data: Cells | UserCells,
-        *,
-        reference: str | None = None,
-        batch: str | None = None,
-        label: str | None = None,
-        neighbours: int | None = None,
-        **reading: Unpack[Reading],
-    ) -> AnnData:
-        """Add a latent and counts without batch effects; see :func:`bgen.tasks.cells.integrate.integrate_cells`."""
-        self.saved.require_vae()
-        cells = self.read(data, **reading)
-        return integrate_cells(self, cells, reference=reference, batch=batch, label=label, neighbours=neighbours)
-
-    def perturb(
-        self,
-        data: Cells | UserCells,
-        perturbation: str | Sequence[str] | pd.DataFrame,
-        *,
-        control: tuple[str, str] | Literal["all"] | None = None,
-        dose: float | str | None = None,
-        time: float | None = None,
-        n: int | None = None,
-        seed: int = 0,
-        progress: Progress | None = None,
-        **reading: Unpack[Reading],
-    ) -> AnnData:
-        """Predict perturbed cells from control cells; see :func:`bgen.tasks.perturb.perturb.perturb_cells`.
-
-        A table of perturbations gives the cells of all its rows: see :func:`bgen.tasks.perturb.table.perturb_table`.
-        """
-        cells = self.read(data, **reading)
-        if isinstance(perturbation, pd.DataFrame):
-            return perturb_table(self, cells, perturbation, control=control, n=n, seed=seed, progress=progress)
-        return perturb_cells(
-            self, cells, perturbation, control=control, dose=dose, time=time, n=n, seed=seed, progress=progress
-        )
-
     def add_genes(
         self,
         genes: GeneList,
@@ -424,40 +272,50 @@ class Model(AnnDataModel):
         gene_column: str | None = None,
         say: Say = print,
     ) -> Model:
-        """Return a model with further genes, which no training has seen; see :func:`bgen.tasks.extend.extend_model`."""
+        """Return a model that also knows genes which it was not trained on, by what is known of them.
+
+        The model must have vectors of genes: from files or gene sets (``vectors`` of its encoder and decoder).
+
+        Parameters
+        ----------
+        genes
+            Ids; a file or table of them; or cells that have them. Those that the model knows stay as they are; those
+            of which nothing is known are left out, and named.
+        vectors
+            Files with vectors of the new genes, made in the same way as those of training, whose files lack them.
+        sets
+            Gene sets (.gmt) with the names of those of training, and the new genes.
+        orthologs
+            File with a new gene and, in the second column, the gene of the model whose vector it gets.
+        gene_column
+            Column with the ids of ``genes``.
+        say
+            Told how many genes are known by what, and how well.
+
+        Raises
+        ------
+        UserError
+            If the model has no vectors, a file cannot be used, or no gene is left to be added.
+
+        Examples
+        --------
+        >>> import anndata, bgen, numpy, pandas
+        >>> cells = anndata.read_h5ad("bgen-demo/cells.h5ad")  # which `bgen demo` makes
+        >>> names = [*cells.var_names, "new"]
+        >>> vectors = pandas.DataFrame(numpy.random.default_rng(0).normal(size=(len(names), 5)), index=names)
+        >>> vectors.to_csv("vectors.csv")
+        >>> known = {"name": "gene_table", "rows": 6, "vectors": {"files": ["vectors.csv"], "size": 4}}
+        >>> coded = {"name": "gene_set", "rows": 6, "vectors": {"files": ["vectors.csv"], "size": 4}}
+        >>> quick = {"steps": 5, "global_batch": 64, "track": {"progress": False, "mlflow": False}}
+        >>> vae = bgen.train_vae(cells, "vae", encoder=coded, decoder=known, fit_levels=False, **quick)
+        >>> grown = vae.model.add_genes(["new"], say=lambda sentence: None)
+        >>> len(grown.genes) - len(vae.model.genes)
+        1
+        """
         saved = extend_model(
             self.saved, genes, vectors=vectors, sets=sets, orthologs=orthologs, gene_column=gene_column, say=say
         )
         return Model(saved)
-
-    def screen(
-        self,
-        data: Cells | UserCells,
-        towards: tuple[str, str],
-        *,
-        perturbations: Sequence[str] | None = None,
-        control: tuple[str, str] | Literal["all"] | None = None,
-        dose: float | str | None = None,
-        time: float | None = None,
-        seed: int = 0,
-        progress: Progress | None = None,
-        **reading: Unpack[Reading],
-    ) -> pd.DataFrame:
-        """Rank perturbations by how far they move control cells towards other cells of the data.
-
-        See :func:`bgen.tasks.perturb.rank.rank_perturbations`.
-        """
-        return rank_perturbations(
-            self,
-            self.read(data, **reading),
-            towards,
-            perturbations=perturbations,
-            control=control,
-            dose=dose,
-            time=time,
-            seed=seed,
-            progress=progress,
-        )
 
 
 def load_model(
@@ -489,8 +347,15 @@ def load_model(
     Raises
     ------
     UserError
-        If it is no model, is incomplete or damaged, or comes from a newer bgen, if there is no such device or
-        precision; or as :func:`bgen.hub.addresses.fetch`.
+        If it is no model, is incomplete or damaged, comes from a newer bgen, or has another fingerprint; if there is no
+        such device; or if the hub or registry has no such model, or cannot be asked.
+
+    Examples
+    --------
+    >>> import bgen
+    >>> model = bgen.load("bgen-demo/model")  # which `bgen demo` makes
+    >>> sorted(model.conditions)
+    ['cell_type', 'perturbation', 'time']
     """
     if is_address(folder):
         place = fetch(folder, revision)

@@ -336,13 +336,6 @@ class UserCells:
             warnings.simplefilter("ignore")  # of names that are not unique
             return self.adata.copy()
 
-    def as_layer(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return values ``[N, G]`` of the model's genes as a layer ``[N, V]``, NaN for genes that it does not know."""
-        layer = np.full(self.adata.shape, np.nan, np.float32)
-        there = self.of_var >= 0
-        layer[:, there] = values[:, self.of_var[there]]
-        return layer
-
 
 def read_user_data(
     data: Cells | UserData,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,7 +23,7 @@ def warn(message: str) -> None:
 
 
 class ProgressLine:
-    """Shows steps done, the loss and the speed.
+    """Shows steps done, the time left, the losses and the speed.
 
     Parameters
     ----------
@@ -36,6 +37,7 @@ class ProgressLine:
 
     def __init__(self, title: str, done: int, total: int, shown: bool) -> None:
         self._title, self._total, self._shown = title, total, shown
+        self._first, self._began = done, time.monotonic()
         self._console = Console(file=sys.stderr, highlight=False)
         self._bar: Progress | None = None
         self._spoke = 0.0
@@ -54,7 +56,14 @@ class ProgressLine:
                 self._bar.update(self._task, completed=step)
         elif self._shown and figures and (step >= self._total or time.monotonic() - self._spoke >= SECONDS_PER_LINE):
             self._spoke = time.monotonic()
-            self.say(f"{self._title} {step}/{self._total} {figures}")
+            self.say(f"{self._title} {step}/{self._total}{self._left(step)} {figures}")
+
+    def _left(self, step: int) -> str:
+        """Return how long the steps that are left will take, as fast as those so far; "" where nobody can tell."""
+        if not self._first < step < self._total:
+            return ""
+        seconds = (time.monotonic() - self._began) / (step - self._first) * (self._total - step)
+        return f" ({timedelta(seconds=round(seconds))} left)"
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""

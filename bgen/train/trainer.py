@@ -99,6 +99,7 @@ class Trainer:
         self._losses: list[float] = []
         self._damage_told: list[int] = []
         self._damaged = 0
+        self._held_out: float | None = None
 
     def fit(self, resume: bool = False, accept_changed_data: bool = False) -> TrainResult:
         """Train to the last step, to the end of patience or to a signal.
@@ -405,9 +406,9 @@ class Trainer:
         counts = {"skipped": self.state.skipped} | ({"damaged_cells": self._damaged} if self._damaged else {})
         self.output.row("train", self.state.step, {**means, **counts, **figures})
         loss = f"loss {means['loss']:.4g} " if means else ""
-        mfu = f"MFU {figures['mfu']:.1%}" if "mfu" in figures else "MFU n/a"
-        speed = f"{figures['cells_per_s']:,.0f} cells/s {figures.get('tflops_per_s', 0):.3g} TFLOP/s {mfu}"
-        self.output.progress(self.state.step, f"{loss}{speed}")
+        loss += f"(held out {self._held_out:.4g}) " if self._held_out is not None else ""
+        mfu = f" MFU {figures['mfu']:.1%}" if "mfu" in figures else ""
+        self.output.progress(self.state.step, f"{loss}{figures['cells_per_s']:,.0f} cells/s{mfu}")
 
     def _report(self) -> None:
         figures, slow = self.hosts.gather()
@@ -435,7 +436,7 @@ class Trainer:
                 means = held_out_losses(self.engine, cells, self.stage.monitor, stopped)
         if means is None:
             return False
-        state.evaluating = False
+        state.evaluating, self._held_out = False, means[self.stage.monitor]
         if state.evaluated(means[self.stage.monitor], train.patience) and train.patience > 0:
             self.weights.keep_best()
         self.output.row("valid", state.step, means)

@@ -24,12 +24,12 @@ from data_tools.check.quantities import Quantities, Quantity, dose_unit, read_qu
 NAMES: dict[str, tuple[str, ...]] = {
     "cell_type": (
         "cell_type", "celltype", "cell_types", "celltypes", "cell_type_name", "cell_type_label", "cell_annotation",
-        "cell_ontology_class", "annotation", "cell_line", "cell_name", "label", "labels", "cluster", "leiden",
-        "louvain",
+        "cell_ontology_class", "annotation", "cell_line", "cell_name", "label", "labels", "cluster", "clusters",
+        "leiden", "louvain", "seurat_clusters",
     ),
     "batch": (
         "batch", "batch_id", "gem_group", "gemgroup", "plate", "culture_plate", "library_id", "bio_rep", "replicate",
-        "sample", "sample_id", "channel", "lane", "dataset_id",
+        "sample", "sample_id", "channel", "lane", "dataset_id", "orig.ident",
     ),
     "donor": ("donor_id", "donor", "patient", "patient_id", "individual", "subject", "subject_id", "mouse_id"),
     "perturbation": (

@@ -26,6 +26,16 @@ from data_tools.inputs.source import Source
 from data_tools.inputs.tenx_h5 import is_tenx_h5, open_tenx_h5
 from data_tools.inputs.tenx_mtx import is_mtx, open_mtx
 
+CONVERTED = {
+    ".loom": "anndata.io.read_loom(path).write_h5ad(...) makes an .h5ad of it",
+    ".rds": "write it from R as .h5ad, with zellkonverter::writeH5AD of a SingleCellExperiment (a Seurat object:"
+    " as.SingleCellExperiment), or as a 10x folder, with DropletUtils::write10xCounts",
+    ".h5seurat": "write it from R as .h5ad, with SeuratDisk::Convert",
+    ".csv": "anndata.io.read_csv(path).write_h5ad(...) makes an .h5ad of it, if cells are rows; transpose it if not",
+    ".tsv": "anndata.io.read_text(path).write_h5ad(...) makes an .h5ad of it, if cells are rows; transpose it if not",
+}
+"""Formats that bgen does not read, and what makes of them one that it reads. Names end so before ".gz", if they do."""
+
 
 def itself(path: Path) -> list[Path]:
     """Return a file as the only one that it holds."""
@@ -145,6 +155,9 @@ def _unknown(path: Path) -> UserError:
         )
     if path.stat().st_size == 0:
         return UserError(f"{path}: the file is empty (0 bytes).")
+    name = path.name.lower().removesuffix(".gz")
+    if way := next((way for ending, way in CONVERTED.items() if name.endswith(ending)), None):
+        return UserError(f"{path}: bgen does not read this format; {way}.")
     if not h5py.is_hdf5(path):
         known = [one.written for one in FORMATS.values()]
         hint = " Give the folder that holds it instead." if ".mtx" in path.name else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import inspect
 from pathlib import Path
 from typing import Any
@@ -38,19 +37,6 @@ def test_what_dir_shows_is_there_and_documented() -> None:
         assert inspect.getdoc(getattr(bgen, name)), name
     with pytest.raises(AttributeError, match="no attribute 'trian_vae'"):
         _ = bgen.trian_vae
-
-
-@pytest.mark.parametrize(
-    "of", [bgen.check, bgen.build, bgen.train_vae, bgen.train_flow], ids=lambda of: str(of.__name__)
-)
-def test_examples_of_the_docstrings_run(of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (example,) = doctest.DocTestFinder(recurse=False).find(of, of.__name__, globs={})
-    assert example.examples
-    said: list[str] = []
-    runner = doctest.DocTestRunner(verbose=False)
-    runner.run(example, out=said.append)
-    assert runner.failures == 0, "".join(said)
 
 
 def test_cells_in_memory_become_a_store_in_the_run(vae: Any, cells: anndata.AnnData) -> None:

@@ -1,4 +1,4 @@
-"""Run the command blocks of pages, verbatim and in order: ``python tests/docs/run_blocks.py README.md ...``.
+"""Run the command blocks of pages, verbatim and in order: ``python tests/docs/run_blocks.py README.md ...``, or --all.
 
 Every page gets a folder of its own, one shell (``bash -euo pipefail``) and one Python namespace, so that a block finds
 what the blocks before it left there. What is run:
@@ -115,6 +115,13 @@ def blocks_of(text: str) -> list[Block]:
     if left := FENCE.search(PARTS.sub(lambda match: re.sub("[^\n]", "", match[0]), text)):
         raise PageError(f"line {line_of(text, left.start())}: a block that does not end")
     return found
+
+
+def all_pages() -> list[Path]:
+    """Return the pages of the repository in the order in which they are run: some need what earlier ones made."""
+    folders = ("bgen", "configs", "data_tools", "launch")
+    below = (page for folder in folders for page in (REPOSITORY / folder).rglob("*.md"))
+    return [*sorted(REPOSITORY.glob("*.md"), reverse=True), *sorted(below)]
 
 
 def line_of(text: str, place: int) -> int:
@@ -264,13 +271,17 @@ def run_page(page: Path, pages: Path, limit: float) -> Iterator[tuple[Block, boo
 def main() -> int:
     """Run the pages that are given; the exit code is 1 if one fails."""
     parser = argparse.ArgumentParser(description="Run the command blocks of pages, verbatim and in order.")
-    parser.add_argument("pages", nargs="+", type=Path)
+    parser.add_argument("pages", nargs="*", type=Path)
+    parser.add_argument("--all", action="store_true", help="all pages of the repository")
     parser.add_argument("--limit", type=float, default=2400, help="most seconds of one block (default 2400)")
     parser.add_argument("--keep", type=Path, help="new folder for what the pages make (default: one that is removed)")
     options = parser.parse_args()
+    if options.all == bool(options.pages):
+        parser.error("name pages, or give --all")
+    given = [page.relative_to(REPOSITORY) for page in all_pages()] if options.all else options.pages
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.keep or Path(temporary)).resolve()
-        failed = [page for page in options.pages if not _report(page, folder, options.limit)]
+        failed = [page for page in given if not _report(page, folder, options.limit)]
     if failed:
         print(f"Failed: {', '.join(map(str, failed))}")
     return 1 if failed else 0

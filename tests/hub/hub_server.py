@@ -34,6 +34,7 @@ class Hub(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.asked: list[tuple[str, str]] = []
         self.down = False
+        self.changed_on_the_way: set[str] = set()
         self.token: str | None = None
 
     @property
@@ -175,6 +176,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(404, {"error": "no such file"}, X_Error_Code="EntryNotFound")
         content = found[1][file]
         etag = hashlib.sha256(content).hexdigest() if len(content) > LARGE else git_sha(content)
+        if file in self.server.changed_on_the_way:
+            content = content[:-1] + bytes([content[-1] ^ 1])
         return self.answer(200, content, ETag=f'"{etag}"', X_Repo_Commit=found[0])
 
 

@@ -84,7 +84,7 @@ def test_what_was_changed_in_the_cache_is_refused(hub: Hub, demo: Any) -> None:
         whole = place.read_bytes()
         place.chmod(0o644)
         place.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        with pytest.raises(UserError, match=f"{name} is not what the hub gave"):
+        with pytest.raises(UserError, match=f"{name} is not what the hub says it is"):
             huggingface.fetch(ADDRESS)
         place.write_bytes(whole)
     assert huggingface.fetch(ADDRESS) == folder
@@ -92,6 +92,19 @@ def test_what_was_changed_in_the_cache_is_refused(hub: Hub, demo: Any) -> None:
         load_model(ADDRESS, fingerprint="0" * 16)
     known = load_model(ADDRESS).saved.fingerprint()
     assert load_model(ADDRESS, fingerprint=known[:16]).saved.fingerprint() == known
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["model.safetensors", "genes.csv"])  # a large file and a small one
+def test_what_was_changed_on_the_way_is_refused(hub: Hub, demo: Any, name: str) -> None:
+    huggingface.push(demo.model, ADDRESS)
+    hub.changed_on_the_way = {name}
+    for _ in range(2):  # what is refused is not taken from the cache either
+        with pytest.raises(UserError, match=f"{name} is not what the hub says it is") as raised:
+            load_model(ADDRESS)
+    hub.changed_on_the_way.clear()
+    Path(str(raised.value).partition("Remove ")[2].partition(", and load")[0]).unlink()
+    assert load_model(ADDRESS).saved.fingerprint() == load_model(demo.model).saved.fingerprint()
 
 
 @needs_library

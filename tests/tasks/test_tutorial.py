@@ -61,6 +61,14 @@ def test_it_names_no_place_of_the_machine_it_ran_on(committed: Any) -> None:
     assert not [word for word in ("/tmp", "/home", "/root", "site-packages") if word in shown(committed)]
 
 
+def test_it_has_one_title_and_parts_below_it(committed: Any) -> None:
+    text = "\n".join("".join(cell["source"]) for cell in committed["cells"] if cell["cell_type"] == "markdown")
+    assert text.startswith("# ")
+    headings = [line.partition(" ")[0] for line in text.splitlines() if line.startswith("#")]
+    assert headings == ["#", *["##"] * (len(headings) - 1)]
+    assert len(headings) > 5
+
+
 def test_its_links_lead_to_pages(path: Path, committed: Any) -> None:
     text = "".join("".join(cell["source"]) for cell in committed["cells"] if cell["cell_type"] == "markdown")
     links = [part.split(")")[0].partition("#")[0] for part in text.split("](")[1:]]

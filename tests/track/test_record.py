@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,10 +97,15 @@ def test_only_rank_0_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_progress_without_a_terminal_is_a_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
     line = ProgressLine("vae", 0, 100, shown=True)
+    line._began -= 2.0
     for step in range(1, 101):
         line.update(step, f"loss {step}")
     line.close()
-    assert capsys.readouterr().err.splitlines() == ["vae 1/100 loss 1", "vae 100/100 loss 100"]
+    first, last = capsys.readouterr().err.splitlines()
+    left = re.fullmatch(r"vae 1/100 \((\d+):(\d\d):(\d\d) left\) loss 1", first)  # 99 steps of 2 s or more
+    assert left is not None
+    assert sum(int(part) * unit for part, unit in zip(left.groups(), (3600, 60, 1), strict=True)) >= 198
+    assert last == "vae 100/100 loss 100"
     silent = ProgressLine("vae", 0, 100, shown=False)
     silent.update(100, "loss")
     silent.say("but [messages] are shown")

@@ -32,6 +32,7 @@ from scipy.stats import t as student
 from bgen.arrays import F64
 from bgen.evaluate.metrics.effects import RatioMetric
 from bgen.evaluate.metrics.metric import Metric
+from bgen.notebooks import as_html
 
 CONTROL_COPY, MODEL, CEILING, DUPLICATE = "control copy", "model", "ceiling", "duplicate"
 LEAST_PERTURBATIONS = 8
@@ -301,6 +302,9 @@ class PerturbationScores:
     def _by_seed(self, row: str, key: str) -> list[float]:
         figures = self.figures[row][key]
         return [self._estimate(figures.of_seed(seed))[0] for seed in range(len(figures.over))]
+
+    def _repr_html_(self) -> str:
+        return as_html(self.headline(), self.table())
 
     def table(self) -> Table:
         """Return a table: a line per figure, a column per row."""

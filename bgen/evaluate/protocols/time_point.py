@@ -41,6 +41,7 @@ from bgen.evaluate.metrics.registry import choose_metrics
 from bgen.evaluate.protocols.scores import SHORT, STYLES, Estimate, Score
 from bgen.evaluate.protocols.verdicts import errors_of, half_gaps
 from bgen.flow.displacement import displace, draw, transport_plan
+from bgen.notebooks import as_html
 
 PROTOCOL = "time-point-v2"
 MAX_CELLS = 1000
@@ -174,6 +175,9 @@ class TimeScores:
                 for m, told in ((m, self.score(m).as_json()) for m in self.metrics)
             },
         }
+
+    def _repr_html_(self) -> str:
+        return as_html(self.headline(), self.table())
 
     def table(self) -> Table:
         """Return a table that fits a terminal of 80 columns."""

@@ -59,10 +59,7 @@ def denoise_cells(
         If a gene is not one of the model's, or not in the data.
     """
     require_number("library_size", library_size, 1, MOST_COUNTS)
-    columns = np.arange(len(cells.of_var))
-    if genes is not None:
-        wanted = find_wanted(model, cells.known, genes)
-        columns = np.flatnonzero(np.isin(cells.of_var, wanted))
+    columns = choose_columns(model, cells, genes)
     there = cells.of_var[columns] >= 0
     z, _ = model.encode(cells)
     values = np.full((len(cells), len(columns)), np.nan, np.float32)
@@ -87,6 +84,19 @@ def denoise_cells(
     return denoised
 
 
+def choose_columns(model: AnnDataModel, cells: UserCells, genes: Sequence[str] | None) -> I64:
+    """Return the columns of the data that a result has: all, or those of the genes that a user names.
+
+    Raises
+    ------
+    UserError
+        As :func:`find_wanted`.
+    """
+    if genes is None:
+        return np.arange(len(cells.of_var))
+    return np.flatnonzero(np.isin(cells.of_var, find_wanted(model, cells.known, genes)))
+
+
 def find_wanted(model: AnnDataModel, known: NDArray[np.bool_], names: Sequence[str]) -> I64:
     """Return the distinct places of genes that a user names, by id or symbol, ascending.
 
@@ -100,7 +110,7 @@ def find_wanted(model: AnnDataModel, known: NDArray[np.bool_], names: Sequence[s
     UserError
         If the model or the data does not have one, or none is named.
     """
-    if not names:
+    if len(names) == 0:
         raise UserError("No gene is named.")
     table = model.saved.genes
     places = find_genes(table, list(names))

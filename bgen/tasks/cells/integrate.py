@@ -8,6 +8,7 @@ Axes: N cells, D latent size, G genes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from bgen.evaluate.metrics.integration import UNINTEGRATED, require_scib, scib_f
 from bgen.evaluate.metrics.integrators import other_integrations
 from bgen.evaluate.metrics.mixing import batch_mixing
 from bgen.evaluate.metrics.space import fit_space
-from bgen.tasks.anndata_model import AnnDataModel
+from bgen.tasks.anndata_model import BATCH, AnnDataModel
+from bgen.tasks.cells.denoise import choose_columns
 from bgen.tasks.cells.neighbours import add_neighbours
 from bgen.tasks.columns import text_column
 from bgen.tasks.user_cells import UserCells
@@ -35,6 +37,7 @@ def integrate_cells(
     batch: str | None = None,
     label: str | None = None,
     neighbours: int | None = None,
+    genes: Sequence[str] | None = None,
 ) -> AnnData:
     """Return a copy of the data without batch effects.
 
@@ -49,6 +52,8 @@ def integrate_cells(
     neighbours
         Also the graph of so many nearest neighbours in the latent space, under scanpy's own keys
         (:func:`bgen.tasks.cells.neighbours.add_neighbours`).
+    genes
+        Ids or symbols: only these genes of the data are in the result; default: all.
 
     Returns
     -------
@@ -63,7 +68,8 @@ def integrate_cells(
     ------
     UserError
         If the model has no such covariate, the data does not have a column, none of its batches is known,
-        scib-metrics is asked for and not installed, or there are fewer cells than neighbours.
+        scib-metrics is asked for and not installed, there are fewer cells than neighbours, or a gene is not one of the
+        model's, or not in the data.
     """
     adata = cells.adata
     types = None if label is None else text_column(adata, label)
@@ -85,16 +91,24 @@ def integrate_cells(
         reference = str(names[numbers.argmax()])
     if reference not in info.categories:
         raise UserError(f"The model knows no batch '{reference}'.{nearest(reference, info.categories)}")
+    columns = choose_columns(model, cells, genes)
     z, _ = model.encode(cells)
     counts = cells.counts
     codes[name] = np.full(adata.n_obs, info.categories.index(reference))
-    expected = model.decode_codes(z, np.asarray(counts.sum(1), np.float32).ravel(), codes)
+    layer = np.full((len(cells), len(columns)), np.nan, np.float32)
+    there, sizes = cells.of_var[columns] >= 0, np.asarray(counts.sum(1), np.float32).ravel()
+    for first in range(0, len(cells), BATCH):
+        part = slice(first, first + BATCH)
+        expected = model.decode_codes(z[part], sizes[part], {name: of[part] for name, of in codes.items()})
+        layer[part, there] = expected[:, cells.of_var[columns[there]]]
     integrated = cells.copy()
     integrated.obsm[EMBEDDING] = z
     if neighbours is not None:
         add_neighbours(integrated, EMBEDDING, neighbours)
-    integrated.layers[LAYER] = cells.as_layer(expected)
     model.mark_added_genes(integrated, cells)
+    if genes is not None:
+        integrated = integrated[:, columns].copy()
+    integrated.layers[LAYER] = layer
     summary: dict[str, Any] = {
         "model": model.saved.fingerprint(),
         "batch": name,

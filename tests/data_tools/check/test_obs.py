@@ -44,6 +44,9 @@ HALVES = ["a", "b"] * (N // 2)
         ({"condition": ["ctrl", "TP53+ctrl"] * (N // 2)}, {"perturbation": "condition"}),
         ({"condition": HALVES, "drug": HALVES}, {"condition": ("condition", "drug")}),
         ({"dose_value": np.ones(N), "time": HALVES}, {"dose": "dose_value"}),
+        ({"orig.ident": HALVES, "seurat_clusters": HALVES}, {"batch": "orig.ident", "cell_type": "seurat_clusters"}),
+        ({"clusters": HALVES, "celltype": HALVES}, {"cell_type": "celltype"}),
+        ({"clusters": HALVES}, {"cell_type": "clusters"}),
         ({"x": HALVES}, {}),
     ],
 )

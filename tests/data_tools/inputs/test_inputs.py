@@ -190,3 +190,24 @@ def test_names_that_were_looked_at_are_not_kept(tmp_path: Path) -> None:
     assert not kept
     with pytest.raises(UserError, match=r"a.*b' holds a NUL|NUL character"):
         require_names(tmp_path)(pd.Index([*names, "a\0b"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("cells.loom", "anndata.io.read_loom"),
+        ("cells.rds", "zellkonverter::writeH5AD"),
+        ("cells.RDS.gz", "zellkonverter::writeH5AD"),
+        ("cells.h5seurat", "SeuratDisk::Convert"),
+        ("counts.csv.gz", "anndata.io.read_csv"),
+        ("counts.tsv", "anndata.io.read_text"),
+    ],
+)
+def test_of_formats_that_are_not_read_the_way_to_one_that_is_is_told(tmp_path: Path, name: str, told: str) -> None:
+    with h5py.File(tmp_path / name, "w") as file:
+        file["matrix"] = np.ones(3)
+    with pytest.raises(UserError, match=f"does not read this format; .*{told}") as raised:
+        open_source(tmp_path / name)
+    assert "\n" not in str(raised.value)
+    if told.startswith("anndata"):
+        assert hasattr(anndata.io, told.removeprefix("anndata.io."))

@@ -89,3 +89,4 @@ def test_scores_print_and_go_to_json() -> None:
     assert told["metrics"]["w1"]["verdict"] in scores.headline()
     assert told["metrics"]["w1"]["errors"]["splits"] == 24
     assert len(scores.table().rows) == 6
+    assert "OT-midpoint" in scores._repr_html_()  # what a notebook shows

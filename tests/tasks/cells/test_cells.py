@@ -149,6 +149,11 @@ def test_integration_decodes_every_cell_as_of_one_batch(model: Model, cells: ann
     np.testing.assert_allclose(made.layers["integrated"][own], as_measured[own][:, there], rtol=1e-3, atol=1e-5)
     assert np.abs(made.layers["integrated"][~own] - as_measured[~own][:, there]).max() > 0.01
     assert 0 < made.uns["bgen_integrate"]["mixing"] < 1.5
+    names = [cells.var_names[7], cells.var_names[2]]
+    some = model.integrate(cells, reference="batch_1", genes=names, neighbours=5)
+    assert some.var_names.tolist() == sorted(names, key=cells.var_names.get_loc)
+    np.testing.assert_array_equal(some.layers["integrated"], made[:, some.var_names].layers["integrated"])
+    assert {"distances", "connectivities"} == set(some.obsp)
 
 
 def test_neighbours_go_where_scanpy_looks_for_them(bgen: Any, demo: Any, tmp_path: Path) -> None:
@@ -205,6 +210,7 @@ def test_mistakes_are_told(model: Model, cells: anndata.AnnData) -> None:
     wrong("no layer 'count'", model.denoise, cells, layer="count")
     wrong("library_size is a number from 1", model.denoise, cells, library_size=0)
     wrong("no batch 'batch_9'.*batch_", model.integrate, cells, reference="batch_9")
+    wrong("knows no gene 'nothing'", model.integrate, cells, genes=["nothing"])
     wrong("no covariate 'donor'", model.integrate, cells, batch="donor")
     other = cells.copy()
     other.obs["batch"] = "elsewhere"
