@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from bgen.arrays import F64
+from bgen.bench.kept import RUN, Kept
 from bgen.bench.quality.compared import TIME, Compared, Figures
-from bgen.bench.quality.kept import RUN, Kept
 from bgen.bench.sequences.table import through_the_table
 from bgen.config.sequences import SequenceConfig, SequenceMixer, SequenceTraining
 from bgen.errors import UserError, nearest
@@ -160,14 +160,14 @@ def bench_dna(
     tables = {row: [kept.figures[THROUGH + row, seed] for seed in range(seeds)] for row in by_table}
     against = dict.fromkeys(runs, KMERS) | {name + CONTROL: name for name in (KMERS, *networks)}
     note = f"R2 over {held.sum():,} of {len(usable):,} genes, held out; ms: of a training over its steps."
-    told = [Compared(f"What sequences tell of unseen genes: {data}", against, runs, facts, note)]
+    compared = [Compared(f"What sequences tell of unseen genes: {data}", against, runs, facts, note)]
     if tables:
         note = f"R2 over {held.sum():,} genes of which the VAE has seen nothing."
         judged = {name: against[name] for name in tables}
-        told.append(Compared(f"The same through a gene table: {data}", judged, tables, {}, note))
-    found = {key: one.as_json() for key, one in zip(("sequences", "gene_table"), told, strict=False)}
+        compared.append(Compared(f"The same through a gene table: {data}", judged, tables, {}, note))
+    found = {key: one.as_json() for key, one in zip(("sequences", "gene_table"), compared, strict=False)}
     write_result(out / "dna.json", json.dumps(found, indent=1) + "\n")
-    return told
+    return compared
 
 
 def equal_sizes(mixers: Sequence[str], config: SequenceConfig, length: int) -> dict[str, SequenceConfig]:
