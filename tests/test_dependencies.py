@@ -64,6 +64,7 @@ AT_ONCE = {
     "bgen/serve/app.py": "`bgen serve` alone imports it, and says what it needs",
     "bgen/models/likelihoods/sparse_triton.py": "imported on GPUs where Triton is, and kernels are made as it is",
     "bgen/nn/gpu/bits_triton.py": "as above",
+    "bgen/nn/gpu/draws_triton.py": "as above",
     "bgen/nn/gpu/dropout_triton.py": "as above",
     "bgen/nn/gpu/elementary_triton.py": "as above",
     "bgen/nn/gpu/sparse_triton.py": "as above",

@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from bgen.bench.loaders.worker import WARM_UP, cpu_seconds, private_mb
+from bgen.config.data import Access
+from bgen.data.loader import CountReader, TrainLoader
 from bgen.errors import UserError
 from bgen.files import write_result
 from bgen.progress import Say
+from bgen.store.open import open_store
 
 BATCH = 1024
 NUMBERS = ("open_s", "first_batch_s", "wall_rate", "cpu_rate", "private_mb", "most")
@@ -112,9 +115,6 @@ def most_waiting(url: str) -> int:
 
 def measure(where: str, threads: int, seconds: float, cache: Path) -> dict[str, float]:
     """Measure one store: seconds to open it and to its first batch, packed cells per second, memory."""
-    from bgen.config.data import Access
-    from bgen.data.loader import CountReader, TrainLoader
-    from bgen.store.open import open_store
 
     began = time.perf_counter()
     store = open_store(where, threads=1, access=Access(cache=cache, threads=threads))
