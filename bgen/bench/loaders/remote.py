@@ -115,7 +115,6 @@ def most_waiting(url: str) -> int:
 
 def measure(where: str, threads: int, seconds: float, cache: Path) -> dict[str, float]:
     """Measure one store: seconds to open it and to its first batch, packed cells per second, memory."""
-
     began = time.perf_counter()
     store = open_store(where, threads=1, access=Access(cache=cache, threads=threads))
     opened = time.perf_counter()
