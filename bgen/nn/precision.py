@@ -48,14 +48,17 @@ def precision_of(name: str, device: torch.device) -> Precision:
     precision = next((known for known in PRECISIONS if known == name), None)
     if precision is None:
         raise UserError(f"There is no precision '{name}': it is {' or '.join(PRECISIONS)}.")
+    if precision == "float32":
+        return precision
     try:
         with warnings.catch_warnings(), computing(device, precision):
             warnings.simplefilter("error")  # torch warns, and computes in float32
-            found = torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)
+            ones = torch.ones(2, 2, device=device)
+            found = (ones @ ones).dtype
     except (RuntimeError, TypeError, UserWarning) as error:
         said = str(error).partition("\n")[0]
         raise UserError(f"precision bf16: {device} cannot compute in bfloat16 ({said}). Take float32.") from None
-    if precision == "bf16" and found.dtype != torch.bfloat16:
+    if found != torch.bfloat16:
         raise UserError(f"precision bf16: this torch does not compute in bfloat16 on {device}. Take float32.")
     return precision
 

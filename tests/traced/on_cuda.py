@@ -1,8 +1,9 @@
-"""Code traced for CUDA where there is no GPU: shapes, dtypes and devices are followed, and nothing is computed.
+"""Code traced for a GPU where there is none: shapes, dtypes and devices are followed, and nothing is computed.
 
-Tensors are torch's FakeTensors on ``cuda:0``. They refuse what depends on data (``.item()``, ``nonzero``, a boolean
-index), which is what makes the host wait for a GPU, and operators between devices. :class:`Watch` refuses what they let
-pass: copies that wait, and tensors on the CPU among those on the GPU.
+Tensors are torch's FakeTensors on ``cuda:0``, or on ``mps:0`` for what users do on Apple's GPUs. They refuse what
+depends on data (``.item()``, ``nonzero``, a boolean index), which is what makes the host wait for a GPU, and operators
+between devices. :class:`Watch` refuses what they let pass: copies that wait, tensors on the CPU among those on the GPU,
+and float64 on Apple's.
 
 A CPU build of torch misses two things for that. A device guard, which says what a device's stream is: here the one of
 "meta" tensors, which does nothing, stands in CUDA's place. And an accelerator, which the autograd engine asks for:
@@ -31,7 +32,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-CUDA = torch.device("cuda", 0)
+CUDA, MPS = torch.device("cuda", 0), torch.device("mps", 0)
 
 Batch = TypeVar("Batch")
 Module = TypeVar("Module", bound=nn.Module)
@@ -45,6 +46,10 @@ class OnCPUError(Exception):
     """What was traced computes with a tensor on the CPU."""
 
 
+class WideError(Exception):
+    """What was traced makes float64 on Apple's GPUs, which they lack."""
+
+
 REFUSED = (WaitError, OnCPUError, DataDependentOutputException, DynamicOutputShapeException)
 """What is raised when something waits, or is on the CPU."""
 
@@ -53,6 +58,11 @@ _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 class Watch(TorchDispatchMode):
     """Refuses copies that the host waits for, and tensors of the CPU in operators on the device.
+
+    Parameters
+    ----------
+    kind
+        Of device.
 
     Attributes
     ----------
@@ -64,8 +74,9 @@ class Watch(TorchDispatchMode):
         dtypes of matrix products.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
+        self.kind = kind
         self.taken = 0
         self.strict = True
         self.products: set[torch.dtype] = set()
@@ -85,13 +96,17 @@ class Watch(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if func in _COPIES:
             self._copy(func, args, kwargs)
-        elif any(t.device.type == "cuda" for t in tensors):
+        elif any(t.device.type == self.kind for t in tensors):
             here = [t for t in tensors if t.device.type == "cpu" and t.dim() > 0]  # a scalar of the CPU is an argument
             if here:
                 raise OnCPUError(f"{func} takes a tensor {list(here[0].shape)} that is on the CPU")
         if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
             self.products.add(tensors[-1].dtype)
-        return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        for out in tree_leaves(made) if self.kind == "mps" else ():
+            if isinstance(out, Tensor) and out.device.type == "mps" and out.dtype == torch.float64:
+                raise WideError(f"{func} makes float64 {list(out.shape)}")
+        return made
 
     def _copy(self, func: Any, args: Any, kwargs: Any) -> None:
         if func is torch.ops.aten.copy_.default:
@@ -116,29 +131,32 @@ def on_cuda(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Give CUDA tensors a device guard that does nothing, and let autocast believe in them."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
-    cuda, meta = 1, 14  # c10::DeviceType
-    before = guards[cuda]
+    cuda, mps, meta = 1, 13, 14  # c10::DeviceType
+    before = guards[cuda], guards[mps]
     patch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     patch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
     if not torch.cuda.is_available():  # where there is a GPU, its own guard serves
         guards[cuda] = guards[meta]
+    if not torch.backends.mps.is_available():
+        guards[mps] = guards[meta]
     try:
         yield
     finally:
-        guards[cuda] = before
+        guards[cuda], guards[mps] = before
 
 
 class Trace:
     """One thing that is traced: what it is given comes onto the device first, by :meth:`module` and :meth:`batch`."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CUDA) -> None:
+        self.device = device
         self.mode = FakeTensorMode(allow_non_fake_inputs=False)
-        self.watch = Watch()
+        self.watch = Watch(device.type)
 
     @contextmanager
     def __call__(self, *, autocast: bool = True) -> Iterator[Watch]:
         """Trace what runs within this, in mixed precision as training runs it."""
-        with self.mode, self.watch, torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        with self.mode, self.watch, torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
             yield self.watch
 
     @contextmanager
@@ -169,7 +187,7 @@ class Trace:
     def tensor(self, thing: Tensor) -> Tensor:
         """Return the like of a tensor on the device."""
         with self.mode:
-            return torch.empty(thing.shape, dtype=thing.dtype, device=CUDA)
+            return torch.empty(thing.shape, dtype=thing.dtype, device=self.device)
 
     def module(self, module: Module) -> Module:
         """Move a module, in place: its parameters and buffers lie on the device, and have no values."""

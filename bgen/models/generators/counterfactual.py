@@ -39,8 +39,12 @@ def change_counts(counts: Tensor, before: NegativeBinomial, after: NegativeBinom
     """Return counts float32 ``[B, G]`` of cells with ``counts`` of that shape, keyed by ``keys [B]``.
 
     ``before`` and ``after`` are the model's distributions of the cells as they are and as they become; the result is
-    where they are.
+    where they are; on the CPU if that is one of Apple's GPUs, which lack float64.
     """
+    if before.logits.device.type == "mps":
+        before, after = (
+            NegativeBinomial(of.logits.cpu(), of.library.cpu(), of.log_theta.cpu()) for of in (before, after)
+        )
     counts, keys = counts.to(before.logits.device), keys.to(before.logits.device)
     fold = (after.rate / before.rate).nan_to_num(1.0)
     falls, rises = (counts > 0) & (fold < 1), fold > 1
