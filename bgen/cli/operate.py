@@ -69,7 +69,10 @@ def plan(
     nodes: Annotated[int, typer.Option(min=1, max=100_000, help="Hosts.")] = 1,
     ranks_per_node: Annotated[int, typer.Option(min=1, max=1024, help="Processes on each host.")] = 1,
     gpu: Annotated[str | None, typer.Option(help="Name of the GPU; default: CPUs like this machine's.")] = None,
-    mfu: Annotated[float, typer.Option(min=0.0001, max=1, help="Share of the GPU's peak that is reached.")] = 0.2,
+    mfu: Annotated[
+        float | None,
+        typer.Option(min=0.0001, max=1, help="Share of the GPU's peak; default: estimated."),
+    ] = None,
     network: Annotated[float, typer.Option(min=0.001, max=1e6, help="Gb/s of each rank's network card.")] = 400.0,
     genes: Annotated[
         int | None, typer.Option(min=1, max=10_000_000, help="Genes, if the store is not there yet.")
@@ -85,7 +88,8 @@ def plan(
     """
     from bgen.operate.plan import plan as estimate
 
-    require_number("--mfu", mfu, 0.0001, 1)
+    if mfu is not None:
+        require_number("--mfu", mfu, 0.0001, 1)
     made = estimate(
         config,
         overrides or [],

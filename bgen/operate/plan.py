@@ -20,6 +20,7 @@ from bgen.config.load import load_config
 from bgen.config.run import Config
 from bgen.cpus import cpus
 from bgen.errors import UserError, nearest
+from bgen.operate.plan_kernels import Passes
 from bgen.operate.plan_step import (
     READ_BYTES,
     Cluster,
@@ -34,6 +35,9 @@ from bgen.operate.plan_subject import Subject, matrix_flops_per_s
 from bgen.track.devices import DEVICES
 from bgen.train.engine.deepspeed_json import BatchPlan, batch_plan
 from bgen.train.engine.memory import Memory, host_bytes
+
+MFU = 0.2
+"""Share of the peak that is assumed of a model whose kernels cannot be followed."""
 
 FILL = 0.9
 """Share of the memory that the recommended micro batch may take."""
@@ -77,6 +81,10 @@ class Plan:
         Bytes on disk of one, and of all that are kept.
     step
         Of what a step consists; None without a GPU, and so are the following.
+    passes
+        Both passes of a micro batch on the GPU; None also if they cannot be followed.
+    mfu
+        Share of the GPU's peak while it computes, as given or by ``passes``.
     scaling
         Hosts, cells/s and share of the speed of one host that each gives, with as many cells a rank.
     balanced
@@ -109,6 +117,8 @@ class Plan:
     speed: str
     host: int
     step: StepTime | None = None
+    passes: Passes | None = None
+    mfu: float | None = None
     scaling: list[tuple[int, float, float]] = dataclasses.field(default_factory=list)
     balanced: int | None = None
     read: float | None = None
@@ -140,6 +150,13 @@ class Plan:
             of = (("computing", step.compute), ("gradients", step.reduce), ("weights", step.gather))
             told = ", ".join(f"{name} {1000 * seconds:.3g} ms" for name, seconds in of if seconds)
             facts.add_row("step", f"{1000 * step.seconds:.3g} ms: {told}")
+            if self.passes is not None:
+                ran = self.passes
+                facts.add_row(
+                    "kernels",
+                    f"{ran.launches:,} a micro batch, {_bytes(ran.bytes)} moved: {1000 * ran.seconds:.3g} ms, "
+                    f"{1000 * ran.products:.3g} ms of them matrix products; MFU {self.mfu:.0%}",
+                )
             facts.add_row("scaling", ", ".join(f"{n} hosts {share:.0%}" for n, _, share in self.scaling[1:]))
             facts.add_row("reading", f"{_bytes(self.read or 0)} a second and host")
         facts.add_row("run", f"{self.hours:.3g} h")
@@ -162,7 +179,7 @@ def plan(
     nodes: int = 1,
     ranks_per_node: int = 1,
     gpu: str | None = None,
-    mfu: float = 0.2,
+    mfu: float | None = None,
     network: float = 400.0,
     genes: int | None = None,
     tokens: int | None = None,
@@ -178,7 +195,7 @@ def plan(
     gpu
         Key of :data:`bgen.track.devices.DEVICES`; None plans for CPUs like this machine's.
     mfu
-        Share of the GPU's peak that is reached.
+        Share of the GPU's peak that is reached; None: as :mod:`bgen.operate.plan_kernels` estimates it.
     network
         Gb/s of each rank's network card.
     genes, tokens
@@ -192,7 +209,7 @@ def plan(
     config = load_config(config_path, overrides or [])
     if gpu is not None and gpu not in DEVICES:
         raise UserError(f"There is no GPU '{gpu}' in the table.{nearest(gpu, DEVICES)}")
-    if not 0 < mfu <= 1:
+    if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"mfu={mfu}: a share of the peak, above 0 and at most 1.")
     train, ranks = config.train, nodes * ranks_per_node
     batch = batch_plan(train, ranks)
@@ -225,15 +242,23 @@ def plan(
         speed = f"by a {'pass' if timed else 'matrix product'} on this machine, one thread a rank{shared}"
     else:
         device = DEVICES[gpu]
-        wide, reached = 2 if train.precision == "pure_bf16" else 4, mfu * device.peak(train.precision)
+        wide, peak = 2 if train.precision == "pure_bf16" else 4, device.peak(train.precision)
+        passes = subject.passes(batch.micro, device, train.precision, compiled=train.compile)
+        launches = passes.launches if passes else 0
+        if mfu is None:
+            mfu = batch.micro * per_cell / (passes.seconds * peak) if passes else MFU
         cluster = Cluster(nodes, ranks_per_node, device, network * 1e9 / 8)
         sent = 2 / wide if train.reduce_precision == "bf16" else 1.0
-        work = Work(wide * trained, per_cell, share, batch.accumulation, train.zero, reached, subject.launches(), sent)
+        shape = share, batch.accumulation, train.zero
+        work = Work(wide * trained, per_cell, *shape, mfu * peak, launches, sent, trained)
         step = step_time(work, cluster)
+        mfu = share * per_cell / (step.compute * peak)
         cells_per_second = step.cells_per_s
         speed = f"{ranks} x {gpu} at {mfu:.0%} of the peak"
         on_gpus = {
             "step": step,
+            "passes": passes,
+            "mfu": mfu,
             "scaling": weak_scaling(work, cluster),
             "balanced": balanced_cells(work, cluster),
             "read": READ_BYTES * subject.tokens * cells_per_second / nodes,

@@ -4,14 +4,18 @@ With P bytes of trained weights, in float32, on R ranks, DeepSpeed 0.19 moves in
 bfloat16, half)
 
 - stage 0: gradients, all-reduced, 2 P (R - 1) / R out of every rank;
-- stage 1, 2: the same (it all-reduces there, too), and the new weights, gathered, P (R - 1) / R;
-- stage 3: in every micro batch the weights, gathered for both passes, and the gradients, scattered, 3 P (R - 1) / R.
+- stage 1: the same (it all-reduces there, too), and the new weights, gathered, P (R - 1) / R;
+- stage 2: the same, but gradients in every micro batch;
+- stage 3: in every micro batch the weights, gathered, and the gradients, scattered, each P (R - 1) / R. Weights that
+  are needed again within 1e9 elements, on the way back those of the last 5e8, are gathered once; others twice.
+
+tests/multiprocess/test_told.py holds this against what two ranks tell each other.
 
 One rank sends over the links of its host; of what leaves a host, each rank's network card takes its part. Nothing of it
 is done beside computing. Both are taken at :data:`REACHED` of what the data sheet says.
 
-Computing takes at least :data:`LAUNCH` for each kernel, which Python and the driver need to start it: this binds steps
-of few cells. Kernels are counted as operators of the passes on this CPU, some of which are more than one on a GPU.
+Computing takes at least :data:`LAUNCH` for each kernel (:mod:`bgen.operate.plan_kernels`), which Python and the driver
+need to start it: this binds steps of few cells.
 
 What is not counted: the latency of hundreds of ranks, and data that come too slowly. No figure was held against a
 cluster.
@@ -19,12 +23,8 @@ cluster.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bgen.track.devices import Device
 
@@ -36,6 +36,9 @@ LAUNCH = 7e-6
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 """Hosts of the curve of weak scaling."""
+
+KEPT = 500_000_000
+"""Elements of the last layers that DeepSpeed's stage 3 keeps from the forward pass for the backward pass."""
 
 READ_BYTES = 0.85
 """Bytes of the store (profile small) for each expressed gene of a cell: 1,341 a cell of 1,600 genes were measured."""
@@ -124,6 +127,8 @@ class Work:
         Kernels of a micro batch.
     sent
         Bytes of a gradient as it travels, over those of its weight.
+    elements
+        Trained weights.
     """
 
     trained: int
@@ -134,15 +139,22 @@ class Work:
     flops_per_s: float
     launches: int = 0
     sent: float = 1.0
+    elements: int = 0
+
+    @property
+    def gathers(self) -> float:
+        """How often stage 3 gathers the weights for a micro batch."""
+        return 1.0 if self.elements <= KEPT else 2 - KEPT / self.elements
 
 
 def step_time(work: Work, cluster: Cluster) -> StepTime:
     """Return how long a step takes."""
     share = work.trained * (cluster.ranks - 1) / cluster.ranks / cluster.bandwidth
     if work.zero == 3:
-        reduce, gather = work.accumulation * work.sent * share, 2 * work.accumulation * share
+        reduce, gather = work.accumulation * work.sent * share, work.gathers * work.accumulation * share
     else:
-        reduce, gather = 2 * work.sent * share, share if work.zero else 0.0
+        times = work.accumulation if work.zero == 2 else 1
+        reduce, gather = 2 * times * work.sent * share, share if work.zero else 0.0
     compute = max(work.cells * work.flops_per_cell / work.flops_per_s, work.accumulation * work.launches * LAUNCH)
     return StepTime(compute, reduce, gather, work.cells * cluster.ranks)
 
@@ -179,23 +191,3 @@ def advice(work: Work, cluster: Cluster, fits: Sequence[int]) -> list[str]:
         if quicker > 1.02:
             said.append(f"train.zero={best} fits as well, and a step is {quicker:.2g} times as fast.")
     return said
-
-
-def count_launches(step: Callable[[], Tensor]) -> int:
-    """Return the operators of a forward and backward pass that compute something."""
-    with _Launches() as seen:
-        step().backward()
-    return seen.number
-
-
-class _Launches(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.number = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = func._schema.name.partition("::")[2]
-        self.number += not (func.is_view or "empty" in name or name in ("detach", "alias", "_local_scalar_dense"))
-        return func(*args, **(kwargs or {}))

@@ -25,7 +25,6 @@ from bgen.models.log_counts import LogCounts
 from bgen.models.vae.vae import VAE
 from bgen.nn.memory import activation_bytes
 from bgen.operate.plan_kernels import Passes, follow
-from bgen.operate.plan_step import count_launches
 from bgen.store.format.manifest import Manifest
 from bgen.store.open import open_data
 from bgen.track.devices import Device
@@ -129,29 +128,33 @@ class Subject:
         self.module.zero_grad(set_to_none=True)
         return seconds
 
-    def passes(self, cells: int, device: Device, precision: str, *, compiled: bool) -> Passes:
-        """What a GPU does in both passes over a micro batch; see :func:`bgen.operate.plan_kernels.follow`."""
-        return self._followed(
-            lambda: follow(self._whole_step(cells), self.module, device, precision, compiled=compiled)
-        )
+    def passes(self, cells: int, device: Device, precision: str, *, compiled: bool) -> Passes | None:
+        """What a GPU does in both passes over a micro batch (:func:`bgen.operate.plan_kernels.follow`).
+
+        Of the network alone, if what goes before it asks for values; None if it does, too, or was built for real.
+        """
+        if self.device.type != "meta":
+            return None
+        for step in (self._whole_step, lambda cells: self._step(cells)[0]):
+            try:
+                return follow(step(cells), self.module, device, precision, compiled=compiled)
+            except (RuntimeError, TypeError):
+                self.module.zero_grad(set_to_none=True)
+        return None
 
     def _whole_step(self, cells: int) -> Callable[[], Tensor]:
         """Return a forward pass on so many cells, with all that goes before the network."""
         trajectories = self.config.data.trajectories
         if not isinstance(self.module, LatentFlow) or trajectories is None:
-            return self._step(cells)[0]
+            batch = self._batch(cells, drawn=False).to(self.device)
+            return lambda: self.module(batch)["loss"].mean()
         T, N = trajectories.times, trajectories.cells
         B = max(1, cells // (T * N))
-        mask, time = torch.ones(B, T, N, dtype=torch.bool), torch.arange(float(T)).expand(B, T).contiguous()
-        batch = TrajectoryBatch.of(self._batch(B * T * N), mask, time, torch.zeros(B, T, dtype=torch.bool))
-        there = batch.to(self.device)
-        return lambda: self.module(there)["loss"].mean()
-
-    def launches(self) -> int:
-        """Kernels of a forward and backward pass."""
-        launches = self._followed(lambda: count_launches(self._step(PROBE[0])[0]))
-        self.module.zero_grad(set_to_none=True)
-        return launches
+        with self.device:
+            mask, time = torch.ones(B, T, N, dtype=torch.bool), torch.arange(float(T)).expand(B, T).contiguous()
+            control = torch.zeros(B, T, dtype=torch.bool)
+        course = TrajectoryBatch.of(self._batch(B * T * N, drawn=False).to(self.device), mask, time, control)
+        return lambda: self.module(course)["loss"].mean()
 
     def _followed(self, look: Callable[[], Seen]) -> Seen:
         """Look at passes: of a real model, if they ask for values, which one without memory does not have."""
@@ -179,11 +182,14 @@ class Subject:
         # As if of `cells` cells, so that the line through two measurements is that of cells.
         return lambda: backbone(z, t, condition, mask, when).square().mean() * (cells / (B * T * N)), [z, t, condition]
 
-    def _batch(self, cells: int) -> CellBatch:
-        """Cells with the store's mean number of expressed genes, drawn at random."""
+    def _batch(self, cells: int, *, drawn: bool = True) -> CellBatch:
+        """Cells with the store's mean number of expressed genes, which are drawn at random or the same for all."""
         generator = torch.Generator().manual_seed(0)
         n = min(self.genes, max(1, round(self.tokens)))
-        rows = [torch.randperm(self.genes, generator=generator)[:n].sort().values for _ in range(cells)]
+        if drawn:
+            rows = [torch.randperm(self.genes, generator=generator)[:n].sort().values for _ in range(cells)]
+        else:
+            rows = [torch.arange(n)] * cells
         names = set(self.codec.covariates)
         if isinstance(self.module, LatentFlow):
             names |= set(self.module.conditions.names)

@@ -24,6 +24,7 @@ from bgen.data.batch import CellBatch
 from bgen.distributed import world as ranks
 from bgen.distributed.report import report_user_error
 from bgen.errors import UserError
+from bgen.track import record
 from bgen.train.trainer import Trainer
 
 AVERAGED = {"ema": 0.9, "patience": 20, "eval_every": 5}
@@ -123,6 +124,39 @@ def reduced(folder: Path) -> dict[str, Any]:
         settings = {"steps": 20, "zero": zero, "reduce_precision": sent, "comms_log": True, "micro_batch": 2}
         settings["precision"] = precision
         found[f"{zero}_{sent}_{precision}"] = run(toy_config(folder / f"{zero}_{sent}_{precision}", settings))[0].losses
+    return found
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """Bytes of each collective in a step of two micro batches, by ZeRO stage, and of the weights; seconds, too."""
+    raw = folder / "partition_everything.json"
+    raw.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+    found: dict[str, Any] = {}
+    for zero in range(4):
+        seen = []
+        for steps in (2, 6):
+            settings = {"steps": steps, "zero": zero, "micro_batch": 2, "comms_log": True, "eval_every": 0}
+            out = folder / f"{zero}_{steps}"
+            stage = ToyStage(toy_config(out, settings | ({"deepspeed": raw} if zero == 3 else {})))
+            width = int(os.environ.get("TOLD_WIDTH", "256"))
+            body = [torch.nn.Linear(8, width), torch.nn.Linear(width, width), torch.nn.Linear(width, 1)]
+            stage.module.body = torch.nn.Sequential(*body)
+            found["weights"] = 4 * sum(p.numel() for p in stage.module.parameters())
+            Trainer(stage.config, stage).fit()
+            rows = record.read(out / "record.jsonl")
+            seen.append(next(row for row in rows if row.get("event") == "communication"))
+        first, second = ({k: v for k, v in row.items() if isinstance(v, dict)} for row in seen)
+        # What a process has sent is added up over its runs: the second has what the first had, and more.
+        before = found.setdefault("_all", {})
+        of = {}
+        for kind, figures in second.items():
+            nothing = {"bytes": 0, "ms": 0.0, "calls": 0}
+            one = {k: first.get(kind, nothing)[k] - before.get(kind, nothing)[k] for k in nothing}
+            two = {k: figures[k] - first.get(kind, nothing)[k] for k in nothing}
+            of[kind] = {k: (two[k] - one[k]) / 4 for k in nothing}
+        found["_all"] = second
+        found[str(zero)] = of
+    del found["_all"]
     return found
 
 
