@@ -128,7 +128,7 @@ def follow(step: Callable[[], Tensor], module: nn.Module, device: Device, precis
         if precision != "float32":
             stack.enter_context(_Autocast())
         stack.enter_context(kernels)
-        step().backward()
+        _backward(step())
     module.zero_grad(set_to_none=True)
     peak, found = device.peak(precision), kernels.found
     return Passes(
@@ -136,6 +136,14 @@ def follow(step: Callable[[], Tensor], module: nn.Module, device: Device, precis
         bytes=sum(kernel.read + kernel.written for kernel in found),
         products=sum(kernel.flops for kernel in found) / (REACHED_PRODUCT * peak),
         seconds=sum(kernel.seconds(device, peak) for kernel in found),
+    )
+
+
+def _backward(loss: Tensor) -> None:
+    """``loss.backward()``, which as a function of torch would leave the mode above, also for blocks computed again."""
+    engine = torch.autograd.Variable._execution_engine
+    engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
 
 

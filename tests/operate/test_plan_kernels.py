@@ -75,6 +75,18 @@ def test_compiling_leaves_fewer_kernels() -> None:
     config = load_config("vae", ["data.store=nowhere", "vae.hidden=64", "vae.blocks=3"])
     subject = Subject(config, 1000, 100)
     plain, fused = (subject.passes(64, H200, "bf16", compiled=compiled) for compiled in (False, True))
+    assert plain is not None
+    assert fused is not None
     assert fused.launches < plain.launches
     assert fused.bytes < plain.bytes
     assert fused.products == plain.products
+
+
+def test_blocks_that_are_computed_again_are_followed() -> None:
+    launches = {}
+    for again in ("false", "true"):
+        given = ["data.store=nowhere", "vae.hidden=64", "vae.blocks=3", f"vae.recompute={again}"]
+        passes = Subject(load_config("vae", given), 1000, 100).passes(64, H200, "bf16", compiled=True)
+        assert passes is not None
+        launches[again] = passes.launches
+    assert launches["true"] > launches["false"]
