@@ -119,7 +119,8 @@ class Compared:
         rows = [row for row, against in self.against.items() if row != against]
         keys = [key for key in self.keys if key != TIME]
         gains = np.array([[self._gain(row, key) for key in keys] for row in rows])
-        figure = Figure(figsize=(3 + 0.9 * len(keys), 1.6 + 0.34 * len(rows)), layout="constrained")
+        height = max(1.6 + 0.34 * len(rows), 4.6)  # what the bar beside it is called needs some
+        figure = Figure(figsize=(3 + 0.9 * len(keys), height), layout="constrained")
         axes = figure.add_subplot()
         image = axes.imshow(gains, cmap="RdBu", vmin=-6, vmax=6, aspect="auto")
         axes.set_xticks(range(len(keys)), keys, rotation=40, ha="right", rotation_mode="anchor")
