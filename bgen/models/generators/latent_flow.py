@@ -61,7 +61,8 @@ class Places:
     def of(self, rows: slice) -> Places:
         """Return those of some of the B trajectories."""
         held = {part.name: getattr(self, part.name) for part in fields(self)}
-        return Places(**{name: None if tensor is None else tensor[rows] for name, tensor in held.items()})
+        some: dict[str, Any] = {name: None if tensor is None else tensor[rows] for name, tensor in held.items()}
+        return Places(**some)
 
     def to(self, device: torch.device) -> Places:
         """Return the same on a device."""
