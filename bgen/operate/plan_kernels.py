@@ -254,7 +254,7 @@ class _Kernels(TorchDispatchMode):
 
     def _of(self) -> int | None:
         """The block that is being computed, in the backward pass that of the node of the graph."""
-        node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+        node = torch._C._current_autograd_node()
         if node is None:
             return self._block
         number = node._sequence_nr()
