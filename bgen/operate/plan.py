@@ -39,6 +39,9 @@ from bgen.train.engine.memory import Memory, host_bytes
 MFU = 0.2
 """Share of the peak that is assumed of a model whose kernels cannot be followed."""
 
+WIDE = 4096
+"""Cells at which kernels are large."""
+
 FILL = 0.9
 """Share of the memory that the recommended micro batch may take."""
 
@@ -246,7 +249,12 @@ def plan(
         passes = subject.passes(batch.micro, device, train.precision, compiled=train.compile)
         launches = passes.launches if passes else 0
         if mfu is None:
-            mfu = batch.micro * per_cell / (passes.seconds * peak) if passes else MFU
+            # Of so many cells that kernels are not small, as those of few are bound by their launches anyway.
+            many = max(batch.micro, WIDE)
+            wider = (
+                passes if many == batch.micro else subject.passes(many, device, train.precision, compiled=train.compile)
+            )
+            mfu = many * per_cell / (wider.seconds * peak) if wider else MFU
         cluster = Cluster(nodes, ranks_per_node, device, network * 1e9 / 8)
         sent = 2 / wide if train.reduce_precision == "bf16" else 1.0
         shape = share, batch.accumulation, train.zero

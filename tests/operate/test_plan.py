@@ -213,6 +213,8 @@ def test_small_kernels_wait_for_their_launch() -> None:
     made = tiny(gpu="H100")
     assert made.passes is not None
     assert few.compute == pytest.approx(7e-6 * made.passes.launches)
+    assert made.balanced is not None
+    assert made.balanced > 512
     assert made.mfu == pytest.approx(64 * made.flops_per_cell / (few.compute * 67e12))
 
 
@@ -244,7 +246,8 @@ def test_the_table_marks_what_was_chosen() -> None:
     console.print(made.table())
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "16 ranks x 1 x 4 cells" in text
-    assert "16 x A100 at 20% of the peak" in text
+    assert "16 x A100 at 0% of the peak" in text  # four cells a rank
+    assert f"{made.passes.launches} a micro batch" in text  # type: ignore[union-attr]
     assert "train.micro_batch=4" in text
 
 
