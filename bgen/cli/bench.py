@@ -44,8 +44,16 @@ def bench_loader(
     if latency:
         from bgen.bench.loaders.loaders import bench_late
 
-        late = {"requests": requests, "seconds": seconds, "repetitions": repetitions}
-        bench_late(out, latency, cells=cells, atlas_folder=atlas, **late, say=notes.print)
+        bench_late(
+            out,
+            latency,
+            cells=cells,
+            atlas_folder=atlas,
+            requests=requests,
+            seconds=seconds,
+            repetitions=repetitions,
+            say=notes.print,
+        )
         return
     from bgen.bench.loaders.loaders import bench_loader as measure
 
