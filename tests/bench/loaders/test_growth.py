@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import tracemalloc
 from pathlib import Path
 
 import anndata
@@ -15,9 +14,6 @@ from bgen.bench.loaders import growth, memory
 from bgen.bench.loaders.growth import EXPRESSED, GENES, STEPS, bench_growth, table, write_cells
 from bgen.bench.loaders.memory import measure
 from bgen.errors import UserError
-from bgen.order import groups
-from data_tools.building import pieces
-from data_tools.inputs import source
 
 
 def test_every_step_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,27 +62,6 @@ def test_what_cannot_be_measured(tmp_path: Path) -> None:
         bench_growth(tmp_path, cells=[1000, 1000])
     with pytest.raises(UserError, match="no step 'ranks'"):
         bench_growth(tmp_path, cells=[1000, 2000], steps=["ranks"])
-
-
-@pytest.mark.slow
-def test_check_and_build_hold_few_bytes_of_each_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of their own memory; barcodes and columns are in mapped files, which tracemalloc does not count."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(groups, "PART", 1 << 14)  # of such parts, blocks and pieces there are many
-    monkeypatch.setattr(source, "BLOCK_BYTES", 1 << 20)
-    monkeypatch.setattr(pieces, "PIECE_VALUES", 1 << 17)
-    peaks: dict[str, list[int]] = {"check": [], "build": []}
-    for n in (50_000, 100_000, 200_000):
-        (folder := tmp_path / str(n)).mkdir()
-        write_cells(folder / "cells.h5ad", n)
-        for step, found in peaks.items():
-            tracemalloc.start()
-            kept = STEPS[step](folder)
-            found.append(tracemalloc.get_traced_memory()[1])
-            tracemalloc.stop()
-            del kept
-    for _, low, high in peaks.values():  # in the first run things are compiled
-        assert (high - low) / 100_000 < 8
 
 
 @pytest.mark.slow
