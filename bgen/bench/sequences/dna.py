@@ -136,14 +136,14 @@ def bench_dna(
                     continue
                 began, steps = time.process_time(), 0
                 if name == KMERS:
-                    vectors, told = shares.astype(np.float32), fit_words(shares[~held], y[~held]).predict(shares)
+                    vectors, predicted = shares.astype(np.float32), fit_words(shares[~held], y[~held]).predict(shares)
                 else:
                     fitted = fit_sequences(some[~held], y[~held], weights, networks[name], training, seed)
                     steps = training.epochs * max(int((~held).sum()) // training.batch, 1)
                     spent = time.process_time() - began
-                    vectors, told = fitted.vectors(some), fitted.predict(some)
+                    vectors, predicted = fitted.vectors(some), fitted.predict(some)
                 if (row, seed) not in kept:
-                    kept.add(row, seed, _figures(y, told, held, 1e3 * spent / steps if steps else 0.0))
+                    kept.add(row, seed, _figures(y, predicted, held, 1e3 * spent / steps if steps else 0.0))
                 if through:
                     unseen = through_the_table(counted, usable, vectors, held, out / RUN, seed, vae_steps)
                     kept.add(THROUGH + row, seed, unseen)
