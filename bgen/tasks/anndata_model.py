@@ -21,7 +21,7 @@ from bgen.genes.table import VECTOR, known_by_vector
 from bgen.hub.directory import SavedModel
 from bgen.models.generators.latent_flow import LatentFlow
 from bgen.order.keys import hash_keys
-from bgen.tasks.batches import Batches, filled_up
+from bgen.tasks.batches import LEAST, Batches, filled_up
 from bgen.tasks.user_cells import Cells, Reading, UserCells, UserData, read_user_data
 
 BATCH = 1024
@@ -136,7 +136,7 @@ class AnnDataModel:
         obs = self.covariates(cells)
 
         def some(start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-            part = filled_up(start, stop)
+            part = filled_up(start, stop) if (stop - start) % LEAST else slice(start, stop)
             batch = cell_batch(cells.counts[part], {name: codes[part] for name, codes in obs.items()}, start)
             mean, variance = encode_batch(self.saved, batch)
             return mean[: stop - start], variance[: stop - start]

@@ -22,7 +22,7 @@ from bgen.names import key
 from bgen.progress import Progress, Say
 from bgen.store.remote import is_remote
 from bgen.tasks.anndata_model import BATCH, AnnDataModel, cell_batch, decode_batch, encode_batch
-from bgen.tasks.batches import Batches, filled_up
+from bgen.tasks.batches import LEAST, Batches, filled_up
 from bgen.tasks.blocks.cells import Batch, BlockCells
 from bgen.tasks.blocks.folder import Room
 from bgen.tasks.blocks.opened import Opened
@@ -67,7 +67,7 @@ class ModelVerb(BlockVerb):
         """
 
         def some(start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-            part = filled_up(start, stop)
+            part = filled_up(start, stop) if (stop - start) % LEAST else slice(start, stop)
             batch = cell_batch(counts[part], {name: of[part] for name, of in codes.items()}, first + start)
             mean, variance = encode_batch(self._saved, batch)
             return mean[: stop - start], variance[: stop - start]
