@@ -130,7 +130,6 @@ def reduced(folder: Path) -> dict[str, Any]:
 def told(folder: Path) -> dict[str, Any]:
     """Bytes of each collective in a step of two micro batches, by ZeRO stage, and of the weights; seconds, too."""
     raw = folder / "partition_everything.json"
-    raw.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
     found: dict[str, Any] = {}
     for zero in range(4):
         seen = []
@@ -138,7 +137,7 @@ def told(folder: Path) -> dict[str, Any]:
             settings = {"steps": steps, "zero": zero, "micro_batch": 2, "comms_log": True, "eval_every": 0}
             out = folder / f"{zero}_{steps}"
             stage = ToyStage(toy_config(out, settings | ({"deepspeed": raw} if zero == 3 else {})))
-            width = int(os.environ.get("TOLD_WIDTH", "256"))
+            width = int(os.environ.get("TOLD_WIDTH", "1024"))
             body = [torch.nn.Linear(8, width), torch.nn.Linear(width, width), torch.nn.Linear(width, 1)]
             stage.module.body = torch.nn.Sequential(*body)
             found["weights"] = 4 * sum(p.numel() for p in stage.module.parameters())

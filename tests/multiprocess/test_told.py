@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ OUT = {
 
 @pytest.mark.slow
 def test_a_plan_sends_what_two_ranks_send(tmp_path: Path) -> None:
+    raw = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    (tmp_path / "partition_everything.json").write_text(json.dumps(raw))
     done = launch(torchrun(2), "told", tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = result(tmp_path)
