@@ -107,6 +107,8 @@ def run_bgen(*arguments: object) -> Result:
         code = stop.code if isinstance(stop.code, int) else 0
     finally:
         sys.argv = argv
+        if (world := sys.modules.get("bgen.distributed.world")) is not None:
+            world._on_cpu = False  # what `--device cpu` says of a whole process
         if width is None:
             del os.environ["COLUMNS"]
         else:
