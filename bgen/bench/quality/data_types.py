@@ -34,8 +34,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from bgen.bench.kept import RUN, Kept, is_begun
 from bgen.bench.quality.compared import Compared, Figures
-from bgen.bench.quality.kept import RUN, Kept, is_begun
 from bgen.bench.quality.perturb import TARGETS, Training, splits, train_flow, train_vae
 from bgen.bench.quality.representations import bench_representations
 from bgen.bench.sequences.dna import bench_dna

@@ -30,8 +30,8 @@ from anndata import AnnData
 from numpy.typing import NDArray
 from scipy import sparse
 
+from bgen.bench.kept import RUN, Kept
 from bgen.bench.quality.compared import Compared, Figures
-from bgen.bench.quality.kept import RUN, Kept
 from bgen.bench.runs import store_of, train_whole
 from bgen.config.load import load_config
 from bgen.config.vae import VAEConfig

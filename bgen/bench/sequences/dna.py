@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from bgen.arrays import F64
+from bgen.bench.kept import RUN, Kept
 from bgen.bench.quality.compared import TIME, Compared, Figures
-from bgen.bench.quality.kept import RUN, Kept
 from bgen.bench.sequences.table import through_the_table
 from bgen.config.sequences import SequenceConfig, SequenceMixer, SequenceTraining
 from bgen.errors import UserError, nearest
