@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bgen.bench.quality.compared import Figures
 from bgen.errors import UserError
 from bgen.files import require_new_folder, write_result
+
+Figures = dict[str, float]
 
 NAME = "rows.jsonl"
 RUN = "run"
